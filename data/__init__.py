@@ -1,0 +1,1 @@
+"""Pairs of (target embedding, direction), and the pictures they are made from."""

@@ -1,0 +1,1 @@
+"""What proves the project: metrics, baselines, the attribute reader and the benchmarks."""

@@ -1,0 +1,58 @@
+"""The attribute reader: a picture of the bundled world to what can be seen on it.
+
+An independent judge, used by evaluation alone and seen by no training loss: it says which essence
+an edit brought and which identity it kept, in the words of `data.readings` and without CLIP.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.readings import OUTPUTS, READINGS
+from data.sketch import SIZE
+from targetclip.inverter import PictureEncoder
+
+BUNDLED = Path(__file__).parent / "reader.safetensors"
+FORMAT = "targetclip-reader/1"
+
+
+class AttributeReader(nn.Module):
+    """Images [batch, 3, 64, 64] in [-1, 1] to readings [batch, OUTPUTS] in [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = PictureEncoder(SIZE, (48, 96, 144, 192), 384, OUTPUTS)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch outputs"]:
+        return torch.sigmoid(self.encoder(images))
+
+
+def save_reader(reader: AttributeReader, path: Path) -> None:
+    """Write the reader as safetensors in half precision, with the names of what it reads."""
+    half = {name: t.detach().half().contiguous() for name, t in reader.state_dict().items()}
+    names = [reading.name for reading in READINGS]
+    save_file(half, path, {"format": FORMAT, "readings": json.dumps(names)})
+
+
+def load_reader(path: Path = BUNDLED) -> AttributeReader:
+    """Read the reader's weights.
+
+    Raises:
+        ValueError: not a reader's file, or one that reads other attributes.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    names = [reading.name for reading in READINGS]
+    if metadata.get("format") != FORMAT or json.loads(metadata["readings"]) != names:
+        raise ValueError(f"{path}: not a reader of this project's faces; make one: train.reader")
+    reader = AttributeReader()
+    reader.load_state_dict(state)
+    return reader.eval().requires_grad_(False)

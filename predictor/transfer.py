@@ -1,0 +1,175 @@
+"""EssenceTransfer: a target picture in, a direction out, edits of any source.
+
+Knows how the parts work together: embedder, generator, inverter and optimizer, all passed in.
+Every direction says which method made it. Files and printing are the command line's.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from targetclip.editing import Scores, apply_direction, render, score_edit
+from targetclip.embedder import ImageEmbedder
+from targetclip.generators import Generator
+from targetclip.images import picture_to_tensor
+from targetclip.inverter import LatentInverter
+from targetclip.optimize import (
+    Initial,
+    Optimized,
+    Progress,
+    Recipe,
+    optimize_directions,
+    random_latents,
+)
+
+BANK = 256  # sources a recipe with fresh sources draws from
+BANK_SEED = 1 << 40  # far from the small seeds people choose for sources of their own
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A direction and how it was found."""
+
+    vector: Float[Tensor, "num_ws w_dim"]
+    method: str
+    """What made it: "optimizer" or "file"."""
+    transfer: float
+    """Transfer score on the method's own sources at the end: mean cosine to the target."""
+    consistency: float
+    """1 - consistency loss there."""
+    steps: int
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that depends on all parts and nothing else, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+class EssenceTransfer:
+    """Gives sources a target's essence.
+
+    Args:
+        generator, embedder: any that keep the protocols.
+        inverter: from pictures to latents; None where there is none.
+        truncation: of generated sources; 1 is the generator's full variety.
+        max_images: rendered at once; bounds memory.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        embedder: ImageEmbedder,
+        inverter: LatentInverter | None = None,
+        truncation: float = 0.7,
+        max_images: int = 64,
+    ) -> None:
+        self.generator = generator
+        self.embedder = embedder
+        self.inverter = inverter
+        self.truncation = truncation
+        self.max_images = max_images
+
+    def invert(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "sources num_ws w_dim"]:
+        """Latents of pictures.
+
+        Raises:
+            ValueError: there is no inverter.
+        """
+        if self.inverter is None:
+            raise ValueError(
+                "this world has no inverter, so pictures have no latents: "
+                "use generated sources (--num-sources), and a recipe that does not invert"
+            )
+        images = torch.cat([picture_to_tensor(p, self.generator.resolution) for p in pictures])
+        with torch.no_grad():
+            return self.inverter(images.to(self.generator.mean_w.device))
+
+    def generated_sources(self, count: int, seed: int = 0) -> Float[Tensor, "sources num_ws w_dim"]:
+        """Latents of the generator's own samples; source i of a seed is always the same."""
+        seeds = [seed_of("source", seed, i) for i in range(count)]
+        return random_latents(self.generator, seeds, self.truncation)
+
+    def embed_target(self, target: Image.Image, recipe: Recipe) -> Float[Tensor, " embed"]:
+        """Raw embedding of a target picture, preprocessed as a recipe wants it."""
+        if recipe.target_preprocess == "encoder":
+            return self.embedder.embed_pictures([target])[0]
+        image = picture_to_tensor(target, self.generator.resolution)
+        image = image.to(self.generator.mean_w.device)
+        with torch.no_grad():
+            return self.embedder.embed_images(image, recipe.preprocess)[0]
+
+    def initial(
+        self, target: Image.Image, kind: Initial, seed: int
+    ) -> Float[Tensor, "num_ws w_dim"]:
+        """What an optimization starts from (release: absolute latents, not offsets)."""
+        if kind == "inversion":
+            return self.invert([target])[0]
+        if kind == "random":
+            return random_latents(self.generator, [seed_of("initial", seed)])[0]
+        return torch.zeros_like(self.generator.mean_w).repeat(self.generator.num_ws, 1)
+
+    def optimize(
+        self,
+        target: Image.Image,
+        recipe: Recipe,
+        seed: int = 0,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Direction:
+        """Find a direction by the iterative optimizer.
+
+        Raises:
+            ValueError: the recipe needs an inverter and there is none.
+            FloatingPointError: the loss stopped being finite.
+        """
+        count = BANK if recipe.fresh_sources else recipe.sources
+        bank = random_latents(self.generator, range(BANK_SEED, BANK_SEED + count), self.truncation)
+        found = optimize_directions(
+            self.generator,
+            self.embedder,
+            self.embed_target(target, recipe)[None],
+            bank,
+            recipe,
+            self.initial(target, recipe.initial, seed)[None],
+            [seed_of("target", seed)],
+            on_step,
+            self.max_images,
+        )
+        if found.failures[0] is not None:
+            raise FloatingPointError(f"no direction found: {found.failures[0]}")
+        return optimizer_direction(found)
+
+    def edit(
+        self,
+        source_ws: Float[Tensor, "sources num_ws w_dim"],
+        direction: Float[Tensor, "num_ws w_dim"],
+        strength: float = 1.0,
+    ) -> Float[Tensor, "sources 3 height width"]:
+        """Render sources moved along a direction: images in [-1, 1]."""
+        edited = apply_direction(source_ws, direction, strength)
+        return render(self.generator, edited, self.max_images)
+
+    def score(
+        self,
+        target: Image.Image,
+        sources: Float[Tensor, "sources 3 height width"],
+        edited: Float[Tensor, "sources 3 height width"],
+    ) -> Scores:
+        """Score edits; always through the embedder's own preprocessing, whatever the recipe."""
+        return score_edit(self.embedder, self.embedder.embed_pictures([target])[0], sources, edited)
+
+
+def optimizer_direction(found: Optimized) -> Direction:
+    """The only target's row of an optimization."""
+    return Direction(
+        vector=found.directions[0],
+        method="optimizer",
+        transfer=1 - float(found.transfer[0]),
+        consistency=1 - float(found.consistency[0]),
+        steps=int(found.steps[0]),
+    )

@@ -1,0 +1,257 @@
+"""NVIDIA's stylegan2-ada-pytorch pickles, read without executing anything in them.
+
+Such a file carries its own Python source, which NVIDIA's loader runs. Here an unpickler knows
+eight names, each replaced by inert code of this module; any other name is refused, and the source
+stays the text it is. Knows StyleGAN2 only. Errors do not name the file: `load_generator` does.
+"""
+
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from targetclip.generators.stylegan2 import (
+    MAPPING_LR_MULTIPLIER,
+    StyleGAN2,
+    StyleGAN2Config,
+    blur_kernel,
+    build_network,
+)
+
+EXPECTED = 'a StyleGAN2 pickle of NVIDIA\'s stylegan2-ada-pytorch with a network "G_ema"'
+NUMBER_FORMATS = {"f4": "<f", "f8": "<d", "i4": "<i", "i8": "<q", "b1": "<?"}
+
+
+class _RefusedError(ValueError):
+    """The file is readable, but something we do not accept."""
+
+
+@dataclass
+class _Module:
+    """A pickled network or layer: the name of its class and its attributes, nothing that runs."""
+
+    name: str
+    attributes: dict[str, Any] = field(repr=False)
+
+    @property
+    def children(self) -> dict[str, "_Module"]:
+        return {k: v for k, v in self.attributes["_modules"].items() if v is not None}
+
+    def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer below, named as `state_dict()` would."""
+        for kind in ("_parameters", "_buffers"):
+            for key, tensor in self.attributes[kind].items():
+                if tensor is not None:
+                    yield prefix + key, tensor
+        for key, child in self.children.items():
+            yield from child.tensors(f"{prefix}{key}.")
+
+    def layers(self, prefix: str = "") -> Iterator[tuple[str, "_Module"]]:
+        """Every module below, with its dotted name."""
+        for key, child in self.children.items():
+            yield prefix + key, child
+            yield from child.layers(f"{prefix}{key}.")
+
+
+class _EasyDict(dict[str, Any]):
+    """Stands for dnnlib's dictionary with attributes."""
+
+
+class _NumberType:
+    """Stands for numpy.dtype, for the few plain numbers a network stores."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, _: object) -> None:
+        """The byte order and padding that numpy would set; these files are little-endian."""
+
+
+def _module(meta: dict[str, Any]) -> _Module:
+    """Stands for the function that executes the embedded source `meta["module_src"]`."""
+    return _Module(meta["class_name"], meta["state"])
+
+
+def _number(kind: _NumberType, data: bytes) -> float:
+    value: float = struct.unpack(NUMBER_FORMATS[kind.code], data)[0]
+    return value
+
+
+def _storage(data: bytes) -> torch.storage.TypedStorage:
+    """Stands for a PyTorch function that unpickles without limits."""
+    storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    # Such bytes can also hold one of PyTorch's own functions, which the pickle could then call.
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise _RefusedError(f"expected the numbers of a tensor, found a {type(storage).__name__}")
+    return storage
+
+
+def _tensor(
+    storage: torch.storage.TypedStorage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    *_: object,
+) -> Tensor:
+    flat = torch.empty(0, dtype=storage.dtype).set_(storage)
+    return flat.as_strided(size, stride, offset)  # raises if it would reach beyond the storage
+
+
+def _parameter(tensor: Tensor, *_: object) -> Tensor:
+    return tensor
+
+
+ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("dnnlib.util", "EasyDict"): _EasyDict,
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _module,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch.storage", "_load_from_bytes"): _storage,
+    ("numpy", "dtype"): _NumberType,
+    ("numpy._core.multiarray", "scalar"): _number,
+    ("numpy.core.multiarray", "scalar"): _number,  # the same, written by NumPy 1
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """An unpickler that can name only what is in `ALLOWED`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("dnnlib.tflib"):
+            raise _RefusedError(
+                f"this is a TensorFlow pickle ({module}.{name}): expected {EXPECTED}; "
+                "convert it with legacy.py of stylegan2-ada-pytorch"
+            )
+        if (module, name) not in ALLOWED:
+            raise _RefusedError(
+                f"refused global {module}.{name}: this file asks to run code; expected {EXPECTED}"
+            )
+        return ALLOWED[module, name]
+
+
+def _require(what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise _RefusedError(f"{what} is {found!r}, but only {expected!r} is supported")
+
+
+def _one_clamp(synthesis: _Module) -> float | None:
+    """The bound on every layer's output, which the file states once for each layer."""
+    clamps = {
+        m.attributes["conv_clamp"] for _, m in synthesis.layers() if "conv_clamp" in m.attributes
+    }
+    if len(clamps) != 1:
+        raise _RefusedError(f"expected one conv_clamp for all layers, found {clamps or 'none'}")
+    clamp = clamps.pop()
+    return None if clamp is None else float(clamp)
+
+
+def _check_architecture(generator: _Module) -> None:
+    """Refuse what loads but would render another image with our network."""
+    if generator.attributes["c_dim"] != 0:
+        raise _RefusedError(
+            f"this generator is conditional (c_dim {generator.attributes['c_dim']}): "
+            "only unconditional ones are supported"
+        )
+    for name, module in generator.layers():
+        attributes = module.attributes
+        if module.name == "SynthesisBlock":
+            _require(f"architecture of {name}", attributes["architecture"], "skip")
+        elif module.name == "SynthesisLayer":
+            _require(f"activation of {name}", attributes["activation"], "lrelu")
+        elif module.name == "FullyConnectedLayer" and name.startswith("mapping."):
+            _require(f"activation of {name}", attributes["activation"], "lrelu")
+            _require(f"lr_multiplier of {name}", attributes["bias_gain"], MAPPING_LR_MULTIPLIER)
+
+
+def _take_filters(tensors: dict[str, Tensor]) -> None:
+    """Remove the low-pass filters from `tensors`, refusing any but ours."""
+    expected = blur_kernel(1.0)
+    for name in [name for name in tensors if name.endswith("resample_filter")]:
+        kernel = tensors.pop(name)
+        if kernel.shape != expected.shape or not torch.allclose(kernel, expected, atol=1e-4):
+            raise _RefusedError(
+                f"{name} is not the [1, 3, 3, 1] low-pass filter: "
+                "only networks with this resample_filter are supported"
+            )
+
+
+def _config(tensors: dict[str, Tensor], conv_clamp: float | None) -> StyleGAN2Config:
+    mapping_layers = sum(k.startswith("mapping.fc") and k.endswith(".weight") for k in tensors)
+    levels = sum(k.endswith(".torgb.weight") for k in tensors)
+    sizes = [4 * 2**level for level in range(levels)]
+    return StyleGAN2Config(
+        resolution=sizes[-1],
+        w_dim=tensors["synthesis.b4.torgb.affine.weight"].shape[1],
+        z_dim=tensors["mapping.fc0.weight"].shape[1],
+        mapping_layers=mapping_layers,
+        channels=tuple(tensors[f"synthesis.b{size}.torgb.weight"].shape[1] for size in sizes),
+        conv_clamp=conv_clamp,
+    )
+
+
+def nvidia_names(config: StyleGAN2Config) -> dict[str, str]:
+    """Our name -> NVIDIA's name, for every parameter and buffer."""
+    names = {"const": "synthesis.b4.const", "mapping_network.w_avg": "mapping.w_avg"}
+    for layer in range(config.mapping_layers):
+        for leaf in ("weight", "bias"):
+            names[f"mapping_network.layers.{layer}.{leaf}"] = f"mapping.fc{layer}.{leaf}"
+    modulated = ("weight", "bias", "affine.weight", "affine.bias")
+    for index in range(config.num_ws - 1):
+        # Block 4 has conv1 alone; every later block has conv0, which upsamples, then conv1.
+        size, conv = 4 * 2 ** ((index + 1) // 2), "conv0" if index % 2 else "conv1"
+        for leaf in (*modulated, "noise_strength"):
+            names[f"convs.{index}.{leaf}"] = f"synthesis.b{size}.{conv}.{leaf}"
+        names[f"convs.{index}.noise"] = f"synthesis.b{size}.{conv}.noise_const"
+    for level in range(len(config.channels)):
+        for leaf in modulated:
+            names[f"to_rgbs.{level}.{leaf}"] = f"synthesis.b{4 * 2**level}.torgb.{leaf}"
+    return names
+
+
+def _network(data: bytes) -> StyleGAN2:
+    # Before unpickling, because StyleGAN3 stores arrays that the unpickler would call hostile.
+    if b"SynthesisInput" in data:
+        raise _RefusedError(f"this is a StyleGAN3 pickle: expected {EXPECTED}")
+    checkpoint = _Unpickler(io.BytesIO(data)).load()
+    generator = checkpoint.get("G_ema") if isinstance(checkpoint, dict) else None
+    if not isinstance(generator, _Module):
+        keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else "none"
+        raise _RefusedError(
+            f"expected {EXPECTED}, found {type(checkpoint).__name__} with keys: {keys}"
+        )
+    _require("the class of G_ema", generator.name, "Generator")
+    _check_architecture(generator)
+    tensors = dict(generator.tensors())
+    _take_filters(tensors)
+    config = _config(tensors, _one_clamp(generator.children["synthesis"]))
+    try:
+        return build_network(config, nvidia_names(config), tensors)
+    except ValueError as error:
+        raise _RefusedError(str(error)) from error
+
+
+def read_nvidia(path: Path) -> StyleGAN2:
+    """Read the "G_ema" of a stylegan2-ada-pytorch `.pkl`; nothing in the file is executed.
+
+    Layers stored for float16 (`num_fp16_res`) run in float32; `conv_clamp` is kept. Raises
+    ValueError for a file that names foreign code, for StyleGAN3, TensorFlow and conditional
+    networks, and for damaged files.
+    """
+    data = path.read_bytes()
+    try:
+        return _network(data)
+    except _RefusedError:
+        raise
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise ValueError(
+            f"expected {EXPECTED}, found a file that cannot be read as one "
+            f"({type(error).__name__}): it may be damaged"
+        ) from error

@@ -1,0 +1,213 @@
+"""The layout of rosinality's stylegan2-pytorch, in two containers: `.pt` and `.safetensors`.
+
+Knows that layout's names and shapes, in both directions. Sizes are read off the shapes, so nobody
+has to state a resolution. Errors do not name the file: `load_generator` does.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config, blur_kernel, build_network
+
+EXPECTED = 'a rosinality StyleGAN2 checkpoint {"g_ema": ..., "latent_avg": ...}'
+MEAN_SAMPLES = 4096  # the mean is then within 2 % of the spread of w
+MEAN_SEED = 0
+
+logger = logging.getLogger(__name__)
+
+
+def rosinality_names(config: StyleGAN2Config) -> dict[str, str]:
+    """Our name -> rosinality's name, for every parameter and buffer."""
+    names = {"const": "input.input", "mapping_network.w_avg": "latent_avg"}
+    for layer in range(config.mapping_layers):
+        for leaf in ("weight", "bias"):
+            names[f"mapping_network.layers.{layer}.{leaf}"] = f"style.{layer + 1}.{leaf}"
+    for index in range(config.num_ws - 1):
+        ours, theirs = f"convs.{index}", f"convs.{index - 1}" if index > 0 else "conv1"
+        names[f"{ours}.bias"] = f"{theirs}.activate.bias"
+        names[f"{ours}.noise_strength"] = f"{theirs}.noise.weight"
+        names[f"{ours}.noise"] = f"noises.noise_{index}"
+        names |= _modulated_names(ours, theirs)
+    for level in range(len(config.channels)):
+        ours, theirs = f"to_rgbs.{level}", f"to_rgbs.{level - 1}" if level > 0 else "to_rgb1"
+        names[f"{ours}.bias"] = f"{theirs}.bias"
+        names |= _modulated_names(ours, theirs)
+    return names
+
+
+def _modulated_names(ours: str, theirs: str) -> dict[str, str]:
+    return {
+        f"{ours}.weight": f"{theirs}.conv.weight",
+        f"{ours}.affine.weight": f"{theirs}.conv.modulation.weight",
+        f"{ours}.affine.bias": f"{theirs}.conv.modulation.bias",
+    }
+
+
+def _kernel_names(config: StyleGAN2Config) -> list[str]:
+    """The low-pass filters of every upsampling; constants, but the layout stores them."""
+    levels = range(len(config.channels) - 1)
+    return [f"convs.{2 * level}.conv.blur.kernel" for level in levels] + [
+        f"to_rgbs.{level}.upsample.kernel" for level in levels
+    ]
+
+
+def _config(state: dict[str, Tensor], conv_clamp: float | None) -> StyleGAN2Config:
+    """Read the sizes off the shapes; what does not fit them is found when the network is built."""
+    mapping_layers = sum(k.startswith("style.") and k.endswith(".weight") for k in state)
+    levels = 1 + sum(k.startswith("to_rgbs.") and k.endswith(".conv.weight") for k in state)
+    to_rgbs = ["to_rgb1", *(f"to_rgbs.{level}" for level in range(levels - 1))]
+    try:
+        return StyleGAN2Config(
+            resolution=4 * 2 ** (levels - 1),
+            w_dim=state["to_rgb1.conv.modulation.weight"].shape[1],
+            z_dim=state["style.1.weight"].shape[1],
+            mapping_layers=mapping_layers,
+            channels=tuple(state[f"{name}.conv.weight"].shape[2] for name in to_rgbs),
+            conv_clamp=conv_clamp,
+        )
+    except KeyError as error:
+        raise ValueError(f"expected {EXPECTED}, found none of the key {error}") from error
+    except IndexError as error:
+        raise ValueError(f"expected {EXPECTED}, found tensors with too few axes") from error
+
+
+def _take_kernels(state: dict[str, Tensor], config: StyleGAN2Config) -> None:
+    """Remove the low-pass filters from `state`, refusing any but ours."""
+    expected = blur_kernel(4.0)
+    for name in _kernel_names(config):
+        if name not in state:
+            raise ValueError(f"missing key {name}: expected {EXPECTED}")
+        kernel = state.pop(name)
+        if kernel.shape != expected.shape or not torch.allclose(
+            kernel.float(), expected, atol=1e-3
+        ):
+            raise ValueError(
+                f"expected {name} to be the [1, 3, 3, 1] low-pass filter, found another one: "
+                "only networks trained with the released filter are supported"
+            )
+
+
+def _one_row(latent_avg: Tensor, w_dim: int) -> Float[Tensor, " w_dim"]:
+    """The average w of a file that stores it as [w_dim], [1, w_dim] or repeated [num_ws, w_dim]."""
+    if latent_avg.ndim not in (1, 2) or latent_avg.shape[-1] != w_dim or latent_avg.numel() == 0:
+        raise ValueError(
+            f"expected latent_avg of shape [{w_dim}] or [num_ws, {w_dim}], "
+            f"found {list(latent_avg.shape)}"
+        )
+    rows = latent_avg.reshape(-1, w_dim)
+    if not torch.allclose(rows, rows[:1].expand_as(rows), equal_nan=True):
+        raise ValueError(
+            f"expected latent_avg to be one w vector, repeated or not, found {len(rows)} different "
+            "ones: an average that differs along W+ is not supported"
+        )
+    return rows[0]
+
+
+def _sampled_mean_w(network: StyleGAN2) -> Float[Tensor, " w_dim"]:
+    random = torch.Generator().manual_seed(MEAN_SEED)
+    z = torch.randn(MEAN_SAMPLES, network.z_dim, generator=random)
+    w: Tensor = network.mapping_network(z)
+    return w.mean(dim=0)
+
+
+def _network(
+    state: dict[str, Tensor], latent_avg: Tensor | None, conv_clamp: float | None = None
+) -> StyleGAN2:
+    config = _config(state, conv_clamp)
+    tensors = dict(state)
+    _take_kernels(tensors, config)
+    tensors["latent_avg"] = (
+        torch.zeros(config.w_dim) if latent_avg is None else _one_row(latent_avg, config.w_dim)
+    )
+    network = build_network(config, rosinality_names(config), tensors)
+    if latent_avg is None:
+        logger.warning(
+            "the checkpoint has no latent_avg: truncation pulls towards the mean w of %d samples "
+            "(seed %d)",
+            MEAN_SAMPLES,
+            MEAN_SEED,
+        )
+        network.mean_w.copy_(_sampled_mean_w(network))
+    return network
+
+
+def read_rosinality(path: Path) -> StyleGAN2:
+    """Read a rosinality `.pt`, converted from NVIDIA's weights or trained with that repository.
+
+    Loaded with `weights_only=True`: a file that asks for more is refused. A file without
+    `latent_avg` gets the mean of 4096 mapped samples, and the log says so. Raises ValueError.
+    """
+    with path.open("rb") as file:
+        try:
+            # Checkpoints written by rosinality's training keep its options: plain attributes.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes raise nearly anything
+            raise ValueError(
+                f"expected {EXPECTED}, found a file that torch.load(weights_only=True) refuses "
+                f"({type(error).__name__}): it is damaged, or asks to run code"
+            ) from error
+    state = checkpoint.get("g_ema") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict):
+        keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else "no keys"
+        raise ValueError(f"expected {EXPECTED}, found {type(checkpoint).__name__} with {keys}")
+    latent_avg = checkpoint.get("latent_avg")
+    if not all(isinstance(key, str) for key in state) or not all(
+        isinstance(value, Tensor) for value in (*state.values(), latent_avg) if value is not None
+    ):
+        raise ValueError(f"expected {EXPECTED}, found values that are not tensors")
+    return _network(state, latent_avg)
+
+
+def read_safetensors(path: Path) -> StyleGAN2:
+    """Read what `save_safetensors` wrote, or any g_ema saved so. Raises ValueError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            conv_clamp = (file.metadata() or {}).get("conv_clamp")
+            clamp = None if conv_clamp is None else float(conv_clamp)
+    except Exception as error:  # its own error class has no public name
+        raise ValueError(
+            f"expected a .safetensors file with rosinality's g_ema names and latent_avg, found one "
+            f"that cannot be read ({error})"
+        ) from error
+    return _network(state, state.pop("latent_avg", None), clamp)
+
+
+def rosinality_state(network: StyleGAN2) -> dict[str, Tensor]:
+    """The weights under rosinality's g_ema names and shapes, plus `latent_avg`."""
+    own = network.state_dict()
+    state = {}
+    for ours, theirs in rosinality_names(network.config).items():
+        tensor = own[ours]
+        if theirs.endswith("conv.weight"):
+            tensor = tensor[None]  # shared by the batch, an axis that layout keeps
+        elif theirs.endswith("noise.weight"):
+            tensor = tensor.reshape(1)
+        elif ours.startswith("to_rgbs.") and ours.endswith(".bias") and "affine" not in ours:
+            tensor = tensor.reshape(1, 3, 1, 1)
+        state[theirs] = tensor
+    for name in _kernel_names(network.config):
+        state[name] = blur_kernel(4.0)
+    return state
+
+
+def save_safetensors(network: StyleGAN2, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a network as `.safetensors` in rosinality's names; float16 halves the file.
+
+    Raises ValueError where `dtype` cannot hold a weight (float16 ends at 65504).
+    """
+    state = {name: t.to("cpu", dtype).contiguous() for name, t in rosinality_state(network).items()}
+    lost = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if lost:
+        raise ValueError(f"{path}: {lost[0]} does not fit {dtype}: save it as torch.float32")
+    clamp = network.config.conv_clamp
+    save_file(state, path, metadata={} if clamp is None else {"conv_clamp": str(clamp)})

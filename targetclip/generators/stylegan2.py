@@ -1,0 +1,325 @@
+"""The StyleGAN2 network (Karras et al. 2020), once, in plain PyTorch operations.
+
+Knows the network and nothing of files: `rosinality.py` and `nvidia.py` read checkpoints into it.
+Convolution weights are shared by the whole batch: a style scales the input channels and the
+demodulation scales the output channels, which equals modulating the weights of each sample
+(paper section 2.2, equations 1 and 3) without a grouped convolution.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAPPING_LR_MULTIPLIER = 0.01  # weights of the mapping network are stored a hundred times larger
+DEMODULATION_EPSILON = 1e-8
+SQRT2 = math.sqrt(2.0)
+
+
+@dataclass(frozen=True)
+class StyleGAN2Config:
+    """Sizes of one network, all of them readable off the shapes in a checkpoint.
+
+    `channels` holds the width at 4, 8, ... `resolution` pixels. `conv_clamp` bounds every
+    layer's output to [-conv_clamp, conv_clamp]; None is no bound.
+    """
+
+    resolution: int
+    w_dim: int
+    z_dim: int
+    mapping_layers: int
+    channels: tuple[int, ...]
+    conv_clamp: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.resolution < 4 or self.resolution & (self.resolution - 1):
+            raise ValueError(
+                f"resolution must be a power of two from 4 up, found {self.resolution}"
+            )
+        expected = int(math.log2(self.resolution)) - 1
+        if len(self.channels) != expected:
+            raise ValueError(
+                f"a {self.resolution} px network has {expected} widths, for 4 to {self.resolution} "
+                f"px, found {len(self.channels)}: {self.channels}"
+            )
+
+    @property
+    def num_ws(self) -> int:
+        """How many w vectors the synthesis takes: one a convolution, and one for the last RGB."""
+        return 2 * len(self.channels)
+
+
+def blur_kernel(gain: float) -> Float[Tensor, "4 4"]:
+    """The [1, 3, 3, 1] low-pass filter every released StyleGAN2 resamples with, times `gain`."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    kernel = taps[:, None] * taps[None, :]
+    return kernel * (gain / kernel.sum())
+
+
+class EqualizedLinear(nn.Module):
+    """A linear layer whose weight is rescaled at run time (equalized learning rate)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, lr_multiplier: float = 1.0, bias: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_multiplier)
+        self.bias = nn.Parameter(torch.full((out_features,), bias / lr_multiplier))
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch out"]:
+        return F.linear(x, self.weight * self.weight_gain, self.bias * self.bias_gain)
+
+
+class Mapping(nn.Module):
+    """z to w: normalise z, then fully connected layers with leaky ReLU."""
+
+    w_avg: Tensor
+
+    def __init__(self, config: StyleGAN2Config) -> None:
+        super().__init__()
+        widths = [config.z_dim] + [config.w_dim] * config.mapping_layers
+        self.layers = nn.ModuleList(
+            EqualizedLinear(a, b, MAPPING_LR_MULTIPLIER) for a, b in pairwise(widths)
+        )
+        self.register_buffer("w_avg", torch.zeros(config.w_dim))
+
+    def forward(self, z: Float[Tensor, "batch z_dim"]) -> Float[Tensor, "batch w_dim"]:
+        x = normalize_latent(z)
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.2) * SQRT2
+        return x
+
+
+def normalize_latent(z: Float[Tensor, "batch z_dim"]) -> Float[Tensor, "batch z_dim"]:
+    """Scale each z to a mean square of 1, as the mapping network does first."""
+    return z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-8)
+
+
+class StyledConv(nn.Module):
+    """Modulated 3x3 convolution, optional x2 upsampling, fixed noise, bias, leaky ReLU."""
+
+    noise: Tensor
+    blur: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        resolution: int,
+        w_dim: int,
+        upsample: bool,
+        clamp: float | None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+        self.affine = EqualizedLinear(w_dim, in_channels, bias=1.0)
+        self.noise_strength = nn.Parameter(torch.zeros(()))
+        self.register_buffer("noise", torch.randn(1, 1, resolution, resolution))
+        self.register_buffer("blur", blur_kernel(4.0), persistent=False)
+        self.upsample = upsample
+        self.clamp = clamp
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], w: Float[Tensor, "batch w_dim"]
+    ) -> Float[Tensor, "batch out out_height out_width"]:
+        style = self.affine(w)
+        gain = 1 / math.sqrt(self.weight[0].numel())
+        weight = self.weight * gain
+        # Equation 3: the norm of each modulated filter, without building the filters.
+        power = F.linear(style.square(), weight.square().sum(dim=(2, 3)))
+        demodulation = torch.rsqrt(power + DEMODULATION_EPSILON) * SQRT2
+        x = x * style.to(x.dtype)[:, :, None, None]
+        if self.upsample:
+            x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+            x = depthwise(x, self.blur, padding=1)
+        else:
+            x = F.conv2d(x, weight, padding=1)
+        # sqrt(2) after the leaky ReLU is the same as before it; here it costs nothing.
+        offset = (self.bias[None, :, None, None] + self.noise_strength * self.noise) * SQRT2
+        x = torch.addcmul(offset.to(x.dtype), x, demodulation.to(x.dtype)[:, :, None, None])
+        x = F.leaky_relu(x, 0.2)
+        return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
+
+
+def depthwise(
+    x: Float[Tensor, "batch channels height width"], kernel: Float[Tensor, "k k"], padding: int
+) -> Float[Tensor, "batch channels out_height out_width"]:
+    """Filter every channel with the same kernel."""
+    channels = x.shape[1]
+    weight = kernel.to(x.dtype).expand(channels, 1, *kernel.shape)
+    return F.conv2d(x, weight, padding=padding, groups=channels)
+
+
+class ToRGB(nn.Module):
+    """Modulated 1x1 convolution to colours, without demodulation."""
+
+    def __init__(self, in_channels: int, w_dim: int, clamp: float | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(3))
+        self.affine = EqualizedLinear(w_dim, in_channels, bias=1.0)
+        self.clamp = clamp
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], w: Float[Tensor, "batch w_dim"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        style = self.affine(w) / math.sqrt(x.shape[1])
+        # Three output channels: modulating the small weight is cheaper than scaling x.
+        weight = self.weight[None, :, :, 0, 0] * style[:, None, :]
+        rgb = torch.matmul(weight, x.flatten(2)).reshape(len(x), 3, *x.shape[2:])
+        rgb = rgb + self.bias[None, :, None, None]
+        return rgb if self.clamp is None else rgb.clamp(-self.clamp, self.clamp)
+
+
+class StyleGAN2(nn.Module):
+    """A StyleGAN2 generator with skip connections and fixed noise.
+
+    Images are NCHW in [-1, 1] (a little beyond where the network overshoots); latents `ws` are W+.
+    """
+
+    rgb_kernel: Tensor
+
+    def __init__(self, config: StyleGAN2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.mapping_network = Mapping(config)
+        self.const = nn.Parameter(torch.randn(1, config.channels[0], 4, 4))
+        self.convs = nn.ModuleList()
+        self.to_rgbs = nn.ModuleList()
+        previous = config.channels[0]
+        for level, width in enumerate(config.channels):
+            size = 4 * 2**level
+            w_dim, clamp = config.w_dim, config.conv_clamp
+            if level > 0:
+                self.convs.append(
+                    StyledConv(previous, width, size, w_dim, upsample=True, clamp=clamp)
+                )
+            self.convs.append(StyledConv(width, width, size, w_dim, upsample=False, clamp=clamp))
+            self.to_rgbs.append(ToRGB(width, w_dim, clamp))
+            previous = width
+        self.register_buffer("rgb_kernel", blur_kernel(4.0), persistent=False)
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.config.resolution
+
+    @property
+    def z_dim(self) -> int:
+        """Length of the Gaussian latent z."""
+        return self.config.z_dim
+
+    @property
+    def w_dim(self) -> int:
+        """Length of one w vector."""
+        return self.config.w_dim
+
+    @property
+    def num_ws(self) -> int:
+        """Number of w vectors in W+."""
+        return self.config.num_ws
+
+    @property
+    def mean_w(self) -> Float[Tensor, " w_dim"]:
+        """The average w, towards which truncation pulls."""
+        return self.mapping_network.w_avg
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of every weight: a direction is valid for this generator only.
+
+        Computed once; do not change weights after reading it.
+        """
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def mapping(
+        self, z: Float[Tensor, "batch z_dim"], truncation: float = 1.0
+    ) -> Float[Tensor, "batch num_ws w_dim"]:
+        """Map z ~ N(0, I) to W+ (all `num_ws` vectors equal).
+
+        `truncation` 1 leaves w as it is, 0 gives the average face, 0.7 is usual.
+        """
+        w: Tensor = self.mapping_network(z)
+        w = self.mean_w + truncation * (w - self.mean_w)
+        return w[:, None, :].expand(-1, self.num_ws, -1).contiguous()
+
+    def synthesis(
+        self, ws: Float[Tensor, "batch num_ws w_dim"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Render W+ latents to images in [-1, 1]; deterministic, differentiable in `ws`."""
+        if ws.shape[1:] != (self.num_ws, self.w_dim):
+            raise ValueError(
+                f"expected ws of shape [batch, {self.num_ws}, {self.w_dim}], "
+                f"found {list(ws.shape)}: is this latent from another generator?"
+            )
+        x = self.const.expand(len(ws), -1, -1, -1)
+        rgb: Tensor | None = None
+        for level, to_rgb in enumerate(self.to_rgbs):
+            if level > 0:
+                x = self.convs[2 * level - 1](x, ws[:, 2 * level - 1])
+            x = self.convs[2 * level](x, ws[:, 2 * level])
+            # The RGB layer shares its w with the next level's first convolution.
+            level_rgb = to_rgb(x, ws[:, 2 * level + 1])
+            # Colours add up over the levels: half precision would lose the faint ones.
+            level_rgb = level_rgb.to(torch.promote_types(level_rgb.dtype, torch.float32))
+            rgb = level_rgb if rgb is None else self._upsample(rgb) + level_rgb
+        assert rgb is not None
+        return rgb
+
+    def _upsample(
+        self, rgb: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch 3 height2 width2"]:
+        weight = self.rgb_kernel.to(rgb.dtype).expand(3, 1, 4, 4)
+        return F.conv_transpose2d(rgb, weight, stride=2, padding=1, groups=3)
+
+
+def _shortened(keys: list[str]) -> str:
+    shown = ", ".join(keys[:6]) or "none"
+    return shown if len(keys) <= 6 else f"{shown} and {len(keys) - 6} more"
+
+
+def build_network(
+    config: StyleGAN2Config, names: dict[str, str], tensors: dict[str, Tensor]
+) -> StyleGAN2:
+    """A network holding the weights of a checkpoint: float32, eval mode, no gradients.
+
+    `names` maps every parameter and buffer of `StyleGAN2` to its name in `tensors`; a tensor may
+    have more or fewer axes of length one than ours. Raises ValueError, in the checkpoint's names,
+    for a missing or unexpected key, another shape, and a value that is not finite.
+    """
+    missing = sorted(set(names.values()) - set(tensors))
+    unexpected = sorted(set(tensors) - set(names.values()))
+    if missing or unexpected:
+        raise ValueError(
+            f"the keys do not fit a {config.resolution} px StyleGAN2: "
+            f"missing {_shortened(missing)}, unexpected {_shortened(unexpected)}"
+        )
+    # The initial weights are overwritten; drawing them must not move the caller's random numbers.
+    with torch.random.fork_rng(devices=[]):
+        network = StyleGAN2(config)
+    state = {}
+    for ours, own in network.state_dict().items():
+        tensor = tensors[names[ours]]
+        if tensor.squeeze().shape != own.squeeze().shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"expected {names[ours]} to be floats of shape {list(own.shape)}, "
+                f"found {tensor.dtype} of shape {list(tensor.shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{names[ours]} holds values that are not finite: a damaged file?")
+        state[ours] = tensor.reshape(own.shape)
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)

@@ -1,0 +1,85 @@
+"""The two losses of TargetCLIP, as pure functions of image embeddings.
+
+Knows embeddings only: not the images they came from, not the encoder, not the direction sought.
+All functions take raw embeddings, run over leading `batch` targets at once and return one value a
+target, so the caller decides how targets are summed.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+Differences = Literal["unit", "raw"]
+
+# A difference shorter than this part of its source embedding is rounding noise: renderings of one
+# picture in batches of different sizes differ by 1e-6 or so. Its unit vector would be random, and
+# its gradient, which grows as one over the length, would drown every other one.
+SHORTEST_DIFFERENCE = 1e-3
+
+
+def at_least_float32(embeddings: Tensor) -> Tensor:
+    """Half precision cannot hold the difference of two near embeddings."""
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+
+
+def unit_differences(
+    source: Float[Tensor, "batch sources embed"],
+    edited: Float[Tensor, "batch sources embed"],
+    differences: Differences,
+) -> Float[Tensor, "batch sources embed"]:
+    """d_i: which way each edit moved in embedding space, as unit vectors.
+
+    Below `SHORTEST_DIFFERENCE` of the source's length d_i is zero, without a gradient.
+    """
+    if differences == "unit":
+        source, edited = F.normalize(source, dim=-1), F.normalize(edited, dim=-1)
+    elif differences != "raw":
+        raise ValueError(f"differences must be 'unit' or 'raw', found {differences!r}")
+    moved = source - edited
+    length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
+    shortest = SHORTEST_DIFFERENCE * torch.linalg.vector_norm(source, dim=-1, keepdim=True)
+    real = length > shortest.detach()
+    # Divided by 1 where it is noise: a division by nearly nothing would make the gradient NaN.
+    return torch.where(real, moved, 0) / torch.where(real, length, 1)
+
+
+def transfer_loss(
+    edited: Float[Tensor, "batch sources embed"], target: Float[Tensor, "batch embed"]
+) -> Float[Tensor, " batch"]:
+    """How far the edited images are from showing the target's essence, in [0, 2].
+
+        L_transfer = 1 - 1/N sum_i cos(e'_i, t)
+
+    with e'_i the embedding of edited source i of N and t that of the target: the paper's transfer
+    loss.
+    """
+    edited = F.normalize(at_least_float32(edited), dim=-1)
+    target = F.normalize(at_least_float32(target), dim=-1)
+    return 1 - (edited * target[:, None]).sum(dim=-1).mean(dim=-1)
+
+
+def consistency_loss(
+    source: Float[Tensor, "batch sources embed"],
+    edited: Float[Tensor, "batch sources embed"],
+    differences: Differences,
+) -> Float[Tensor, " batch"]:
+    """How much the edit depends on the source it is made to, in [0, 2]: the same edit gives 0.
+
+        L_consistency = 1/(N^2 - N) sum_{i != j} (1 - cos(d_i, d_j))
+        "unit":  d_i = unit(unit(e_i) - unit(e'_i))     the released optimizer
+        "raw":   d_i = unit(e_i - e'_i)                 the first version of the paper
+
+    with e_i, e'_i the embeddings of source i before and after the edit: the paper's consistency
+    loss. An edit that does nothing has no d_i: it agrees with none (its pairs count 1) and passes
+    no gradient on, as at the first step of a direction started at zero. One source has no pairs:
+    its loss is 0.
+    """
+    d = unit_differences(at_least_float32(source), at_least_float32(edited), differences)
+    count = d.shape[1]
+    pairs = count * (count - 1)
+    # sum_{i != j} d_i . d_j without the matrix of products, which autocast would round to half
+    agreement = d.sum(dim=1).square().sum(dim=-1) - d.square().sum(dim=(1, 2))
+    return (pairs - agreement) / max(pairs, 1)

@@ -1,0 +1,33 @@
+"""Small stand-ins shared by the tests: no download, random weights from a fixed seed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `ClipEmbedder.load`: 32-dim embeddings, 64 px input, GELU."""
+    import open_clip
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("tiny_clip")
+    config = {"model_cfg": TINY_CLIP, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        clip = open_clip.model.CLIP(**TINY_CLIP)
+        # Fresh weights give any two pictures a cosine of 0.99; enlarged ones tell them apart.
+        for parameter in clip.visual.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return folder

@@ -1,0 +1,294 @@
+"""The teacher against the released loop's own numbers, and its invariants."""
+
+import dataclasses
+import math
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from targetclip.embedder import EncoderInput, preprocess_images
+from targetclip.generators import load_generator
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.optimize import (
+    RECIPES,
+    Optimized,
+    Progress,
+    Recipe,
+    learning_rate,
+    optimize_directions,
+    random_latents,
+)
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+class ProjectionEmbedder:
+    """The toy encoder of the stored trajectory: block averages, a projection, tanh."""
+
+    image_size = 224
+
+    def __init__(self, projection: Tensor) -> None:
+        self.projection = projection
+        self.embed_dim = projection.shape[1]
+        self.fingerprint = "projection"
+
+    def embed_images(self, images: Tensor, preprocess: str = "release") -> Tensor:
+        wanted = EncoderInput(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
+        small = preprocess_images(images, preprocess, wanted)
+        return torch.tanh(F.avg_pool2d(small, 16).flatten(1) @ self.projection)
+
+    def embed_pictures(self, pictures: object) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def trajectory() -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / "official_trajectory.npz") as arrays:
+        return {key: arrays[key] for key in arrays}
+
+
+@pytest.fixture(scope="module")
+def reference_generator(
+    seeded_weights: ModuleType, tmp_path_factory: pytest.TempPathFactory
+) -> StyleGAN2:
+    state = seeded_weights.seeded_state(FIXTURES / "rosinality_32.keys.json", equalized=True)
+    path = tmp_path_factory.mktemp("trajectory") / "rosinality_32.pt"
+    tensors = {name: torch.from_numpy(value) for name, value in state.items()}
+    torch.save({"g_ema": tensors, "latent_avg": torch.zeros(512)}, path)
+    return load_generator(path)
+
+
+@pytest.fixture(scope="module")
+def generator() -> StyleGAN2:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8)))
+    return network.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def embedder() -> ProjectionEmbedder:
+    random = torch.Generator().manual_seed(0)
+    return ProjectionEmbedder(torch.randn(588, 12, generator=random) / 10)
+
+
+def quick(**changes: object) -> Recipe:
+    settings = {"steps": 8, "sources": 3, "learning_rate": 0.05, **changes}
+    return dataclasses.replace(RECIPES["consistent"], **settings)
+
+
+def run(
+    generator: StyleGAN2,
+    embedder: ProjectionEmbedder,
+    recipe: Recipe,
+    rows: list[int],
+    initial: Tensor | None = None,
+    targets: Tensor | None = None,
+    **options: object,
+) -> Optimized:
+    """Optimize the targets `rows` of four fixed ones, from sources fixed as well."""
+    if targets is None:
+        images = generator.synthesis(random_latents(generator, [100, 101, 102, 103]))
+        targets = embedder.embed_images(images)
+    if initial is None:
+        initial = torch.zeros(4, generator.num_ws, generator.w_dim)
+    bank = random_latents(generator, range(10), truncation=1.0)
+    return optimize_directions(
+        generator,
+        embedder,
+        targets[rows],
+        bank,
+        recipe,
+        initial[rows],
+        [7 + r for r in rows],
+        **options,
+    )
+
+
+def test_the_release_recipe_follows_the_released_loop(
+    trajectory: dict[str, np.ndarray], reference_generator: StyleGAN2
+) -> None:
+    recipe = dataclasses.replace(RECIPES["release"], steps=60)
+    steps: list[Progress] = []
+
+    class Enough(Exception):
+        pass
+
+    def on_step(progress: Progress) -> None:
+        steps.append(progress)
+        if len(steps) == 11:
+            raise Enough
+
+    with pytest.raises(Enough):
+        optimize_directions(
+            reference_generator,
+            ProjectionEmbedder(torch.from_numpy(trajectory["projection"])),
+            torch.from_numpy(trajectory["target_embedding"]),
+            torch.from_numpy(trajectory["source_ws"]),
+            recipe,
+            torch.from_numpy(trajectory["init"]),
+            [0],
+            on_step=on_step,
+        )
+    for step in range(10):
+        assert abs(steps[step].loss.item() - trajectory["loss"][step]) < 1e-3
+        rate = trajectory["consistency_transfer_lr"][step, 2]
+        assert abs(steps[step].learning_rate - rate) < 1e-4
+        expected = torch.from_numpy(trajectory["coefficients_after_step"][step]).float()
+        # Each factor steps by 0.2 in the direction of a sign; one sign wrong is 0.4 off.
+        assert torch.allclose(steps[step].coefficients[0], expected, atol=0.02)
+    for position, step in enumerate(trajectory["recorded_steps"].tolist()):
+        if step <= 10:
+            expected = torch.from_numpy(trajectory["direction_after_step"][position])
+            found = steps[step - 1].directions[0]
+            assert (found - expected).norm() / expected.norm() < 0.01
+
+
+def test_a_batch_of_targets_equals_each_target_alone(embedder: ProjectionEmbedder) -> None:
+    # In double precision: Adam's first steps have the size of the rate whatever the gradient, so
+    # they show the rounding of single precision, which a batch's size does change.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8))).double()
+    generator.requires_grad_(False)
+    embedder = ProjectionEmbedder(embedder.projection.double())
+    random = torch.Generator().manual_seed(3)
+    targets = torch.randn(4, 12, generator=random, dtype=torch.float64)
+    bank = torch.randn(10, generator.num_ws, 8, generator=random, dtype=torch.float64)
+    initial = torch.randn(4, generator.num_ws, 8, generator=random, dtype=torch.float64)
+    initial[0] = 0
+    for recipe in (quick(), quick(fresh_sources=False, coefficients=True, keep="best")):
+
+        def found(rows: list[int], recipe: Recipe = recipe) -> Optimized:
+            seeds = [7 + row for row in rows]
+            return optimize_directions(
+                generator, embedder, targets[rows], bank, recipe, initial[rows], seeds
+            )
+
+        together = found([0, 1, 2, 3])
+        for row in range(4):
+            alone = found([row])
+            torch.testing.assert_close(together.directions[[row]], alone.directions)
+            torch.testing.assert_close(together.coefficients[[row]], alone.coefficients)
+            torch.testing.assert_close(together.loss[[row]], alone.loss)
+
+
+def test_chunks_of_images_change_nothing(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    whole = run(generator, embedder, quick(), [0, 1])
+    chunked = run(generator, embedder, quick(), [0, 1], max_images=2)
+    assert torch.allclose(whole.directions, chunked.directions, atol=2e-4)
+
+
+def test_optimization_brings_held_out_sources_nearer_to_the_target(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    found = run(generator, embedder, quick(steps=60), [0, 1])
+    held_out = random_latents(generator, range(50, 62), truncation=1.0)
+    targets = embedder.embed_images(generator.synthesis(random_latents(generator, [100, 101])))
+    for target, direction in zip(targets, found.directions, strict=True):
+        before = F.cosine_similarity(
+            embedder.embed_images(generator.synthesis(held_out)), target[None]
+        )
+        edited = embedder.embed_images(generator.synthesis(held_out + direction))
+        after = F.cosine_similarity(edited, target[None])
+        assert after.mean() > before.mean() + 0.05
+
+
+def test_a_target_that_is_not_finite_ends_alone(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    targets = torch.randn(4, 12, generator=torch.Generator().manual_seed(2))
+    healthy = run(generator, embedder, quick(), [0, 2], targets=targets)
+    targets[1] = math.nan
+    mixed = run(generator, embedder, quick(), [0, 1, 2], targets=targets)
+    assert mixed.failures[0] is None and mixed.failures[2] is None
+    assert mixed.failures[1] == "the loss of step 0 is not finite"
+    assert mixed.steps.tolist() == [8, 0, 8]
+    assert torch.allclose(mixed.directions[[0, 2]], healthy.directions, atol=2e-4)
+    assert mixed.directions.isfinite().all()
+
+
+def test_a_weight_of_zero_for_the_consistency_loss_runs(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    recipe = quick(consistency_weight=0.0, coefficients=True, fresh_sources=False)
+    found = run(generator, embedder, recipe, [0])
+    assert torch.allclose(found.loss, found.transfer)
+
+
+def test_fixed_sources_are_the_first_of_the_bank_and_fresh_ones_are_drawn(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    bank = random_latents(generator, range(10), truncation=1.0)
+    target = torch.randn(1, 12, generator=torch.Generator().manual_seed(2))
+    start = torch.full((1, generator.num_ws, generator.w_dim), 0.05)
+
+    def losses(bank: Tensor, fresh: bool) -> list[float]:
+        seen: list[float] = []
+        optimize_directions(
+            generator, embedder, target, bank, quick(fresh_sources=fresh), start, [0],
+            on_step=lambda p: seen.append(p.loss.item()),
+        )  # fmt: skip
+        return seen
+
+    assert losses(bank[:3], fresh=False) == pytest.approx(losses(bank, fresh=False), abs=1e-5)
+    assert losses(bank, fresh=True) != pytest.approx(losses(bank, fresh=False), abs=1e-3)
+
+
+def test_tied_layers_give_one_vector_to_every_layer(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    tied = run(generator, embedder, quick(tied_layers=True), [0]).directions[0]
+    free = run(generator, embedder, quick(), [0]).directions[0]
+    assert torch.equal(tied, tied[:1].expand_as(tied)) and tied.norm() > 0
+    assert not torch.allclose(free, free[:1].expand_as(free))
+
+
+def test_patience_stops_a_target_that_no_longer_improves(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    recipe = quick(steps=400, learning_rate=0.0, fresh_sources=False, patience=5)
+    found = run(generator, embedder, recipe, [0, 1])
+    assert found.steps.tolist() == [6, 6]
+    assert found.failures == (None, None)
+
+
+def test_keeping_the_best_returns_the_lowest_loss_seen(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    seen: list[float] = []
+    recipe = quick(keep="best", fresh_sources=False, learning_rate=2.0, steps=20)
+    found = run(generator, embedder, recipe, [0], on_step=lambda p: seen.append(p.loss.item()))
+    assert found.loss.item() == pytest.approx(min(seen))
+    assert min(seen) < seen[-1]
+
+
+def test_the_schedule_rises_then_falls() -> None:
+    rates = [learning_rate(step, 1000, 0.2) for step in range(1000)]
+    assert rates[0] == 0.0
+    assert rates[5] == pytest.approx(0.2)
+    assert rates[250] == pytest.approx(0.2)
+    assert rates[625] == pytest.approx(0.1)
+    assert rates[999] < 1e-5
+
+
+def test_arguments_that_disagree_are_refused(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    bank = random_latents(generator, [0, 1])
+    start = torch.zeros(1, generator.num_ws, generator.w_dim)
+    with pytest.raises(ValueError, match="edits 3 sources a step, found a bank of 2"):
+        optimize_directions(generator, embedder, torch.ones(1, 12), bank, quick(), start, [0])
+    with pytest.raises(ValueError, match="found 2 and"):
+        optimize_directions(
+            generator, embedder, torch.ones(1, 12), bank, quick(sources=2), start, [0, 1]
+        )
+    with pytest.raises(ValueError, match="fixed sources"):
+        quick(coefficients=True)

@@ -1,0 +1,1 @@
+"""Training jobs: the parts of the bundled world, and the mapper."""

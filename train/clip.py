@@ -1,0 +1,179 @@
+"""Train the CLIP model of the bundled world on pictures of faces and their captions.
+
+An ordinary open_clip model with a small configuration, trained contrastively on pictures from the
+wide renderer (other styles, attributes the generator never draws) with noise added, so that it
+judges pictures it has not seen and is not easily fooled by a texture.
+
+    python -m train.clip --out runs/clip          # about half an hour on two cores; resumes
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from data.captions import caption, has
+from data.faces import bank, draw_wide, to_images, wide_face
+from data.sketch import HAIR_COLOURS, SIZE, Extras, Face, Style, draw, stepped_name
+from train.loop import Schedule, train, write_atomically
+
+HELD_OUT_SEED = 1_000_003
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MODEL: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {
+        "image_size": SIZE,
+        "layers": 3,
+        "width": 128,
+        "head_width": 64,
+        "patch_size": 8,
+    },
+    "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+PREPROCESS = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path
+    """Folder for checkpoint, log and the model's local directory `model/`."""
+    faces: int = 100_000
+    """Pictures drawn once and kept to train on."""
+    steps: int = 1600
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    noise: float = 0.15
+    """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
+    seed: int = 0
+    evaluate_every: int = 250
+
+
+def normalize(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 h w"]:
+    """Images in [-1, 1] as the model takes them."""
+    mean, std = (torch.tensor(x)[None, :, None, None] for x in (MEAN, STD))
+    return ((images + 1) / 2 - mean) / std
+
+
+def retrieval(image: Float[Tensor, "n embed"], text: Float[Tensor, "n embed"]) -> float:
+    """How often a picture finds its caption among 100."""
+    right = [
+        (i @ t.T).argmax(dim=1) == torch.arange(len(i))
+        for i, t in zip(image.split(100), text.split(100), strict=True)
+    ]
+    return float(torch.cat(right).float().mean())
+
+
+def zero_shot(
+    model: nn.Module, tokenize: Any, images: Float[Tensor, "n embed"], faces: list[Face]
+) -> dict[str, float]:
+    """Accuracy of prompts for hair colour and for what is worn, a figure each."""
+
+    def accuracy(prompts: list[str], truth: list[int]) -> float:
+        texts = F.normalize(model.encode_text(tokenize(prompts)), dim=1)  # type: ignore[operator]
+        return float(((images @ texts.T).argmax(dim=1) == torch.tensor(truth)).float().mean())
+
+    colours = list(HAIR_COLOURS)
+    named = [colours.index(stepped_name(HAIR_COLOURS, face.hair_colour)) for face in faces]
+    figures = {"hair": accuracy([f"a face with {c} hair" for c in colours], named)}
+    for name in ("glasses", "hat", "beard"):
+        worn = f"a face with {'' if name == 'glasses' else 'a '}{name}"
+        figures[name] = accuracy(
+            [f"a face with no {name}", worn], [int(has(f, name)) for f in faces]
+        )
+    return figures
+
+
+def held_out(count: int, styled: bool) -> tuple[list[Face], list[Extras], Tensor]:
+    """Faces no training picture shows, plain or in other styles, without extras."""
+    triples = [wide_face(HELD_OUT_SEED, i, styled=1.0, extra=0.0) for i in range(count)]
+    if not styled:
+        triples = [(face, extras, Style()) for face, extras, _ in triples]
+    # A grey picture shows no hair colour.
+    triples = [(face, extras, replace(style, grey=False)) for face, extras, style in triples]
+    pictures = np.stack([np.asarray(draw(*triple)) for triple in triples])
+    return [t[0] for t in triples], [t[1] for t in triples], to_images(pictures)
+
+
+def run(config: Config) -> None:
+    import open_clip
+
+    torch.manual_seed(config.seed)
+    model = open_clip.CLIP(**MODEL)
+    tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
+    keys = [(config.seed, i) for i in range(config.faces)]
+    pictures = bank(config.out.parent / f"wide-{config.seed}-{config.faces}.npy", keys, draw_wide)
+    described = [wide_face(*key)[:2] for key in keys]
+    tests = {"plain": held_out(1000, styled=False), "styled": held_out(1000, styled=True)}
+
+    def loss_at(step: int) -> Tensor:
+        rng = np.random.default_rng([config.seed, step])
+        generator = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
+        chosen = np.sort(rng.choice(len(keys), config.batch_size, replace=False))
+        images = to_images(pictures[chosen])
+        deviation = config.noise * torch.rand(len(images), 1, 1, 1, generator=generator)
+        images = images + deviation * torch.randn(images.shape, generator=generator)
+        texts = tokenize([caption(*described[i], rng) for i in chosen])
+        # The fused attention's backward pass is twice as slow on a processor.
+        with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            image, text, scale = model(normalize(images), texts)
+        logits = scale.float() * image.float() @ text.float().T
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=np.log(100))
+        truth = torch.arange(len(logits))
+        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+
+    def evaluate(average: nn.Module) -> dict[str, float]:
+        average.eval()
+        figures = {}
+        rng = np.random.default_rng(config.seed)
+        with torch.no_grad():
+            for name, (faces, extras, images) in tests.items():
+                texts = [
+                    caption(f, e, rng, complete=True) for f, e in zip(faces, extras, strict=True)
+                ]
+                image = F.normalize(average.encode_image(normalize(images)), dim=1)  # type: ignore[operator]
+                text = F.normalize(average.encode_text(tokenize(texts)), dim=1)  # type: ignore[operator]
+                figures[f"{name}_caption"] = retrieval(image, text)
+                scores = zero_shot(average, tokenize, image, faces)
+                figures |= {f"{name}_{key}": value for key, value in scores.items()}
+        return figures
+
+    average = train(
+        model,
+        loss_at,
+        config.out,
+        Schedule(
+            config.steps, config.learning_rate, decay_from=0.3, ema=0.995,
+            evaluate_every=config.evaluate_every,
+        ),
+        evaluate,
+    )  # fmt: skip
+    save_local_directory(average, config.out / "model")
+
+
+def save_local_directory(model: nn.Module, folder: Path) -> None:
+    """Write a model as open_clip reads it from a local directory; weights in half precision."""
+    from safetensors.torch import save_file
+
+    half = {name: t.half().contiguous() for name, t in model.state_dict().items()}
+    write_atomically(folder / "open_clip_model.safetensors", lambda path: save_file(half, path))
+    text = json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2)
+    write_atomically(
+        folder / "open_clip_config.json", lambda path: path.write_text(text + "\n") and None
+    )
+
+
+def main() -> None:
+    run(tyro.cli(Config, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Train the generator of the bundled world: latents to faces, by plain regression.
+
+Each z stands for known face parameters (`data.faces`), so the right picture of every latent is
+known and no discriminator is needed. Half of the latents mix three z in W+, one a group of layers,
+with the picture known as well: edits in W+ then change what their layers own.
+
+    python -m train.generator --out runs/generator          # hours on two cores; resumes
+    python -m train.generator --out runs/generator --steps 200 --faces 2000   # a try
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.faces import (
+    GROUP_OF_LAYER,
+    GROUPS,
+    bank,
+    draw_parameters,
+    faces_from_z,
+    sample_z,
+    to_images,
+)
+from data.readings import truth_of
+from data.sketch import SIZE
+from targetclip.generators.rosinality import save_safetensors
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from train.loop import CHECKPOINT, Schedule, train, write_atomically
+from train.sheet import save_sheet
+
+HELD_OUT_SEED = 1_000_003
+MAPPING_RATE = 30.0  # its weights are stored a hundred times larger than they act
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path
+    """Folder for checkpoint, log, pictures and generator.safetensors."""
+    faces: int = 150_000
+    """Pictures drawn once and kept to train on."""
+    steps: int = 30_000
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    seed: int = 0
+    evaluate_every: int = 1000
+    channels: tuple[int, ...] = (96, 96, 64, 48, 24)
+    """Widths at 4, 8, ... 64 px."""
+    w_dim: int = 128
+    mapping_layers: int = 4
+
+
+def ws_of(network: StyleGAN2, z: Float[Tensor, "batch groups z_dim"]) -> Float[Tensor, "..."]:
+    """W+ of latents with a z for each group of layers."""
+    w = network.mapping_network(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    return w[:, list(GROUP_OF_LAYER)]
+
+
+def psnr(
+    images: Float[Tensor, "batch 3 height width"], truth: Float[Tensor, "batch 3 height width"]
+) -> float:
+    """Peak signal-to-noise ratio in decibels, mean over pictures, for images in [-1, 1]."""
+    error = (images.clamp(-1, 1) - truth).square().mean(dim=(1, 2, 3)) / 4
+    return float((-10 * error.log10()).mean())
+
+
+def importance() -> Float[Tensor, "1 1 64 64"]:
+    """Weight of each pixel in the loss: what people look at in a face counts double."""
+    weight = torch.ones(1, 1, SIZE, SIZE)
+    weight[:, :, 22:52, 14:50] = 2.0
+    return weight / weight.mean()
+
+
+def teach_mapping(network: StyleGAN2, seed: int, steps: int = 12_000) -> float:
+    """Start the mapping network off knowing faces: make w linear in what a picture shows.
+
+    What a latent stands for is known before any picture is drawn, so this takes a minute where the
+    picture loss alone would look for it for hours. Returns the part of the variance of the
+    readings that w leaves unexplained.
+    """
+    z = torch.randn(60_000, 1, network.z_dim, generator=torch.Generator().manual_seed(seed))
+    values, _ = truth_of(faces_from_z(z.expand(-1, len(GROUPS), -1)).numpy())
+    truth = torch.from_numpy(values)
+    truth = (truth - truth.mean(dim=0)) / truth.std(dim=0)
+    probe = nn.Linear(network.w_dim, truth.shape[1])
+    groups = [
+        {"params": network.mapping_network.parameters(), "lr": 2.0},
+        {"params": probe.parameters(), "lr": 2e-2},
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
+    random = torch.Generator().manual_seed(seed)
+    error = math.nan
+    for _ in tqdm(range(steps), "mapping"):
+        chosen = torch.randint(len(z), (256,), generator=random)
+        loss = (probe(network.mapping_network(z[chosen, 0])) - truth[chosen]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.step()
+        error = loss.item()
+    return error
+
+
+def run(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    sizes = StyleGAN2Config(
+        SIZE, config.w_dim, config.w_dim, config.mapping_layers, config.channels
+    )
+    network = StyleGAN2(sizes)
+    z, pictures = face_bank(config.out.parent, config.faces, config.seed, config.w_dim)
+    held_z, held_pictures = face_bank(config.out.parent, 512, HELD_OUT_SEED, config.w_dim)
+    held = to_images(held_pictures[:])
+    weight = importance()
+    if not (config.out / CHECKPOINT).exists():
+        print(f"unexplained by w: {teach_mapping(network, config.seed):.3f}")
+
+    def loss_at(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
+        chosen = torch.randint(len(z), (config.batch_size,), generator=generator)
+        truth = to_images(pictures[chosen.numpy()])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            images = network.synthesis(ws_of(network, z[chosen]))
+        error = images - truth
+        return (weight * (error.square() + 0.3 * error.abs())).mean()
+
+    def evaluate(average: StyleGAN2) -> dict[str, float]:
+        with torch.no_grad():
+            images = torch.cat(
+                [average.synthesis(ws_of(average, part)) for part in held_z.split(64)]
+            )
+        tiles = torch.stack([held[:32], images[:32]], dim=1).flatten(0, 1)
+        save_sheet(tiles, config.out / "grid.png", columns=16)
+        return {"psnr": psnr(images, held), "psnr_mixed": psnr(images[1::2], held[1::2])}
+
+    mapping = list(network.mapping_network.parameters())
+    others = [p for n, p in network.named_parameters() if not n.startswith("mapping_network")]
+    average = train(
+        network,
+        loss_at,
+        config.out,
+        Schedule(config.steps, config.learning_rate, evaluate_every=config.evaluate_every),
+        evaluate,
+        [{"params": mapping, "lr": MAPPING_RATE}, {"params": others, "lr": 1.0}],
+    )
+    with torch.no_grad():
+        many = torch.randn(100_000, config.w_dim, generator=torch.Generator().manual_seed(0))
+        average.mapping_network.w_avg.copy_(average.mapping_network(many).mean(dim=0))
+    write_atomically(
+        config.out / "generator.safetensors", lambda path: save_safetensors(average, path)
+    )
+
+
+def main() -> None:
+    run(tyro.cli(Config, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()
