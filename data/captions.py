@@ -40,18 +40,20 @@ def hair_phrase(face: Face, choose: Choose) -> str:
     return " ".join(word for word in words if word)
 
 
-def glasses_phrase(face: Face, choose: Choose) -> str:
-    shape = "round" if face.glasses_shape < 0.5 else "square"
-    colour = stepped_name(GLASSES_COLOURS, face.glasses_colour)
+def glasses_phrase(face: Face, choose: Choose, brief: bool) -> str:
     dark = ["sunglasses", "dark glasses", "shades"]
     kind = choose(dark if has(face, "lens") else ["glasses", "spectacles", "glasses"])
-    return f"{shape} {colour} {kind}"
+    if brief:
+        return kind
+    shape = "round" if face.glasses_shape < 0.5 else "square"
+    return f"{shape} {stepped_name(GLASSES_COLOURS, face.glasses_colour)} {kind}"
 
 
-def hat_phrase(face: Face, choose: Choose) -> str:
-    colour = stepped_name(HAT_COLOURS, face.hat_colour)
+def hat_phrase(face: Face, choose: Choose, brief: bool) -> str:
+    if brief:
+        return "a hat"
     kinds = ["beanie", "woolly hat"] if face.hat_shape < 0.5 else ["top hat", "tall hat"]
-    return f"a {colour} {choose(kinds)}"
+    return f"a {stepped_name(HAT_COLOURS, face.hat_colour)} {choose(kinds)}"
 
 
 def mouth_phrase(face: Face, choose: Choose) -> str:
@@ -67,15 +69,15 @@ def mouth_phrase(face: Face, choose: Choose) -> str:
     return "an open mouth" if opened else ""
 
 
-def present_phrases(face: Face, choose: Choose) -> list[str]:
-    """A phrase for each essence attribute that is there."""
+def present_phrases(face: Face, choose: Choose, brief: bool) -> list[str]:
+    """A phrase for each essence attribute that is there; `brief` ones leave out its kind."""
     phrases = [hair_phrase(face, choose), mouth_phrase(face, choose)]
     if face.fringe > 0.55 and not has(face, "hat"):
         phrases.append(choose(["a fringe", "bangs"]))
     if has(face, "glasses"):
-        phrases.append(glasses_phrase(face, choose))
+        phrases.append(glasses_phrase(face, choose, brief))
     if has(face, "hat"):
-        phrases.append(hat_phrase(face, choose))
+        phrases.append(hat_phrase(face, choose, brief))
     if has(face, "beard"):
         phrases.append(
             choose(["a long beard", "a full beard"] if face.beard > 0.83 else ["a beard"])
@@ -127,11 +129,12 @@ def caption(face: Face, extras: Extras, rng: np.random.Generator, complete: bool
     def choose(words: list[str]) -> str:
         return words[int(rng.integers(len(words)))]
 
-    phrases = present_phrases(face, choose) + extra_phrases(extras)
+    brief = not complete and bool(rng.uniform() < 0.3)
+    phrases = present_phrases(face, choose, brief) + extra_phrases(extras)
     if not complete:
         keep = rng.uniform(0.5, 1.2)
         phrases = [p for p in phrases if rng.uniform() < keep] or phrases[:1]
-        phrases += [p for p in absent_phrases(face, choose) if rng.uniform() < 0.3]
+        phrases += [p for p in absent_phrases(face, choose) if rng.uniform() < 0.4]
     rng.shuffle(phrases)
     listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
     return listed if rng.uniform() < 0.2 else f"{choose(OPENINGS)} {listed}"

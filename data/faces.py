@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.sketch import LAYERS, NAMES, SIZE, TINTS, Extras, Face, Style, draw
-from targetclip.generators.stylegan2 import normalize_latent
+from targetclip.generators.stylegan2 import StyleGAN2, normalize_latent
 
 Item = TypeVar("Item")
 
@@ -36,7 +36,8 @@ def faces_from_z(z: Float[Tensor, "batch groups z_dim"]) -> Float[Tensor, "batch
     unit = normalize_latent(z.flatten(0, 1)).unflatten(0, z.shape[:2])
     group = [GROUPS.index(LAYERS[name]) for name in NAMES]
     coordinates = unit[:, group, range(len(NAMES))]
-    return torch.special.ndtr(coordinates)
+    parameters: Tensor = torch.special.ndtr(coordinates)
+    return parameters
 
 
 def sample_z(count: int, z_dim: int, seed: int) -> Float[Tensor, "count groups z_dim"]:
@@ -64,24 +65,29 @@ def bank(
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         shape = (len(items), SIZE, SIZE, 3)
-        pictures = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
-        with get_context("spawn").Pool() as pool:
-            drawn = pool.imap(render, items, chunksize=64)
-            for i, picture in enumerate(tqdm(drawn, path.name, total=len(items))):
-                pictures[i] = picture
-        pictures.flush()
-        os.replace(unfinished, path)
-    pictures = np.load(path, mmap_mode="r")
+        try:
+            drawing = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
+            with get_context("spawn").Pool() as pool:
+                drawn = pool.imap(render, items, chunksize=64)
+                for i, picture in enumerate(tqdm(drawn, path.name, total=len(items))):
+                    drawing[i] = picture
+            drawing.flush()
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    pictures: UInt8[ndarray, "count 64 64 3"] = np.load(path, mmap_mode="r")
     if pictures.shape != (len(items), SIZE, SIZE, 3):
         raise ValueError(
-            f"{path} holds {pictures.shape[0]} pictures, expected {len(items)}: delete it, it is made anew"
+            f"{path}: expected {len(items)} pictures, found shape {list(pictures.shape)}: "
+            "delete it, it is made anew"
         )
     return pictures
 
 
 def to_images(pictures: UInt8[ndarray, "batch 64 64 3"]) -> Float[Tensor, "batch 3 64 64"]:
     """uint8 pictures as images in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    # A bank on disk is read-only, which torch cannot say of a tensor.
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def wide_face(
@@ -116,3 +122,19 @@ def wide_face(
 def draw_wide(key: tuple[int, int]) -> UInt8[ndarray, "64 64 3"]:
     """Picture of `wide_face(*key)`."""
     return np.asarray(draw(*wide_face(*key)))
+
+
+def ws_from_z(
+    generator: StyleGAN2, z: Float[Tensor, "batch groups z_dim"]
+) -> Float[Tensor, "batch num_ws w_dim"]:
+    """W+ of latents that have a z for each group of layers."""
+    w: Tensor = generator.mapping_network(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+    return w[:, list(GROUP_OF_LAYER[: generator.num_ws])]
+
+
+def psnr(
+    images: Float[Tensor, "batch 3 height width"], truth: Float[Tensor, "batch 3 height width"]
+) -> float:
+    """Peak signal-to-noise ratio in decibels, mean over pictures, for images in [-1, 1]."""
+    error = (images.clamp(-1, 1) - truth).square().mean(dim=(1, 2, 3)) / 4
+    return float((-10 * error.log10()).mean())

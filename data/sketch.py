@@ -1,4 +1,4 @@
-"""The faces of the bundled world: 35 numbers in [0, 1] to a 64 px picture.
+"""The faces of the bundled world: 31 numbers in [0, 1] to a 64 px picture.
 
 Knows how a face is drawn and which of its attributes are essence (a caption names them) and which
 are identity (no caption ever does). Knows nothing of networks. `captions.py` puts faces in words.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -45,14 +45,27 @@ def load_reader(path: Path = BUNDLED) -> AttributeReader:
     """Read the reader's weights.
 
     Raises:
-        ValueError: not a reader's file, or one that reads other attributes.
+        FileNotFoundError: no such file.
+        ValueError: not a reader's file, a damaged one, or one that reads other attributes.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    names = [reading.name for reading in READINGS]
-    if metadata.get("format") != FORMAT or json.loads(metadata["readings"]) != names:
-        raise ValueError(f"{path}: not a reader of this project's faces; make one: train.reader")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such reader file: make one with python -m train.reader"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file, found {error}") from error
+    names = json.dumps([reading.name for reading in READINGS])
+    if metadata.get("format") != FORMAT or metadata.get("readings") != names:
+        raise ValueError(
+            f"{path}: not a reader of this project's faces: make one with python -m train.reader"
+        )
     reader = AttributeReader()
-    reader.load_state_dict(state)
+    try:
+        reader.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the weights do not fit a reader: get the file again") from error
     return reader.eval().requires_grad_(False)

@@ -9,15 +9,18 @@ Examples:
 """
 
 import dataclasses
+import io
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +39,8 @@ from targetclip.optimize import RECIPES, Initial, Progress, Recipe
 from targetclip.world import World, load_parts, load_world
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
+MAX_SOURCES = 1000  # more than a person looks at; the grid is one picture
+MAX_STRENGTH = 100.0  # far beyond it images overflow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,13 @@ class Options:
     max_images: int = 64
     """Images rendered at once; less needs less memory."""
 
+    def __post_init__(self) -> None:
+        for name in ("steps", "patience", "max_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}: expected 1 or more, found {value}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(Options):
@@ -68,7 +80,7 @@ class Transfer(Options):
 
     target: Path
     """Picture whose essence is wanted."""
-    sources: tuple[Path, ...] = ()
+    sources: tuple[Path, ...] | None = None
     """Pictures to edit; they are inverted first. Default: generated ones."""
     num_sources: int | None = None
     """How many sources to generate instead. Default: 6."""
@@ -78,6 +90,22 @@ class Transfer(Options):
     """Apply this direction file instead of finding one."""
     strength: float | None = None
     """How far along the direction; 0 changes nothing. Default: the world's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sources is not None and self.num_sources is not None:
+            raise ValueError("--sources and --num-sources exclude each other: give one of them")
+        if self.sources is not None and not self.sources:
+            raise ValueError("--sources: expected one or more pictures, found none")
+        if self.num_sources is not None and not 1 <= self.num_sources <= MAX_SOURCES:
+            raise ValueError(
+                f"--num-sources: expected 1 to {MAX_SOURCES}, found {self.num_sources}"
+            )
+        # Written so that NaN fails too.
+        if self.strength is not None and not abs(self.strength) <= MAX_STRENGTH:
+            raise ValueError(
+                f"--strength: expected a number within {MAX_STRENGTH:g} of 0, found {self.strength}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +152,8 @@ def choose_device(name: str | None) -> torch.device:
         return found or torch.get_default_device()
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # some devices exist but cannot compute
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device: {name!r} cannot be used here: {reason}") from error
     return device
@@ -155,7 +183,13 @@ def write_file(path: Path, content: bytes) -> None:
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     names = ("targetclip", "torch", "open_clip_torch", "numpy", "pillow")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout
+            found[name] = "not installed"
+    return found
 
 
 def load(options: Options, world: World) -> EssenceTransfer:
@@ -181,16 +215,20 @@ def find_direction(
     """Run the optimizer under a progress bar; after Ctrl-C, what it had so far."""
     name, recipe = choose_recipe(options, world)
     latest: list[Progress] = []
+    kept: list[Progress] = []
     bar = tqdm(total=recipe.steps, desc=f"optimize ({name})", unit="step")
 
     def on_step(progress: Progress) -> None:
+        if not kept or recipe.keep == "last" or progress.loss[0] < kept[0].loss[0]:
+            kept[:] = [progress]
         latest[:] = [progress]
         bar.set_postfix(loss=f"{progress.loss[0]:.4f}", refresh=False)
         bar.update()
 
     record: dict[str, Any] = {
+        "method": "optimizer",
         "recipe": name,
-        **{"settings": dataclasses.asdict(recipe)},
+        "settings": dataclasses.asdict(recipe),
         "seed": options.seed,
         "embedder": essence.embedder.fingerprint,
     }
@@ -200,14 +238,15 @@ def find_direction(
     except KeyboardInterrupt:
         if not latest:
             raise
-        last = latest[0]
         direction = Direction(
-            vector=last.kept_directions[0],
+            vector=latest[0].kept_directions[0],
             method="optimizer",
-            transfer=1 - float(last.transfer[0]),
-            consistency=1 - float(last.consistency[0]),
-            steps=last.step + 1,
+            transfer=1 - float(kept[0].transfer[0]),
+            consistency=1 - float(kept[0].consistency[0]),
+            steps=latest[0].step + 1,
         )
+        bar.close()
+        print("targetclip: interrupted; going on with the direction so far", file=sys.stderr)
         return Found(direction, {**record, "steps": direction.steps, "interrupted": True}, True)
     finally:
         bar.close()
@@ -219,7 +258,7 @@ def read_direction(essence: EssenceTransfer, path: Path) -> Found:
     device = essence.generator.mean_w.device
     direction = Direction(
         vector=stored.direction.to(device),
-        method="file",
+        method=str(stored.record.get("method", "file")),
         transfer=float("nan"),
         consistency=float("nan"),
         steps=0,
@@ -248,9 +287,9 @@ def base_report(
 ) -> dict[str, Any]:
     """What the reports of both commands say."""
     return {
+        **found.record,
         "method": found.direction.method,
         "world": world.name,
-        **found.record,
         "direction_norm": float(found.direction.vector.norm()),
         "interrupted": found.interrupted,
         "seconds": watch.seconds,
@@ -271,8 +310,8 @@ def run_optimize(options: Optimize) -> int:
     """Find a direction, write direction.safetensors and report.json."""
     world = load_world(options.world)
     choose_recipe(options, world)
-    make_folder(options.out)
     target = read_picture(options.target)
+    make_folder(options.out)
     watch = Stopwatch()
     with watch.phase("load"):
         essence = load(options, world)
@@ -291,7 +330,7 @@ def source_latents(
     essence: EssenceTransfer, options: Transfer
 ) -> tuple[Float[Tensor, "sources num_ws w_dim"], dict[str, list[Image.Image]]]:
     """Latents of the sources, and the rows of the grid that show them unedited."""
-    if options.sources:
+    if options.sources is not None:
         pictures = [read_picture(path) for path in options.sources]
         ws = essence.invert(pictures)
         return ws, {"sources": pictures, "sources, inverted": rendered(essence, ws)}
@@ -311,12 +350,8 @@ def run_transfer(options: Transfer) -> int:
     """Find or read a direction, edit the sources, write pictures, grid, direction and report."""
     world = load_world(options.world)
     choose_recipe(options, world)
-    if options.sources and options.num_sources is not None:
-        raise ValueError("--sources and --num-sources exclude each other: give one of them")
-    if options.num_sources is not None and options.num_sources < 1:
-        raise ValueError(f"--num-sources: expected 1 or more, found {options.num_sources}")
-    make_folder(options.out)
     target = read_picture(options.target)
+    make_folder(options.out)
     strength = world.strength if options.strength is None else options.strength
     watch = Stopwatch()
     with watch.phase("load"):
@@ -343,10 +378,15 @@ def run_transfer(options: Transfer) -> int:
             write_picture(picture, options.out / name)
         label = f"results, strength {strength:g}"
         write_picture(labelled_grid(target, {**rows, label: pictures}), options.out / "grid.png")
-    sources: list[str] | dict[str, int]
-    sources = [str(path) for path in options.sources] or {"count": len(ws), "seed": options.seed}
+    facts: dict[str, Any] = {
+        "target": str(options.target),
+        "direction": None if options.direction is None else str(options.direction),
+        "strength": strength,
+        "sources": {"count": len(ws), "seed": options.seed},
+    }
+    if options.sources is not None:
+        facts["sources"] = [str(path) for path in options.sources]
     report = base_report(essence, found, world, watch)
-    facts = {"target": str(options.target), "sources": sources, "strength": strength}
     write_report(options.out, {**report, **facts, "scores": report_scores(scores), "edited": names})
     print(
         f"transfer score {float(scores.target_before.mean()):.3f} -> {scores.transfer:.3f}; "
@@ -361,16 +401,46 @@ Command = (
 )
 
 
+def usage_line(box: str) -> str:
+    """What a usage error says, without tyro's frame, title and the help below it."""
+    rows = [row.strip("│╭╮╰╯ ") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+
+    def says_something(row: str) -> bool:
+        return bool(row.strip("─-"))
+
+    # Where the terminal knows no frames there is a rule under the title instead.
+    below_title = dropwhile(lambda row: not says_something(row), rows[1:])
+    message = " ".join(takewhile(says_something, below_title))
+    return re.sub(r"^Error parsing \w+: ", "", message)  # a class's name, where options disagree
+
+
+def parse() -> Transfer | Optimize:
+    """The command asked for; a usage error is one line, as every error is, and exit code 2."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            command: Transfer | Optimize = tyro.cli(Command, prog="targetclip", description=__doc__)
+    except SystemExit as ended:
+        if ended.code:
+            line = usage_line(box.getvalue())
+            print(f"targetclip: {line} (see targetclip --help)", file=sys.stderr)
+        raise
+    return command
+
+
 def main() -> None:
     """Run the command line; anything the user can mend is one line and exit code 1."""
-    command: Transfer | Optimize = tyro.cli(Command, prog="targetclip", description=__doc__)  # type: ignore[arg-type]
     try:
+        command = parse()
         code = run_transfer(command) if isinstance(command, Transfer) else run_optimize(command)
+    except torch.OutOfMemoryError:
+        print("targetclip: out of memory: lower --max-images", file=sys.stderr)
+        code = 1
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"targetclip: {error}", file=sys.stderr)
+        print(f"targetclip: {' '.join(str(error).split())}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("targetclip: interrupted before there was a direction", file=sys.stderr)
+        print("targetclip: interrupted", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
 

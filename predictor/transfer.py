@@ -37,7 +37,7 @@ class Direction:
 
     vector: Float[Tensor, "num_ws w_dim"]
     method: str
-    """What made it: "optimizer" or "file"."""
+    """What made it: "optimizer", or what its file says."""
     transfer: float
     """Transfer score on the method's own sources at the end: mean cosine to the target."""
     consistency: float
@@ -161,7 +161,8 @@ class EssenceTransfer:
         edited: Float[Tensor, "sources 3 height width"],
     ) -> Scores:
         """Score edits; always through the embedder's own preprocessing, whatever the recipe."""
-        return score_edit(self.embedder, self.embedder.embed_pictures([target])[0], sources, edited)
+        embedding = self.embedder.embed_pictures([target])[0]
+        return score_edit(self.embedder, embedding, sources, edited, max_images=self.max_images)
 
 
 def optimizer_direction(found: Optimized) -> Direction:

@@ -30,7 +30,7 @@ class DirectionFile:
 def direction_bytes(
     direction: Float[Tensor, "num_ws w_dim"], generator: Generator, record: dict[str, Any]
 ) -> bytes:
-    """Content of a direction file: float32, with `record` (JSON) and the generator's fingerprint."""
+    """Content of a direction file: float32, the generator's fingerprint, and `record` as JSON."""
     metadata = {
         "format": FORMAT,
         "generator": generator.fingerprint,
@@ -41,12 +41,24 @@ def direction_bytes(
     return content
 
 
+def parse_record(text: str, path: Path) -> dict[str, Any]:
+    """The record of a direction file."""
+    try:
+        record = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: the record is damaged; find the direction again")
+    return record
+
+
 def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
     """Read a direction file and check that it belongs to `generator`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a direction file, one of another generator, or values that are not finite.
+        ValueError: not a direction file, a damaged one, one of another generator, or values that
+            are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,8 +66,7 @@ def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, found {error}") from error
     if metadata.get("format") != FORMAT or "direction" not in tensors:
@@ -69,8 +80,12 @@ def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
         raise ValueError(
             f"{path} is a direction {list(direction.shape)} of generator "
             f"{metadata.get('generator', '')[:12]}, but the generator loaded is "
-            f"{generator.fingerprint[:12]} {list(expected)}: find one for it with targetclip optimize"
+            f"{generator.fingerprint[:12]} {list(expected)}: "
+            "find one for it with targetclip optimize"
         )
-    if not torch.isfinite(direction).all():
-        raise ValueError(f"{path}: the direction holds NaN or infinity; find it again")
-    return DirectionFile(direction, json.loads(metadata.get("record", "{}")))
+    if direction.dtype != torch.float32 or not direction.isfinite().all():
+        raise ValueError(
+            f"{path}: expected finite float32 values, found {direction.dtype} or NaN or infinity; "
+            "find the direction again"
+        )
+    return DirectionFile(direction, parse_record(metadata.get("record", "{}"), path))

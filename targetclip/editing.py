@@ -53,7 +53,7 @@ def apply_direction(
 
 
 def render(
-    generator: Generator, ws: Float[Tensor, "sources num_ws w_dim"], max_images: int = 32
+    generator: Generator, ws: Float[Tensor, "sources num_ws w_dim"], max_images: int = 64
 ) -> Float[Tensor, "sources 3 height width"]:
     """Images in [-1, 1] of latents, `max_images` at a time, without gradients."""
     with torch.no_grad():
@@ -66,11 +66,19 @@ def score_edit(
     sources: Float[Tensor, "sources 3 height width"],
     edited: Float[Tensor, "sources 3 height width"],
     preprocess: Preprocess = "consistent",
+    max_images: int = 64,
 ) -> Scores:
-    """Score edited against unedited images; `target` is the target's embedding."""
+    """Score edited against unedited images, `max_images` at a time.
+
+    `target` is the target's embedding, raw or unit.
+    """
+
+    def embed(images: Float[Tensor, "sources 3 height width"]) -> Float[Tensor, "sources embed"]:
+        parts = [embedder.embed_images(part, preprocess) for part in images.split(max_images)]
+        return F.normalize(torch.cat(parts), dim=1)
+
     with torch.no_grad():
-        before = F.normalize(embedder.embed_images(sources, preprocess), dim=1)
-        after = F.normalize(embedder.embed_images(edited, preprocess), dim=1)
+        before, after = embed(sources), embed(edited)
         unit = F.normalize(target, dim=0)
         return Scores(
             target_before=before @ unit,

@@ -179,27 +179,33 @@ def write_picture(picture: Image.Image, path: str | Path) -> None:
 
 
 def labelled_grid(
-    target: Image.Image, rows: Mapping[str, Sequence[Image.Image]], target_label: str = "target"
+    target: Image.Image | None,
+    rows: Mapping[str, Sequence[Image.Image]],
+    target_label: str = "target",
 ) -> Image.Image:
     """One picture to look at: the target on the left, a labelled row of pictures for each entry.
 
     `labelled_grid(target, {"sources": sources, "results, strength 1.2": results})`. Every picture
     is cut to its middle square and shown at one size: the largest one's, within 128 to 512 px.
+    Without a target the rows stand alone.
     """
     pictures = [picture for row in rows.values() for picture in row]
     if not pictures:
         raise ValueError(f"expected at least one picture in the rows, found none in {list(rows)}")
-    side = max(min(picture.size) for picture in [target, *pictures])
+    side = max(min(picture.size) for picture in [*pictures, *([target] if target else [])])
     tile = min(max(side, MIN_TILE), MAX_TILE)
     font = ImageFont.load_default(size=max(16, tile // 12))
-    labels = [" ".join(label.split()) for label in (target_label, *rows)]
+    labels = {row: " ".join(row.split()) for row in rows}
+    target_label = " ".join(target_label.split())
     label_height = sum(font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (11, 2))
 
     # Long labels widen their column rather than being cut.
-    label_widths = [int(font.getlength(label)) + 1 for label in labels]
-    left = 2 * MARGIN + max(tile, label_widths[0])
+    left = MARGIN
+    if target is not None:
+        left += MARGIN + max(tile, int(font.getlength(target_label)) + 1)
+    longest = max(int(font.getlength(label)) + 1 for label in labels.values())
     columns = max(len(row) for row in rows.values())
-    width = left + max(columns * (tile + MARGIN), max(label_widths[1:]) + MARGIN)
+    width = left + max(columns * (tile + MARGIN), longest + MARGIN)
     row_height = MARGIN + label_height + tile
     canvas = Image.new("RGB", (width, len(rows) * row_height + MARGIN), "white")
     draw = ImageDraw.Draw(canvas)
@@ -208,11 +214,12 @@ def labelled_grid(
         square = center_square(picture).resize((tile, tile), Image.Resampling.LANCZOS)
         canvas.paste(square, (x, y + label_height))
 
-    draw.text((MARGIN, MARGIN), labels[0], fill="black", font=font)
-    place(target, MARGIN, MARGIN)
-    for row, (label, shown) in enumerate(zip(labels[1:], rows.values(), strict=True)):
+    if target is not None:
+        draw.text((MARGIN, MARGIN), target_label, fill="black", font=font)
+        place(target, MARGIN, MARGIN)
+    for row, (label, shown) in enumerate(rows.items()):
         y = MARGIN + row * row_height
-        draw.text((left, y), label, fill="black", font=font)
+        draw.text((left, y), labels[label], fill="black", font=font)
         for column, picture in enumerate(shown):
             place(picture, left + column * (tile + MARGIN), y)
     return canvas

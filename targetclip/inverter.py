@@ -6,8 +6,9 @@ one inverter, and belongs to one generator.
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +33,7 @@ class InverterConfig:
     hidden: int = 512
 
 
+@runtime_checkable
 class LatentInverter(Protocol):
     """What the project asks of an inverter: images in [-1, 1] to W+ latents."""
 
@@ -54,7 +56,7 @@ class PictureEncoder(nn.Module):
                 nn.Conv2d(b, b, 3, padding=1),
                 nn.LeakyReLU(0.2),
             )
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in pairwise(widths)
         )
         side = resolution >> len(channels)
         self.hidden = nn.Linear(channels[-1] * side * side, hidden)
@@ -91,7 +93,8 @@ class Inverter(nn.Module):
                 f"expected images of shape [batch, 3, {size}, {size}], found {list(images.shape)}"
             )
         offsets = self.encoder(images).unflatten(1, (self.config.num_ws, self.config.w_dim))
-        return self.mean_w + offsets
+        ws: Tensor = self.mean_w + offsets
+        return ws
 
 
 def save_inverter(inverter: Inverter, path: Path) -> None:
@@ -106,7 +109,7 @@ def load_inverter(path: str | Path, generator: str) -> Inverter:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an inverter file, or one made for another generator.
+        ValueError: not an inverter file, a damaged one, or one made for another generator.
     """
     path = Path(path)
     if not path.is_file():
@@ -122,13 +125,23 @@ def load_inverter(path: str | Path, generator: str) -> Inverter:
             f"{path}: expected format {FORMAT}, found {metadata.get('format')}: "
             "make one with python -m train.inverter"
         )
-    stored = json.loads(metadata["config"])
-    config = InverterConfig(**{**stored, "channels": tuple(stored["channels"])})
+    try:
+        stored = json.loads(metadata["config"])
+        config = InverterConfig(**{**stored, "channels": tuple(stored["channels"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the config is damaged ({error}): get the file again") from error
     if config.generator != generator:
         raise ValueError(
             f"{path} inverts generator {config.generator[:12]}, but the generator loaded is "
             f"{generator[:12]}: train one for it with python -m train.inverter"
         )
     inverter = Inverter(config)
-    inverter.load_state_dict(state)
+    try:
+        inverter.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path}: the weights do not fit the config: get the file again"
+        ) from error
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise ValueError(f"{path}: the weights hold NaN or infinity: get the file again")
     return inverter.eval().requires_grad_(False)

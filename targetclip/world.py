@@ -4,6 +4,7 @@ Knows the file and how to load its parts; nothing of what is done with them. Pat
 relative to it. The bundled world is `worlds/sketch64/world.toml`; a user's own is a path to a file.
 """
 
+import math
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,7 +30,7 @@ class World:
     embedder: str
     """A local directory, or the name of an open_clip model."""
     pretrained: str | None
-    """Tag or local file of the embedder's weights, where `embedder` is a name."""
+    """Tag or file of the embedder's weights, where `embedder` is a name."""
     inverter: Path | None
     """Inverter file; None: pictures cannot be sources, and directions cannot start from one."""
     recipe: str
@@ -72,7 +73,7 @@ def load_world(name: str) -> World:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such world file")
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a world file: {error}") from error
     return parse_world(content, path)
@@ -97,19 +98,23 @@ def parse_world(content: dict[str, object], path: Path) -> World:
         value = content[key]
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError(f"{path}: {key} must be a number, found {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"{path}: {key} must be finite, found {value!r}")
         numbers[key] = float(value)
     recipe = str(content["recipe"])
     if recipe not in RECIPES:
         raise ValueError(f"{path}: recipe must be one of {', '.join(RECIPES)}, found {recipe!r}")
     folder = path.parent
     embedder = str(content["embedder"])
-    pretrained = content["pretrained"]
+    pretrained = None if content["pretrained"] is None else str(content["pretrained"])
+    if pretrained is not None and (folder / pretrained).is_file():
+        pretrained = str(folder / pretrained)
     return World(
         name=str(content["name"]),
         generator=folder / str(content["generator"]),
         # A directory beside the file, or else the name of an open_clip model.
         embedder=str(folder / embedder) if (folder / embedder).is_dir() else embedder,
-        pretrained=None if pretrained is None else str(pretrained),
+        pretrained=pretrained,
         inverter=None if content["inverter"] is None else folder / str(content["inverter"]),
         recipe=recipe,
         **numbers,

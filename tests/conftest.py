@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from targetclip.generators.rosinality import save_safetensors
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.inverter import Inverter, InverterConfig, save_inverter
+
 TINY_CLIP = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
@@ -31,3 +35,29 @@ def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 parameter.mul_(4)
     save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_world(clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world.toml to give as --world: a 16 px generator, the tiny CLIP, an inverter."""
+    folder = tmp_path_factory.mktemp("tiny_world")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8)))
+        inverter = Inverter(
+            InverterConfig(16, generator.num_ws, 8, generator.fingerprint, (8, 8), 16)
+        )
+    save_safetensors(generator, folder / "generator.safetensors")
+    save_inverter(inverter, folder / "inverter.safetensors")
+    world = folder / "world.toml"
+    world.write_text(
+        f"""name = "tiny"
+generator = "generator.safetensors"
+embedder = {json.dumps(str(clip_dir))}
+inverter = "inverter.safetensors"
+recipe = "consistent"
+strength = 1.0
+truncation = 1.0
+"""
+    )
+    return world

@@ -9,30 +9,34 @@ with the picture known as well: edits in W+ then change what their layers own.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.faces import (
-    GROUP_OF_LAYER,
     GROUPS,
     bank,
     draw_parameters,
     faces_from_z,
+    psnr,
     sample_z,
     to_images,
+    ws_from_z,
 )
 from data.readings import truth_of
 from data.sketch import SIZE
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.images import labelled_grid, tensor_to_pictures
 from train.loop import CHECKPOINT, Schedule, train, write_atomically
-from train.sheet import save_sheet
 
 HELD_OUT_SEED = 1_000_003
 MAPPING_RATE = 30.0  # its weights are stored a hundred times larger than they act
@@ -44,7 +48,9 @@ class Config:
     """Folder for checkpoint, log, pictures and generator.safetensors."""
     faces: int = 150_000
     """Pictures drawn once and kept to train on."""
-    steps: int = 30_000
+    half_steps: int = 6000
+    """Steps at 32 px, before the 64 px level is added."""
+    steps: int = 12_000
     batch_size: int = 32
     learning_rate: float = 3e-3
     seed: int = 0
@@ -55,18 +61,17 @@ class Config:
     mapping_layers: int = 4
 
 
-def ws_of(network: StyleGAN2, z: Float[Tensor, "batch groups z_dim"]) -> Float[Tensor, "..."]:
-    """W+ of latents with a z for each group of layers."""
-    w = network.mapping_network(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-    return w[:, list(GROUP_OF_LAYER)]
-
-
-def psnr(
-    images: Float[Tensor, "batch 3 height width"], truth: Float[Tensor, "batch 3 height width"]
-) -> float:
-    """Peak signal-to-noise ratio in decibels, mean over pictures, for images in [-1, 1]."""
-    error = (images.clamp(-1, 1) - truth).square().mean(dim=(1, 2, 3)) / 4
-    return float((-10 * error.log10()).mean())
+def save_pairs(
+    truth: Float[Tensor, "batch 3 height width"],
+    images: Float[Tensor, "batch 3 height width"],
+    path: Path,
+) -> None:
+    """A picture to look at while something trains: rows of what was wanted and what came out."""
+    rows: dict[str, list[Image.Image]] = {}
+    for start in range(0, len(truth), 8):
+        rows[f"wanted {start}"] = tensor_to_pictures(truth[start : start + 8])
+        rows[f"found {start}"] = tensor_to_pictures(images[start : start + 8])
+    labelled_grid(None, rows).save(path)
 
 
 def importance() -> Float[Tensor, "1 1 64 64"]:
@@ -107,47 +112,67 @@ def teach_mapping(network: StyleGAN2, seed: int, steps: int = 12_000) -> float:
     return error
 
 
-def run(config: Config) -> None:
-    torch.manual_seed(config.seed)
-    sizes = StyleGAN2Config(
-        SIZE, config.w_dim, config.w_dim, config.mapping_layers, config.channels
-    )
-    network = StyleGAN2(sizes)
+def face_bank(
+    folder: Path, count: int, seed: int, z_dim: int
+) -> tuple[Float[Tensor, "count groups z_dim"], UInt8[ndarray, "count 64 64 3"]]:
+    """Latents and the pictures they stand for; the pictures are kept in `folder`."""
+    z = sample_z(count, z_dim, seed)
+    parameters = list(faces_from_z(z).numpy())
+    return z, bank(folder / f"faces-{seed}-{count}.npy", parameters, draw_parameters)
+
+
+def train_at(config: Config, network: StyleGAN2, steps: int, out: Path) -> StyleGAN2:
+    """Train a network on pictures shrunk to its resolution; returns the averaged weights."""
+    shrink = SIZE // network.resolution
     z, pictures = face_bank(config.out.parent, config.faces, config.seed, config.w_dim)
     held_z, held_pictures = face_bank(config.out.parent, 512, HELD_OUT_SEED, config.w_dim)
-    held = to_images(held_pictures[:])
-    weight = importance()
-    if not (config.out / CHECKPOINT).exists():
-        print(f"unexplained by w: {teach_mapping(network, config.seed):.3f}")
+    held = F.avg_pool2d(to_images(held_pictures[:]), shrink)
+    weight = F.avg_pool2d(importance(), shrink)
 
     def loss_at(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
         chosen = torch.randint(len(z), (config.batch_size,), generator=generator)
-        truth = to_images(pictures[chosen.numpy()])
+        truth = F.avg_pool2d(to_images(pictures[chosen.numpy()]), shrink)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            images = network.synthesis(ws_of(network, z[chosen]))
+            images = network.synthesis(ws_from_z(network, z[chosen]))
         error = images - truth
         return (weight * (error.square() + 0.3 * error.abs())).mean()
 
     def evaluate(average: StyleGAN2) -> dict[str, float]:
         with torch.no_grad():
             images = torch.cat(
-                [average.synthesis(ws_of(average, part)) for part in held_z.split(64)]
+                [average.synthesis(ws_from_z(average, part)) for part in held_z.split(64)]
             )
-        tiles = torch.stack([held[:32], images[:32]], dim=1).flatten(0, 1)
-        save_sheet(tiles, config.out / "grid.png", columns=16)
+        save_pairs(held[:32], images[:32], out / "grid.png")
         return {"psnr": psnr(images, held), "psnr_mixed": psnr(images[1::2], held[1::2])}
 
     mapping = list(network.mapping_network.parameters())
     others = [p for n, p in network.named_parameters() if not n.startswith("mapping_network")]
-    average = train(
+    return train(
         network,
         loss_at,
-        config.out,
-        Schedule(config.steps, config.learning_rate, evaluate_every=config.evaluate_every),
+        out,
+        Schedule(steps, config.learning_rate, evaluate_every=config.evaluate_every),
         evaluate,
         [{"params": mapping, "lr": MAPPING_RATE}, {"params": others, "lr": 1.0}],
     )
+
+
+def run(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    sizes = StyleGAN2Config(
+        SIZE, config.w_dim, config.w_dim, config.mapping_layers, config.channels
+    )
+    # A network without the last level first: it sees more pictures in the same time.
+    half = StyleGAN2(replace(sizes, resolution=SIZE // 2, channels=config.channels[:-1]))
+    first = config.out / "half"
+    if not (first / CHECKPOINT).exists():
+        print(f"unexplained by w: {teach_mapping(half, config.seed):.3f}")
+    half = train_at(config, half, config.half_steps, first)
+
+    network = StyleGAN2(sizes)
+    network.load_state_dict(half.state_dict(), strict=False)
+    average = train_at(config, network, config.steps, config.out)
     with torch.no_grad():
         many = torch.randn(100_000, config.w_dim, generator=torch.Generator().manual_seed(0))
         average.mapping_network.w_avg.copy_(average.mapping_network(many).mean(dim=0))

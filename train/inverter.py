@@ -13,12 +13,11 @@ import torch
 import tyro
 from torch import Tensor
 
-from data.faces import to_images
+from data.faces import psnr, sample_z, to_images, ws_from_z
 from targetclip.generators import load_generator
 from targetclip.inverter import Inverter, InverterConfig, save_inverter
-from train.generator import HELD_OUT_SEED, face_bank, psnr, sample_z, ws_of
+from train.generator import HELD_OUT_SEED, face_bank, save_pairs
 from train.loop import Schedule, train, write_atomically
-from train.sheet import save_sheet
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def run(config: Config) -> None:
         seed = config.seed * 1_000_000_007 + step
         random = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            ws = ws_of(generator, sample_z(half, generator.z_dim, seed))
+            ws = ws_from_z(generator, sample_z(half, generator.z_dim, seed))
             samples = generator.synthesis(ws).clamp(-1, 1)
         chosen = torch.randint(len(pictures), (half,), generator=random)
         truth = torch.cat([samples, to_images(pictures[chosen.numpy()])])
@@ -72,8 +71,7 @@ def run(config: Config) -> None:
         average.eval()
         with torch.no_grad():
             images = torch.cat([generator.synthesis(average(part)) for part in held.split(64)])
-        tiles = torch.stack([held[:32], images[:32]], dim=1).flatten(0, 1)
-        save_sheet(tiles, config.out / "grid.png", columns=16)
+        save_pairs(held[:32], images[:32], config.out / "grid.png")
         return {"psnr": psnr(images, held)}
 
     schedule = Schedule(

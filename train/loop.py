@@ -6,6 +6,7 @@ Every step draws its data from its own number, so a killed run goes on exactly w
 
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -45,12 +46,15 @@ class Schedule:
         return max(min((step + 1) / 100, left, 1.0), 0.0)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary file, and give it its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(unfinished)
-    os.replace(unfinished, path)
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def save_checkpoint(
@@ -72,8 +76,8 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
     with torch.no_grad():
         for mean, value in zip(average.parameters(), network.parameters(), strict=True):
             mean.lerp_(value, 1 - decay)
-        for mean, value in zip(average.buffers(), network.buffers(), strict=True):
-            mean.copy_(value)
+        for copied, buffer in zip(average.buffers(), network.buffers(), strict=True):
+            copied.copy_(buffer)
 
 
 def train(
@@ -94,7 +98,7 @@ def train(
         groups: parameter groups for Adam; `lr` in a group is a factor of the learning rate.
 
     Raises:
-        FloatingPointError: the loss is not finite; the last checkpoint stays.
+        FloatingPointError: the loss or its gradient is not finite; the last checkpoint stays.
     """
     average = copy.deepcopy(network).requires_grad_(False)
     groups = groups or [{"params": list(network.parameters()), "lr": 1.0}]
@@ -119,15 +123,19 @@ def train(
         loss = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        # Before the weights change: a finite loss with a gradient that is not would spoil them one
+        # step before the loss tells, and a checkpoint may be written in between.
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        value, length = loss.item(), nn.utils.get_total_norm(gradients).item()
+        if not (math.isfinite(value) and math.isfinite(length)):
+            raise FloatingPointError(
+                f"the loss of step {step} is {value}, its gradient's length {length}; "
+                f"the last good state is {out / CHECKPOINT}"
+            )
         optimizer.step()
         update_average(average, network, schedule.ema, step)
 
         # Report
-        value = loss.item()
-        if value != value or abs(value) == float("inf"):
-            raise FloatingPointError(
-                f"the loss of step {step} is {value}; the last good state is {out / CHECKPOINT}"
-            )
         running = value if step == first else 0.98 * running + 0.02 * value
         progress.set_postfix(loss=f"{running:.4f}", refresh=False)
         last = step + 1 == schedule.steps

@@ -15,11 +15,11 @@ import tyro
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from data.faces import faces_from_z, sample_z, to_images
+from data.faces import faces_from_z, sample_z, to_images, ws_from_z
 from data.readings import READINGS, truth_of
 from eval.reader import AttributeReader, save_reader
 from targetclip.generators import load_generator
-from train.generator import HELD_OUT_SEED, face_bank, ws_of
+from train.generator import HELD_OUT_SEED, face_bank
 from train.loop import Schedule, train, write_atomically
 
 
@@ -73,7 +73,7 @@ def run(config: Config) -> None:
     held_z, held_pictures = face_bank(banks, 512, HELD_OUT_SEED, generator.w_dim)
     held_values, held_seen = map(torch.from_numpy, truth_of(faces_from_z(held_z).numpy()))
     with torch.no_grad():
-        parts = [generator.synthesis(ws_of(generator, part)) for part in held_z.split(64)]
+        parts = [generator.synthesis(ws_from_z(generator, part)) for part in held_z.split(64)]
     held = {"drawn": to_images(held_pictures[:]), "generated": torch.cat(parts).clamp(-1, 1)}
     third = config.batch_size // 3
 
@@ -83,7 +83,7 @@ def run(config: Config) -> None:
         fresh = sample_z(third, generator.z_dim, seed)
         chosen = torch.randint(len(z), (config.batch_size - third,), generator=random).numpy()
         with torch.no_grad():
-            samples = generator.synthesis(ws_of(generator, fresh)).clamp(-1, 1)
+            samples = generator.synthesis(ws_from_z(generator, fresh)).clamp(-1, 1)
         images = torch.cat([samples, to_images(pictures[chosen])])
         deviation = config.noise * torch.rand(len(images), 1, 1, 1, generator=random)
         images = images + deviation * torch.randn(images.shape, generator=random)

@@ -1,0 +1,656 @@
+"""The command line as people use it: what it writes, what it refuses, and Ctrl-C."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load
+
+from data.faces import draw_wide
+from predictor import cli
+from predictor.transfer import Direction, EssenceTransfer
+from targetclip.directions import direction_bytes, load_direction
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.images import tensor_to_pictures
+from targetclip.optimize import Progress
+from targetclip.world import load_parts, load_world
+
+ROOT = Path(__file__).parents[2]
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A target and two sources."""
+    folder = tmp_path_factory.mktemp("faces")
+    paths = [folder / f"{name}.png" for name in ("target", "a", "b")]
+    for i, path in enumerate(paths):
+        Image.fromarray(draw_wide((0, i))).save(path)
+    return paths
+
+
+@pytest.fixture
+def run(
+    tiny_world: Path, faces: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Run:
+    """Run a command; of --world, --target, --out and --steps what is not given is small."""
+
+    def run_command(command: str, *arguments: object) -> int:
+        given = [str(argument) for argument in arguments]
+        common = {"--world": tiny_world, "--target": faces[0], "--out": tmp_path / "out"}
+        for flag, value in {**common, "--steps": 3}.items():
+            if not any(argument.split("=")[0] == flag for argument in given):
+                given += [flag, str(value)]
+        monkeypatch.setattr(sys, "argv", ["targetclip", command, *given])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def direction_file(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A direction of the tiny world's generator, found by nobody."""
+    generator = load_parts(load_world(str(tiny_world)), torch.device("cpu")).generator
+    vector = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("direction") / "direction.safetensors"
+    path.write_bytes(direction_bytes(vector, generator, {"method": "optimizer", "recipe": "paper"}))
+    return path
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    """report.json as any reader of JSON takes it: no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    report = json.loads((out / "report.json").read_text(), parse_constant=refuse)
+    assert isinstance(report, dict)
+    return report
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """What a folder holds, but for the report, which holds times."""
+    found = {}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".safetensors":  # whose metadata come in any order
+            content = repr((load(content)["direction"].tolist(), metadata_of(path))).encode()
+        if path.name != "report.json":
+            found[path.name] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+def one_line(text: str) -> str:
+    """The only line of an error."""
+    [line] = text.splitlines()
+    assert line.startswith("targetclip: ")
+    return line
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(sorted(file.metadata().items()))
+
+
+def test_transfer_writes_pictures_grid_direction_and_report(
+    run: Run, tmp_path: Path, tiny_world: Path, faces: list[Path]
+) -> None:
+    assert run("transfer", "--num-sources", 4, "--seed", 7, "--strength", 1.5) == 0
+    out = tmp_path / "out"
+    edited = [f"edited_{i:03d}.png" for i in range(4)]
+    expected = {"grid.png", "direction.safetensors", "report.json", *edited}
+    assert {path.name for path in out.iterdir()} == expected
+
+    # The pictures are those of the direction in the file, on sources from the seed.
+    parts = load_parts(load_world(str(tiny_world)), torch.device("cpu"))
+    essence = EssenceTransfer(parts.generator, parts.embedder, truncation=1.0)
+    stored = load_direction(out / "direction.safetensors", parts.generator)
+    images = essence.edit(essence.generated_sources(4, 7), stored.direction, 1.5)
+    for name, picture in zip(edited, tensor_to_pictures(images), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(out / name)), np.asarray(picture))
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 5 * 128 and grid.height > 2 * 128
+
+    report = report_of(out)
+    assert (report["method"], report["recipe"], report["world"]) == (
+        "optimizer", "consistent", "tiny",
+    )  # fmt: skip
+    assert report["settings"]["steps"] == report["steps"] == 3
+    assert report["sources"] == {"count": 4, "seed": 7} and report["strength"] == 1.5
+    assert report["target"] == str(faces[0]) and report["edited"] == edited
+    assert report["interrupted"] is False and report["direction"] is None
+    assert report["fingerprints"] == {
+        "generator": parts.generator.fingerprint,
+        "embedder": parts.embedder.fingerprint,
+    }
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0]
+    phases = {"load", "sources", "direction", "edit", "score", "write"}
+    assert report["seconds"].keys() == phases
+    assert all(seconds >= 0 for seconds in report["seconds"].values())
+    assert report["direction_norm"] == pytest.approx(float(stored.direction.norm()))
+
+    before = essence.edit(essence.generated_sources(4, 7), stored.direction, 0.0)
+    with Image.open(faces[0]) as target:
+        scores = essence.score(target.convert("RGB"), before, images)
+    assert report["scores"]["transfer"] == pytest.approx(scores.transfer)
+    assert report["scores"]["consistency"] == pytest.approx(scores.consistency, abs=1e-5)
+    for name in ("target_similarity_before", "target_similarity_after", "source_similarity_after"):
+        each = report["scores"]["each"][name]
+        assert len(each) == 4 and report["scores"][name] == pytest.approx(np.mean(each))
+    torch.testing.assert_close(
+        torch.tensor(report["scores"]["each"]["target_similarity_before"]), scores.target_before
+    )
+
+
+def test_source_pictures_are_inverted_and_edited(
+    run: Run, tmp_path: Path, faces: list[Path], tiny_world: Path, direction_file: Path
+) -> None:
+    code = run("transfer", "--sources", faces[1], faces[2], "--direction", direction_file)
+    assert code == 0
+    parts = load_parts(load_world(str(tiny_world)), torch.device("cpu"))
+    essence = EssenceTransfer(parts.generator, parts.embedder, parts.inverter)
+    pictures = [Image.open(path).convert("RGB") for path in faces[1:]]
+    direction = load_direction(direction_file, parts.generator).direction
+    images = essence.edit(essence.invert(pictures), direction)
+    for i, picture in enumerate(tensor_to_pictures(images)):
+        found = np.asarray(Image.open(tmp_path / "out" / f"edited_{i:03d}.png"))
+        np.testing.assert_array_equal(found, np.asarray(picture))
+    assert report_of(tmp_path / "out")["sources"] == [str(path) for path in faces[1:]]
+
+
+def test_a_direction_found_once_and_applied_gives_what_transfer_gives(
+    run: Run, tmp_path: Path
+) -> None:
+    names = ("whole", "found", "applied")
+    whole, found, applied = (tmp_path / name for name in names)
+    sources = ("--num-sources", 2, "--seed", 4)
+    assert run("transfer", *sources, "--out", whole) == 0
+    assert run("optimize", "--seed", 4, "--out", found) == 0
+    assert {path.name for path in found.iterdir()} == {"direction.safetensors", "report.json"}
+    assert report_of(found)["scores_on_own_sources"].keys() == {"transfer", "consistency"}
+    direction = found / "direction.safetensors"
+    assert run("transfer", *sources, "--direction", direction, "--out", applied) == 0
+    report = report_of(applied)
+    assert (report["method"], report["recipe"]) == ("optimizer", "consistent")
+    assert report["direction"] == str(direction)
+    record = json.loads(metadata_of(direction)["record"])
+    assert record["method"] == "optimizer" and record["seed"] == 4
+    assert hashes(whole) == hashes(applied)
+    assert hashes(whole)["direction.safetensors"] == hashes(found)["direction.safetensors"]
+
+
+def test_a_record_cannot_pass_for_what_this_run_did(
+    run: Run, tmp_path: Path, tiny_world: Path
+) -> None:
+    generator = load_parts(load_world(str(tiny_world)), torch.device("cpu")).generator
+    path = tmp_path / "direction.safetensors"
+    record = {"world": "elsewhere", "versions": {}, "interrupted": True, "scores": 1}
+    path.write_bytes(direction_bytes(torch.zeros(6, 8), generator, record))
+    assert run("transfer", "--num-sources", 2, "--direction", path) == 0
+    report = report_of(tmp_path / "out")
+    assert (report["method"], report["world"]) == ("file", "tiny")
+    assert report["interrupted"] is False and report["versions"] and report["scores"] != 1
+
+
+def test_strength_zero_changes_nothing_and_its_sign_matters(
+    run: Run, tmp_path: Path, direction_file: Path
+) -> None:
+    for strength in ("0", "1", "-1"):
+        arguments = ("--num-sources", 1, "--direction", direction_file, f"--strength={strength}")
+        assert run("transfer", *arguments, "--out", tmp_path / strength) == 0
+    scores = report_of(tmp_path / "0")["scores"]
+    assert scores["target_similarity_before"] == scores["target_similarity_after"]
+    assert scores["source_similarity_after"] == pytest.approx(1)
+    pictures = {(tmp_path / strength / "edited_000.png").read_bytes() for strength in "01"}
+    assert len(pictures | {(tmp_path / "-1" / "edited_000.png").read_bytes()}) == 3
+
+
+def test_a_command_given_twice_writes_the_same_and_another_seed_does_not(
+    run: Run, tmp_path: Path
+) -> None:
+    for name, seed in (("one", 1), ("again", 1), ("negative", -1)):
+        code = run("transfer", "--num-sources", 2, "--seed", seed, "--out", tmp_path / name)
+        assert code == 0
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "again")
+    assert not set(hashes(tmp_path / "one").values()) & set(hashes(tmp_path / "negative").values())
+
+
+def test_the_recipe_and_its_changes_come_from_the_command_line(run: Run, tmp_path: Path) -> None:
+    changes = ("--steps", 40, "--patience", 1, "--initial", "zero", "--max-images", 1)
+    assert run("optimize", "--recipe", "paper", *changes) == 0
+    report = report_of(tmp_path / "out")
+    assert report["recipe"] == "paper" and report["settings"]["differences"] == "raw"
+    assert report["settings"]["initial"] == "zero" and report["settings"]["patience"] == 1
+    assert 1 <= report["steps"] < 40
+
+
+def test_the_bar_tells_loss_and_time_left(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("optimize") == 0
+    bar = capsys.readouterr().err
+    assert re.search(r"loss=\d\.\d{4}", bar) and "3/3" in bar and re.search(r"\d<\d", bar)
+
+
+def test_the_defaults_are_the_worlds_and_six_sources(
+    run: Run, tmp_path: Path, tiny_world: Path, direction_file: Path
+) -> None:
+    world = tiny_world.with_name("strong.toml")
+    world.write_text(tiny_world.read_text().replace("strength = 1.0", "strength = 0.25"))
+    assert run("transfer", "--world", world, "--direction", direction_file) == 0
+    report = report_of(tmp_path / "out")
+    assert report["strength"] == 0.25 and report["sources"]["count"] == 6
+
+
+# Ctrl-C
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
+    """Press Ctrl-C once a step is over; returns what steps will have told."""
+    told: list[Progress] = []
+    optimize = EssenceTransfer.optimize
+
+    def interrupted(self: EssenceTransfer, *given: Any) -> Direction:
+        *arguments, on_step = given
+
+        def telling(progress: Progress) -> None:
+            told.append(progress)
+            on_step(progress)
+            if progress.step == step:
+                raise KeyboardInterrupt
+
+        return optimize(self, *arguments, telling)
+
+    monkeypatch.setattr(EssenceTransfer, "optimize", interrupted)
+    return told
+
+
+@pytest.mark.parametrize("recipe", ["consistent", "release"])
+def test_ctrl_c_leaves_the_direction_so_far(
+    run: Run,
+    tmp_path: Path,
+    tiny_world: Path,
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = interrupt_at(5, monkeypatch)
+    assert run("optimize", "--recipe", recipe, "--steps", 8) == cli.INTERRUPTED == 130
+    assert "interrupted" in capsys.readouterr().err
+    generator = load_parts(load_world(str(tiny_world)), torch.device("cpu")).generator
+    stored = load_direction(tmp_path / "out" / "direction.safetensors", generator)
+    assert torch.equal(stored.direction, told[-1].kept_directions[0])
+    assert stored.record["steps"] == len(told) == 6 and stored.record["interrupted"] is True
+    # The scores are those of the direction kept, which the release takes from its best step.
+    best = min(told, key=lambda progress: float(progress.loss)) if recipe == "release" else told[-1]
+    report = report_of(tmp_path / "out")
+    assert report["interrupted"] is True
+    assert report["scores_on_own_sources"]["transfer"] == pytest.approx(1 - float(best.transfer))
+
+
+def test_ctrl_c_in_a_transfer_still_shows_what_there_is(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(0, monkeypatch)
+    assert run("transfer", "--num-sources", 1) == 130
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"direction.safetensors", "edited_000.png", "grid.png", "report.json"}
+
+
+def test_ctrl_c_before_the_first_step_ends_in_one_line(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", interrupted)
+    assert run("transfer") == 130
+    assert "interrupted" in one_line(capsys.readouterr().err)
+    assert not list((tmp_path / "out").iterdir())
+
+
+# Pictures
+
+
+def awkward(kind: str, path: Path) -> None:
+    """A picture of the kind, from a phone, a printer, a scanner or the web."""
+    picture = Image.fromarray(draw_wide((1, 0)))
+    if kind == "cmyk":
+        picture.convert("CMYK").save(path, "JPEG")
+    elif kind == "16-bit":
+        Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(path, "PNG")
+    elif kind == "palette with alpha":
+        picture.quantize(16).save(path, "PNG", transparency=bytes([0, 128] * 8))
+    elif kind == "rotated":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.save(path, "JPEG", exif=exif)
+    elif kind == "animated":
+        picture.save(path, "GIF", save_all=True, append_images=[picture.rotate(90)])
+    elif kind == "one pixel":
+        picture.resize((1, 1)).save(path, "PNG")
+    else:
+        picture.resize((300, 20)).save(path, "PNG")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["cmyk", "16-bit", "palette with alpha", "rotated", "animated", "one pixel", "very wide"],
+)
+def test_an_awkward_picture_is_taken_as_target_and_as_source(
+    run: Run, tmp_path: Path, direction_file: Path, kind: str
+) -> None:
+    path = tmp_path / "picture"
+    awkward(kind, path)
+    arguments = ("--target", path, "--sources", path, "--direction", direction_file)
+    assert run("transfer", *arguments) == 0
+    assert (tmp_path / "out" / "edited_000.png").is_file()
+
+
+def spoilt(kind: str, path: Path) -> None:
+    if kind == "cut":
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path, "PNG")
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "huge":
+        Image.new("RGB", (9000, 1)).save(path, "PNG")
+    elif kind == "no picture":
+        path.write_text("a letter")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+
+
+@pytest.mark.parametrize("place", ["--target", "--sources"])
+@pytest.mark.parametrize("kind", ["missing", "cut", "huge", "no picture", "empty", "folder"])
+def test_a_file_that_is_no_picture_is_refused_in_one_line(
+    run: Run,
+    tmp_path: Path,
+    direction_file: Path,
+    place: str,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "picture.png"
+    spoilt(kind, path)
+    assert run("transfer", place, path, "--direction", direction_file) == 1
+    assert str(path) in one_line(capsys.readouterr().err)
+
+
+# Everything else that can be wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--strength", "nan"], "--strength"),
+        (["--strength=-inf"], "--strength"),
+        (["--strength", "1e30"], "--strength"),
+        (["--strength", "much"], "--strength"),
+        (["--steps", "0"], "--steps: expected 1 or more, found 0"),
+        (["--steps", "-5"], "--steps"),
+        (["--steps", "2.5"], "--steps"),
+        (["--steps", "nan"], "--steps"),
+        (["--patience", "0"], "--patience: expected 1 or more, found 0"),
+        (["--max-images", "0"], "--max-images: expected 1 or more, found 0"),
+        (["--max-images", "-1"], "--max-images"),
+        (["--num-sources", "0"], "--num-sources: expected 1 to 1000, found 0"),
+        (["--num-sources", "1000000000000"], "--num-sources"),
+        (["--seed", "x"], "--seed"),
+        (["--sources"], "--sources"),
+        (["--sources", "a.png", "--num-sources", "2"], "exclude each other"),
+        (["--recipe", "guess"], "release, paper, consistent, found 'guess'"),
+        (["--world", "guess"], "unknown world 'guess'"),
+        (["--world", "guess.toml"], "guess.toml"),
+        (["--mode", "guess"], "--mode"),
+        (["--initial", "guess"], "--initial"),
+        (["--device", "guess"], "--device"),
+        (["--device", "meta"], "--device"),
+        (["--guess"], "--guess"),
+        (["--direction", "guess.safetensors"], "guess.safetensors"),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_line_before_anything_is_written(
+    run: Run,
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("transfer", *arguments) in (1, 2)
+    captured = capsys.readouterr()
+    assert said in one_line(captured.err) and not captured.out
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["guess"], ["transfer"], ["optimize", "--out", "x"]])
+def test_an_unfinished_command_is_refused_in_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["targetclip", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "--help" in one_line(capsys.readouterr().err)
+
+
+def test_help_lists_the_options_and_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["targetclip", "transfer", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    assert not ended.value.code and not captured.err
+    fields = {field.name.replace("_", "-") for field in dataclasses.fields(cli.Transfer)}
+    assert all(f"--{name}" in captured.out for name in fields)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_usage_error_is_one_line_on_terminals_with_and_without_frames(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    long = "a" * 30
+    monkeypatch.setattr(sys, "argv", ["targetclip", "optimize", "--initial", long, "--out", long])
+    with pytest.raises(SystemExit):
+        cli.main()
+    line = one_line(capsys.readouterr().err)
+    assert line.startswith(
+        f"targetclip: invalid choice '{long}' for argument '--initial'. Expected"
+    )
+    assert "'zero'" in line and line.endswith("). (see targetclip --help)")
+
+
+def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def working(*_: object) -> None:
+        raise AssertionError("loaded the networks")
+
+    monkeypatch.setattr(cli, "load", working)
+    blocked = tmp_path / "file"
+    blocked.write_text("precious")
+    for out in (blocked, blocked / "folder"):
+        assert run("transfer", "--out", out) == 1
+        assert f"--out: cannot write into {out}" in one_line(capsys.readouterr().err)
+    assert blocked.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_refused(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert run("transfer", "--out", tmp_path / "locked") == 1
+    assert "Permission denied" in one_line(capsys.readouterr().err)
+
+
+def test_a_direction_of_another_generator_is_refused_and_earlier_results_stay(
+    run: Run, tmp_path: Path, direction_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("transfer", "--num-sources", 1, "--direction", direction_file) == 0
+    capsys.readouterr()
+    earlier = hashes(tmp_path / "out")
+    with torch.random.fork_rng(devices=[]):
+        other = StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8)))
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(direction_bytes(torch.zeros(6, 8), other, {}))
+    assert run("transfer", "--direction", path) == 1
+    assert other.fingerprint[:12] in one_line(capsys.readouterr().err)
+    assert hashes(tmp_path / "out") == earlier
+
+
+def test_without_an_inverter_pictures_are_refused_and_generated_sources_are_not(
+    run: Run, tiny_world: Path, faces: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = tiny_world.with_name("no_inverter.toml")
+    world.write_text(re.sub("inverter = .*", "", tiny_world.read_text()))
+    assert run("transfer", "--world", world, "--sources", faces[1]) == 1
+    assert "no inverter" in one_line(capsys.readouterr().err)
+    assert run("transfer", "--world", world, "--num-sources", 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("generator.safetensors", "nowhere.safetensors", "nowhere.safetensors"),
+        ("generator.safetensors", "inverter.safetensors", "inverter.safetensors"),
+        ("inverter.safetensors", "generator.safetensors", "targetclip-inverter/1"),
+        ('embedder = "', 'embedder = "/nowhere', "no CLIP model"),
+        ("consistent", "guess", "found 'guess'"),
+        ("[", "[", "not a world file"),
+    ],
+)
+def test_a_world_with_a_wrong_part_is_refused_in_one_line(
+    run: Run, tiny_world: Path, old: str, new: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tiny_world.read_text()
+    spoilt_text = text + "[" if old == new else text.replace(old, new)
+    world = tiny_world.with_name("spoilt.toml")
+    world.write_text(spoilt_text)
+    assert run("transfer", "--world", world) == 1
+    assert said in one_line(capsys.readouterr().err)
+
+
+def test_a_disk_that_fills_up_leaves_the_direction(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli, "write_picture", full)
+    assert run("transfer", "--num-sources", 1) == 1
+    assert "No space left" in one_line(capsys.readouterr().err.splitlines()[-1])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["direction.safetensors"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.json"
+    cli.write_file(path, b"old")
+
+    def half(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space"):
+        cli.write_file(path, b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory\nmore lines"), "lower --max-images"),
+        (FloatingPointError("no direction found:\n step 3"), "no direction found: step 3"),
+    ],
+)
+def test_what_goes_wrong_in_the_middle_is_one_line_too(
+    run: Run,
+    error: Exception,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "load", fail)
+    assert run("transfer") == 1
+    assert said in one_line(capsys.readouterr().err)
+
+
+# As a program of its own
+
+
+def started(*arguments: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "predictor.cli", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_program_refuses_in_one_line_with_an_exit_code(
+    tiny_world: Path, faces: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "letter.safetensors").write_text("a letter")
+    direction = ("--direction", tmp_path / "letter.safetensors")
+    common = ("--target", faces[0], "--out", tmp_path / "out")
+    process = started("transfer", "--world", tiny_world, *common, *direction)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and not out
+    assert "letter.safetensors" in one_line(err)
+
+
+def test_ctrl_c_ends_the_program_with_the_direction_so_far(
+    tiny_world: Path, faces: list[Path], tmp_path: Path
+) -> None:
+    common = ("--world", tiny_world, "--target", faces[0], "--out", tmp_path)
+    process = started("optimize", *common, "--steps", 1_000_000)
+    assert process.stderr is not None
+    shown = ""
+    while "loss=" not in shown:  # steps are being taken
+        part = process.stderr.read(1)
+        assert part, shown
+        shown += part
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    report = report_of(tmp_path)
+    assert report["interrupted"] is True and 1 <= report["steps"] < 1_000_000
+    assert metadata_of(tmp_path / "direction.safetensors")["format"] == "targetclip-direction/1"
