@@ -131,7 +131,10 @@ def random_networks(config: Config) -> tuple[StyleGAN2, ClipEmbedder]:
     wanted = EncoderInput(model["vision_cfg"]["image_size"], (0.5,) * 3, (0.5,) * 3, "bicubic")
     # Pictures and texts are not embedded here: nothing to read them with is needed.
     embedder = ClipEmbedder(open_clip.CLIP(**model), wanted, no_reader, no_reader, model)
-    return StyleGAN2(sizes).eval().requires_grad_(False), embedder
+    generator = StyleGAN2(sizes).eval().requires_grad_(False)
+    # Weights that are never written need no fingerprint, and those without values have none.
+    generator.fingerprint = embedder.fingerprint = "random"
+    return generator, embedder
 
 
 def no_reader(thing: object) -> Tensor:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -69,3 +69,26 @@ def load_reader(path: Path = BUNDLED) -> AttributeReader:
     except RuntimeError as error:
         raise ValueError(f"{path}: the weights do not fit a reader: get the file again") from error
     return reader.eval().requires_grad_(False)
+
+
+def mean_errors(
+    found: Float[Tensor, "batch outputs"],
+    truth: Float[Tensor, "batch outputs"],
+    seen: Bool[Tensor, "batch outputs"],
+) -> dict[str, float]:
+    """Mean absolute error of each reading, over the faces that show it."""
+    errors = {}
+    for reading in READINGS:
+        where = seen[:, reading.start]
+        error = (found[where, reading.span] - truth[where, reading.span]).abs().mean()
+        errors[reading.name] = float(error)
+    return errors
+
+
+def agreement(
+    found: Float[Tensor, "batch outputs"], truth: Float[Tensor, "batch outputs"], name: str
+) -> float:
+    """How often two readings agree on whether glasses, a hat or a beard is there."""
+    at = next(reading.start for reading in READINGS if reading.name == name)
+    limit = 0.25 if name == "beard" else 0.5  # presence is half of the beard's scale
+    return float(((found[:, at] > limit) == (truth[:, at] > limit)).float().mean())

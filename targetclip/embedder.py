@@ -228,7 +228,7 @@ def put_tokens_first(clip: nn.Module) -> None:
 
     Given [batch, tokens, width], their attention turns it into a view of [tokens, batch, width],
     and a linear layer with a frozen weight multiplies such a view token by token, with a copy of
-    the weight for each: a quarter of a step of the optimizer in bfloat16.
+    the weight for each: a third of a step of the optimizer in bfloat16 on a CPU.
     """
     from open_clip.transformer import ResidualAttentionBlock, Transformer
 

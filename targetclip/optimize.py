@@ -149,7 +149,7 @@ class Optimized:
 
 
 def learning_rate(step: int, steps: int, highest: float) -> float:
-    """The StyleGAN projector's schedule: up over 0.5 % of the steps, cosine down over the last 75 %."""
+    """The StyleGAN projector's: up for 0.5 % of the steps, cosine down over the last 75 %."""
     t = step / steps
     down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.75))
     return highest * down * min(1.0, t / 0.005)
@@ -200,7 +200,7 @@ def draw_sources(
 def step_coefficients(
     coefficients: Float[Tensor, "batch sources"], gradient: Float[Tensor, "batch sources"]
 ) -> Float[Tensor, "batch sources"]:
-    """The first step of a new Adam, which is all that the released code's ever make: a sign step."""
+    """The first step of a new Adam, all that the released code's ever make: by the sign alone."""
     gradient = gradient + COEFFICIENT_DECAY * coefficients
     return coefficients - COEFFICIENT_RATE * gradient / (gradient.abs() + 1e-8)
 
@@ -284,10 +284,9 @@ def optimize_directions(
 
         # A sum, not a mean: the gradient of a row, and so what weight decay is to it, must not
         # depend on how many rows there are.
-        adam.zero_grad()
-        coefficients.grad = None
-        loss.sum().backward()
-        finite = loss.isfinite() & vectors.grad[rows].flatten(1).isfinite().all(dim=1)
+        leaves = [vectors, coefficients] if recipe.coefficients else [vectors]
+        gradients = torch.autograd.grad(loss.sum(), leaves)
+        finite = loss.isfinite() & gradients[0][rows].flatten(1).isfinite().all(dim=1)
         for row in rows[~finite].tolist():
             failures[row] = f"the loss of step {step} is not finite"
         active[rows[~finite]] = False
@@ -296,12 +295,12 @@ def optimize_directions(
         rate = learning_rate(step, recipe.steps, recipe.learning_rate)
         adam.param_groups[0]["lr"] = rate
         before = vectors.detach().clone()
-        vectors.grad[~active] = 0
+        vectors.grad = torch.where(active[:, None, None], gradients[0], 0)
         adam.step()
         with torch.no_grad():
             vectors[~active] = before[~active]
             if recipe.coefficients:
-                stepped = step_coefficients(coefficients, coefficients.grad)
+                stepped = step_coefficients(coefficients, gradients[1])
                 coefficients[active] = stepped[active]
             steps_taken[active] += 1
 
@@ -317,7 +316,12 @@ def optimize_directions(
         if on_step is not None:
             on_step(
                 Progress(
-                    step, recipe.steps, rate, *scattered,
+                    step,
+                    recipe.steps,
+                    rate,
+                    loss=scattered[0],
+                    transfer=scattered[1],
+                    consistency=scattered[2],
                     directions=vectors.detach().expand(expected).clone(),
                     coefficients=coefficients.detach().clone(),
                     kept_directions=kept_vectors.expand(expected).clone(),

@@ -8,7 +8,7 @@ judges pictures it has not seen and is not easily fooled by a texture.
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.captions import caption, has
+from data.captions import caption
 from data.faces import bank, draw_wide, to_images, wide_face
-from data.sketch import HAIR_COLOURS, SIZE, Extras, Face, Style, draw, stepped_name
+from data.sketch import SIZE, Extras, Face, Style, draw
 from train.loop import Schedule, train, write_atomically
+
+Described = tuple[Face, Extras, Style]
 
 HELD_OUT_SEED = 1_000_003
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -71,35 +73,10 @@ def retrieval(image: Float[Tensor, "n embed"], text: Float[Tensor, "n embed"]) -
     return float(torch.cat(right).float().mean())
 
 
-def zero_shot(
-    model: nn.Module, tokenize: Any, images: Float[Tensor, "n embed"], faces: list[Face]
-) -> dict[str, float]:
-    """Accuracy of prompts for hair colour and for what is worn, a figure each."""
-
-    def accuracy(prompts: list[str], truth: list[int]) -> float:
-        texts = F.normalize(model.encode_text(tokenize(prompts)), dim=1)  # type: ignore[operator]
-        return float(((images @ texts.T).argmax(dim=1) == torch.tensor(truth)).float().mean())
-
-    colours = list(HAIR_COLOURS)
-    named = [colours.index(stepped_name(HAIR_COLOURS, face.hair_colour)) for face in faces]
-    figures = {"hair": accuracy([f"a face with {c} hair" for c in colours], named)}
-    for name in ("glasses", "hat", "beard"):
-        worn = f"a face with {'' if name == 'glasses' else 'a '}{name}"
-        figures[name] = accuracy(
-            [f"a face with no {name}", worn], [int(has(f, name)) for f in faces]
-        )
-    return figures
-
-
-def held_out(count: int, styled: bool) -> tuple[list[Face], list[Extras], Tensor]:
+def held_out(count: int, styled: bool) -> tuple[list[Described], Tensor]:
     """Faces no training picture shows, plain or in other styles, without extras."""
-    triples = [wide_face(HELD_OUT_SEED, i, styled=1.0, extra=0.0) for i in range(count)]
-    if not styled:
-        triples = [(face, extras, Style()) for face, extras, _ in triples]
-    # A grey picture shows no hair colour.
-    triples = [(face, extras, replace(style, grey=False)) for face, extras, style in triples]
-    pictures = np.stack([np.asarray(draw(*triple)) for triple in triples])
-    return [t[0] for t in triples], [t[1] for t in triples], to_images(pictures)
+    faces = [wide_face(HELD_OUT_SEED, i, styled=float(styled), extra=0.0) for i in range(count)]
+    return faces, to_images(np.stack([np.asarray(draw(*face)) for face in faces]))
 
 
 def run(config: Config) -> None:
@@ -110,7 +87,7 @@ def run(config: Config) -> None:
     tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
     keys = [(config.seed, i) for i in range(config.faces)]
     pictures = bank(config.out.parent / f"wide-{config.seed}-{config.faces}.npy", keys, draw_wide)
-    described = [wide_face(*key)[:2] for key in keys]
+    described = [wide_face(*key) for key in keys]
     tests = {"plain": held_out(1000, styled=False), "styled": held_out(1000, styled=True)}
 
     def loss_at(step: int) -> Tensor:
@@ -120,7 +97,8 @@ def run(config: Config) -> None:
         images = to_images(pictures[chosen])
         deviation = config.noise * torch.rand(len(images), 1, 1, 1, generator=generator)
         images = images + deviation * torch.randn(images.shape, generator=generator)
-        texts = tokenize([caption(*described[i], rng) for i in chosen])
+        shown = [described[i] for i in chosen]
+        texts = tokenize([caption(face, extras, rng) for face, extras, _ in shown])
         # The fused attention's backward pass is twice as slow on a processor.
         with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             image, text, scale = model(normalize(images), texts)
@@ -132,18 +110,14 @@ def run(config: Config) -> None:
 
     def evaluate(average: nn.Module) -> dict[str, float]:
         average.eval()
-        figures = {}
+        figures: dict[str, float] = {}
         rng = np.random.default_rng(config.seed)
         with torch.no_grad():
-            for name, (faces, extras, images) in tests.items():
-                texts = [
-                    caption(f, e, rng, complete=True) for f, e in zip(faces, extras, strict=True)
-                ]
+            for name, (faces, images) in tests.items():
+                texts = [caption(face, extras, rng, complete=True) for face, extras, _ in faces]
                 image = F.normalize(average.encode_image(normalize(images)), dim=1)  # type: ignore[operator]
                 text = F.normalize(average.encode_text(tokenize(texts)), dim=1)  # type: ignore[operator]
                 figures[f"{name}_caption"] = retrieval(image, text)
-                scores = zero_shot(average, tokenize, image, faces)
-                figures |= {f"{name}_{key}": value for key, value in scores.items()}
         return figures
 
     average = train(

@@ -65,7 +65,8 @@ def run(config: Config) -> None:
             images = generator.synthesis(found)
         error = images - truth
         picture = (error.square() + 0.3 * error.abs()).mean()
-        return picture + config.latent_weight * (found[:half] - ws).square().mean()
+        loss: Tensor = picture + config.latent_weight * (found[:half] - ws).square().mean()
+        return loss
 
     def evaluate(average: Inverter) -> dict[str, float]:
         average.eval()

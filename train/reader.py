@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from data.faces import faces_from_z, sample_z, to_images, ws_from_z
-from data.readings import READINGS, truth_of
-from eval.reader import AttributeReader, save_reader
+from data.readings import truth_of
+from eval.reader import AttributeReader, agreement, mean_errors, save_reader
 from targetclip.generators import load_generator
 from train.generator import HELD_OUT_SEED, face_bank
 from train.loop import Schedule, train, write_atomically
@@ -38,29 +37,6 @@ class Config:
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
     seed: int = 0
     evaluate_every: int = 500
-
-
-def mean_errors(
-    found: Float[Tensor, "batch outputs"],
-    values: Float[Tensor, "batch outputs"],
-    seen: Bool[Tensor, "batch outputs"],
-) -> dict[str, float]:
-    """Mean absolute error of each reading where it shows."""
-    errors = {}
-    for reading in READINGS:
-        where = seen[:, reading.start]
-        error = (found[where, reading.span] - values[where, reading.span]).abs().mean()
-        errors[reading.name] = float(error)
-    return errors
-
-
-def agreement(
-    found: Float[Tensor, "batch outputs"], values: Float[Tensor, "batch outputs"], name: str
-) -> float:
-    """How often the reader says rightly whether glasses, a hat or a beard is there."""
-    at = next(reading.start for reading in READINGS if reading.name == name)
-    limit = 0.25 if name == "beard" else 0.5  # presence is half of the beard's scale
-    return float(((found[:, at] > limit) == (values[:, at] > limit)).float().mean())
 
 
 def run(config: Config) -> None:
@@ -92,11 +68,12 @@ def run(config: Config) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = reader(images).float()
         error = found - values
-        return ((error.square() + 0.1 * error.abs()) * seen).sum() / seen.sum()
+        loss: Tensor = ((error.square() + 0.1 * error.abs()) * seen).sum() / seen.sum()
+        return loss
 
     def evaluate(average: AttributeReader) -> dict[str, float]:
         average.eval()
-        figures = {}
+        figures: dict[str, float] = {}
         for name, images in held.items():
             with torch.no_grad():
                 found = average(images)

@@ -18,7 +18,7 @@ from data.sketch import (
     Face,
 )
 
-COUNT = 300
+COUNT = 100
 PLAIN = replace(
     Face(**dict.fromkeys(NAMES, 0.5)), hat=0.0, glasses=0.0, beard=0.0, moustache=0.0, fringe=0.3
 )  # fmt: skip
@@ -131,4 +131,4 @@ def test_an_incomplete_caption_says_something_and_never_what_is_not_so() -> None
             left_out += there and not says(text, *WORDS[name])
             positive = text.replace("no hat", "").replace("no glasses", "").replace("no beard", "")
             assert there or not says(positive, *WORDS[name]), text
-    assert left_out > 10
+    assert left_out > 5

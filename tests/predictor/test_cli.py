@@ -261,8 +261,10 @@ def test_the_defaults_are_the_worlds_and_six_sources(
 # Ctrl-C
 
 
-def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
-    """Press Ctrl-C once a step is over; returns what steps will have told."""
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, when: Callable[[list[Progress]], bool]
+) -> list[Progress]:
+    """Press Ctrl-C after the first step of which `when` holds; returns what steps will tell."""
     told: list[Progress] = []
     optimize = EssenceTransfer.optimize
 
@@ -272,13 +274,17 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
         def telling(progress: Progress) -> None:
             told.append(progress)
             on_step(progress)
-            if progress.step == step:
+            if when(told):
                 raise KeyboardInterrupt
 
         return optimize(self, *arguments, telling)
 
     monkeypatch.setattr(EssenceTransfer, "optimize", interrupted)
     return told
+
+
+def losses(told: list[Progress]) -> list[float]:
+    return [float(progress.loss[0]) for progress in told]
 
 
 @pytest.mark.parametrize("recipe", ["consistent", "release"])
@@ -290,24 +296,28 @@ def test_ctrl_c_leaves_the_direction_so_far(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    told = interrupt_at(5, monkeypatch)
-    assert run("optimize", "--recipe", recipe, "--steps", 8) == cli.INTERRUPTED == 130
+    # Stopped where the last step is not the best one: the release keeps the best, others the last.
+    told = interrupt(monkeypatch, lambda told: losses(told)[-1] > min(losses(told)))
+    assert run("optimize", "--recipe", recipe, "--steps", 200) == cli.INTERRUPTED == 130
     assert "interrupted" in capsys.readouterr().err
+    last, best = told[-1], min(told, key=lambda progress: float(progress.loss[0]))
+    kept = best if recipe == "release" else last
     generator = load_parts(load_world(str(tiny_world)), torch.device("cpu")).generator
     stored = load_direction(tmp_path / "out" / "direction.safetensors", generator)
-    assert torch.equal(stored.direction, told[-1].kept_directions[0])
-    assert stored.record["steps"] == len(told) == 6 and stored.record["interrupted"] is True
-    # The scores are those of the direction kept, which the release takes from its best step.
-    best = min(told, key=lambda progress: float(progress.loss)) if recipe == "release" else told[-1]
+    assert torch.equal(stored.direction, kept.directions[0])
+    assert stored.record["steps"] == len(told) < 200 and stored.record["interrupted"] is True
     report = report_of(tmp_path / "out")
     assert report["interrupted"] is True
-    assert report["scores_on_own_sources"]["transfer"] == pytest.approx(1 - float(best.transfer))
+    scores = report["scores_on_own_sources"]
+    assert scores["transfer"] == pytest.approx(1 - float(kept.transfer[0]))
+    assert scores["consistency"] == pytest.approx(1 - float(kept.consistency[0]))
+    assert not torch.equal(last.directions, best.directions)
 
 
 def test_ctrl_c_in_a_transfer_still_shows_what_there_is(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt_at(0, monkeypatch)
+    interrupt(monkeypatch, lambda told: True)
     assert run("transfer", "--num-sources", 1) == 130
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"direction.safetensors", "edited_000.png", "grid.png", "report.json"}

@@ -179,6 +179,21 @@ def test_embeddings_carry_a_gradient_to_images_and_none_to_weights(
     assert not any(p.requires_grad or p.grad is not None for p in embedder.parameters())
 
 
+def test_putting_tokens_first_changes_no_embedding(clip_dir: Path) -> None:
+    import open_clip
+
+    plain = open_clip.create_model(f"local-dir:{clip_dir}").eval()
+    embedder = ClipEmbedder.load(clip_dir)
+    turned = [module.batch_first for module in embedder.modules() if hasattr(module, "batch_first")]
+    assert turned and not any(turned)
+    images = smooth_images(3, 64)
+    tokens = open_clip.get_tokenizer(f"local-dir:{clip_dir}")(["a face", "a long red scarf"])
+    with torch.no_grad():
+        same = torch.testing.assert_close
+        same(embedder.clip.encode_image(images), plain.encode_image(images))
+        same(embedder.clip.encode_text(tokens), plain.encode_text(tokens))
+
+
 def test_embeddings_are_raw(embedder: ClipEmbedder) -> None:
     images = smooth_images(2, 64)
     for embeddings in (

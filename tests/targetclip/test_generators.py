@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from targetclip.generators import Generator, load_generator
 from targetclip.generators.rosinality import rosinality_state, save_safetensors
-from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config, transposed_convolution
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PARITY = 1e-4  # on images that span about [-6, 6]
@@ -178,6 +178,36 @@ def test_a_batch_of_images_equals_each_alone(small: StyleGAN2) -> None:
     ws = small.mapping(some_z(small, 4))
     alone = torch.cat([small.synthesis(one[None]) for one in ws])
     assert_near(small.synthesis(ws), alone, 1e-5)
+
+
+def test_the_four_parts_are_the_transposed_convolution() -> None:
+    random = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 5, 4, 6, generator=random, dtype=torch.float64).requires_grad_(True)
+    weight = torch.randn(3, 5, 3, 3, generator=random, dtype=torch.float64).requires_grad_(True)
+    expected = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
+    found = transposed_convolution(x, weight)
+    assert_near(found.detach(), expected.detach(), 1e-12)
+    seen = torch.randn(expected.shape, generator=random, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, (x, weight), seen),
+        torch.autograd.grad(expected, (x, weight), seen),
+        strict=True,
+    ):
+        assert_near(ours, theirs, 1e-12)
+
+
+def test_weights_train_under_autocast_about_as_in_float32() -> None:
+    network = tiny_network().requires_grad_(True)
+    gradients = []
+    for half in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            images = network.synthesis(network.mapping(some_z(network)))
+        images.square().mean().backward()
+        grown = [parameter.grad for parameter in network.parameters()]
+        assert all(gradient is not None for gradient in grown)
+        gradients.append(torch.cat([g.flatten() / g.norm() for g in grown if g is not None]))
+    assert float(F.cosine_similarity(*gradients, dim=0)) > 0.99
 
 
 def test_the_image_is_differentiable_in_ws(small: StyleGAN2) -> None:

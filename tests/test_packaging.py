@@ -1,0 +1,51 @@
+"""What people get when they install the project."""
+
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+ROOT = Path(__file__).parents[1]
+WORLDS = sorted((ROOT / "targetclip" / "worlds").glob("*/world.toml"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    [path] = WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
+    return zipfile.ZipFile(path)
+
+
+def files_below(folder: Path) -> set[str]:
+    """Paths of the files of a world's part, a file or a folder; none if it is not made yet."""
+    found = [folder] if folder.is_file() else folder.rglob("*")
+    return {path.relative_to(ROOT).as_posix() for path in found if path.is_file()}
+
+
+def test_the_wheel_holds_the_method_and_the_product_and_no_more(wheel: zipfile.ZipFile) -> None:
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    [info] = [top for top in tops if top.endswith(".dist-info")]
+    assert info.startswith("targetclip-") and tops - {info} == {"targetclip", "predictor"}
+    assert not [name for name in wheel.namelist() if "__pycache__" in name]
+    for package in ("targetclip", "predictor"):
+        modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
+        assert modules <= set(wheel.namelist())
+
+
+def test_every_world_is_in_the_wheel_with_all_that_it_names(wheel: zipfile.ZipFile) -> None:
+    assert WORLDS
+    for world in WORLDS:
+        content = tomllib.loads(world.read_text(encoding="utf-8"))
+        expected = files_below(world)
+        for key in ("generator", "embedder", "inverter"):
+            if key in content:
+                expected |= files_below(world.parent / content[key])
+        assert expected <= set(wheel.namelist())
+
+
+def test_the_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
+    texts = {name.split("/")[-1]: name for name in wheel.namelist() if ".dist-info/" in name}
+    assert b"targetclip = predictor.cli:main" in wheel.read(texts["entry_points.txt"])
+    assert "MIT" in wheel.read(texts["LICENSE"]).decode()
