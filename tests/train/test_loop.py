@@ -240,7 +240,7 @@ def test_a_groups_rate_is_a_factor_of_the_schedules(tmp_path: Path) -> None:
         train(
             network, loss_of(network), tmp_path / str(factor), schedule(steps=1), nothing, groups
         )  # fmt: skip
-        moved.append(float((network.first.weight - fresh().first.weight).norm()))
+        moved.append((network.first.weight - fresh().first.weight).norm().item())
     assert moved[0] == 0 and moved[2] == pytest.approx(2 * moved[1], rel=1e-3)
 
 
