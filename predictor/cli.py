@@ -101,6 +101,10 @@ class Transfer(Options):
             raise ValueError(
                 f"--num-sources: expected 1 to {MAX_SOURCES}, found {self.num_sources}"
             )
+        if self.direction is not None:
+            for name in ("recipe", "initial", "steps", "patience"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name} is for finding a direction: drop it or --direction")
         # Written so that NaN fails too.
         if self.strength is not None and not abs(self.strength) <= MAX_STRENGTH:
             raise ValueError(
@@ -380,6 +384,7 @@ def run_transfer(options: Transfer) -> int:
         write_picture(labelled_grid(target, {**rows, label: pictures}), options.out / "grid.png")
     facts: dict[str, Any] = {
         "target": str(options.target),
+        "mode": options.mode if options.direction is None else None,
         "direction": None if options.direction is None else str(options.direction),
         "strength": strength,
         "sources": {"count": len(ws), "seed": options.seed},

@@ -53,7 +53,8 @@ def run(
     def run_command(command: str, *arguments: object) -> int:
         given = [str(argument) for argument in arguments]
         common = {"--world": tiny_world, "--target": faces[0], "--out": tmp_path / "out"}
-        for flag, value in {**common, "--steps": 3}.items():
+        steps = {} if "--direction" in given else {"--steps": 3}
+        for flag, value in {**common, **steps}.items():
             if not any(argument.split("=")[0] == flag for argument in given):
                 given += [flag, str(value)]
         monkeypatch.setattr(sys, "argv", ["targetclip", command, *given])
@@ -137,6 +138,7 @@ def test_transfer_writes_pictures_grid_direction_and_report(
     assert report["sources"] == {"count": 4, "seed": 7} and report["strength"] == 1.5
     assert report["target"] == str(faces[0]) and report["edited"] == edited
     assert report["interrupted"] is False and report["direction"] is None
+    assert report["mode"] == "optimize"
     assert report["fingerprints"] == {
         "generator": parts.generator.fingerprint,
         "embedder": parts.embedder.fingerprint,
@@ -438,6 +440,8 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(
         (["--device", "meta"], "--device"),
         (["--guess"], "--guess"),
         (["--direction", "guess.safetensors"], "guess.safetensors"),
+        (["--direction", "guess.safetensors", "--steps", "9"], "--steps is for finding"),
+        (["--direction", "guess.safetensors", "--recipe", "paper"], "--recipe is for finding"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line_before_anything_is_written(
