@@ -28,9 +28,9 @@ class InverterConfig:
     num_ws: int
     w_dim: int
     generator: str
-    channels: tuple[int, ...] = (48, 96, 144, 192)
+    channels: tuple[int, ...] = (48, 96, 128, 128)
     """Widths after each halving of the resolution."""
-    hidden: int = 512
+    hidden: int = 384
 
 
 @runtime_checkable

@@ -98,10 +98,12 @@ RECIPES: dict[str, Recipe] = {
         initial="random",
         keep="best",
     ),
+    # Ours: every step meets fresh sources, target and images are preprocessed alike, and nothing
+    # but the losses decides where it goes.
     "consistent": Recipe(
         sources=6,
         fresh_sources=True,
-        steps=300,
+        steps=150,
         learning_rate=0.1,
         transfer_weight=1.0,
         consistency_weight=0.5,
