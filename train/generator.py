@@ -177,7 +177,8 @@ def run(config: Config) -> None:
         many = torch.randn(100_000, config.w_dim, generator=torch.Generator().manual_seed(0))
         average.mapping_network.w_avg.copy_(average.mapping_network(many).mean(dim=0))
     write_atomically(
-        config.out / "generator.safetensors", lambda path: save_safetensors(average, path, torch.float16)
+        config.out / "generator.safetensors",
+        lambda path: save_safetensors(average, path, torch.float16),
     )
 
 
