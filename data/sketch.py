@@ -457,7 +457,6 @@ def draw_hat(pencil: Pencil, at: Layout, face: Face) -> None:
         height = between(14, 20, tall)
         crown = superellipse(at.x, base, rx, height, between(2.2, 7, tall), 180, 360, 24)
         layer.shape(crown, colour)
-        band = mix(colour, (255, 255, 255), 0.45) if tall < 0.5 else mix(colour, (0, 0, 0), 0.45)
         band = mix(mix(colour, (255, 255, 255), 0.45), mix(colour, (0, 0, 0), 0.45), tall)
         layer.shape(
             [

@@ -5,7 +5,7 @@ known and no discriminator is needed. Half of the latents mix three z in W+, one
 with the picture known as well: edits in W+ then change what their layers own.
 
     python -m train.generator --out runs/generator          # hours on two cores; resumes
-    python -m train.generator --out runs/generator --steps 200 --faces 2000   # a try
+    python -m train.generator --out runs/try --half-steps 100 --steps 100 --faces 2000  # a try
 """
 
 import math
