@@ -44,14 +44,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from targetclip.embedder import ClipEmbedder, EncoderInput
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.losses import consistency_loss, transfer_loss
-from targetclip.optimize import (
-    RECIPES,
-    Progress,
-    Recipe,
-    embed_chunks,
-    optimize_directions,
-    random_latents,
-)
+from targetclip.optimize import Progress, embed_chunks, optimize_directions
+from targetclip.recipes import RECIPES, Recipe
+from targetclip.sources import random_latents
 
 Precision = Literal["fp32", "bf16"]
 

@@ -26,12 +26,14 @@ from data.readings import readings_of
 from data.sketch import draw
 from eval.metrics import essence_acquired, identity_kept, transfer_scores
 from eval.reader import load_reader
-from predictor.transfer import BANK, BANK_SEED, EssenceTransfer, seed_of
+from predictor.transfer import EssenceTransfer
 from targetclip.editing import render
 from targetclip.generators import Generator
 from targetclip.images import labelled_grid, tensor_to_pictures
 from targetclip.losses import consistency_loss
-from targetclip.optimize import RECIPES, Recipe, optimize_directions, random_latents
+from targetclip.optimize import optimize_directions
+from targetclip.recipes import RECIPES, Recipe
+from targetclip.sources import seed_of, source_bank
 from targetclip.world import load_parts, load_world
 
 TARGET_SEED = 2_000_003  # validation: not those of training, not those of the final evaluation
@@ -103,14 +105,13 @@ def run_recipe(
     pictures = targets.pictures
     embeddings = torch.stack([essence.embed_target(p, recipe) for p in pictures])
     initial = torch.stack([essence.initial(p, recipe.initial, config.seed) for p in pictures])
-    bank = range(BANK_SEED, BANK_SEED + BANK)
     seeds = [seed_of("recipes", config.seed, i) for i in range(len(pictures))]
     start = time.perf_counter()
     found = optimize_directions(
         generator,
         embedder,
         embeddings,
-        random_latents(generator, bank, essence.truncation),
+        source_bank(generator, essence.truncation),
         recipe,
         initial,
         seeds,

@@ -35,7 +35,8 @@ from predictor.transfer import Direction, EssenceTransfer
 from targetclip.directions import direction_bytes, load_direction
 from targetclip.editing import Scores
 from targetclip.images import labelled_grid, read_picture, tensor_to_pictures, write_picture
-from targetclip.optimize import RECIPES, Initial, Progress, Recipe
+from targetclip.optimize import Progress
+from targetclip.recipes import RECIPES, Initial, Recipe
 from targetclip.world import World, load_parts, load_world
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended

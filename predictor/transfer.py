@@ -4,7 +4,6 @@ Knows how the parts work together: embedder, generator, inverter and optimizer, 
 Every direction says which method made it. Files and printing are the command line's.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,17 +17,9 @@ from targetclip.embedder import ImageEmbedder
 from targetclip.generators import Generator
 from targetclip.images import picture_to_tensor
 from targetclip.inverter import LatentInverter
-from targetclip.optimize import (
-    Initial,
-    Optimized,
-    Progress,
-    Recipe,
-    optimize_directions,
-    random_latents,
-)
-
-BANK = 256  # sources a recipe with fresh sources draws from
-BANK_SEED = 1 << 40  # far from the small seeds people choose for sources of their own
+from targetclip.optimize import Optimized, Progress, optimize_directions
+from targetclip.recipes import Initial, Recipe
+from targetclip.sources import BANK, generated_sources, random_latents, seed_of, source_bank
 
 
 @dataclass(frozen=True)
@@ -43,12 +34,6 @@ class Direction:
     consistency: float
     """1 - consistency loss there."""
     steps: int
-
-
-def seed_of(*parts: object) -> int:
-    """A seed that depends on all parts and nothing else, the same on every machine."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
 
 
 class EssenceTransfer:
@@ -92,8 +77,7 @@ class EssenceTransfer:
 
     def generated_sources(self, count: int, seed: int = 0) -> Float[Tensor, "sources num_ws w_dim"]:
         """Latents of the generator's own samples; source i of a seed is always the same."""
-        seeds = [seed_of("source", seed, i) for i in range(count)]
-        return random_latents(self.generator, seeds, self.truncation)
+        return generated_sources(self.generator, self.truncation, count, seed)
 
     def embed_target(self, target: Image.Image, recipe: Recipe) -> Float[Tensor, " embed"]:
         """Raw embedding of a target picture, preprocessed as a recipe wants it."""
@@ -128,7 +112,7 @@ class EssenceTransfer:
             FloatingPointError: the loss stopped being finite.
         """
         count = BANK if recipe.fresh_sources else recipe.sources
-        bank = random_latents(self.generator, range(BANK_SEED, BANK_SEED + count), self.truncation)
+        bank = source_bank(self.generator, self.truncation, count)
         found = optimize_directions(
             self.generator,
             self.embedder,

@@ -7,7 +7,8 @@ from targetclip.editing import apply_direction, score_edit
 from targetclip.embedder import ClipEmbedder, ImageEmbedder
 from targetclip.generators import Generator, load_generator
 from targetclip.losses import consistency_loss, transfer_loss
-from targetclip.optimize import RECIPES, Recipe, optimize_directions
+from targetclip.optimize import optimize_directions
+from targetclip.recipes import RECIPES, Recipe
 from targetclip.world import load_parts, load_world
 
 __all__ = [

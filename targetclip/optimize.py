@@ -1,13 +1,14 @@
 """The teacher: find a direction in W+ by optimization, for many targets at once.
 
-Knows the method (losses, schedule, recipes); nothing of files, launchers or printing. Arrays in,
-arrays out. Rows of a batch never meet: a batch of targets gives what each target gives alone.
+Knows the method; nothing of files, launchers or printing. Arrays in, arrays out. Rows of a batch
+never meet: a batch of targets gives what each target gives alone.
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,104 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from targetclip.embedder import ImageEmbedder, Preprocess
 from targetclip.generators import Generator
-from targetclip.losses import Differences, consistency_loss, transfer_loss
-
-Initial = Literal["inversion", "random", "zero"]
+from targetclip.losses import consistency_loss, transfer_loss
+from targetclip.recipes import Recipe
 
 COEFFICIENT_RATE = 0.2  # the release steps its coefficients at this rate, whatever the schedule
 COEFFICIENT_DECAY = 0.01
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides what a direction comes out as, but for the seed and the sources."""
-
-    sources: int
-    """Sources edited at every step."""
-    fresh_sources: bool
-    """Draw them anew from the bank at every step, or keep its first ones throughout."""
-    steps: int
-    learning_rate: float
-    """Of Adam, at its highest (see `learning_rate`)."""
-    transfer_weight: float
-    consistency_weight: float
-    differences: Differences
-    """Consistency between differences of unit or of raw embeddings."""
-    weight_decay: float
-    """Of Adam: the gradient of weight_decay/2 |direction|^2, added inside it."""
-    preprocess: Preprocess
-    """How generated images reach the encoder."""
-    target_preprocess: Literal["encoder", "same"]
-    """How the target reaches it: as the encoder's own library does, or as generated images do."""
-    initial: Initial
-    """What the direction starts from."""
-    coefficients: bool = False
-    """Scale the direction by a learned factor for each source (release)."""
-    keep: Literal["best", "last"] = "last"
-    """Return the direction of the lowest loss, or the last one."""
-    tied_layers: bool = False
-    """One w_dim vector for all layers (a direction in W) instead of one each (W+)."""
-    patience: int | None = None
-    """Stop a target whose smoothed loss has not improved by 0.001 for so many steps."""
-
-    def __post_init__(self) -> None:
-        if self.coefficients and self.fresh_sources:
-            raise ValueError("coefficients belong to fixed sources: set fresh_sources=False")
-        if min(self.sources, self.steps) < 1:
-            raise ValueError(
-                f"expected at least 1 source and 1 step, found {self.sources} and {self.steps}"
-            )
-
-
-RECIPES: dict[str, Recipe] = {
-    # The final released code, with its quirks: the target is normalised for CLIP, the generated
-    # images are not; each source has a coefficient whose Adam is made anew at every step.
-    "release": Recipe(
-        sources=4,
-        fresh_sources=False,
-        steps=1000,
-        learning_rate=0.2,
-        transfer_weight=1.0,
-        consistency_weight=0.5,
-        differences="unit",
-        weight_decay=3e-3,
-        preprocess="release",
-        target_preprocess="encoder",
-        initial="inversion",
-        coefficients=True,
-        keep="best",
-    ),
-    # The first version of the paper: one preprocessing for all, random start, no coefficients.
-    "paper": Recipe(
-        sources=6,
-        fresh_sources=False,
-        steps=1000,
-        learning_rate=0.2,
-        transfer_weight=1.0,
-        consistency_weight=0.6,
-        differences="raw",
-        weight_decay=3e-3,
-        preprocess="release",
-        target_preprocess="same",
-        initial="random",
-        keep="best",
-    ),
-    # Ours: every step meets fresh sources, target and images are preprocessed alike, and nothing
-    # but the losses decides where it goes.
-    "consistent": Recipe(
-        sources=6,
-        fresh_sources=True,
-        steps=150,
-        learning_rate=0.1,
-        transfer_weight=1.0,
-        consistency_weight=0.5,
-        differences="unit",
-        weight_decay=3e-3,
-        preprocess="consistent",
-        target_preprocess="encoder",
-        initial="zero",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -132,6 +40,8 @@ class Progress:
     """After the step's update."""
     kept_directions: Float[Tensor, "batch num_ws w_dim"]
     """What would be returned if the run ended now."""
+    snapshot: Callable[[], dict[str, Any]]
+    """Makes a copy of all the run needs to go on from here (`resume`)."""
 
 
 @dataclass(frozen=True)
@@ -179,17 +89,6 @@ def embed_chunks(
     return torch.cat([checkpoint(embed, part, use_reentrant=False) for part in chunks])
 
 
-def random_latents(
-    generator: Generator, seeds: Sequence[int], truncation: float = 0.7
-) -> Float[Tensor, "batch num_ws w_dim"]:
-    """One truncated latent for each seed; seeds alone decide, not their order or number."""
-    z = torch.stack(
-        [torch.randn(generator.z_dim, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    )
-    with torch.no_grad():
-        return generator.mapping(z.to(generator.mean_w.device), truncation)
-
-
 def draw_sources(
     bank: int, count: int, fresh: bool, draws: list[torch.Generator]
 ) -> Int[Tensor, "batch sources"]:
@@ -205,144 +104,6 @@ def step_coefficients(
     """The first step of a new Adam, all that the released code's ever make: by the sign alone."""
     gradient = gradient + COEFFICIENT_DECAY * coefficients
     return coefficients - COEFFICIENT_RATE * gradient / (gradient.abs() + 1e-8)
-
-
-def optimize_directions(
-    generator: Generator,
-    embedder: ImageEmbedder,
-    target_embeddings: Float[Tensor, "batch embed"],
-    source_ws: Float[Tensor, "bank num_ws w_dim"],
-    recipe: Recipe,
-    initial: Float[Tensor, "batch num_ws w_dim"],
-    seeds: Sequence[int],
-    on_step: Callable[[Progress], None] | None = None,
-    max_images: int = 64,
-) -> Optimized:
-    """Find the direction that gives any source each target's essence (paper section 3).
-
-    Minimises, for each target on its own, over the direction b,
-
-        transfer_weight L_transfer + consistency_weight L_consistency,
-
-    between the embeddings of G(w_i) and G(w_i + a_i b), with a_i = 1 but in the release recipe.
-
-    Args:
-        target_embeddings: raw or unit.
-        source_ws: the bank of sources: their latents. Without `recipe.fresh_sources` its first
-            `recipe.sources` are used. Each is rendered unedited once.
-        initial: where the directions start. `recipe.initial` says what it should be.
-        seeds: one a target: decides which fresh sources it meets.
-        on_step: called after every step.
-        max_images: images rendered at once; bounds memory.
-
-    Raises:
-        ValueError: shapes disagree, or the bank is smaller than `recipe.sources`.
-
-    A target whose loss stops being finite ends there, named in `failures`; others go on.
-    """
-    batch = len(target_embeddings)
-    if len(source_ws) < recipe.sources:
-        raise ValueError(
-            f"the recipe edits {recipe.sources} sources a step, found a bank of {len(source_ws)}"
-        )
-    expected = (batch, generator.num_ws, generator.w_dim)
-    if initial.shape != expected or len(seeds) != batch:
-        raise ValueError(
-            f"expected {batch} seeds and initial directions of shape {list(expected)}, "
-            f"found {len(seeds)} and {list(initial.shape)}"
-        )
-    device = initial.device
-    count = recipe.sources
-    bank = source_ws if recipe.fresh_sources else source_ws[:count]
-    with torch.no_grad():
-        bank_embeddings = embed_chunks(generator, embedder, bank, recipe.preprocess, max_images)
-
-    # A tied direction is one vector, used by every layer.
-    start = initial.mean(dim=1, keepdim=True) if recipe.tied_layers else initial
-    vectors = start.detach().clone().requires_grad_(True)
-    coefficients = initial.new_ones(batch, count).requires_grad_(recipe.coefficients)
-    adam = torch.optim.Adam([vectors], weight_decay=recipe.weight_decay)
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    active = torch.ones(batch, dtype=torch.bool, device=device)
-    failures: list[str | None] = [None] * batch
-    steps_taken = torch.zeros(batch, dtype=torch.int64, device=device)
-    kept_vectors, kept_coefficients = vectors.detach().clone(), coefficients.detach().clone()
-    kept_loss = initial.new_full((batch,), math.inf)
-    kept_parts = initial.new_full((2, batch), math.inf)
-    patience = Patience.new(batch, device)
-
-    for step in range(recipe.steps):
-        # Losses, of the targets that still run
-        rows = active.nonzero()[:, 0]
-        chosen = draw_sources(len(bank), count, recipe.fresh_sources, draws).to(device)[rows]
-        edits = coefficients[rows, :, None, None] * vectors[rows, None]
-        ws = (bank[chosen] + edits).flatten(0, 1)
-        edited = embed_chunks(generator, embedder, ws, recipe.preprocess, max_images)
-        edited = edited.unflatten(0, (len(rows), count))
-        transfer = transfer_loss(edited, target_embeddings[rows])
-        consistency = consistency_loss(bank_embeddings[chosen], edited, recipe.differences)
-        loss = recipe.transfer_weight * transfer + recipe.consistency_weight * consistency
-
-        # A sum, not a mean: the gradient of a row, and so what weight decay is to it, must not
-        # depend on how many rows there are.
-        leaves = [vectors, coefficients] if recipe.coefficients else [vectors]
-        gradients = torch.autograd.grad(loss.sum(), leaves)
-        finite = loss.isfinite() & gradients[0][rows].flatten(1).isfinite().all(dim=1)
-        for row in rows[~finite].tolist():
-            failures[row] = f"the loss of step {step} is not finite"
-        active[rows[~finite]] = False
-
-        # Update; rows that ended keep what they have
-        rate = learning_rate(step, recipe.steps, recipe.learning_rate)
-        adam.param_groups[0]["lr"] = rate
-        before = vectors.detach().clone()
-        vectors.grad = torch.where(active[:, None, None], gradients[0], 0)
-        adam.step()
-        with torch.no_grad():
-            vectors[~active] = before[~active]
-            if recipe.coefficients:
-                stepped = step_coefficients(coefficients, gradients[1])
-                coefficients[active] = stepped[active]
-            steps_taken[active] += 1
-
-            # The release keeps the updated direction of the lowest loss measured before an update.
-            measured = torch.stack([loss, transfer, consistency]).to(initial.dtype)
-            scattered = scatter_rows(measured, rows, batch)
-            better = active & ((scattered[0] < kept_loss) | (recipe.keep == "last"))
-            kept_vectors[better] = vectors[better]
-            kept_coefficients[better] = coefficients[better]
-            kept_loss = torch.where(better, scattered[0], kept_loss)
-            kept_parts = torch.where(better, scattered[1:], kept_parts)
-
-        if on_step is not None:
-            on_step(
-                Progress(
-                    step,
-                    recipe.steps,
-                    rate,
-                    loss=scattered[0],
-                    transfer=scattered[1],
-                    consistency=scattered[2],
-                    directions=vectors.detach().expand(expected).clone(),
-                    coefficients=coefficients.detach().clone(),
-                    kept_directions=kept_vectors.expand(expected).clone(),
-                )
-            )  # fmt: skip
-        if recipe.patience is not None:
-            active &= ~patience.exhausted(scattered[0], recipe.patience)
-        if not active.any():
-            break
-
-    return Optimized(
-        directions=kept_vectors.expand(expected).clone(),
-        coefficients=kept_coefficients,
-        loss=kept_loss,
-        transfer=kept_parts[0],
-        consistency=kept_parts[1],
-        steps=steps_taken,
-        failures=tuple(failures),
-    )
 
 
 def scatter_rows(
@@ -377,3 +138,230 @@ class Patience:
         self.lowest = torch.where(improved, self.smooth, self.lowest)
         self.waited = torch.where(improved, 0, self.waited + 1)
         return self.waited >= patience
+
+
+@dataclass
+class Search:
+    """Where an optimization stands: all that changes from step to step, a row a target."""
+
+    step: int
+    """The next one to take."""
+    vectors: Float[Tensor, "batch layers w_dim"]
+    """The directions; one layer where the recipe ties them."""
+    coefficients: Float[Tensor, "batch sources"]
+    adam: torch.optim.Adam
+    draws: list[torch.Generator]
+    active: Bool[Tensor, " batch"]
+    failures: list[str | None]
+    steps_taken: Int[Tensor, " batch"]
+    kept_vectors: Float[Tensor, "batch layers w_dim"]
+    kept_coefficients: Float[Tensor, "batch sources"]
+    kept_losses: Float[Tensor, "kinds batch"]
+    """Loss, transfer loss and consistency loss of what is kept."""
+    patience: Patience
+
+    @staticmethod
+    def new(
+        recipe: Recipe, initial: Float[Tensor, "batch num_ws w_dim"], seeds: Sequence[int]
+    ) -> "Search":
+        batch = len(initial)
+        # A tied direction is one vector, used by every layer.
+        start = initial.mean(dim=1, keepdim=True) if recipe.tied_layers else initial
+        vectors = start.detach().clone().requires_grad_(True)
+        coefficients = initial.new_ones(batch, recipe.sources)
+        return Search(
+            step=0,
+            vectors=vectors,
+            coefficients=coefficients.requires_grad_(recipe.coefficients),
+            adam=torch.optim.Adam([vectors], weight_decay=recipe.weight_decay),
+            draws=[torch.Generator().manual_seed(seed) for seed in seeds],
+            active=torch.ones(batch, dtype=torch.bool, device=initial.device),
+            failures=[None] * batch,
+            steps_taken=torch.zeros(batch, dtype=torch.int64, device=initial.device),
+            kept_vectors=vectors.detach().clone(),
+            kept_coefficients=coefficients.detach().clone(),
+            kept_losses=initial.new_full((3, batch), math.inf),
+            patience=Patience.new(batch, initial.device),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor but those of Adam, by name; not copies."""
+        kept = (self.kept_vectors, self.kept_coefficients, self.kept_losses)
+        named = dict(zip(("kept_vectors", "kept_coefficients", "kept_losses"), kept, strict=True))
+        named |= {"vectors": self.vectors, "coefficients": self.coefficients}
+        named |= {"active": self.active, "steps_taken": self.steps_taken}
+        return named | {f"patience.{name}": value for name, value in vars(self.patience).items()}
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of everything, for `torch.save`; `torch.load(weights_only=True)` reads it."""
+        return {
+            "step": self.step,
+            "failures": list(self.failures),
+            "adam": copy.deepcopy(self.adam.state_dict()),
+            "draws": [draw.get_state() for draw in self.draws],
+            "tensors": {name: value.detach().clone() for name, value in self.tensors().items()},
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Take over a snapshot of the same recipe and targets: it goes on bit for bit.
+
+        Raises:
+            ValueError: the snapshot is of other sizes.
+        """
+        saved = snapshot["tensors"]
+        mine = self.tensors()
+        found = {name: list(value.shape) for name, value in saved.items()}
+        expected = {name: list(value.shape) for name, value in mine.items()}
+        if found != expected:
+            raise ValueError(
+                f"a snapshot of other targets or of another recipe: expected {expected}, "
+                f"found {found}"
+            )
+        with torch.no_grad():
+            for name, value in mine.items():
+                value.copy_(saved[name])
+        self.adam.load_state_dict(snapshot["adam"])
+        for draw, state in zip(self.draws, snapshot["draws"], strict=True):
+            draw.set_state(state)
+        self.step, self.failures = snapshot["step"], list(snapshot["failures"])
+
+    def update(
+        self,
+        recipe: Recipe,
+        rate: float,
+        rows: Int[Tensor, " active"],
+        gradients: Sequence[Tensor],
+        losses: Float[Tensor, "kinds batch"],
+    ) -> None:
+        """One step of Adam; rows that ended keep what they have."""
+        finite = losses[0][rows].isfinite() & gradients[0][rows].flatten(1).isfinite().all(dim=1)
+        for row in rows[~finite].tolist():
+            self.failures[row] = f"the loss of step {self.step} is not finite"
+        self.active[rows[~finite]] = False
+
+        self.adam.param_groups[0]["lr"] = rate
+        before = self.vectors.detach().clone()
+        self.vectors.grad = torch.where(self.active[:, None, None], gradients[0], 0)
+        self.adam.step()
+        with torch.no_grad():
+            self.vectors[~self.active] = before[~self.active]
+            if recipe.coefficients:
+                stepped = step_coefficients(self.coefficients, gradients[1])
+                self.coefficients[self.active] = stepped[self.active]
+            self.steps_taken[self.active] += 1
+
+            # The release keeps the updated direction of the lowest loss measured before an update.
+            better = self.active & ((losses[0] < self.kept_losses[0]) | (recipe.keep == "last"))
+            self.kept_vectors[better] = self.vectors[better]
+            self.kept_coefficients[better] = self.coefficients[better]
+            self.kept_losses[:, better] = losses[:, better]
+            if recipe.patience is not None:
+                self.active &= ~self.patience.exhausted(losses[0], recipe.patience)
+        self.step += 1
+
+
+def check_arguments(
+    generator: Generator, recipe: Recipe, targets: int, bank: int, initial: Tensor, seeds: int
+) -> None:
+    """Raise a ValueError where the arguments of `optimize_directions` do not fit each other."""
+    if bank < recipe.sources:
+        raise ValueError(
+            f"the recipe edits {recipe.sources} sources a step, found a bank of {bank}"
+        )
+    expected = (targets, generator.num_ws, generator.w_dim)
+    if initial.shape != expected or seeds != targets:
+        raise ValueError(
+            f"expected {targets} seeds and initial directions of shape {list(expected)}, "
+            f"found {seeds} and {list(initial.shape)}"
+        )
+
+
+def optimize_directions(
+    generator: Generator,
+    embedder: ImageEmbedder,
+    target_embeddings: Float[Tensor, "batch embed"],
+    source_ws: Float[Tensor, "bank num_ws w_dim"],
+    recipe: Recipe,
+    initial: Float[Tensor, "batch num_ws w_dim"],
+    seeds: Sequence[int],
+    on_step: Callable[[Progress], None] | None = None,
+    max_images: int = 64,
+    resume: Mapping[str, Any] | None = None,
+) -> Optimized:
+    """Find the direction that gives any source each target's essence (paper section 3).
+
+    Minimises, for each target on its own, over the direction b,
+
+        transfer_weight L_transfer + consistency_weight L_consistency,
+
+    between the embeddings of G(w_i) and G(w_i + a_i b), with a_i = 1 but in the release recipe.
+
+    Args:
+        target_embeddings: raw or unit.
+        source_ws: the bank of sources: their latents. Without `recipe.fresh_sources` its first
+            `recipe.sources` are used. Each is rendered unedited once.
+        initial: where the directions start. `recipe.initial` says what it should be.
+        seeds: one a target: decides which fresh sources it meets.
+        on_step: called after every step.
+        max_images: images rendered at once; bounds memory.
+        resume: `Progress.snapshot()` of an earlier run with the same arguments: goes on after it,
+            to the same bits as a run that was never stopped.
+
+    Raises:
+        ValueError: shapes disagree, or the bank is smaller than `recipe.sources`.
+
+    A target whose loss stops being finite ends there, named in `failures`; others go on.
+    """
+    batch, count = len(target_embeddings), recipe.sources
+    check_arguments(generator, recipe, batch, len(source_ws), initial, len(seeds))
+    bank = source_ws if recipe.fresh_sources else source_ws[:count]
+    with torch.no_grad():
+        bank_embeddings = embed_chunks(generator, embedder, bank, recipe.preprocess, max_images)
+    search = Search.new(recipe, initial, seeds)
+    if resume is not None:
+        search.restore(resume)
+    everywhere = initial.shape
+
+    while search.step < recipe.steps and search.active.any():
+        # Losses, of the targets that still run
+        rows = search.active.nonzero()[:, 0]
+        chosen = draw_sources(len(bank), count, recipe.fresh_sources, search.draws)
+        chosen = chosen.to(initial.device)[rows]
+        edits = search.coefficients[rows, :, None, None] * search.vectors[rows, None]
+        ws = (bank[chosen] + edits).flatten(0, 1)
+        edited = embed_chunks(generator, embedder, ws, recipe.preprocess, max_images)
+        edited = edited.unflatten(0, (len(rows), count))
+        transfer = transfer_loss(edited, target_embeddings[rows])
+        consistency = consistency_loss(bank_embeddings[chosen], edited, recipe.differences)
+        loss = recipe.transfer_weight * transfer + recipe.consistency_weight * consistency
+
+        # A sum, not a mean: the gradient of a row, and so what weight decay is to it, must not
+        # depend on how many rows there are.
+        leaves = [search.vectors, search.coefficients][: 1 + recipe.coefficients]
+        gradients = torch.autograd.grad(loss.sum(), leaves)
+        measured = torch.stack([loss, transfer, consistency]).to(initial.dtype)
+        losses = scatter_rows(measured, rows, batch)
+        rate = learning_rate(search.step, recipe.steps, recipe.learning_rate)
+        search.update(recipe, rate, rows, gradients, losses)
+
+        if on_step is not None:
+            on_step(
+                Progress(
+                    search.step - 1,
+                    recipe.steps,
+                    rate,
+                    *losses,
+                    directions=search.vectors.detach().expand(everywhere).clone(),
+                    coefficients=search.coefficients.detach().clone(),
+                    kept_directions=search.kept_vectors.expand(everywhere).clone(),
+                    snapshot=search.snapshot,
+                )
+            )  # fmt: skip
+
+    return Optimized(
+        search.kept_vectors.expand(everywhere).clone(),
+        search.kept_coefficients,
+        *search.kept_losses,
+        steps=search.steps_taken,
+        failures=tuple(search.failures),
+    )

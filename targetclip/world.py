@@ -15,7 +15,7 @@ from targetclip.embedder import ClipEmbedder
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2
 from targetclip.inverter import Inverter, load_inverter
-from targetclip.optimize import RECIPES
+from targetclip.recipes import RECIPES
 
 BUNDLED = Path(__file__).parent / "worlds"
 

@@ -6,6 +6,7 @@ with the picture known as well: edits in W+ then change what their layers own.
 
     python -m train.generator --out runs/generator          # hours on two cores; resumes
     python -m train.generator --out runs/try --half-steps 100 --steps 100 --faces 2000  # a try
+    python -m train.generator --out runs/more --start generator.safetensors  # a trained one further
 """
 
 import math
@@ -33,6 +34,7 @@ from data.faces import (
 )
 from data.readings import truth_of
 from data.sketch import SIZE
+from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.images import labelled_grid, tensor_to_pictures
@@ -46,6 +48,8 @@ MAPPING_RATE = 30.0  # its weights are stored a hundred times larger than they a
 class Config:
     out: Path
     """Folder for checkpoint, log, pictures and generator.safetensors."""
+    start: Path | None = None
+    """A generator to train further; the mapping and the 32 px level are then taken from it."""
     faces: int = 150_000
     """Pictures drawn once and kept to train on."""
     half_steps: int = 6000
@@ -158,20 +162,29 @@ def train_at(config: Config, network: StyleGAN2, steps: int, out: Path) -> Style
     )
 
 
+def start_small(config: Config, sizes: StyleGAN2Config) -> StyleGAN2:
+    """A network trained without its last level: it sees more pictures in the same time."""
+    half = StyleGAN2(replace(sizes, resolution=SIZE // 2, channels=sizes.channels[:-1]))
+    first = config.out / "half"
+    if not (first / CHECKPOINT).exists():
+        print(f"unexplained by w: {teach_mapping(half, config.seed):.3f}")
+    half = train_at(config, half, config.half_steps, first)
+    network = StyleGAN2(sizes)
+    network.load_state_dict(half.state_dict(), strict=False)
+    return network
+
+
 def run(config: Config) -> None:
     torch.manual_seed(config.seed)
     sizes = StyleGAN2Config(
         SIZE, config.w_dim, config.w_dim, config.mapping_layers, config.channels
     )
-    # A network without the last level first: it sees more pictures in the same time.
-    half = StyleGAN2(replace(sizes, resolution=SIZE // 2, channels=config.channels[:-1]))
-    first = config.out / "half"
-    if not (first / CHECKPOINT).exists():
-        print(f"unexplained by w: {teach_mapping(half, config.seed):.3f}")
-    half = train_at(config, half, config.half_steps, first)
-
-    network = StyleGAN2(sizes)
-    network.load_state_dict(half.state_dict(), strict=False)
+    if config.start is None:
+        network = start_small(config, sizes)
+    else:
+        network = load_generator(config.start).float().requires_grad_(True)
+        if network.config != sizes:
+            raise SystemExit(f"--start {config.start} has {network.config}; wanted {sizes}")
     average = train_at(config, network, config.steps, config.out)
     with torch.no_grad():
         many = torch.randn(100_000, config.w_dim, generator=torch.Generator().manual_seed(0))

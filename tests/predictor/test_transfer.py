@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from predictor.transfer import EssenceTransfer, seed_of
+from predictor.transfer import EssenceTransfer
 from targetclip.images import picture_to_tensor
-from targetclip.optimize import RECIPES, Initial, Progress, Recipe
+from targetclip.optimize import Progress
+from targetclip.recipes import RECIPES, Initial, Recipe
 from targetclip.world import Parts, load_parts, load_world
 
 
@@ -34,12 +35,6 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 24)) -> Image.Image:
 
 def quick(name: str = "consistent", **changes: object) -> Recipe:
     return dataclasses.replace(RECIPES[name], **{"steps": 3, **changes})
-
-
-def test_a_seed_depends_on_every_part_and_on_no_machine() -> None:
-    assert seed_of("source", 0, 1) == 26411325901598597
-    seeds = {seed_of(*parts) for parts in [("a", 1, 2), ("a", 2, 1), ("b", 1, 2), ("a", 12), ()]}
-    assert len(seeds) == 5 and all(0 <= seed < 2**56 for seed in seeds)
 
 
 def test_a_generated_source_depends_on_its_seed_and_place_only(essence: EssenceTransfer) -> None:

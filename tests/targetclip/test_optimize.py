@@ -14,15 +14,9 @@ from torch.nn import functional as F
 from targetclip.embedder import EncoderInput, preprocess_images
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.optimize import (
-    RECIPES,
-    Optimized,
-    Progress,
-    Recipe,
-    learning_rate,
-    optimize_directions,
-    random_latents,
-)
+from targetclip.optimize import Optimized, Progress, learning_rate, optimize_directions
+from targetclip.recipes import RECIPES, Recipe
+from targetclip.sources import random_latents
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -184,6 +178,52 @@ def test_chunks_of_images_change_nothing(
     whole = run(generator, embedder, quick(), [0, 1])
     chunked = run(generator, embedder, quick(), [0, 1], max_images=2)
     assert torch.allclose(whole.directions, chunked.directions, atol=2e-4)
+
+
+class Stopped(Exception):
+    """Raised by a callback, as a signal would stop a run."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"keep": "best", "patience": 2, "steps": 12},
+        {"fresh_sources": False, "coefficients": True},
+        {"tied_layers": True},
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    generator: StyleGAN2, embedder: ProjectionEmbedder, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    recipe = quick(**changes)
+    whole = run(generator, embedder, recipe, [0, 1, 2])
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 4:
+            torch.save(progress.snapshot(), tmp_path / "run.pt")
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(generator, embedder, recipe, [0, 1, 2], on_step=stop)
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    steps: list[int] = []
+    resumed = run(
+        generator, embedder, recipe, [0, 1, 2], resume=saved, on_step=lambda p: steps.append(p.step)
+    )
+    assert steps[0] == 5
+    for name, value in vars(whole).items():
+        found = getattr(resumed, name)
+        assert torch.equal(value, found) if isinstance(value, Tensor) else value == found
+
+
+def test_a_snapshot_of_other_targets_is_refused(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    saved: list[dict[str, object]] = []
+    run(generator, embedder, quick(), [0, 1], on_step=lambda p: saved.append(p.snapshot()))
+    with pytest.raises(ValueError, match="other targets"):
+        run(generator, embedder, quick(), [0, 1, 2], resume=saved[-1])
 
 
 def test_optimization_brings_held_out_sources_nearer_to_the_target(
