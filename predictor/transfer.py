@@ -7,7 +7,6 @@ Every direction says which method made it. Files and printing are the command li
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -15,11 +14,11 @@ from torch import Tensor
 from targetclip.editing import Scores, apply_direction, render, score_edit
 from targetclip.embedder import ImageEmbedder
 from targetclip.generators import Generator
-from targetclip.images import picture_to_tensor
 from targetclip.inverter import LatentInverter
 from targetclip.optimize import Optimized, Progress, optimize_directions
 from targetclip.recipes import Initial, Recipe
-from targetclip.sources import BANK, generated_sources, random_latents, seed_of, source_bank
+from targetclip.sources import BANK, generated_sources, seed_of, source_bank
+from targetclip.targets import embed_targets, initial_directions, invert
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,7 @@ class EssenceTransfer:
         Raises:
             ValueError: there is no inverter.
         """
-        if self.inverter is None:
-            raise ValueError(
-                "this world has no inverter, so pictures have no latents: "
-                "use generated sources (--num-sources), and a recipe that does not invert"
-            )
-        images = torch.cat([picture_to_tensor(p, self.generator.resolution) for p in pictures])
-        with torch.no_grad():
-            return self.inverter(images.to(self.generator.mean_w.device))
+        return invert(self.generator, self.inverter, pictures)
 
     def generated_sources(self, count: int, seed: int = 0) -> Float[Tensor, "sources num_ws w_dim"]:
         """Latents of the generator's own samples; source i of a seed is always the same."""
@@ -81,22 +73,14 @@ class EssenceTransfer:
 
     def embed_target(self, target: Image.Image, recipe: Recipe) -> Float[Tensor, " embed"]:
         """Raw embedding of a target picture, preprocessed as a recipe wants it."""
-        if recipe.target_preprocess == "encoder":
-            return self.embedder.embed_pictures([target])[0]
-        image = picture_to_tensor(target, self.generator.resolution)
-        image = image.to(self.generator.mean_w.device)
-        with torch.no_grad():
-            return self.embedder.embed_images(image, recipe.preprocess)[0]
+        return embed_targets(self.generator, self.embedder, [target], recipe)[0]
 
     def initial(
         self, target: Image.Image, kind: Initial, seed: int
     ) -> Float[Tensor, "num_ws w_dim"]:
         """What an optimization starts from (release: absolute latents, not offsets)."""
-        if kind == "inversion":
-            return self.invert([target])[0]
-        if kind == "random":
-            return random_latents(self.generator, [seed_of("initial", seed)])[0]
-        return torch.zeros_like(self.generator.mean_w).repeat(self.generator.num_ws, 1)
+        seeds = [seed_of("initial", seed)]
+        return initial_directions(self.generator, self.inverter, [target], kind, seeds)[0]
 
     def optimize(
         self,

@@ -32,7 +32,7 @@ MARGIN = 12
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file that may be a picture, refused before decoding if they cannot be one."""
+    """The bytes of a file that may be a picture, one more than allowed if it is too large."""
     if path.is_dir():
         raise ValueError(
             f"expected a picture, found a folder: {str(path)!r}; give the path of one file"
@@ -40,15 +40,7 @@ def read_file(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"no picture at {str(path)!r}; check the path")
     with path.open("rb") as file:
-        content = file.read(MAX_FILE_BYTES + 1)
-    if not content:
-        raise ValueError(f"{str(path)!r} is an empty file; copy or download the picture again")
-    if len(content) > MAX_FILE_BYTES:
-        raise ValueError(
-            f"{str(path)!r} is larger than {MAX_FILE_BYTES // 10**6} MB; "
-            "save it smaller, e.g. as JPEG"
-        )
-    return content
+        return file.read(MAX_FILE_BYTES + 1)
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:
@@ -57,12 +49,12 @@ def eight_bit(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def upright(picture: Image.Image, path: Path) -> Image.Image:
+def upright(picture: Image.Image, origin: str) -> Image.Image:
     """Turn the picture as its EXIF orientation says."""
     try:
         return ImageOps.exif_transpose(picture)
     except Exception as error:  # a broken EXIF block raises nearly anything
-        logger.warning("%r: orientation not readable (%s), kept as stored", str(path), error)
+        logger.warning("%r: orientation not readable (%s), kept as stored", origin, error)
         return picture
 
 
@@ -76,6 +68,54 @@ def on_white(picture: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
+def decode_picture(content: bytes, origin: str) -> Image.Image:
+    """Decode the bytes of a picture file as `read_picture` does; errors name it as `origin`.
+
+    Raises:
+        ValueError: empty, too large, damaged or unknown content.
+    """
+    if not content:
+        raise ValueError(f"{origin!r} is an empty file; copy or download the picture again")
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(
+            f"{origin!r} is larger than {MAX_FILE_BYTES // 10**6} MB; save it smaller, e.g. as JPEG"
+        )
+    # Pillow warns of oddities in files (EXIF, palettes); the picture either decodes or is refused.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            picture = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
+        except UnidentifiedImageError as error:
+            raise ValueError(
+                f"{origin!r} is not a picture of a known kind ({', '.join(READABLE_FORMATS)}); "
+                "convert it to PNG"
+            ) from error
+        except Image.DecompressionBombError as error:
+            raise ValueError(
+                f"{origin!r} has more than {MAX_SIDE} px a side; make it smaller"
+            ) from error
+        except Exception as error:  # a damaged header raises nearly anything
+            raise ValueError(
+                f"{origin!r} is damaged (its header cannot be read); save it again as PNG"
+            ) from error
+        if max(picture.size) > MAX_SIDE:
+            raise ValueError(
+                f"{origin!r} is {picture.width} x {picture.height} px, more than {MAX_SIDE} a "
+                "side; make it smaller"
+            )
+        try:
+            # A phone's JPEG may carry previews as further frames (MPO): that is no animation.
+            if picture.format != "MPO" and getattr(picture, "is_animated", False):
+                logger.warning("%r is animated; its first frame is used", origin)
+                picture.seek(0)
+            picture.load()
+            return on_white(upright(picture, origin))
+        except Exception as error:  # so do damaged pixels
+            raise ValueError(
+                f"{origin!r} is damaged or cut short; copy or download the picture again"
+            ) from error
+
+
 def read_picture(path: str | Path) -> Image.Image:
     """Read a picture as a person would see it: upright, 8-bit RGB, transparency on white.
 
@@ -87,41 +127,7 @@ def read_picture(path: str | Path) -> Image.Image:
         ValueError: a folder, an empty, too large, damaged or unknown file.
     """
     path = Path(path)
-    content = read_file(path)
-    # Pillow warns of oddities in files (EXIF, palettes); the picture either decodes or is refused.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            picture = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
-        except UnidentifiedImageError as error:
-            raise ValueError(
-                f"{str(path)!r} is not a picture of a known kind ({', '.join(READABLE_FORMATS)}); "
-                "convert it to PNG"
-            ) from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(
-                f"{str(path)!r} has more than {MAX_SIDE} px a side; make it smaller"
-            ) from error
-        except Exception as error:  # a damaged header raises nearly anything
-            raise ValueError(
-                f"{str(path)!r} is damaged (its header cannot be read); save it again as PNG"
-            ) from error
-        if max(picture.size) > MAX_SIDE:
-            raise ValueError(
-                f"{str(path)!r} is {picture.width} x {picture.height} px, more than {MAX_SIDE} a "
-                "side; make it smaller"
-            )
-        try:
-            # A phone's JPEG may carry previews as further frames (MPO): that is no animation.
-            if picture.format != "MPO" and getattr(picture, "is_animated", False):
-                logger.warning("%r is animated; its first frame is used", str(path))
-                picture.seek(0)
-            picture.load()
-            return on_white(upright(picture, path))
-        except Exception as error:  # so do damaged pixels
-            raise ValueError(
-                f"{str(path)!r} is damaged or cut short; copy or download the picture again"
-            ) from error
+    return decode_picture(read_file(path), str(path))
 
 
 def center_square(picture: Image.Image) -> Image.Image:

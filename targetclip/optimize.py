@@ -350,7 +350,9 @@ def optimize_directions(
                     search.step - 1,
                     recipe.steps,
                     rate,
-                    *losses,
+                    loss=losses[0],
+                    transfer=losses[1],
+                    consistency=losses[2],
                     directions=search.vectors.detach().expand(everywhere).clone(),
                     coefficients=search.coefficients.detach().clone(),
                     kept_directions=search.kept_vectors.expand(everywhere).clone(),
@@ -361,7 +363,9 @@ def optimize_directions(
     return Optimized(
         search.kept_vectors.expand(everywhere).clone(),
         search.kept_coefficients,
-        *search.kept_losses,
+        loss=search.kept_losses[0],
+        transfer=search.kept_losses[1],
+        consistency=search.kept_losses[2],
         steps=search.steps_taken,
         failures=tuple(search.failures),
     )

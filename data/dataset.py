@@ -1,0 +1,365 @@
+"""The folder of a pair dataset: made of chunks, checked, loaded.
+
+Knows files and what must be in them; nothing of how directions are found or who finds them. A
+dataset is a folder:
+
+    README.md  failures.jsonl  data/{train,validation,test}-00000-of-00001.parquet  SHA256SUMS
+
+A merge removes SHA256SUMS first and writes it last: a folder without it is not finished.
+"""
+
+import glob
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+from datasets import Features
+
+from data.card import CARD, FAILURES, MEANS, SUMS, DatasetInfo, Survey, card
+from data.pairs import (
+    GROUP_ROWS,
+    SPLITS,
+    Failure,
+    bad_rows,
+    dimensions,
+    parquet_bytes,
+    read_chunk,
+    such_as,
+)
+from data.publish import fault_point, replace_file, sha256_of, sync_folder
+
+SHARD_BYTES = 200_000_000  # about what a merge holds in memory
+SHARD = re.compile(rf"data/({'|'.join(SPLITS)})-\d{{5}}-of-\d{{5}}\.parquet")
+
+
+def survey_chunks(chunks: Sequence[Path], columns: Features) -> Survey:
+    """Read every chunk once: counts, sums and failures; ValueError for what cannot be merged."""
+    survey = Survey(totals={split: dict.fromkeys(MEANS, 0.0) for split in SPLITS})
+    seen: dict[str, Path] = {}
+    for path in chunks:
+        table, failures = read_chunk(path)
+        found = dimensions(Features.from_arrow_schema(table.schema))
+        if found != dimensions(columns):
+            raise ValueError(
+                f"{str(path)!r}: expected embed, num_ws, w_dim {dimensions(columns)}, found "
+                f"{found}; merge chunks of one plan only"
+            )
+        for target in [*table["id"].to_pylist(), *(f.id for f in failures if f.id)]:
+            if target in seen:
+                raise ValueError(
+                    f"target {target} is in {str(seen[target])!r} and again in {str(path)!r}; "
+                    "expected every target once"
+                )
+            seen[target] = path
+        survey.failures += failures
+        splits = np.array(table["split"].to_pylist())
+        for split in SPLITS:
+            survey.rows[split] += int((splits == split).sum())
+            for name in MEANS:
+                values = table[name].to_numpy()[splits == split]
+                survey.totals[split][name] += float(values.sum(dtype=np.float64))
+    return survey
+
+
+@dataclass
+class Rows:
+    """The rows of a split, in order, taken so many at a time."""
+
+    tables: Iterator[pa.Table]
+    left: pa.Table
+
+    def take(self, count: int) -> pa.Table:
+        held = [self.left]
+        while sum(map(len, held)) < count:
+            held.append(next(self.tables))
+        joined = pa.concat_tables(held)
+        self.left = joined.slice(count)
+        return joined.slice(0, count)
+
+
+def rows_of(chunks: Sequence[Path], split: str, schema: pa.Schema) -> Rows:
+    """The rows of a split through all chunks, one chunk in memory at a time."""
+
+    def tables() -> Iterator[pa.Table]:
+        for path in chunks:
+            table = read_chunk(path)[0].replace_schema_metadata(schema.metadata)
+            yield table.filter(pc.equal(table["split"], split))
+
+    return Rows(tables(), schema.empty_table())
+
+
+def split_of_shard(name: str) -> str:
+    return name.removeprefix("data/").partition("-")[0]
+
+
+def shard_name(split: str, index: int, total: int) -> str:
+    return f"data/{split}-{index:05d}-of-{total:05d}.parquet"
+
+
+def shards_of(
+    chunks: Sequence[Path], survey: Survey, schema: pa.Schema, rows_per_shard: int
+) -> Iterator[tuple[str, bytes]]:
+    """Every shard's name and content, one in memory at a time."""
+    for split in SPLITS:
+        total, rows = survey.rows[split], rows_of(chunks, split, schema)
+        for index, start in enumerate(range(0, total, rows_per_shard)):
+            size = min(rows_per_shard, total - start)
+            groups = (
+                rows.take(min(GROUP_ROWS, size - done)) for done in range(0, size, GROUP_ROWS)
+            )
+            name = shard_name(split, index, -(-total // rows_per_shard))
+            yield name, parquet_bytes(groups, schema)
+
+
+def merge(
+    chunks: Sequence[Path],
+    out: Path,
+    features: Features,
+    info: DatasetInfo,
+    failures: Sequence[Failure] = (),
+    rows_per_shard: int | None = None,
+) -> None:
+    """Make a dataset folder of chunks, over what is there; the same chunks give the same bytes.
+
+    Rows keep the order of `chunks` within their split. Memory holds a shard and a chunk.
+
+    Args:
+        failures: targets that came into no chunk; they are listed before those of the chunks.
+        rows_per_shard: by default as many as 200 MB hold.
+
+    Raises:
+        FileNotFoundError, ValueError: a chunk is missing, damaged, of other dimensions, or repeats
+            a target. Nothing in `out` has been touched.
+        OSError: a file cannot be written. SHA256SUMS is missing then; merge again.
+    """
+    embed, num_ws, w_dim = dimensions(features)
+    if (num_ws, w_dim) != (info.num_ws, info.w_dim):
+        raise ValueError(
+            f"expected directions [{info.num_ws}, {info.w_dim}], as the generator's, found columns "
+            f"for [{num_ws}, {w_dim}]"
+        )
+    if rows_per_shard is None:
+        rows_per_shard = max(1, SHARD_BYTES // (4 * (embed + num_ws * w_dim) + 256))
+    if rows_per_shard < 1 or not chunks:
+        raise ValueError(
+            f"expected chunks and at least 1 row a shard, found {len(chunks)} chunks and "
+            f"{rows_per_shard} rows"
+        )
+    survey = survey_chunks(chunks, features)
+    survey.failures[:0] = failures
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    (out / SUMS).unlink(missing_ok=True)
+    sync_folder(out)
+    sums: dict[str, str] = {}
+
+    def write(name: str, content: bytes) -> None:
+        replace_file(out / name, content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+
+    for name, content in shards_of(chunks, survey, features.arrow_schema, rows_per_shard):
+        write(name, content)
+    for path in (out / "data").glob("*.parquet"):
+        if f"data/{path.name}" not in sums:
+            path.unlink()
+    lines = [json.dumps(asdict(failure)) + "\n" for failure in survey.failures]
+    write(FAILURES, "".join(lines).encode())
+    write(CARD, card(info, features, survey).encode())
+    fault_point("before-sums")
+    listing = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+    replace_file(out / SUMS, "".join(listing).encode())
+
+
+def read_sums(out: Path) -> dict[str, str]:
+    """Names and SHA-256 of the files of a dataset.
+
+    Raises:
+        ValueError: there is no dataset, its merge did not finish, or the list is damaged.
+    """
+    path = out / SUMS
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is missing: the merge did not finish; run it again")
+    sums = {}
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        known = name in (CARD, FAILURES) or SHARD.fullmatch(name)
+        if not known or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(f"{str(path)!r} is damaged: expected hash and file, found {line!r}")
+        sums[name] = digest
+    if not {CARD, FAILURES} <= sums.keys():
+        raise ValueError(f"{str(path)!r} is damaged: expected {CARD} and {FAILURES} in it")
+    return sums
+
+
+def damage(name: str, content: bytes, owner: str | None) -> str:
+    """How a file differs from what the list says of it."""
+    if owner:
+        return f"{name}: swapped, it holds the content of {owner}"
+    if name.endswith(".parquet") and not content.endswith(b"PAR1"):
+        return f"{name}: truncated, it ends after {len(content)} bytes without its footer"
+    return f"{name}: altered, its SHA-256 is not that in {SUMS}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a file of a dataset holds."""
+
+    ids: list[str]
+    problems: list[str]
+    dims: tuple[int, int, int] | None = None
+    """embed, num_ws, w_dim of a shard."""
+
+
+def check_failures(content: bytes) -> Checked:
+    """Ids of the targets that failed; raises ValueError or TypeError for lines of another kind."""
+    failures = [Failure(**json.loads(line)) for line in content.splitlines()]
+    return Checked([failure.id for failure in failures if failure.id], [])
+
+
+def check_shard(name: str, content: bytes) -> Checked:
+    """Ids of a shard and what is wrong with its rows; raises nearly anything for other files."""
+    file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+    columns = Features.from_arrow_schema(file.schema_arrow)
+    dims = dimensions(columns)
+    ids: list[str] = []
+    wrong: dict[str, list[str]] = {}
+    for batch in file.iter_batches(GROUP_ROWS, use_threads=False):
+        table = pa.Table.from_batches([batch])
+        elsewhere = table.filter(pc.not_equal(table["split"], split_of_shard(name)))
+        found = {
+            **bad_rows(table, columns),
+            "a split that is not the file's": elsewhere["id"].to_pylist(),
+        }
+        for kind, rows in found.items():
+            wrong.setdefault(kind, []).extend(rows)
+        ids += table["id"].to_pylist()
+    lines = [f"{name}: {kind}: {such_as(rows)}" for kind, rows in wrong.items() if rows]
+    return Checked(ids, lines, dims)
+
+
+def check_file(name: str, content: bytes) -> Checked:
+    """What a file holds, if it is what its name says."""
+    try:
+        if name == FAILURES:
+            return check_failures(content)
+        return Checked([], []) if name == CARD else check_shard(name, content)
+    except Exception as error:  # files of another make raise nearly anything
+        reason = " ".join(str(error).split())
+        return Checked([], [f"{name}: cannot be read as what it is called: {reason}"])
+
+
+def check_ids(checked: Mapping[str, Checked], expected: Mapping[str, str] | None) -> list[str]:
+    """Ids that are there twice, missing, unexpected or in the wrong split."""
+    places: dict[str, str] = {}
+    problems = []
+    for name, file in checked.items():
+        for target in file.ids:
+            if target in places:
+                problems.append(f"{name}: {target} is twice, first in {places[target]}")
+            places.setdefault(target, name)
+    if expected is None:
+        return problems
+    rows = {target: name for target, name in places.items() if name != FAILURES}
+    found = {
+        "expected but in no file that can be read": [i for i in expected if i not in places],
+        "not expected": [i for i in places if i not in expected],
+        "in another split than expected": [
+            i for i, name in rows.items() if expected.get(i, "") not in ("", split_of_shard(name))
+        ],
+    }
+    return problems + [f"{len(ids)} {kind}: {such_as(ids)}" for kind, ids in found.items() if ids]
+
+
+def verify(out: Path, expected_ids: Mapping[str, str] | None = None) -> list[str]:
+    """Everything that is wrong with a dataset folder, a line each; empty if nothing is.
+
+    Reads every file once, a shard in memory at a time. A file that is not what SHA256SUMS says is
+    named and not decoded. No damage raises.
+
+    Args:
+        expected_ids: the split of every target that must have a row or a failure; no other may.
+    """
+    try:
+        sums = read_sums(out)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    problems: list[str] = []
+    checked: dict[str, Checked] = {}
+    owners = {digest: name for name, digest in sums.items()}
+    for name in sums:
+        try:
+            content = (out / name).read_bytes()
+        except OSError as error:
+            gone = isinstance(error, FileNotFoundError)
+            problems.append(f"{name}: {'missing' if gone else f'cannot be read: {error}'}")
+            continue
+        actual = hashlib.sha256(content).hexdigest()
+        owner = owners.get(actual)
+        if owner != name:
+            problems.append(damage(name, content, owner))
+        # What lies in the wrong place is judged, once, as the file it belongs to.
+        if owner and owner not in checked:
+            checked[owner] = check_file(owner, content)
+    for file in checked.values():
+        problems += file.problems
+    shapes = {name: file.dims for name, file in checked.items() if file.dims}
+    usual = Counter(shapes.values()).most_common(1)
+    for name, dims in shapes.items():
+        if dims != usual[0][0]:
+            problems.append(f"{name}: embed, num_ws, w_dim {dims}, elsewhere {usual[0][0]}")
+    for path in sorted((out / "data").glob("[!.]*")):
+        if f"data/{path.name}" not in sums:
+            problems.append(f"data/{path.name}: extra, not in {SUMS}; a loader would read it")
+    return problems + check_ids(checked, expected_ids)
+
+
+def mean_scores(out: Path) -> dict[str, dict[str, float]]:
+    """Number of pairs of each split that has any, and the means of their scores."""
+    found: dict[str, dict[str, float]] = {}
+    for split in SPLITS:
+        shards = sorted((out / "data").glob(f"{split}-*.parquet"))
+        if shards:
+            table = pa.concat_tables([pq.read_table(path, columns=list(MEANS)) for path in shards])
+            means = {name: float(pc.mean(table[name]).as_py()) for name in MEANS}
+            found[split] = {"pairs": len(table), **means}
+    return found
+
+
+def load_pairs(out: Path, split: str, cache_dir: Path | None = None) -> datasets.Dataset:
+    """The rows of a split with COLUMNS as columns, numbers and arrays as torch tensors.
+
+    Rows stay on disk, in the cache of `datasets`; no network is used.
+
+    Args:
+        cache_dir: instead of the usual cache.
+
+    Raises:
+        FileNotFoundError: a shard is missing.
+        ValueError: an unfinished dataset, no rows of that split, a shard that SHA256SUMS does not
+            know as it is, other columns than a pair dataset has.
+    """
+    sums = read_sums(out)
+    names = [name for name in sums if name.startswith("data/") and split_of_shard(name) == split]
+    if not names:
+        raise ValueError(f"{str(out)!r} has no pairs of split {split!r}; look at its {CARD}")
+    for name in names:
+        if not (out / name).is_file():
+            raise FileNotFoundError(f"{str(out / name)!r} is missing; merge the chunks again")
+        if sha256_of(out / name) != sums[name]:
+            raise ValueError(f"{str(out / name)!r} is not what {SUMS} says; merge the chunks again")
+    pairs = datasets.load_dataset(
+        "parquet",
+        data_files={split: [glob.escape(str(out / name)) for name in names]},
+        split=split,
+        cache_dir=None if cache_dir is None else str(cache_dir),
+    )
+    dimensions(pairs.features)
+    return pairs.with_format("torch")

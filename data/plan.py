@@ -1,0 +1,344 @@
+"""The plan of a build: its targets in order, all that is needed of them, and what they are made of.
+
+A plan never changes once it is there. It holds every target's embedding (and start, where the
+recipe wants the inversion), so a worker needs no picture; and it names everything a direction
+depends on, so nothing else can be mixed into the same folder. Knows nothing of who does the work.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.json  # type: ignore[import-untyped]
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+
+from data.pairs import Failure
+from data.publish import fault_point, full_disk_explained, replace_file, sha256_of, sync_folder
+from data.targets import BadTarget, FolderTargets, Target, TargetSet, split_of
+from targetclip.sources import seed_of
+
+FORMAT = "targetclip-plan/1"
+RECORD = "plan.json"
+TARGETS, FAILURES = "targets.jsonl", "failures.jsonl"
+EMBEDDINGS, INITIAL = "embeddings.f32", "initial.f32"
+PARTS = (TARGETS, FAILURES, EMBEDDINGS, INITIAL)
+PICTURES = 32  # embedded at once
+SAVE_SECONDS = 20.0  # of planning that a kill may cost
+
+Prepare = Callable[[list[Target], list[int]], tuple[Tensor, Tensor | None]]
+"""Raw embeddings [targets embed] of some targets and, if the recipe wants them, their starts."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done. `settings` is all that a direction depends on, by name."""
+
+    folder: Path
+    settings: dict[str, Any]
+    batch_size: int
+    """Targets of a chunk, which are optimized together."""
+    targets: pa.Table
+    """Columns id, split, origin, seed; a row a target, in order."""
+    embeddings: Float[ndarray, "targets embed"]
+    """Raw."""
+    initial: Float[ndarray, "targets num_ws w_dim"] | None
+    """Where directions start; None: at zero."""
+    failures: tuple[Failure, ...]
+    """Candidates that gave no target."""
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks; chunk i has the name `00012`."""
+        return -(-len(self.targets) // self.batch_size)
+
+    def rows(self, chunk: int) -> slice:
+        """Which targets a chunk has."""
+        return slice(chunk * self.batch_size, min((chunk + 1) * self.batch_size, len(self.targets)))
+
+    def splits(self) -> dict[str, str]:
+        """The split of every target that must have a row or a failure."""
+        columns = self.targets.to_pydict()
+        return dict(zip(columns["id"], columns["split"], strict=True))
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings as `recipe.steps`."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{above}{name}.")
+        else:
+            found[above + name] = value
+    return found
+
+
+def check_settings(folder: Path, planned: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Refuse to mix: raise a ValueError that names the first settings that are not as planned."""
+    before, now = flat(planned), flat(json.loads(json.dumps(found)))
+    changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+    if changed:
+        told = "; ".join(
+            f"{name}: planned {before.get(name)!r}, found {now.get(name)!r}"
+            for name in sorted(changed)[:3]
+        )
+        raise ValueError(
+            f"{str(folder)!r} was planned with other settings ({told}); "
+            "give another --out, or the planned settings again"
+        )
+
+
+def describe(targets: TargetSet, identity: str | None = None) -> dict[str, Any]:
+    """What the plan remembers of a set of targets."""
+    return {"spec": targets.spec, "count": len(targets), "identity": identity or targets.identity()}
+
+
+def quick_look(targets: TargetSet) -> str | None:
+    """Hash of a folder's names, sizes and times, which is read at once; None of other sets."""
+    if not isinstance(targets, FolderTargets):
+        return None
+    return format(seed_of(*targets.stats()), "x")
+
+
+def check_targets(plan: Plan, sets: Iterable[TargetSet]) -> None:
+    """Refuse other targets than the planned ones; files are read only if they look changed.
+
+    Raises:
+        ValueError: a set is missing, new, or has changed.
+    """
+    planned = plan.settings["targets"]
+    looks = json.loads((plan.folder / RECORD).read_text())["looks"]
+    found = []
+    for index, targets in enumerate(sets):
+        same = index < len(planned) and looks[index] and looks[index] == quick_look(targets)
+        found.append(describe(targets, planned[index]["identity"] if same else None))
+    named = {f"target set {i}": value for i, value in enumerate(planned)}
+    check_settings(plan.folder, named, {f"target set {i}": value for i, value in enumerate(found)})
+
+
+def load_plan(folder: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is of another version, or a file is not as large as it was.
+    """
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"no plan at {str(folder)!r}; plan first (--targets)")
+    record = json.loads((folder / RECORD).read_text())
+    if record["format"] != FORMAT:
+        raise ValueError(
+            f"{str(folder)!r}: expected a plan of format {FORMAT}, found {record['format']}; "
+            "build into another --out"
+        )
+    for name, size in record["sizes"].items():
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if actual != size:
+            raise ValueError(f"{str(folder / name)!r}: expected {size} bytes, found {actual}")
+    count, embed = record["targets"], record["embed"]
+    shape = tuple(record["initial"]) if record["initial"] else None
+    schema = pa.schema(
+        {"id": pa.string(), "split": pa.string(), "origin": pa.string(), "seed": pa.int64()}
+    )
+    options = pyarrow.json.ParseOptions(explicit_schema=schema)
+    failures = [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
+    return Plan(
+        folder,
+        record["settings"],
+        record["batch_size"],
+        pyarrow.json.read_json(folder / TARGETS, parse_options=options),
+        np.memmap(folder / EMBEDDINGS, np.float32, "r", shape=(count, embed)),
+        None
+        if shape is None
+        else np.memmap(folder / INITIAL, np.float32, "r", shape=(count, *shape)),
+        tuple(Failure(**failure) for failure in failures),
+    )
+
+
+def check_plan(folder: Path) -> list[str]:
+    """What has changed of a plan's files since it was made, a line each."""
+    hashes = json.loads((folder / RECORD).read_text())["sha256"]
+    return [
+        f"{name}: altered since it was planned"
+        for name, digest in hashes.items()
+        if sha256_of(folder / name) != digest
+    ]
+
+
+@dataclass
+class Draft:
+    """A plan in the making, in a folder of its maker's own; `taken` candidates are done with."""
+
+    folder: Path
+    taken: int
+    sizes: dict[str, int]
+    initial: list[int] | None = None
+    embed: int = 0
+
+    def save(self, files: Mapping[str, BinaryIO]) -> None:
+        """Make all that has been written so far count."""
+        with full_disk_explained(self.folder, sum(self.sizes.values())):
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        self.sizes = {name: file.tell() for name, file in files.items()}
+        record = {name: value for name, value in asdict(self).items() if name != "folder"}
+        replace_file(self.folder / "draft.json", json.dumps(record).encode())
+        fault_point("after-draft")
+
+
+def new_draft(work: Path, owner: str, settings: Mapping[str, Any]) -> Draft:
+    """A folder to plan in: a copy of the furthest draft that another left, or an empty one.
+
+    A copy and not the folder itself: whoever left it may only be halted, and write on.
+    """
+    folder = work / f"draft.{owner}"
+    folder.mkdir(parents=True)
+    planned = json.dumps(settings, sort_keys=True)
+    (folder / "settings.json").write_text(planned)
+    left: list[tuple[int, Path]] = []
+    for path in work.glob("draft.*"):
+        try:
+            if path != folder and (path / "settings.json").read_text() == planned:
+                left.append((json.loads((path / "draft.json").read_text())["taken"], path))
+        except (FileNotFoundError, ValueError):
+            continue
+    for name in PARTS:
+        (folder / name).touch()
+    if not left:
+        return Draft(folder, 0, dict.fromkeys(PARTS, 0))
+    record = json.loads((max(left)[1] / "draft.json").read_text())
+    for name, size in record["sizes"].items():
+        shutil.copyfile(max(left)[1] / name, folder / name)
+        os.truncate(folder / name, size)
+    return Draft(folder, **record)
+
+
+def candidates(sets: Iterable[TargetSet], start: int) -> Iterator[Target | BadTarget]:
+    """All candidates from one on; those before it are not decoded."""
+    for targets in sets:
+        yield from targets.starting_at(min(start, len(targets)))
+        start = max(0, start - len(targets))
+
+
+def batches(found: Iterable[Target | BadTarget]) -> Iterator[list[Target | BadTarget]]:
+    """A few candidates at a time."""
+    batch: list[Target | BadTarget] = []
+    for candidate in found:
+        batch.append(candidate)
+        if len(batch) == PICTURES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def make_plan(
+    work: Path,
+    owner: str,
+    sets: list[TargetSet],
+    settings: dict[str, Any],
+    batch_size: int,
+    prepare: Prepare,
+    on_batch: Callable[[int, int], None],
+) -> Plan:
+    """Decode every candidate once, embed it, and write the plan to `work / "plan"`.
+
+    Goes on where a killed run left off. If another process finishes first, its plan is returned.
+
+    Args:
+        prepare: embeds some targets; given their seeds as well.
+        on_batch: called after every few candidates with their number and with all of them; may
+            raise to stop.
+
+    Raises:
+        ValueError: no candidate gave a target.
+        OSError: the plan cannot be written. A full disk is explained.
+    """
+    settings = {**settings, "targets": [describe(targets) for targets in sets]}
+    draft = new_draft(work, owner, settings)
+    ids: dict[str, str] = {}
+    for line in (draft.folder / TARGETS).read_text().splitlines():
+        row = json.loads(line)
+        ids[row["id"]] = row["origin"]
+    total, saved = sum(map(len, sets)), time.monotonic()
+    files: dict[str, BinaryIO] = {name: (draft.folder / name).open("ab") for name in PARTS}
+
+    for batch in batches(candidates(sets, draft.taken)):
+        targets: list[Target] = []
+        for found in batch:
+            reason = found.reason if isinstance(found, BadTarget) else None
+            if isinstance(found, Target) and found.id in ids:
+                reason = f"duplicate of {ids[found.id]}"
+            if reason is None and isinstance(found, Target):
+                ids[found.id] = found.origin
+                targets.append(found)
+            else:
+                failure = Failure("", found.origin, "decode", str(reason))
+                files[FAILURES].write(json.dumps(asdict(failure)).encode() + b"\n")
+        if targets:
+            seeds = [seed_of("target", settings["seed"], target.id) for target in targets]
+            embeddings, initial = prepare(targets, seeds)
+            draft.embed = embeddings.shape[1]
+            files[EMBEDDINGS].write(embeddings.float().cpu().numpy().tobytes())
+            if initial is not None:
+                draft.initial = list(initial.shape[1:])
+                files[INITIAL].write(initial.float().cpu().numpy().tobytes())
+            for target, seed in zip(targets, seeds, strict=True):
+                row = {"id": target.id, "split": split_of(target.id), "origin": target.origin}
+                files[TARGETS].write(json.dumps({**row, "seed": seed}).encode() + b"\n")
+        draft.taken += len(batch)
+        if time.monotonic() - saved > SAVE_SECONDS:
+            draft.save(files)
+            saved = time.monotonic()
+        on_batch(len(batch), total)
+
+    draft.save(files)
+    for file in files.values():
+        file.close()
+    if not ids:
+        raise ValueError(
+            f"no target among {total} candidates; see {str(draft.folder / FAILURES)!r}"
+        )
+    return publish_plan(work, draft, settings, batch_size, len(ids), sets)
+
+
+def publish_plan(
+    work: Path,
+    draft: Draft,
+    settings: dict[str, Any],
+    batch_size: int,
+    count: int,
+    sets: list[TargetSet],
+) -> Plan:
+    """Give a finished draft the plan's name, unless another has it already."""
+    record = {
+        "format": FORMAT,
+        "settings": settings,
+        "batch_size": batch_size,
+        "targets": count,
+        "embed": draft.embed,
+        "initial": draft.initial,
+        "sizes": draft.sizes,
+        "sha256": {name: sha256_of(draft.folder / name) for name in PARTS},
+        "looks": [quick_look(targets) for targets in sets],
+    }
+    replace_file(draft.folder / RECORD, json.dumps(record, indent=2).encode())
+    try:
+        # A folder cannot be renamed onto one with something in it: the first one wins.
+        os.rename(draft.folder, work / "plan")
+    except OSError:
+        if not (work / "plan" / RECORD).is_file():
+            raise
+    sync_folder(work)
+    for path in work.glob("draft.*"):
+        shutil.rmtree(path, ignore_errors=True)
+    return load_plan(work / "plan")

@@ -1,0 +1,399 @@
+"""Where target pictures come from: folders, datasets, a generator's samples, drawn faces.
+
+Knows pictures, their ids and their splits; nothing of embeddings, of optimization or of files of
+pairs. A target's id says what it is and not where it lies. Files and rows are named by their
+pixels; what is made from seeds is named by kind, seed and index, since its pixels may differ in
+their last bit from one machine to the next.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import datasets
+import torch
+from datasets.exceptions import DatasetGenerationError
+from PIL import Image
+
+from data.faces import draw_parameters, draw_wide, faces_from_z, sample_z, wide_face
+from data.publish import sha256_of
+from data.sketch import Extras, Style
+from targetclip.generators import Generator
+from targetclip.images import decode_picture, read_picture, tensor_to_pictures
+from targetclip.sources import random_latents, seed_of
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+DEFAULT_SEED = 4_000_037  # differs from every seed used to train or judge the world's networks
+SKETCH_Z_DIM = 128  # of the bundled generator
+
+SEEDED = re.compile(r"(generated|mixed|drawn|wide):([1-9][0-9]{0,14})(?:@([0-9]{1,15}))?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+FORMS = (
+    "a folder of pictures, dataset:PATH_OR_NAME[#SPLIT[#COLUMN]], generated:N[@SEED], "
+    "mixed:N[@SEED], drawn:N[@SEED] or wide:N[@SEED], with N from 1 on"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A picture to take the essence of."""
+
+    id: str  # 16 hex digits
+    origin: str  # faces/joker.png, org/name:train:12, generated:12 (@SEED if not the default)
+    picture: Image.Image  # RGB
+
+
+@dataclass(frozen=True)
+class BadTarget:
+    """A candidate that gives no target, and why, in one line."""
+
+    origin: str
+    reason: str
+
+
+@runtime_checkable
+class TargetSet(Protocol):
+    """Candidates in a fixed order; each is decoded or rendered when the iteration comes to it."""
+
+    @property
+    def spec(self) -> str: ...
+
+    def identity(self) -> str:
+        """A hex digest that changes when the targets change."""
+
+    def __len__(self) -> int:
+        """Number of candidates, good or bad; known without decoding any."""
+
+    def __iter__(self) -> Iterator[Target | BadTarget]: ...
+
+    def starting_at(self, start: int) -> Iterator[Target | BadTarget]:
+        """The candidates but for the first `start`, which are not decoded."""
+
+
+def split_of(target_id: str) -> Literal["train", "validation", "test"]:
+    """The split of a target: 90, 5 and 5 % of all ids; the id alone decides."""
+    digest = hashlib.sha256(target_id.encode()).digest()
+    percentile = int.from_bytes(digest[:8], "big") % 100
+    if percentile < 90:
+        return "train"
+    return "validation" if percentile < 95 else "test"
+
+
+def distinct(targets: Iterable[Target | BadTarget]) -> Iterator[Target | BadTarget]:
+    """The same candidates; a later target with an id already seen is a bad one."""
+    first: dict[str, str] = {}
+    for target in targets:
+        if isinstance(target, Target):
+            if target.id in first:
+                yield BadTarget(target.origin, f"duplicate of {first[target.id]}")
+                continue
+            first[target.id] = target.origin
+        yield target
+
+
+def digest_of(*parts: object) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def picture_id(picture: Image.Image) -> str:
+    """Id of an RGB picture: its size and pixels count, its file's name and compression do not."""
+    digest = hashlib.sha256(f"{picture.width}x{picture.height}/".encode())
+    digest.update(picture.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def printable(text: str) -> str:
+    """`text` on one line of valid Unicode: a file's name may hold a line break, or any bytes."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def one_line(text: str) -> str:
+    """What an error says, on one line and not too long."""
+    return " ".join(text.split())[:300]
+
+
+def decoded(origin: str, path: str, content: bytes | None = None) -> Target | BadTarget:
+    """The target in a picture file, given by its bytes or else by its path."""
+    try:
+        if content is not None:
+            picture = decode_picture(content, origin)
+        elif path:
+            picture = read_picture(path)
+        else:
+            raise ValueError(f"{origin!r} holds no picture")
+    except (ValueError, OSError) as error:
+        # Where a file lies on this machine is nobody's concern later.
+        return BadTarget(origin, one_line(str(error).replace(repr(str(Path(path))), repr(origin))))
+    return Target(picture_id(picture), origin, picture)
+
+
+# Folders
+
+
+def raise_it(error: OSError) -> None:
+    """os.walk leaves out what it may not read, unless somebody objects."""
+    raise error
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file; empty where there is none to read, as behind a broken link."""
+    try:
+        return sha256_of(path) if path.is_file() else ""
+    except (FileNotFoundError, PermissionError):
+        return ""
+
+
+@dataclass(frozen=True)
+class FolderTargets:
+    """The pictures below a folder; a JPEG's id may change with the version of its decoder."""
+
+    spec: str
+    names: tuple[str, ...]  # relative paths
+
+    def stats(self) -> list[tuple[str, int, int]]:
+        """Relative path, size and mtime in ns of each file: compare them before `identity`."""
+        paths = [Path(self.spec, name) for name in self.names]
+        found = [path.stat() if path.exists() else path.lstat() for path in paths]
+        shown = map(printable, self.names)
+        return [(n, s.st_size, s.st_mtime_ns) for n, s in zip(shown, found, strict=True)]
+
+    def identity(self) -> str:
+        """Hash of relative paths and of the files' bytes; reads them all."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(os.fsencode(name) + b"\0")
+            digest.update(content_hash(Path(self.spec, name)).encode() + b"\n")
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[Target | BadTarget]:
+        return self.starting_at(0)
+
+    def starting_at(self, start: int) -> Iterator[Target | BadTarget]:
+        folder = Path(self.spec).resolve().name
+        for name in self.names[start:]:
+            yield decoded(printable(f"{folder}/{name}"), str(Path(self.spec, name)))
+
+
+def open_folder(spec: str) -> FolderTargets:
+    """The pictures below a folder; hidden files and folders and linked folders are left out."""
+    names: list[str] = []
+    for parent, folders, files in os.walk(spec, onerror=raise_it):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [
+            Path(parent, name).relative_to(spec).as_posix()
+            for name in files
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        ]
+    if not names:
+        raise ValueError(
+            f"expected files ending in {', '.join(SUFFIXES)} below {spec!r}, found none; "
+            "hidden ones and links to folders are not looked at"
+        )
+    return FolderTargets(spec, tuple(sorted(names)))
+
+
+# Datasets
+
+
+def load_split(name: str, split: str) -> tuple[datasets.Dataset, str]:
+    """A split of a dataset in a folder or on the hub, and its name; an empty `split` is train."""
+    folder, asked = Path(name), split or "train"
+    if not folder.is_dir() and (folder.exists() or not HUB_NAME.fullmatch(name)):
+        raise FileNotFoundError(f"expected a folder or a name on the hub, found {name!r}; check it")
+    saved = [folder / "state.json", folder / "dataset_dict.json"]
+    try:
+        if not any(path.is_file() for path in saved):
+            return datasets.load_dataset(name, split=asked), asked
+        found = datasets.load_from_disk(name)
+    except Exception as error:  # of the library, of Arrow, of the hub or of the network
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        raise ValueError(
+            f"dataset {name!r}, split {asked!r} cannot be loaded: "
+            f"{type(cause or error).__name__}, {one_line(str(cause or error))}; "
+            "check the name, the split and the network"
+        ) from error
+    if isinstance(found, datasets.Dataset):
+        # What was saved on its own is one split; it need not know which.
+        found = {str(found.split or asked): found}
+        asked = split or next(iter(found))
+    if asked not in found:
+        raise ValueError(f"expected #SPLIT of {name!r} to be one of {list(found)}, found {asked!r}")
+    return found[asked], asked
+
+
+@dataclass(frozen=True)
+class DatasetTargets:
+    """The pictures of one column of a Hugging Face dataset's split."""
+
+    spec: str
+    dataset: datasets.Dataset
+    name: str
+    split: str
+    column: str
+
+    def identity(self) -> str:
+        """Hash of the dataset's own fingerprint and of what is taken from it."""
+        fingerprint = self.dataset._fingerprint
+        return digest_of("dataset", fingerprint, len(self.dataset), self.split, self.column)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Target | BadTarget]:
+        return self.starting_at(0)
+
+    def starting_at(self, start: int) -> Iterator[Target | BadTarget]:
+        rows = self.dataset.with_format(None).select_columns([self.column])
+        rows = rows.cast_column(self.column, datasets.Image(decode=False))
+        for index in range(start, len(rows)):
+            cell = rows[index][self.column] or {"path": None, "bytes": None}
+            origin = printable(f"{self.name}:{self.split}:{index}")
+            yield decoded(origin, cell["path"] or "", cell["bytes"])
+
+
+def open_dataset(spec: str) -> DatasetTargets:
+    """`dataset:PATH_OR_NAME[#SPLIT[#COLUMN]]`; only a name that is no folder asks the hub."""
+    parts = spec.removeprefix("dataset:").split("#")
+    if not parts[0] or len(parts) > 3:
+        raise ValueError(f"expected dataset:PATH_OR_NAME[#SPLIT[#COLUMN]], found {spec!r}")
+    name, split, column = (*parts, "", "")[:3]
+    dataset, split = load_split(name, split)
+    if not len(dataset):
+        raise ValueError(f"expected rows in {name!r}, split {split!r}, found none; give another")
+    images = [key for key, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+    column = column or next(iter(images), "")
+    if column not in images:
+        raise ValueError(
+            f"expected one of the Image columns of {name!r}, {images}, found {column!r}; its "
+            f"columns are {list(dataset.features)}"
+        )
+    shown = Path(name).resolve().name if Path(name).is_dir() else name
+    return DatasetTargets(spec, dataset, shown, split, column)
+
+
+# Pictures from seeds
+
+
+def layer_thirds(num_ws: int) -> list[int]:
+    """Whether each layer is coarse, middle or fine: 0, 1 or 2."""
+    return [(i >= num_ws // 3) + (i >= 2 * num_ws // 3) for i in range(num_ws)]
+
+
+def render_sample(
+    generator: Generator, truncation: float, kind: str, seed: int, index: int
+) -> Image.Image:
+    """A sample of the generator; a mixed one has a z of its own for each third of the layers."""
+    layers = list(range(generator.num_ws))
+    thirds = layer_thirds(len(layers)) if kind == "mixed" else [0] * len(layers)
+    seeds = [seed_of(kind, seed, index, third) for third in range(max(thirds) + 1)]
+    ws = random_latents(generator, seeds, truncation)[thirds, layers][None]
+    with torch.no_grad():
+        return tensor_to_pictures(generator.synthesis(ws))[0]
+
+
+def draw_face(kind: str, seed: int, index: int) -> Image.Image:
+    """A wide face, or one as the bundled generator learned them: in every second, groups mixed."""
+    if kind == "wide":
+        return Image.fromarray(draw_wide((seed, index)))
+    z = sample_z(2, SKETCH_Z_DIM, seed_of("drawn", seed, index))[index % 2][None]
+    return Image.fromarray(draw_parameters(faces_from_z(z)[0].numpy()))
+
+
+def wide_indices(seed: int) -> Iterator[int]:
+    """Indices of wide faces but for those that came out plain, and so within the range."""
+    for index in itertools.count():
+        _, extras, style = wide_face(seed, index)
+        if extras != Extras() or style != Style():
+            yield index
+
+
+@dataclass(frozen=True)
+class SeededTargets:
+    """Pictures made one at a time from a seed and an index: none depends on how many there are."""
+
+    spec: str
+    count: int
+    seed: int
+    named_by: tuple[str | int | float, ...]
+    """What decides a picture, but for its index."""
+    render: Callable[[int], Image.Image]
+
+    def identity(self) -> str:
+        """Hash of all that decides the pictures, but for the code that draws them."""
+        return digest_of(*self.named_by, "first", self.count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Target | BadTarget]:
+        return self.starting_at(0)
+
+    def starting_at(self, start: int) -> Iterator[Target | BadTarget]:
+        kind = self.named_by[0]
+        indices = wide_indices(self.seed) if kind == "wide" else itertools.count()
+        for index in itertools.islice(indices, start, self.count):
+            origin = f"{kind}:{index}" + (f"@{self.seed}" if self.seed != DEFAULT_SEED else "")
+            try:
+                picture = self.render(index)
+            except ValueError as error:  # weights or latents that overflow
+                yield BadTarget(origin, one_line(str(error)))
+                continue
+            yield Target(digest_of(*self.named_by, index)[:16], origin, picture)
+
+
+def open_seeded(
+    parts: re.Match[str], generator: Generator | None, truncation: float
+) -> SeededTargets:
+    """KIND:N or KIND:N@SEED."""
+    spec, kind, count = parts[0], parts[1], int(parts[2])
+    seed = DEFAULT_SEED if parts[3] is None else int(parts[3])
+    if kind in ("drawn", "wide"):
+        return SeededTargets(spec, count, seed, (kind, seed), partial(draw_face, kind, seed))
+    if generator is None:
+        raise ValueError(f"expected a generator to make {spec!r} with, found none; give one")
+    named_by = (kind, seed, generator.fingerprint, float(truncation))
+    render = partial(render_sample, generator, truncation, kind, seed)
+    return SeededTargets(spec, count, seed, named_by, render)
+
+
+def open_targets(
+    spec: str, generator: Generator | None = None, truncation: float = 1.0
+) -> TargetSet:
+    """Open one source of targets; no picture is decoded yet.
+
+    - a folder: every picture below it.
+    - dataset:PATH_OR_NAME[#SPLIT[#COLUMN]]: on the Hugging Face hub, or a folder that its library
+      reads or has saved. The defaults are train and the first Image column.
+    - generated:N[@SEED]: samples of `generator` at `truncation`; mixed:N[@SEED]: with three z
+      each, for coarse, middle and fine layers.
+    - drawn:N[@SEED]: faces in the bundled generator's range; wide:N[@SEED]: outside of it, with a
+      style or something it never draws.
+
+    A smaller N gives the start of a larger one. The default SEED, 4,000,037, differs from every
+    seed used to train or judge the bundled world's networks.
+
+    Raises:
+        ValueError: no such form, nothing in it, or a generator is needed and not given.
+        FileNotFoundError: a dataset's folder is not there.
+        OSError: a folder may not be read.
+    """
+    if spec.startswith("dataset:"):
+        return open_dataset(spec)
+    seeded = SEEDED.fullmatch(spec)
+    if seeded is not None:
+        return open_seeded(seeded, generator, truncation)
+    if os.path.isdir(spec):
+        return open_folder(spec)
+    found = "a file: give its folder" if os.path.exists(spec) else "none of these"
+    raise ValueError(f"expected targets as {FORMS}; found {spec!r}, which is {found}")
