@@ -1,10 +1,11 @@
-"""Compare recipes of the optimizer on the bundled world, on sources that none of them edited.
+"""Compare settings of the optimizer on the bundled world, on sources that none of them edited.
 
 Targets are drawn faces that no network was trained on; half of them with attributes and styles the
-generator cannot draw. A table and a sheet of pictures come out.
+generator cannot draw. Every setting runs twice, with other sources and other random starts: what
+two runs agree on is the target's, the rest is chance. A table and sheets of pictures come out.
 
     python -m eval.recipes --out runs/recipes                      # the named recipes
-    python -m eval.recipes --out runs/recipes --variants all       # and what was weighed
+    python -m eval.recipes --out runs/recipes --variants all       # and what was weighed, in hours
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,44 +21,63 @@ import tyro
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from data.faces import wide_face
+from data.faces import GROUPS, faces_from_z, to_images, wide_face
 from data.readings import readings_of
-from data.sketch import draw
+from data.sketch import ESSENCE, Face, draw
 from eval.metrics import essence_acquired, identity_kept, transfer_scores
 from eval.reader import load_reader
 from predictor.transfer import EssenceTransfer
 from targetclip.editing import render
-from targetclip.generators import Generator
 from targetclip.images import labelled_grid, tensor_to_pictures
 from targetclip.losses import consistency_loss
-from targetclip.optimize import optimize_directions
+from targetclip.optimize import Optimized, optimize_directions
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.sources import seed_of, source_bank
+from targetclip.sources import BANK, generated_sources, seed_of
 from targetclip.world import load_parts, load_world
 
 TARGET_SEED = 2_000_003  # validation: not those of training, not those of the final evaluation
 
 
+# What is weighed for the `consistent` recipe, one change at a time.
+CHANGES: dict[str, dict[str, Any]] = {
+    "start inversion": {"initial": "inversion"},
+    "start random": {"initial": "random"},
+    "1 fixed source": {"sources": 1, "fresh_sources": False},
+    "2 fixed sources": {"sources": 2, "fresh_sources": False},
+    "4 fixed sources": {"sources": 4, "fresh_sources": False},
+    "6 fixed sources": {"sources": 6, "fresh_sources": False},
+    "8 fixed sources": {"sources": 8, "fresh_sources": False},
+    "3 fresh sources": {"sources": 3},
+    "12 fresh sources": {"sources": 12},
+    "75 steps": {"steps": 75},
+    "150 steps": {"steps": 150},
+    "300 steps": {"steps": 300},
+    "600 steps": {"steps": 600},
+    "rate 0.05": {"learning_rate": 0.05},
+    "rate 0.2": {"learning_rate": 0.2},
+    "decay 0": {"weight_decay": 0.0},
+    "decay 3e-3": {"weight_decay": 3e-3},
+    "decay 1e-2": {"weight_decay": 1e-2},
+    "decay 2e-2": {"weight_decay": 2e-2},
+    "decay 4e-2": {"weight_decay": 4e-2},
+    "consistency 0": {"consistency_weight": 0.0},
+    "consistency 0.2": {"consistency_weight": 0.2},
+    "consistency 0.5": {"consistency_weight": 0.5},
+    "consistency 1": {"consistency_weight": 1.0},
+    "consistency 2": {"consistency_weight": 2.0},
+    "raw differences": {"differences": "raw"},
+    "release preprocessing": {"preprocess": "release"},
+    "tied layers": {"tied_layers": True},
+}
+
+
 def variants() -> dict[str, Recipe]:
-    """What was weighed for the `consistent` recipe, one change at a time."""
+    """The named recipes, and `consistent` with one change each."""
     base = RECIPES["consistent"]
-    changes: dict[str, dict[str, object]] = {
-        "fixed 6 sources": {"fresh_sources": False},
-        "150 steps": {"steps": 150},
-        "600 steps": {"steps": 600},
-        "rate 0.05": {"learning_rate": 0.05},
-        "rate 0.2": {"learning_rate": 0.2},
-        "decay 1e-3": {"weight_decay": 1e-3},
-        "decay 1e-2": {"weight_decay": 1e-2},
-        "decay 3e-2": {"weight_decay": 3e-2},
-        "consistency 0": {"consistency_weight": 0.0},
-        "consistency 1": {"consistency_weight": 1.0},
-        "tied layers": {"tied_layers": True},
-        "3 sources": {"sources": 3},
-        "start inversion": {"initial": "inversion"},
-    }
-    return {name: dataclasses.replace(base, **change) for name, change in changes.items()}  # type: ignore[arg-type]
+    changed = {name: dataclasses.replace(base, **change) for name, change in CHANGES.items()}
+    return RECIPES | {name: recipe for name, recipe in changed.items() if recipe != base}
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,10 @@ class Config:
     targets: int = 12
     held_out: int = 16
     """Sources that no recipe edits while it optimizes."""
+    strengths: tuple[float, ...] = (0.6, 0.8, 1.0, 1.2)
+    """How far along the direction to judge, besides 1."""
+    twice: bool = True
+    """Run everything a second time, to see what two runs agree on."""
     max_steps: int | None = None
     """Cut every recipe to so many steps."""
     seed: int = 0
@@ -82,6 +106,7 @@ class Targets:
     """Target pictures and what they show."""
 
     pictures: list[Image.Image]
+    faces: list[Face]
     readings: Float[Tensor, "targets outputs"]
     seen: Float[Tensor, "targets outputs"]
 
@@ -92,77 +117,168 @@ def draw_targets(count: int) -> Targets:
     values, seen = zip(*(readings_of(face) for face, _, _ in triples), strict=True)
     return Targets(
         [draw(*triple) for triple in triples],
+        [face for face, _, _ in triples],
         torch.from_numpy(np.stack(values)).float(),
         torch.from_numpy(np.stack(seen)),
     )
 
 
-def run_recipe(
-    essence: EssenceTransfer, recipe: Recipe, targets: Targets, config: Config
-) -> tuple[dict[str, float], Float[Tensor, "targets sources num_ws w_dim"]]:
-    """Directions of all targets at once, and their scores on held-out sources."""
-    generator, embedder = essence.generator, essence.embedder
+def find_directions(
+    essence: EssenceTransfer, recipe: Recipe, targets: Targets, seed: int
+) -> tuple[Optimized, float]:
+    """Directions of all targets at once, and seconds a target; other seeds have other sources."""
     pictures = targets.pictures
     embeddings = torch.stack([essence.embed_target(p, recipe) for p in pictures])
-    initial = torch.stack([essence.initial(p, recipe.initial, config.seed) for p in pictures])
-    seeds = [seed_of("recipes", config.seed, i) for i in range(len(pictures))]
+    initial = torch.stack(
+        [essence.initial(p, recipe.initial, seed_of(seed, i)) for i, p in enumerate(pictures)]
+    )
+    bank = generated_sources(essence.generator, essence.truncation, BANK, seed_of("bank", seed))
+    seeds = [seed_of("recipes", seed, i) for i in range(len(pictures))]
     start = time.perf_counter()
     found = optimize_directions(
-        generator,
-        embedder,
+        essence.generator,
+        essence.embedder,
         embeddings,
-        source_bank(generator, essence.truncation),
+        bank,
         recipe,
         initial,
         seeds,
         max_images=512,
     )
-    seconds = (time.perf_counter() - start) / len(pictures)
-    sources = essence.generated_sources(config.held_out, seed=1)
-    ws = sources[None] + found.directions[:, None]
+    return found, (time.perf_counter() - start) / len(pictures)
 
-    judged = embedder.embed_pictures(pictures)
-    reader = load_reader()
+
+def scores_of(
+    essence: EssenceTransfer,
+    targets: Targets,
+    before: Float[Tensor, "sources 3 height width"],
+    edited: Float[Tensor, "targets sources 3 height width"],
+) -> dict[str, float]:
+    """Means over the targets, of images before and after an edit."""
+    embedder, reader = essence.embedder, load_reader()
+    judged = embedder.embed_pictures(targets.pictures)
+    shape = edited.shape[:2]
     with torch.no_grad():
-        before = render(generator, sources)
-        edited = render(generator, ws.flatten(0, 1)).unflatten(0, ws.shape[:2])
-        embedded = embedder.embed_images(edited.flatten(0, 1)).unflatten(0, ws.shape[:2])
-        unedited = embedder.embed_images(before).expand(len(ws), -1, -1)
-        read = reader(edited.flatten(0, 1).clamp(-1, 1)).unflatten(0, ws.shape[:2])
+        embedded = embedder.embed_images(edited.flatten(0, 1)).unflatten(0, shape)
+        unedited = embedder.embed_images(before).expand(len(edited), -1, -1)
+        read = reader(edited.flatten(0, 1).clamp(-1, 1)).unflatten(0, shape)
         read_before = reader(before.clamp(-1, 1))
-    plain = torch.arange(len(pictures)) % 2 == 0
+    plain = torch.arange(len(edited)) % 2 == 0
     transfer = transfer_scores(embedded, judged).mean(dim=1)
     acquired = essence_acquired(read, read_before, targets.readings, targets.seen)
-    consistency = 1 - consistency_loss(unedited, embedded, "unit")
-    kept = identity_kept(read, read_before)
     return {
         "transfer": float(transfer.mean()),
         "transfer_in_range": float(transfer[plain].mean()),
         "transfer_out_of_range": float(transfer[~plain].mean()),
-        "own_transfer": 1 - float(found.transfer.mean()),
-        "consistency": float(consistency.mean()),
+        "consistency": float((1 - consistency_loss(unedited, embedded, "unit")).mean()),
         "essence_in_range": float(acquired[plain].mean()),
         "essence_out_of_range": float(acquired[~plain].mean()),
-        "identity": float(kept.mean()),
-        "norm": float(found.directions.flatten(1).norm(dim=1).mean()),
+        "identity": float(identity_kept(read, read_before).mean()),
+    }
+
+
+def judge(
+    essence: EssenceTransfer,
+    targets: Targets,
+    sources: Float[Tensor, "sources num_ws w_dim"],
+    edits: Float[Tensor, "targets num_ws w_dim"],
+) -> dict[str, float]:
+    """Scores of edits on sources that no direction was optimized on."""
+    before = render(essence.generator, sources)
+    edited = render(essence.generator, (sources[None] + edits[:, None]).flatten(0, 1))
+    return scores_of(essence, targets, before, edited.unflatten(0, (len(edits), len(sources))))
+
+
+def drawn_answer(essence: EssenceTransfer, targets: Targets, count: int) -> dict[str, float]:
+    """Scores of the right answer, which no direction can reach: the held-out sources drawn anew
+    with their own identity and the target's essence."""
+    z = torch.stack(
+        [
+            torch.randn(
+                essence.generator.z_dim,
+                generator=torch.Generator().manual_seed(seed_of("source", 1, i)),
+            )
+            for i in range(count)
+        ]
+    )
+    values = faces_from_z(z[:, None].expand(-1, len(GROUPS), -1)).numpy()
+    faces = [Face(*row.tolist()) for row in values]
+    before = np.stack([np.asarray(draw(face)) for face in faces])
+    edited = [
+        np.stack(
+            [
+                np.asarray(
+                    draw(dataclasses.replace(face, **{n: getattr(target, n) for n in ESSENCE}))
+                )
+                for face in faces
+            ]
+        )
+        for target in targets.faces
+    ]
+    images = torch.stack([to_images(pictures) for pictures in edited])
+    return scores_of(essence, targets, to_images(before), images)
+
+
+def run_recipe(
+    essence: EssenceTransfer, recipe: Recipe, targets: Targets, config: Config
+) -> tuple[dict[str, Any], Float[Tensor, "targets num_ws w_dim"]]:
+    """Directions of all targets, and their scores on held-out sources."""
+    found, seconds = find_directions(essence, recipe, targets, config.seed)
+    directions = found.directions
+    sources = essence.generated_sources(config.held_out, seed=1)
+    figures: dict[str, Any] = {
+        **judge(essence, targets, sources, directions),
+        "own_transfer": 1 - float(found.transfer.mean()),
+        "norm": float(directions.flatten(1).norm(dim=1).mean()),
         "seconds_per_target": seconds,
-    }, ws
+        "by_strength": {
+            strength: judge(essence, targets, sources, strength * directions)
+            for strength in config.strengths
+        },
+    }
+    if config.twice:
+        again, _ = find_directions(essence, recipe, targets, config.seed + 1)
+        scores = judge(essence, targets, sources, again.directions)
+        both = torch.stack([directions, again.directions]).flatten(2)
+        figures["agreement"] = float(F.cosine_similarity(both[0], both[1], dim=1).mean())
+        figures["again"] = scores
+    return figures, directions
 
 
 def save_sheet(
-    generator: Generator,
+    essence: EssenceTransfer,
     targets: Targets,
-    ws: Float[Tensor, "targets sources num_ws w_dim"],
+    directions: Float[Tensor, "targets num_ws w_dim"],
     path: Path,
 ) -> None:
-    """A row a target: the target itself, then sources with its essence."""
-    rows = {}
-    for i, (picture, edited) in enumerate(zip(targets.pictures, ws, strict=True)):
-        rows[f"target {i} and sources with its essence"] = [
-            picture,
-            *tensor_to_pictures(render(generator, edited[:9])),
-        ]
+    """The sources, then a row a target: the target itself, and sources with its essence."""
+    sources = essence.generated_sources(9, seed=1)
+    unedited = tensor_to_pictures(render(essence.generator, sources))
+    rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
+    for i, (picture, direction) in enumerate(zip(targets.pictures, directions, strict=True)):
+        edited = tensor_to_pictures(render(essence.generator, sources + direction))
+        rows[f"target {i} and sources with its essence"] = [picture, *edited]
     labelled_grid(None, rows).save(path)
+
+
+def table(report: dict[str, dict[str, Any]]) -> str:
+    """The report as a table in Markdown."""
+    columns = {
+        "transfer": "transfer score",
+        "transfer_out_of_range": "out of range",
+        "own_transfer": "on its own sources",
+        "consistency": "consistency",
+        "essence_in_range": "essence acquired",
+        "identity": "identity kept",
+        "agreement": "agreement of two runs",
+        "norm": "length",
+        "seconds_per_target": "s a target",
+    }
+    lines = [f"| setting | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
+    for name, figures in report.items():
+        cells = [f"{figures[key]:.3g}" if key in figures else "" for key in columns]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def run(config: Config) -> None:
@@ -170,21 +286,24 @@ def run(config: Config) -> None:
     parts = load_parts(world, torch.get_default_device())
     essence = EssenceTransfer(parts.generator, parts.embedder, parts.inverter, world.truncation)
     targets = draw_targets(config.targets)
-    recipes = RECIPES | (variants() if config.variants == "all" else {})
+    recipes = variants() if config.variants == "all" else RECIPES
     chosen = {name: r for name, r in recipes.items() if not config.only or name in config.only}
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "report.json"
     report = json.loads(path.read_text()) if path.exists() else {}
+    report.setdefault("drawn answer", drawn_answer(essence, targets, config.held_out))
     for name, recipe in chosen.items():
         if config.max_steps is not None:
             recipe = dataclasses.replace(recipe, steps=min(recipe.steps, config.max_steps))
         if name in report:  # an interrupted comparison goes on
             continue
-        figures, ws = run_recipe(essence, recipe, targets, config)
+        figures, directions = run_recipe(essence, recipe, targets, config)
         report[name] = {**figures, "settings": dataclasses.asdict(recipe)}
         path.write_text(json.dumps(report, indent=2) + "\n")
-        print(f"{name:18}" + "  ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
-        save_sheet(essence.generator, targets, ws, config.out / f"{name.replace(' ', '_')}.png")
+        shown = {key: value for key, value in figures.items() if isinstance(value, float)}
+        print(f"{name:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()), flush=True)
+        save_sheet(essence, targets, directions, config.out / f"{name.replace(' ', '_')}.png")
+    (config.out / "report.md").write_text(table(report))
 
 
 def main() -> None:
