@@ -83,17 +83,19 @@ RECIPES: dict[str, Recipe] = {
         initial="random",
         keep="best",
     ),
-    # Ours: every step meets fresh sources, target and images are preprocessed alike, and nothing
-    # but the losses decides where it goes.
+    # Ours: every step meets fresh sources, target and images are preprocessed alike, the start is
+    # neutral. Decay decides between essence and identity: a third of it brings more of both the
+    # target and its background. A heavy consistency loss asks for long edits, in which the
+    # differences between sources vanish, and identity with them (docs/teacher.md).
     "consistent": Recipe(
         sources=6,
         fresh_sources=True,
         steps=150,
-        learning_rate=0.1,
+        learning_rate=0.2,
         transfer_weight=1.0,
-        consistency_weight=0.5,
+        consistency_weight=0.2,
         differences="unit",
-        weight_decay=3e-3,
+        weight_decay=1e-2,
         preprocess="consistent",
         target_preprocess="encoder",
         initial="zero",
