@@ -5,6 +5,8 @@ Knows the teacher and the clock; nothing of plans or files.
 
 import dataclasses
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable
 
@@ -18,6 +20,12 @@ CHUNK_SECONDS = 300.0  # what a chunk lasts at most, if more than one target is 
 MOST_TARGETS = 512
 
 
+def most_memory() -> int:
+    """Bytes of main memory that this process has held at most."""
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else 1024 * found
+
+
 def fitting_batch_size(try_batch: Callable[[int], float], steps: int) -> int:
     """The number of targets that are fastest together: doubled for as long as that pays.
 
@@ -26,6 +34,9 @@ def fitting_batch_size(try_batch: Callable[[int], float], steps: int) -> int:
 
     Args:
         try_batch: seconds of one step with so many targets; raises when they do not fit.
+
+    Raises:
+        ValueError: not even one target fits.
     """
     best, fastest = 1, math.inf
     size = 1
@@ -34,16 +45,19 @@ def fitting_batch_size(try_batch: Callable[[int], float], steps: int) -> int:
         used = psutil.Process().memory_info().rss
         try:
             seconds = try_batch(size)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (torch.OutOfMemoryError, MemoryError) as error:
             if size == 1:
-                raise
+                raise ValueError(
+                    "expected memory for a step of one target, found too little; "
+                    "give a smaller --max-images"
+                ) from error
             break
         if seconds / size > 0.95 * fastest or (size > 1 and seconds * steps > CHUNK_SECONDS):
             break
         best, fastest = size, seconds / size
         # A machine that runs out of its main memory does not say so: it kills. Twice the targets
-        # take at most twice what these took.
-        if 2 * (psutil.Process().memory_info().rss - used) > free:
+        # take at most twice what these took, which is given back already: hence the peak.
+        if 2 * (most_memory() - used) > free:
             break
         size *= 2
     return best
@@ -71,6 +85,6 @@ def time_step(teacher: Teacher, size: int) -> float:
             torch.zeros(size, *teacher.bank.shape[1:], device=device),
             list(range(size)),
             on_step=on_step,
-            max_images=teacher.max_images,
+            max_images=teacher.images_at_once(size),
         )
     return times[-1] - times[-2]

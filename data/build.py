@@ -12,37 +12,37 @@ number of times at once: whatever is finished stays finished.
 
 import dataclasses
 import json
+import logging
 import math
-import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 from accelerate import Accelerator
-from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from data.batch_size import MOST_TARGETS, fitting_batch_size, time_step
+from data.batch_size import fitting_batch_size, time_step
 from data.card import DatasetInfo
-from data.claims import claim, owner_name
-from data.dataset import mean_scores, merge, verify
+from data.claims import Claim, claim, clock_ns, owner_name
+from data.finish import merge_once, verify_build
 from data.pairs import features
-from data.plan import Plan, check_plan, check_settings, check_targets, load_plan, make_plan
-from data.publish import replace_file, sha256_of
-from data.targets import Target, TargetSet, open_targets
-from data.teach import Stop, Stopped, Teacher, Worker, chunk_name
+from data.plan import RECORD, Plan, PlanTaken, check_settings, check_targets, load_plan, make_plan
+from data.publish import sha256_of
+from data.targets import TargetSet, open_targets
+from data.teach import Stop, Stopped, Teacher, Worker
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe
 from targetclip.sources import BANK, generated_sources, source_bank
-from targetclip.targets import embed_targets, initial_directions
 from targetclip.world import Parts, World, load_parts, load_world
+
+logger = logging.getLogger(__name__)
 
 Stage = Literal["plan", "run", "merge", "verify"]
 
@@ -70,7 +70,7 @@ class Config:
     batch_size: int | Literal["auto"] = "auto"
     """Targets optimized together, which are a chunk; auto finds what fits and is fast."""
     max_images: int | None = None
-    """Images rendered at once, where memory is short. Default: all of a step."""
+    """Images rendered at once, where memory is short. Default: those of a step."""
     held_out: int = 16
     """Sources that every pair is scored on and none is optimized on."""
     seed: int = 0
@@ -88,19 +88,23 @@ class Config:
     licence_text: str = "See the licences of the generator, the embedder and the target pictures."
     """What the card says of it."""
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_images", "held_out", "max_attempts"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
-        for name in ("lease", "checkpoint_seconds"):
-            if not 0 < getattr(self, name) < math.inf:
-                flag, value = name.replace("_", "-"), getattr(self, name)
-                raise ValueError(f"--{flag}: expected seconds above 0, found {value}")
-        if self.held_out < 2:
-            raise ValueError("--held-out: expected 2 or more, for consistency compares sources")
-        if self.recipe is not None and self.recipe not in RECIPES:
-            raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {self.recipe!r}")
+
+def check_config(config: Config) -> None:
+    """Raise a ValueError for a flag that cannot be; here, for tyro prints a box for its own."""
+    for name in ("steps", "batch_size", "max_images", "held_out", "max_attempts"):
+        value = getattr(config, name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+    for name in ("lease", "checkpoint_seconds"):
+        if not 0 < getattr(config, name) < math.inf:
+            flag, value = name.replace("_", "-"), getattr(config, name)
+            raise ValueError(f"--{flag}: expected seconds above 0, found {value}")
+    if config.held_out < 2:
+        raise ValueError(
+            "--held-out: expected 2 or more, for consistency compares sources, found 1"
+        )
+    if config.recipe is not None and config.recipe not in RECIPES:
+        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}")
 
 
 def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
@@ -108,7 +112,13 @@ def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
     name = config.recipe or world.recipe
     changes = {"initial": config.initial, "steps": config.steps}
     changes = {key: value for key, value in changes.items() if value is not None}
-    return name, dataclasses.replace(RECIPES[name], **changes)  # type: ignore[arg-type]
+    recipe = dataclasses.replace(RECIPES[name], **changes)  # type: ignore[arg-type]
+    if recipe.initial == "inversion" and world.inverter is None:
+        raise ValueError(
+            f"recipe {name!r} starts from the target's inversion, and world {world.name!r} has no "
+            "inverter: give --initial zero or random"
+        )
+    return name, recipe
 
 
 def settings_of(
@@ -130,21 +140,14 @@ def settings_of(
     }
 
 
-def prepare(
-    parts: Parts, recipe: Recipe
-) -> Callable[[list[Target], list[int]], tuple[Tensor, Tensor | None]]:
-    """How targets are embedded, and where they start."""
-
-    def embed(targets: list[Target], seeds: list[int]) -> tuple[Tensor, Tensor | None]:
-        pictures = [target.picture for target in targets]
-        embeddings = embed_targets(parts.generator, parts.embedder, pictures, recipe)
-        if recipe.initial == "zero":
-            return embeddings, None
-        return embeddings, initial_directions(
-            parts.generator, parts.inverter, pictures, recipe.initial, seeds
-        )
-
-    return embed
+@contextmanager
+def in_precision(accelerator: Accelerator) -> Iterator[None]:
+    """The launcher's precision, at its best speed."""
+    slow_kernel = accelerator.mixed_precision != "no" and accelerator.device.type == "cpu"
+    # On a CPU in half precision the backward pass of fused attention is the slower one.
+    kernel = sdpa_kernel(SDPBackend.MATH) if slow_kernel else nullcontext()
+    with accelerator.autocast(), kernel:
+        yield
 
 
 def make_teacher(
@@ -165,50 +168,82 @@ def make_teacher(
         recipe_name,
         source_bank(parts.generator, world.truncation, count),
         held_out,
-        config.max_images or MOST_TARGETS * max(recipe.sources, config.held_out),
+        config.max_images,
         autocast,
+        parts.inverter,
     )
 
 
-def plan_stage(
+def make_own_plan(
+    config: Config,
+    work: Path,
+    held: Claim,
+    sets: list[TargetSet],
+    settings: dict[str, Any],
+    teacher: Teacher,
+    stop: Stop,
+) -> None:
+    """Plan, in a process that holds the claim to it."""
+
+    def try_batch(size: int) -> float:
+        stop.check()
+        return time_step(teacher, size)
+
+    size = config.batch_size
+    if size == "auto":
+        size = fitting_batch_size(try_batch, teacher.recipe.steps)
+    with tqdm(desc="plan", total=sum(map(len, sets)), unit="target") as bar:
+
+        def on_batch(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+            stop.check()
+            if held.lost:
+                raise PlanTaken
+
+        make_plan(work, held.owner, sets, settings, size, teacher.prepare, on_batch)
+
+
+def await_plan(
     config: Config,
     work: Path,
     sets: list[TargetSet],
     settings: dict[str, Any],
     teacher: Teacher,
-    parts: Parts,
     stop: Stop,
-    show: bool,
-) -> Plan:
-    """The plan of this build: made, or awaited while another process makes it, and checked."""
-    folder, owner = work / "plan", owner_name()
+    main: bool,
+) -> None:
+    """Return once there is a plan: made here, or by another process, in this launch or not."""
+    record = work / "plan" / RECORD
+    planning = config.only in (None, "plan") and bool(config.targets)
     (work / "claims").mkdir(parents=True, exist_ok=True)
-    while not (folder / "plan.json").is_file():
+    told = False
+    while not record.is_file():
         stop.check()
-        held = claim(work / "claims", "plan", owner, config.lease) if sets else None
+        # The other processes of a launch leave planning to its main one.
+        mine = main or not planning
+        held = claim(work / "claims", "plan", owner_name(), config.lease) if mine else None
         if held is None:
-            if not sets and not any(work.glob("draft.*")):
-                raise FileNotFoundError(f"no plan in {str(config.out)!r}: give --targets")
+            if main and not told:
+                logger.warning("waiting for the plan of another process, or for its claim to end")
+                told = True
             time.sleep(1.0)
             continue
         try:
-            with held.kept_alive():
-                size = config.batch_size
-                if size == "auto":
-                    size = fitting_batch_size(lambda n: time_step(teacher, n), teacher.recipe.steps)
-                bar = tqdm(desc="plan", total=sum(map(len, sets)), unit="target", disable=not show)
-
-                def on_batch(count: int, total: int, bar: Any = bar) -> None:
-                    stop.check()
-                    bar.update(count)
-
-                make = prepare(parts, teacher.recipe)
-                plan = make_plan(work, owner, sets, settings, size, make, on_batch)
-                bar.close()
-                return plan
+            # It may have been finished, and its claim released, since the last look.
+            if not planning and not record.is_file():
+                raise FileNotFoundError(
+                    f"no plan in {str(config.out)!r}: plan first, by giving --targets"
+                )
+            if not record.is_file():
+                with held.kept_alive(), suppress(PlanTaken):
+                    make_own_plan(config, work, held, sets, settings, teacher, stop)
         finally:
             held.release()
-    plan = load_plan(folder)
+
+
+def plan_stage(config: Config, work: Path, sets: list[TargetSet], settings: dict[str, Any]) -> Plan:
+    """The plan, if it is of this command."""
+    plan = load_plan(work / "plan")
     planned = {name: value for name, value in plan.settings.items() if name != "targets"}
     check_settings(config.out, planned, settings)
     if config.batch_size not in ("auto", plan.batch_size):
@@ -225,19 +260,22 @@ def run_stage(
 ) -> bool:
     """Teach until every chunk is done or in other hands; True if every one is done."""
     columns = features(plan.embeddings.shape[1], *teacher.bank.shape[1:])
-    bar = tqdm(
-        desc="targets", total=len(plan.targets), unit="target", disable=not main, smoothing=0.1
-    )
+    total = len(plan.targets)
+    finished = 0
 
     def on_step(chunk: int, progress: Progress) -> None:
+        nonlocal finished
+        if bar.disable:  # a loss is not to be waited for, nor a folder read, for nobody
+            return
+        if progress.step % 10 == 0:
+            finished = min(total, len(worker.published()) * plan.batch_size)
         rows = plan.rows(chunk)
-        done = len(worker.published()) * plan.batch_size if progress.step % 10 == 0 else bar.n
-        part = (progress.step + 1) / progress.steps * (rows.stop - rows.start)
-        bar.n = max(bar.n, min(len(plan.targets), int(done + part)))
-        loss = float(progress.loss.nanmean())
+        part = int((progress.step + 1) / progress.steps * (rows.stop - rows.start))
+        loss = f"{float(progress.loss.nanmean()):.3f}"
         bar.set_postfix(
-            chunk=f"{chunk + 1}/{plan.chunks}", step=progress.step + 1, loss=f"{loss:.3f}"
+            chunk=f"{chunk + 1}/{plan.chunks}", step=progress.step + 1, loss=loss, refresh=False
         )
+        bar.update(max(0, min(total, finished + part) - bar.n))
 
     worker = Worker(
         work,
@@ -250,12 +288,15 @@ def run_stage(
         config.max_attempts,
         on_step,
     )
-    try:
+    finished = min(total, len(worker.published()) * plan.batch_size)
+    with tqdm(
+        desc="targets", total=total, initial=finished, unit="target", disable=not main
+    ) as bar:
         # The main process of a launch waits for the others' last chunks, since somebody has to
         # merge; theirs need not wait for anyone.
-        return worker.run(wait=main and config.only is None)
-    finally:
-        bar.close()
+        done = worker.run(wait=main and config.only is None)
+        bar.update(total - bar.n if done else 0)
+    return done
 
 
 def dataset_info(config: Config, world: World, parts: Parts, plan: Plan) -> DatasetInfo:
@@ -289,56 +330,10 @@ def command_line(config: Config, plan: Plan) -> list[str]:
     """The arguments that make this dataset again, without paths of this machine."""
     recipe = plan.settings["recipe"]
     specs = [targets["spec"] for targets in plan.settings["targets"]]
-    shown = [Path(spec).name if Path(spec).is_dir() else spec for spec in specs]
-    world = Path(config.world).name
-    found = ["--out", "pairs", "--targets", *shown, "--world", world]
+    found = ["--out", "pairs", "--targets", *specs, "--world", Path(config.world).name]
     found += ["--recipe", plan.settings["recipe_name"], "--initial", recipe["initial"]]
     found += ["--steps", str(recipe["steps"]), "--batch-size", str(plan.batch_size)]
     return [*found, "--held-out", str(plan.settings["held_out"]), "--seed", str(config.seed)]
-
-
-def merge_stage(
-    config: Config, work: Path, plan: Plan, world: World, parts: Parts
-) -> dict[str, Any]:
-    """Make the dataset of all chunks, and report.json; by one process at a time."""
-    names = [chunk_name(chunk) for chunk in range(plan.chunks)]
-    chunks = [work / "chunks" / f"{name}.parquet" for name in names]
-    missing = [path.stem for path in chunks if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {plan.chunks} chunks are not done, {missing[0]} the first: "
-            "run the build again, without --only merge"
-        )
-    columns = features(plan.embeddings.shape[1], parts.generator.num_ws, parts.generator.w_dim)
-    merge(chunks, config.out, columns, dataset_info(config, world, parts, plan), plan.failures)
-    report = report_of(config.out, plan)
-    replace_file(config.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    return report
-
-
-def report_of(out: Path, plan: Plan) -> dict[str, Any]:
-    """Counts and mean scores of a merged dataset, and what it was made with."""
-    packages = ("torch", "open_clip_torch", "accelerate", "datasets", "numpy", "pyarrow")
-    return {
-        "splits": mean_scores(out),
-        "failures": len((out / "failures.jsonl").read_text().splitlines()),
-        "settings": plan.settings,
-        "batch_size": plan.batch_size,
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in packages},
-    }
-
-
-def verify_stage(config: Config, work: Path) -> list[str]:
-    """Everything wrong with the dataset, and with its plan where that is still there."""
-    folder = work / "plan"
-    if not (folder / "plan.json").is_file():
-        return verify(config.out)
-    try:
-        expected = load_plan(folder).splits()
-    except ValueError as error:
-        return [str(error), *verify(config.out)]
-    return [*check_plan(folder), *verify(config.out, expected)]
 
 
 def run(config: Config) -> int:
@@ -348,9 +343,10 @@ def run(config: Config) -> int:
         ValueError, FileNotFoundError, OSError: bad input, or files that cannot be read or written.
         Stopped: a signal came; the same command goes on from here.
     """
+    check_config(config)
     work = config.out / WORK
     if config.only == "verify":
-        problems = verify_stage(config, work)
+        problems = verify_build(config.out, work)
         print("\n".join(problems) or f"{config.out}: clean")
         return 1 if problems else 0
     stop = Stop()
@@ -361,34 +357,31 @@ def run(config: Config) -> int:
     recipe_name, recipe = chosen_recipe(config, world)
     precision = accelerator.mixed_precision
     settings = settings_of(config, world, parts, recipe_name, recipe, precision)
-    teacher = make_teacher(config, world, parts, recipe_name, recipe, accelerator.autocast)
-    # Every process of a launch may plan, but one is enough, and the others' targets stay closed.
+    teacher = make_teacher(
+        config, world, parts, recipe_name, recipe, lambda: in_precision(accelerator)
+    )
     main = accelerator.is_main_process
-    specs = config.targets if main and config.only in (None, "plan") else ()
+    specs = config.targets if main else ()
     sets = [open_targets(spec, parts.generator, world.truncation) for spec in specs]
     work.mkdir(parents=True, exist_ok=True)
-    plan = plan_stage(config, work, sets, settings, teacher, parts, stop, main)
-    done = True
+    began = clock_ns(work)
+    await_plan(config, work, sets, settings, teacher, stop, main)
+    plan = plan_stage(config, work, sets, settings)
+    info = dataset_info(config, world, parts, plan)
+    done = config.only == "merge"
     if config.only in (None, "run"):
-        done = run_stage(config, work, plan, teacher, stop, main)
-    if config.only == "merge" or (config.only is None and done):
-        held = claim(work / "claims", "merge", owner_name(), config.lease)
-        if held is not None:
-            try:
-                with held.kept_alive():
-                    report = merge_stage(config, work, plan, world, parts)
-                print(json.dumps({"splits": report["splits"], "failures": report["failures"]}))
-            finally:
-                held.release()
+        done = run_stage(config, work, plan, teacher, stop, main) and config.only is None
+    if main and done:
+        report = merge_once(config.out, work, plan, info, config.lease, began, stop.check)
+        print(json.dumps({"splits": report["splits"], "failures": report["failures"]}))
     return 0
 
 
 def main() -> None:
     """The command: errors of input and of files are one line, and never a traceback."""
     try:
-        # Its checks of the configuration are errors of input too.
         code = run(tyro.cli(Config, description=__doc__))
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         code = 130
         print("stopped; the same command goes on from here", file=sys.stderr)
     except (ValueError, OSError) as error:

@@ -5,11 +5,13 @@ recipe wants the inversion), so a worker needs no picture; and it names everythi
 depends on, so nothing else can be mixed into the same folder. Knows nothing of who does the work.
 """
 
+import itertools
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from data.pairs import Failure
 from data.publish import fault_point, full_disk_explained, replace_file, sha256_of, sync_folder
-from data.targets import BadTarget, FolderTargets, Target, TargetSet, split_of
+from data.targets import BadTarget, DatasetTargets, FolderTargets, Target, TargetSet, split_of
 from targetclip.sources import seed_of
 
 FORMAT = "targetclip-plan/1"
@@ -36,6 +38,10 @@ SAVE_SECONDS = 20.0  # of planning that a kill may cost
 
 Prepare = Callable[[list[Target], list[int]], tuple[Tensor, Tensor | None]]
 """Raw embeddings [targets embed] of some targets and, if the recipe wants them, their starts."""
+
+
+class PlanTaken(Exception):
+    """Another process makes the plan now, or has made it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Plan:
 
     @property
     def chunks(self) -> int:
-        """Number of chunks; chunk i has the name `00012`."""
+        """Number of chunks; chunk 12 has the name `000012`."""
         return -(-len(self.targets) // self.batch_size)
 
     def rows(self, chunk: int) -> slice:
@@ -84,11 +90,10 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def check_settings(folder: Path, planned: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse to mix: raise a ValueError that names the first settings that are not as planned."""
     before, now = flat(planned), flat(json.loads(json.dumps(found)))
-    changed = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         told = "; ".join(
-            f"{name}: planned {before.get(name)!r}, found {now.get(name)!r}"
-            for name in sorted(changed)[:3]
+            f"{name}: planned {before.get(name)!r}, found {now.get(name)!r}" for name in changed[:3]
         )
         raise ValueError(
             f"{str(folder)!r} was planned with other settings ({told}); "
@@ -96,9 +101,19 @@ def check_settings(folder: Path, planned: Mapping[str, Any], found: Mapping[str,
         )
 
 
+def public_spec(targets: TargetSet) -> str:
+    """The spec of a set of targets without the path of this machine."""
+    if isinstance(targets, FolderTargets):
+        return Path(targets.spec).resolve().name
+    if isinstance(targets, DatasetTargets):
+        return f"dataset:{targets.name}#{targets.split}#{targets.column}"
+    return targets.spec
+
+
 def describe(targets: TargetSet, identity: str | None = None) -> dict[str, Any]:
     """What the plan remembers of a set of targets."""
-    return {"spec": targets.spec, "count": len(targets), "identity": identity or targets.identity()}
+    identity = identity or targets.identity()
+    return {"spec": public_spec(targets), "count": len(targets), "identity": identity}
 
 
 def quick_look(targets: TargetSet) -> str | None:
@@ -134,9 +149,9 @@ def load_plan(folder: Path) -> Plan:
     if not (folder / RECORD).is_file():
         raise FileNotFoundError(f"no plan at {str(folder)!r}; plan first (--targets)")
     record = json.loads((folder / RECORD).read_text())
-    if record["format"] != FORMAT:
+    if record.get("format") != FORMAT:
         raise ValueError(
-            f"{str(folder)!r}: expected a plan of format {FORMAT}, found {record['format']}; "
+            f"{str(folder)!r}: expected a plan of format {FORMAT}, found {record.get('format')}; "
             "build into another --out"
         )
     for name, size in record["sizes"].items():
@@ -166,11 +181,8 @@ def load_plan(folder: Path) -> Plan:
 def check_plan(folder: Path) -> list[str]:
     """What has changed of a plan's files since it was made, a line each."""
     hashes = json.loads((folder / RECORD).read_text())["sha256"]
-    return [
-        f"{name}: altered since it was planned"
-        for name, digest in hashes.items()
-        if sha256_of(folder / name) != digest
-    ]
+    altered = [name for name, digest in hashes.items() if sha256_of(folder / name) != digest]
+    return [f"{name}: altered since it was planned" for name in altered]
 
 
 @dataclass
@@ -185,7 +197,7 @@ class Draft:
 
     def save(self, files: Mapping[str, BinaryIO]) -> None:
         """Make all that has been written so far count."""
-        with full_disk_explained(self.folder, sum(self.sizes.values())):
+        with full_disk_explained(self.folder, sum(file.tell() for file in files.values())):
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
@@ -195,31 +207,36 @@ class Draft:
         fault_point("after-draft")
 
 
-def new_draft(work: Path, owner: str, settings: Mapping[str, Any]) -> Draft:
+def new_draft(folder: Path, settings: Mapping[str, Any]) -> Draft:
     """A folder to plan in: a copy of the furthest draft that another left, or an empty one.
 
     A copy and not the folder itself: whoever left it may only be halted, and write on.
     """
-    folder = work / f"draft.{owner}"
     folder.mkdir(parents=True)
     planned = json.dumps(settings, sort_keys=True)
-    (folder / "settings.json").write_text(planned)
-    left: list[tuple[int, Path]] = []
-    for path in work.glob("draft.*"):
+    replace_file(folder / "settings.json", planned.encode())
+    draft, furthest = Draft(folder, 0, dict.fromkeys(PARTS, 0)), folder
+    for path in folder.parent.glob("draft.*"):
         try:
             if path != folder and (path / "settings.json").read_text() == planned:
-                left.append((json.loads((path / "draft.json").read_text())["taken"], path))
+                record = json.loads((path / "draft.json").read_text())
+                if record["taken"] > draft.taken:
+                    draft, furthest = Draft(folder, **record), path
         except (FileNotFoundError, ValueError):
             continue
-    for name in PARTS:
-        (folder / name).touch()
-    if not left:
-        return Draft(folder, 0, dict.fromkeys(PARTS, 0))
-    record = json.loads((max(left)[1] / "draft.json").read_text())
-    for name, size in record["sizes"].items():
-        shutil.copyfile(max(left)[1] / name, folder / name)
-        os.truncate(folder / name, size)
-    return Draft(folder, **record)
+    with full_disk_explained(folder, sum(draft.sizes.values())):
+        for name, size in draft.sizes.items():
+            (folder / name).touch()
+            if furthest != folder:
+                shutil.copyfile(furthest / name, folder / name)
+                os.truncate(folder / name, size)
+    return draft
+
+
+def remove_drafts(work: Path, but: Path) -> None:
+    """Remove what others planned in; one of them that was only halted will find itself replaced."""
+    for path in set(work.glob("draft.*")) - {but}:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def candidates(sets: Iterable[TargetSet], start: int) -> Iterator[Target | BadTarget]:
@@ -231,14 +248,74 @@ def candidates(sets: Iterable[TargetSet], start: int) -> Iterator[Target | BadTa
 
 def batches(found: Iterable[Target | BadTarget]) -> Iterator[list[Target | BadTarget]]:
     """A few candidates at a time."""
-    batch: list[Target | BadTarget] = []
-    for candidate in found:
-        batch.append(candidate)
-        if len(batch) == PICTURES:
-            yield batch
-            batch = []
-    if batch:
+    left = iter(found)
+    while batch := list(itertools.islice(left, PICTURES)):
         yield batch
+
+
+def add_batch(
+    draft: Draft,
+    files: Mapping[str, BinaryIO],
+    batch: list[Target | BadTarget],
+    ids: dict[str, str],
+    seed: int,
+    prepare: Prepare,
+) -> None:
+    """Take a few candidates into a draft; `ids` are those it has, with their origins."""
+    targets: list[Target] = []
+    lines = dict.fromkeys(PARTS, b"")
+    for found in batch:
+        if isinstance(found, Target) and found.id in ids:
+            found = BadTarget(found.origin, f"duplicate of {ids[found.id]}")
+        if isinstance(found, Target):
+            ids[found.id] = found.origin
+            targets.append(found)
+        else:
+            failure = Failure("", found.origin, "decode", found.reason)
+            lines[FAILURES] += json.dumps(asdict(failure)).encode() + b"\n"
+    if targets:
+        seeds = [seed_of("target", seed, target.id) for target in targets]
+        embeddings, initial = prepare(targets, seeds)
+        draft.embed = embeddings.shape[1]
+        lines[EMBEDDINGS] = embeddings.float().cpu().numpy().tobytes()
+        if initial is not None:
+            draft.initial = list(initial.shape[1:])
+            lines[INITIAL] = initial.float().cpu().numpy().tobytes()
+        for target, own in zip(targets, seeds, strict=True):
+            row = {"id": target.id, "split": split_of(target.id), "origin": target.origin}
+            lines[TARGETS] += json.dumps({**row, "seed": own}).encode() + b"\n"
+    with full_disk_explained(draft.folder, sum(file.tell() for file in files.values())):
+        for name, content in lines.items():
+            files[name].write(content)
+    draft.taken += len(batch)
+
+
+def fill(
+    draft: Draft,
+    files: Mapping[str, BinaryIO],
+    sets: list[TargetSet],
+    seed: int,
+    prepare: Prepare,
+    on_batch: Callable[[int, int], None],
+) -> int:
+    """Take all candidates that are left into a draft; the number of targets it has then."""
+    ids: dict[str, str] = {}
+    for line in (draft.folder / TARGETS).read_text().splitlines():
+        row = json.loads(line)
+        ids[row["id"]] = row["origin"]
+    total, saved = sum(map(len, sets)), time.monotonic()
+    for batch in batches(candidates(sets, draft.taken)):
+        add_batch(draft, files, batch, ids, seed, prepare)
+        try:
+            on_batch(draft.taken, total)
+        except Exception:
+            draft.save(files)
+            raise
+        if time.monotonic() - saved > SAVE_SECONDS:
+            draft.save(files)
+            saved = time.monotonic()
+    draft.save(files)
+    return len(ids)
 
 
 def make_plan(
@@ -252,63 +329,43 @@ def make_plan(
 ) -> Plan:
     """Decode every candidate once, embed it, and write the plan to `work / "plan"`.
 
-    Goes on where a killed run left off. If another process finishes first, its plan is returned.
+    Goes on where a run that was killed or stopped left off. If another process is the first to
+    write the plan, its plan is returned: look at its settings.
 
     Args:
         prepare: embeds some targets; given their seeds as well.
-        on_batch: called after every few candidates with their number and with all of them; may
+        on_batch: called after every few candidates with the number of those done and of all; may
             raise to stop.
 
     Raises:
+        PlanTaken: another process took over what this one had done.
         ValueError: no candidate gave a target.
         OSError: the plan cannot be written. A full disk is explained.
     """
+    # A look before the files are read: what changes meanwhile will look changed.
+    looks = [quick_look(targets) for targets in sets]
     settings = {**settings, "targets": [describe(targets) for targets in sets]}
-    draft = new_draft(work, owner, settings)
-    ids: dict[str, str] = {}
-    for line in (draft.folder / TARGETS).read_text().splitlines():
-        row = json.loads(line)
-        ids[row["id"]] = row["origin"]
-    total, saved = sum(map(len, sets)), time.monotonic()
-    files: dict[str, BinaryIO] = {name: (draft.folder / name).open("ab") for name in PARTS}
-
-    for batch in batches(candidates(sets, draft.taken)):
-        targets: list[Target] = []
-        for found in batch:
-            reason = found.reason if isinstance(found, BadTarget) else None
-            if isinstance(found, Target) and found.id in ids:
-                reason = f"duplicate of {ids[found.id]}"
-            if reason is None and isinstance(found, Target):
-                ids[found.id] = found.origin
-                targets.append(found)
-            else:
-                failure = Failure("", found.origin, "decode", str(reason))
-                files[FAILURES].write(json.dumps(asdict(failure)).encode() + b"\n")
-        if targets:
-            seeds = [seed_of("target", settings["seed"], target.id) for target in targets]
-            embeddings, initial = prepare(targets, seeds)
-            draft.embed = embeddings.shape[1]
-            files[EMBEDDINGS].write(embeddings.float().cpu().numpy().tobytes())
-            if initial is not None:
-                draft.initial = list(initial.shape[1:])
-                files[INITIAL].write(initial.float().cpu().numpy().tobytes())
-            for target, seed in zip(targets, seeds, strict=True):
-                row = {"id": target.id, "split": split_of(target.id), "origin": target.origin}
-                files[TARGETS].write(json.dumps({**row, "seed": seed}).encode() + b"\n")
-        draft.taken += len(batch)
-        if time.monotonic() - saved > SAVE_SECONDS:
-            draft.save(files)
-            saved = time.monotonic()
-        on_batch(len(batch), total)
-
-    draft.save(files)
-    for file in files.values():
-        file.close()
-    if not ids:
-        raise ValueError(
-            f"no target among {total} candidates; see {str(draft.folder / FAILURES)!r}"
-        )
-    return publish_plan(work, draft, settings, batch_size, len(ids), sets)
+    folder = work / f"draft.{owner}"
+    files: dict[str, BinaryIO] = {}
+    try:
+        draft = new_draft(folder, settings)
+        files |= {name: (folder / name).open("ab") for name in PARTS}
+        draft.save(files)
+        remove_drafts(work, but=folder)
+        count = fill(draft, files, sets, settings["seed"], prepare, on_batch)
+        if not count:
+            raise ValueError(
+                f"no target among {draft.taken} candidates; see {str(folder / FAILURES)!r}"
+            )
+        return publish_plan(work, draft, settings, batch_size, count, looks)
+    except FileNotFoundError as error:
+        if folder.is_dir():
+            raise
+        raise PlanTaken from error
+    finally:
+        for file in files.values():
+            with suppress(OSError):  # what counts has been saved
+                file.close()
 
 
 def publish_plan(
@@ -317,7 +374,7 @@ def publish_plan(
     settings: dict[str, Any],
     batch_size: int,
     count: int,
-    sets: list[TargetSet],
+    looks: list[str | None],
 ) -> Plan:
     """Give a finished draft the plan's name, unless another has it already."""
     record = {
@@ -329,7 +386,7 @@ def publish_plan(
         "initial": draft.initial,
         "sizes": draft.sizes,
         "sha256": {name: sha256_of(draft.folder / name) for name in PARTS},
-        "looks": [quick_look(targets) for targets in sets],
+        "looks": looks,
     }
     replace_file(draft.folder / RECORD, json.dumps(record, indent=2).encode())
     try:
@@ -339,6 +396,5 @@ def publish_plan(
         if not (work / "plan" / RECORD).is_file():
             raise
     sync_folder(work)
-    for path in work.glob("draft.*"):
-        shutil.rmtree(path, ignore_errors=True)
+    remove_drafts(work, but=work / "plan")
     return load_plan(work / "plan")

@@ -5,6 +5,7 @@ did since its last checkpoint; whoever breaks its claim goes on from there. Noth
 between workers but files, so a slow one holds nobody up.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -28,11 +29,14 @@ from data.claims import Claim, claim, owner_name
 from data.pairs import Failure, Pair, chunk_bytes
 from data.plan import Plan
 from data.publish import fault_point, publish_file, replace_file
+from data.targets import Target
 from targetclip.embedder import ImageEmbedder
 from targetclip.generators import Generator
+from targetclip.inverter import LatentInverter
 from targetclip.losses import consistency_loss, transfer_loss
 from targetclip.optimize import Optimized, Progress, embed_chunks, optimize_directions
 from targetclip.recipes import Recipe
+from targetclip.targets import embed_targets, initial_directions
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +85,34 @@ class Teacher:
     bank: Float[Tensor, "bank num_ws w_dim"]
     held_out: Float[Tensor, "sources num_ws w_dim"]
     """Sources that no direction is optimized on, to score them all alike."""
-    max_images: int
+    max_images: int | None
+    """Images rendered at once; None: those of a step."""
     autocast: Callable[[], AbstractContextManager[Any]]
     """Precision to compute in."""
+    inverter: LatentInverter | None = None
+    """For recipes that start from the target's inversion."""
     optimize: Callable[..., Optimized] = optimize_directions
+
+    def images_at_once(self, targets: int) -> int:
+        """How many images are rendered at once when so many targets are optimized together.
+
+        The bank and the held-out sources are in pieces of a step's size, for what fits was tried
+        on steps.
+        """
+        return self.max_images or targets * self.recipe.sources
+
+    def prepare(self, targets: list[Target], seeds: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Raw embeddings of targets, and where their directions start unless that is zero.
+
+        Not in `autocast`: a dataset's embeddings do not depend on the optimizer's precision.
+        """
+        pictures = [target.picture for target in targets]
+        embeddings = embed_targets(self.generator, self.embedder, pictures, self.recipe)
+        if self.recipe.initial == "zero":
+            return embeddings, None
+        return embeddings, initial_directions(
+            self.generator, self.inverter, pictures, self.recipe.initial, seeds
+        )
 
     def optimize_chunk(
         self,
@@ -108,7 +136,7 @@ class Teacher:
                 torch.from_numpy(np.array(initial)).to(device),
                 plan.targets["seed"][rows.start : rows.stop].to_pylist(),
                 on_step=on_step,
-                max_images=self.max_images,
+                max_images=self.images_at_once(plan.batch_size),
                 resume=resume,
             )
 
@@ -119,11 +147,10 @@ class Teacher:
         directions: Float[Tensor, "targets num_ws w_dim"],
     ) -> Float[Tensor, "targets scores"]:
         """Transfer score before and after the edit, and consistency, on the held-out sources."""
+        at_once = self.images_at_once(len(directions))
 
         def embed(ws: Tensor) -> Tensor:
-            return embed_chunks(
-                self.generator, self.embedder, ws, self.recipe.preprocess, self.max_images
-            )
+            return embed_chunks(self.generator, self.embedder, ws, self.recipe.preprocess, at_once)
 
         with self.autocast():
             before = embed(self.held_out)
@@ -141,15 +168,16 @@ class Teacher:
         embeddings = torch.from_numpy(np.array(plan.embeddings[plan.rows(chunk)]))
         scores = self.held_out_scores(embeddings.to(self.bank.device), found.directions).cpu()
         directions, coefficients = found.directions.float().cpu(), found.coefficients.float().cpu()
+        own = torch.stack([found.loss, found.transfer, found.consistency], dim=1).cpu()
+        values = torch.cat([directions.flatten(1), coefficients, scores, own], dim=1)
+        valid = values.isfinite().all(dim=1) & (embeddings.norm(dim=1) > 0)
         named = plan.targets.slice(plan.rows(chunk).start, len(embeddings)).to_pylist()
         pairs: list[Pair] = []
         failures: list[Failure] = []
         for i, target in enumerate(named):
             reason = found.failures[i]
-            if reason is None and not (
-                directions[i].isfinite().all() and scores[i].isfinite().all()
-            ):
-                reason = "the direction or its scores are not finite"
+            if reason is None and not valid[i]:
+                reason = "its embedding is zero, or its direction or scores are not finite"
             if reason is not None:
                 failures.append(Failure(target["id"], target["origin"], "optimize", reason))
                 continue
@@ -237,17 +265,25 @@ class Worker:
                 self.stop.check()
 
     def try_chunk(self, chunk: int) -> bool:
-        """Claim and do a chunk; False if it is in other hands."""
+        """Claim and do a chunk, unless it is done; False if it is in other hands."""
         self.stop.check()
         name = chunk_name(chunk)
+        path = self.work / "chunks" / f"{name}.parquet"
+        if path.exists():
+            return True
         held = claim(self.work / "claims", name, self.owner, self.lease)
         if held is None:
             return False
         try:
-            if not (self.work / "chunks" / f"{name}.parquet").exists():
+            if not path.exists():  # it may have been published just before it was claimed
                 with held.kept_alive():
                     self.do_chunk(chunk, held)
         except ClaimLost:
+            logger.warning("chunk %s: taken over by another worker", name)
+        except FileNotFoundError:
+            if held.heartbeat():
+                raise
+            # Halted for longer than the lease: another has merged, and swept what was half written.
             logger.warning("chunk %s: taken over by another worker", name)
         finally:
             held.release()
@@ -258,7 +294,11 @@ class Worker:
         best: dict[str, Any] | None = None
         for path in (self.work / "checkpoints").glob(f"{chunk_name(chunk)}.*.pt"):
             try:
-                found = torch.load(path, map_location="cpu", weights_only=True)
+                content = path.read_bytes()
+                # torch.load does not notice every flipped bit.
+                if hashlib.sha256(content[32:]).digest() != content[:32]:
+                    raise ValueError("it is cut short or altered")
+                found = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
             except FileNotFoundError:
                 continue
             except Exception as error:  # a damaged file raises nearly anything
@@ -295,12 +335,13 @@ class Worker:
             fault_point("in-chunk")
             if held.lost:
                 raise ClaimLost
-            stopping = self.stop.signal is not None
+            stopping = self.stop.signal is not None  # asked once: it may come at any time
             if stopping or time.monotonic() - saved > self.checkpoint_seconds:
                 seconds = before + time.monotonic() - start
                 self.save_checkpoint(chunk, progress, seconds)
                 saved = time.monotonic()
-            self.stop.check()
+            if stopping:
+                raise Stopped
             self.on_step(chunk, progress)
 
         found = self.teacher.optimize_chunk(self.plan, chunk, on_step, resume)
@@ -312,7 +353,7 @@ class Worker:
         content = io.BytesIO()
         torch.save({"search": progress.snapshot(), "seconds": seconds}, content)
         path = self.work / "checkpoints" / f"{chunk_name(chunk)}.{self.owner}.pt"
-        replace_file(path, content.getvalue())
+        replace_file(path, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
         fault_point("after-checkpoint")
 
     def give_up(self, chunk: int, reason: str) -> None:
