@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import tyro
 from accelerate import Accelerator
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from data.batch_size import fitting_batch_size, time_step
@@ -38,6 +37,7 @@ from data.publish import sha256_of
 from data.targets import TargetSet, open_targets
 from data.teach import Stop, Stopped, Teacher, Worker
 from targetclip.optimize import Progress
+from targetclip.precision import plain_attention
 from targetclip.recipes import RECIPES, Initial, Recipe
 from targetclip.sources import BANK, generated_sources, source_bank
 from targetclip.world import Parts, World, load_parts, load_world
@@ -143,10 +143,8 @@ def settings_of(
 @contextmanager
 def in_precision(accelerator: Accelerator) -> Iterator[None]:
     """The launcher's precision, at its best speed."""
-    slow_kernel = accelerator.mixed_precision != "no" and accelerator.device.type == "cpu"
-    # On a CPU in half precision the backward pass of fused attention is the slower one.
-    kernel = sdpa_kernel(SDPBackend.MATH) if slow_kernel else nullcontext()
-    with accelerator.autocast(), kernel:
+    half = accelerator.mixed_precision != "no"
+    with accelerator.autocast(), plain_attention(accelerator.device) if half else nullcontext():
         yield
 
 

@@ -38,13 +38,13 @@ import tyro
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from targetclip.embedder import ClipEmbedder, EncoderInput
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.losses import consistency_loss, transfer_loss
 from targetclip.optimize import Progress, embed_chunks, optimize_directions
+from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.sources import random_latents
 
@@ -190,10 +190,7 @@ def time_steps(
         ends.append(time.perf_counter())
 
     initial = random_latents(generator, [config.seed + config.sources])
-    half = dtype != torch.float32
-    # In bfloat16 the backward pass of fused attention is four times slower than the plain one.
-    kernel = sdpa_kernel(SDPBackend.MATH) if half else contextlib.nullcontext()
-    with torch.autocast(sources.device.type, dtype, enabled=half), kernel:
+    with in_bfloat16(sources.device) if dtype == torch.bfloat16 else contextlib.nullcontext():
         optimize_directions(
             generator, embedder, target, sources, config.recipe, initial, [config.seed],
             note, config.max_images,

@@ -11,6 +11,7 @@ two runs agree on is the target's, the rest is chance. A table and sheets of pic
 import dataclasses
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ from targetclip.editing import render
 from targetclip.images import labelled_grid, tensor_to_pictures
 from targetclip.losses import consistency_loss
 from targetclip.optimize import Optimized, optimize_directions
+from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.sources import BANK, generated_sources, seed_of
 from targetclip.world import load_parts, load_world
@@ -96,6 +98,8 @@ class Config:
     """How far along the direction to judge, besides 1."""
     twice: bool = True
     """Run everything a second time, to see what two runs agree on."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the optimizer; scores are always in float32."""
     max_steps: int | None = None
     """Cut every recipe to so many steps."""
     seed: int = 0
@@ -124,7 +128,7 @@ def draw_targets(count: int) -> Targets:
 
 
 def find_directions(
-    essence: EssenceTransfer, recipe: Recipe, targets: Targets, seed: int
+    essence: EssenceTransfer, recipe: Recipe, targets: Targets, seed: int, half: bool
 ) -> tuple[Optimized, float]:
     """Directions of all targets at once, and seconds a target; other seeds have other sources."""
     pictures = targets.pictures
@@ -135,16 +139,17 @@ def find_directions(
     bank = generated_sources(essence.generator, essence.truncation, BANK, seed_of("bank", seed))
     seeds = [seed_of("recipes", seed, i) for i in range(len(pictures))]
     start = time.perf_counter()
-    found = optimize_directions(
-        essence.generator,
-        essence.embedder,
-        embeddings,
-        bank,
-        recipe,
-        initial,
-        seeds,
-        max_images=512,
-    )
+    with in_bfloat16(bank.device) if half else nullcontext():
+        found = optimize_directions(
+            essence.generator,
+            essence.embedder,
+            embeddings,
+            bank,
+            recipe,
+            initial,
+            seeds,
+            max_images=512,
+        )
     return found, (time.perf_counter() - start) / len(pictures)
 
 
@@ -223,7 +228,8 @@ def run_recipe(
     essence: EssenceTransfer, recipe: Recipe, targets: Targets, config: Config
 ) -> tuple[dict[str, Any], Float[Tensor, "targets num_ws w_dim"]]:
     """Directions of all targets, and their scores on held-out sources."""
-    found, seconds = find_directions(essence, recipe, targets, config.seed)
+    half = config.precision == "bf16"
+    found, seconds = find_directions(essence, recipe, targets, config.seed, half)
     directions = found.directions
     sources = essence.generated_sources(config.held_out, seed=1)
     figures: dict[str, Any] = {
@@ -237,7 +243,7 @@ def run_recipe(
         },
     }
     if config.twice:
-        again, _ = find_directions(essence, recipe, targets, config.seed + 1)
+        again, _ = find_directions(essence, recipe, targets, config.seed + 1, half)
         scores = judge(essence, targets, sources, again.directions)
         both = torch.stack([directions, again.directions]).flatten(2)
         figures["agreement"] = float(F.cosine_similarity(both[0], both[1], dim=1).mean())
