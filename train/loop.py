@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,14 +58,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_checkpoint(
-    path: Path, step: int, network: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    step: int,
+    network: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write everything a resumed run needs."""
+    """Write everything a resumed run needs; `extra` is what else a trainer wants to find again."""
     state = {
         "step": step,
         "network": network.state_dict(),
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
+        **(extra or {}),
     }
     write_atomically(path, lambda unfinished: torch.save(state, unfinished))
 

@@ -1,0 +1,458 @@
+"""The mapper's network, its file, and how the Hub keeps it."""
+
+import dataclasses
+import json
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub import HfApi
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from predictor.mapper import FORMAT, Mapper, MapperConfig, MapperRecord, load_mapper, save_mapper
+from targetclip.precision import in_bfloat16
+
+CONFIG = MapperConfig(12, 6, 8, "a" * 64, "e" * 64, width=16, depth=2)
+RECORD = MapperRecord(
+    {"name": "amortized", "weights": {"transfer": 1.0}},
+    {"threshold": 0.25},
+    "MIT",
+    "drawn faces",
+    "0.1.0",
+)
+
+Spoil = Callable[[dict[str, Tensor]], object]
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, no cache but the test's own."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / ".hub"))
+
+
+def fresh(config: MapperConfig = CONFIG) -> Mapper:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Mapper(config)
+
+
+@pytest.fixture
+def mapper() -> Mapper:
+    """As after training: no weight or buffer is what it was at the start."""
+    network = fresh()
+    numbers = torch.Generator().manual_seed(1)
+    for tensor in network.state_dict().values():
+        tensor.add_(0.1 * torch.randn(tensor.shape, generator=numbers))
+    return network
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "mapper.safetensors"
+
+
+def embeddings(count: int = 4, size: int = 12) -> Tensor:
+    return 5 * torch.randn(count, size, generator=torch.Generator().manual_seed(2))
+
+
+def error_of(path: Path, generator: str | None = None, embedder: str | None = None) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load_mapper(path, generator, embedder)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+@pytest.mark.parametrize(("num_ws", "w_dim", "embed_dim"), [(10, 128, 128), (18, 512, 512)])
+def test_a_batch_of_embeddings_becomes_directions_and_scores(
+    num_ws: int, w_dim: int, embed_dim: int
+) -> None:
+    network = fresh(MapperConfig(embed_dim, num_ws, w_dim, "a", "e", width=32, depth=1))
+    found = network(embeddings(3, embed_dim))
+    assert found.directions.shape == (3, num_ws, w_dim) and found.expected.shape == (3,)
+    assert found.directions.dtype == found.expected.dtype == torch.float32
+    assert found.expected.abs().max() <= 1
+
+
+def test_a_row_is_the_same_alone_and_among_others(mapper: Mapper) -> None:
+    together = mapper(embeddings())
+    for i in range(4):
+        alone = mapper(embeddings()[i : i + 1])
+        torch.testing.assert_close(alone.directions[0], together.directions[i])
+        torch.testing.assert_close(alone.expected[0], together.expected[i])
+    assert not torch.allclose(together.directions[0], together.directions[1], atol=1e-3)
+    assert not torch.allclose(together.expected[0], together.expected[1], atol=1e-3)
+
+
+def test_raw_and_unit_embeddings_give_the_same(mapper: Mapper) -> None:
+    raw = mapper(embeddings())
+    unit = mapper(torch.nn.functional.normalize(embeddings(), dim=1))
+    torch.testing.assert_close(raw.directions, unit.directions)
+    torch.testing.assert_close(raw.expected, unit.expected)
+
+
+def test_a_target_is_read_as_its_difference_from_the_centre(mapper: Mapper) -> None:
+    difference = torch.nn.functional.normalize(embeddings(), dim=1) - mapper.centre
+    torch.testing.assert_close(
+        mapper.directions_of_differences(difference), mapper(embeddings()).directions
+    )
+
+
+def test_half_precision_embeddings_are_read(mapper: Mapper) -> None:
+    half = embeddings().half()
+    assert torch.equal(mapper(half).directions, mapper(half.float()).directions)
+
+
+def test_computed_in_bfloat16_the_answer_is_still_float32(mapper: Mapper) -> None:
+    with torch.no_grad():
+        exact = mapper(embeddings())
+        with in_bfloat16(mapper.scale.device):
+            found = mapper(embeddings())
+    assert found.directions.dtype == found.expected.dtype == torch.float32
+    torch.testing.assert_close(found.directions, exact.directions, rtol=0.1, atol=0.05)
+
+
+def test_directions_grow_with_scale(mapper: Mapper) -> None:
+    before = mapper(embeddings()).directions
+    mapper.scale[1, 2] *= 3
+    after = mapper(embeddings()).directions
+    torch.testing.assert_close(after[:, 1, 2], 3 * before[:, 1, 2])
+    assert torch.equal(after[:, 0], before[:, 0])
+
+
+def test_a_fresh_mapper_moves_sources_hardly_but_not_nowhere() -> None:
+    network = fresh(dataclasses.replace(CONFIG, width=256)).requires_grad_(False)
+    found = network(embeddings(64))
+    assert found.directions.isfinite().all() and found.expected.isfinite().all()
+    assert 0.002 < float(found.directions.std()) < 0.03
+
+
+def test_an_embedding_of_zeros_gives_finite_numbers(mapper: Mapper) -> None:
+    found = mapper(torch.zeros(1, 12))
+    assert found.directions.isfinite().all() and found.expected.isfinite().all()
+
+
+def test_the_same_embeddings_give_the_same_bits_in_training_too(mapper: Mapper) -> None:
+    mapper.train()
+    assert torch.equal(mapper(embeddings()).directions, mapper(embeddings()).directions)
+
+
+def test_knowing_the_score_changes_nothing_but_its_own_head(mapper: Mapper) -> None:
+    mapper(embeddings()).expected.sum().backward()
+    moved = {name for name, weight in mapper.named_parameters() if weight.grad is not None}
+    assert moved == {"score.weight", "score.bias"}
+
+
+def test_the_direction_changes_everything_but_the_scores_head(mapper: Mapper) -> None:
+    mapper(embeddings()).directions.square().sum().backward()
+    still = {
+        name
+        for name, weight in mapper.named_parameters()
+        if weight.grad is None or not weight.grad.any()
+    }
+    assert still == {"score.weight", "score.bias"}
+
+
+def test_embeddings_of_another_size_are_refused(mapper: Mapper) -> None:
+    for call in (mapper, mapper.directions_of_differences):
+        for size in (1, 13):
+            with pytest.raises(ValueError, match=r"\[batch, 12\].*eeeeeeeeeeee"):
+                call(torch.zeros(2, size))
+
+
+@pytest.mark.parametrize(
+    "change", [{"width": 0}, {"depth": -1}, {"num_ws": True}, {"embedder": ""}]
+)
+def test_a_config_without_sense_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_a_saved_mapper_is_the_same_to_the_bit(mapper: Mapper, path: Path) -> None:
+    save_mapper(mapper, path, RECORD)
+    loaded, record = load_mapper(path, CONFIG.generator, CONFIG.embedder)
+    assert loaded.config == CONFIG and record == loaded.record == RECORD
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    state = mapper.state_dict()
+    assert {"centre", "scale"} < state.keys() == loaded.state_dict().keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, state[name]) and tensor.dtype == torch.float32, name
+    assert torch.equal(loaded(embeddings()).directions, mapper(embeddings()).directions)
+    assert torch.equal(loaded(embeddings()).expected, mapper(embeddings()).expected)
+
+
+def test_loading_uses_no_random_numbers(mapper: Mapper, path: Path) -> None:
+    save_mapper(mapper, path, RECORD)
+    before = torch.get_rng_state()
+    load_mapper(path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loaded_mapper_outlives_a_change_of_its_file(mapper: Mapper, path: Path) -> None:
+    save_mapper(mapper, path, RECORD)
+    loaded, _ = load_mapper(path)
+    with path.open("r+b") as file:
+        file.truncate(10)
+    assert torch.equal(loaded(embeddings()).directions, mapper(embeddings()).directions)
+
+
+def test_half_precision_rounds_the_weights_but_not_the_buffers(mapper: Mapper, path: Path) -> None:
+    save_mapper(mapper, path, RECORD, half=True)
+    assert load_file(path)["enter.weight"].dtype == torch.float16
+    loaded, _ = load_mapper(path)
+    assert torch.equal(loaded.enter.weight, mapper.enter.weight.half().float())
+    assert torch.equal(loaded.scale, mapper.scale) and torch.equal(loaded.centre, mapper.centre)
+
+
+def test_the_file_says_what_it_is(mapper: Mapper, path: Path) -> None:
+    save_mapper(mapper, path, RECORD)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == FORMAT and json.loads(metadata["config"]) == asdict(CONFIG)
+    assert json.loads(metadata["recipe"]) == RECORD.recipe
+    assert json.loads(metadata["calibration"]) == RECORD.calibration
+    texts = [metadata[name] for name in ("licence", "trained_on", "version")]
+    assert texts == ["MIT", "drawn faces", "0.1.0"]
+
+
+def broken_replace(source: object, target: object) -> None:
+    raise OSError("the disk is gone")
+
+
+def test_a_save_that_fails_leaves_the_old_file(
+    mapper: Mapper, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_mapper(mapper, path, RECORD)
+    whole = path.read_bytes()
+    mapper.centre += 1
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk is gone"):
+        patched.setattr(os, "replace", broken_replace)
+        save_mapper(mapper, path, RECORD)
+    mapper.scale[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity in scale"):
+        save_mapper(mapper, path, RECORD)
+    assert path.read_bytes() == whole and os.listdir(path.parent) == [path.name]
+
+
+def test_weights_too_great_for_half_precision_are_not_written(mapper: Mapper, path: Path) -> None:
+    mapper.score.bias.data.fill_(1e6)
+    with pytest.raises(ValueError, match=r"score\.bias"):
+        save_mapper(mapper, path, RECORD, half=True)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"recipe": {"path": Path("a")}}, {"calibration": {"threshold": float("nan")}}]
+)
+def test_a_record_that_json_cannot_hold_is_refused(
+    mapper: Mapper, path: Path, change: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        save_mapper(mapper, path, dataclasses.replace(RECORD, **change))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("which", ["generator", "embedder"])
+def test_a_mapper_of_another_generator_or_embedder_is_refused(
+    mapper: Mapper, path: Path, which: str
+) -> None:
+    save_mapper(mapper, path, RECORD)
+    message = error_of(path, **{which: "b" * 64})
+    for said in ("a" * 12 + " (6 x 8)", "embedder " + "e" * 12, f"the {which} loaded is bbb"):
+        assert said in message
+    assert "a" * 13 not in message and "python -m train.mapper --help" in message
+
+
+def change(path: Path, state: dict[str, Tensor], **metadata: str | None) -> None:
+    """Write a file like a mapper's, with other metadata; None leaves an entry out."""
+    whole: dict[str, str | None] = {
+        "format": FORMAT,
+        **{name: json.dumps(getattr(RECORD, name)) for name in ("recipe", "calibration")},
+        **{name: getattr(RECORD, name) for name in ("licence", "trained_on", "version")},
+        "config": json.dumps(asdict(CONFIG)),
+    }
+    whole |= metadata
+    save_file(state, path, {key: value for key, value in whole.items() if value is not None})
+
+
+def config_with(**fields: object) -> str:
+    return json.dumps({**asdict(CONFIG), **fields})
+
+
+def test_a_file_made_by_hand_is_read(mapper: Mapper, path: Path) -> None:
+    change(path, mapper.state_dict())
+    assert load_mapper(path)[1] == RECORD
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"format": "another/1"}, "found another/1"),
+        ({"format": None}, "found None"),
+        ({"config": None}, "metadata is damaged"),
+        ({"config": "{"}, "metadata is damaged"),
+        ({"config": "[]"}, "metadata is damaged"),
+        ({"config": "3"}, "metadata is damaged"),
+        ({"config": config_with(colour=1)}, "metadata is damaged"),
+        ({"config": config_with(width=0)}, "metadata is damaged"),
+        ({"config": config_with(width=17)}, "weights do not fit"),
+        ({"config": config_with(depth=1)}, "weights do not fit"),
+        ({"config": config_with(depth=3)}, "weights do not fit"),
+        ({"config": config_with(num_ws=8, w_dim=6)}, "weights do not fit"),
+        ({"recipe": None}, "metadata is damaged"),
+        ({"recipe": "[]"}, "metadata is damaged"),
+        ({"recipe": "[" * 100_000}, "metadata is damaged"),
+        ({"calibration": '{"threshold": NaN}'}, "metadata is damaged"),
+        ({"calibration": '{"threshold": "0.5"}'}, "metadata is damaged"),
+        ({"calibration": "[]"}, "metadata is damaged"),
+        ({"licence": None}, "metadata is damaged"),
+    ],
+)
+def test_a_file_that_is_not_a_mapper_is_refused(
+    mapper: Mapper, path: Path, metadata: dict[str, str | None], said: str
+) -> None:
+    change(path, mapper.state_dict(), **metadata)
+    assert said in error_of(path)
+
+
+SPOILS: list[tuple[Spoil, str]] = [
+    (lambda state: state.pop("enter.weight"), "weights do not fit"),
+    (lambda state: state.pop("score.bias"), "weights do not fit"),
+    (lambda state: state.pop("centre"), "weights do not fit"),
+    (lambda state: state.pop("scale"), "weights do not fit"),
+    (lambda state: state.update(more=torch.zeros(1)), "weights do not fit"),
+    (lambda state: state.update(centre=torch.zeros(12, dtype=torch.int64)), "weights do not fit"),
+    (lambda state: state.update(centre=torch.full((12,), float("nan"))), "NaN"),
+    (lambda state: state.update({"score.bias": torch.full((1,), float("inf"))}), "NaN"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "said"), SPOILS)
+def test_spoilt_weights_are_refused_by_file_and_by_folder(
+    mapper: Mapper, tmp_path: Path, spoil: Spoil, said: str
+) -> None:
+    state = dict(mapper.state_dict())
+    spoil(state)
+    path = tmp_path / "model.safetensors"
+    change(path, state)
+    assert said in error_of(path)
+    with pytest.raises(ValueError, match=said):
+        Mapper.from_pretrained(tmp_path)
+
+
+def test_missing_cut_and_foreign_files_are_refused(mapper: Mapper, path: Path) -> None:
+    assert "no such" in error_of(path)
+    assert "no such" in error_of(path.parent)
+    save_mapper(mapper, path, RECORD)
+    whole = path.read_bytes()
+    for content in (b"", whole[:100], whole[:-4], b"not safetensors at all"):
+        path.write_bytes(content)
+        assert "safetensors" in error_of(path)
+
+
+def test_a_folder_holds_a_mapper_and_its_card(mapper: Mapper, tmp_path: Path) -> None:
+    mapper.record = RECORD
+    folder = tmp_path / "some" / "folder"
+    mapper.save_pretrained(folder)
+    assert sorted(os.listdir(folder)) == ["README.md", "model.safetensors"]
+    for name in (folder, str(folder), folder / "model.safetensors"):
+        loaded = Mapper.from_pretrained(name, generator="a" * 64, embedder="e" * 64)
+        assert loaded.config == CONFIG and loaded.record == RECORD
+        assert torch.equal(loaded(embeddings()).directions, mapper(embeddings()).directions)
+    card = (folder / "README.md").read_text("utf-8")
+    assert card.startswith("---\nlibrary_name: targetclip\nlicense: mit\n---\n")
+    for said in ("Licence: MIT", "a" * 64, "e" * 64, "Mapper.from_pretrained(", '"amortized"'):
+        assert said in card
+
+
+def test_a_folder_can_be_written_again_and_keeps_what_else_is_there(
+    mapper: Mapper, tmp_path: Path
+) -> None:
+    mapper.record = RECORD
+    mapper.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    loaded = Mapper.from_pretrained(tmp_path)
+    loaded.record = dataclasses.replace(RECORD, licence="Research only", version="2")
+    loaded.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "model.safetensors", "notes.txt"]
+    assert Mapper.from_pretrained(tmp_path).record == loaded.record
+    card = (tmp_path / "README.md").read_text("utf-8")
+    assert "license: other" in card and "Licence: Research only" in card and "Version: 2" in card
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == stat.S_IMODE(
+        (tmp_path / "notes.txt").stat().st_mode
+    )
+
+
+def test_a_folder_is_as_it_was_when_a_save_fails(mapper: Mapper, tmp_path: Path) -> None:
+    mapper.record = RECORD
+    mapper.save_pretrained(tmp_path)
+    before = {name.name: name.read_bytes() for name in tmp_path.iterdir()}
+    mapper.centre[0] = float("inf")
+    with pytest.raises(ValueError, match="centre"):
+        mapper.save_pretrained(tmp_path)
+    assert {name.name: name.read_bytes() for name in tmp_path.iterdir()} == before
+
+
+def test_a_folder_needs_a_record(mapper: Mapper, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"set mapper\.record"):
+        mapper.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_of_another_generator_is_refused(mapper: Mapper, tmp_path: Path) -> None:
+    mapper.record = RECORD
+    mapper.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="generator loaded is bbbbbbbbbbbb"):
+        Mapper.from_pretrained(tmp_path, generator="b" * 64)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "no/such/folder"])
+def test_a_repository_that_cannot_be_had_is_one_clear_line(name: str) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        Mapper.from_pretrained(name)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{name}: ") and "the network" in message
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such"):
+        Mapper.from_pretrained(tmp_path)
+
+
+def test_a_push_uploads_the_weights_and_the_card(
+    mapper: Mapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Repository:
+        repo_id = "somebody/mapper"
+
+    def create_repo(api: HfApi, repo_id: str, **options: Any) -> Repository:
+        calls.append((repo_id, options))
+        return Repository()
+
+    def upload_folder(api: HfApi, *, repo_id: str, folder_path: str, **options: Any) -> str:
+        calls.append((repo_id, sorted(os.listdir(folder_path))))
+        assert Mapper.from_pretrained(folder_path).record == RECORD
+        return "https://huggingface.co/somebody/mapper/commit/1"
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    with pytest.raises(ValueError, match=r"set mapper\.record"):
+        mapper.push_to_hub("mapper")
+    assert calls == []
+    mapper.record = RECORD
+    assert mapper.push_to_hub("mapper", private=True).endswith("/commit/1")
+    assert calls == [
+        ("mapper", {"private": True, "exist_ok": True}),
+        ("somebody/mapper", ["README.md", "model.safetensors"]),
+    ]
