@@ -1,7 +1,12 @@
 """Small stand-ins shared by the tests: no download, random weights from a fixed seed."""
 
 import json
+import os
 from pathlib import Path
+
+# One thread, here and in subprocesses, set before torch looks: tiny tensors gain nothing from more,
+# and several threads beside another job wait for each other at every operation.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
