@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,18 +84,6 @@ def split_of(target_id: str) -> Literal["train", "validation", "test"]:
     if percentile < 90:
         return "train"
     return "validation" if percentile < 95 else "test"
-
-
-def distinct(targets: Iterable[Target | BadTarget]) -> Iterator[Target | BadTarget]:
-    """The same candidates; a later target with an id already seen is a bad one."""
-    first: dict[str, str] = {}
-    for target in targets:
-        if isinstance(target, Target):
-            if target.id in first:
-                yield BadTarget(target.origin, f"duplicate of {first[target.id]}")
-                continue
-            first[target.id] = target.origin
-        yield target
 
 
 def digest_of(*parts: object) -> str:

@@ -86,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
     # Ours: every step meets fresh sources, target and images are preprocessed alike, the start is
     # neutral. Decay decides between essence and identity: a third of it brings more of both the
     # target and its background. A heavy consistency loss asks for long edits, in which the
-    # differences between sources vanish, and identity with them (docs/teacher.md).
+    # differences between sources vanish, and identity with them (CHANGELOG).
     "consistent": Recipe(
         sources=6,
         fresh_sources=True,

@@ -1,7 +1,6 @@
 """Targets: the same ones whatever they are called, in whatever order, however many."""
 
 import io
-import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,7 +21,6 @@ from data.targets import (
     FolderTargets,
     Target,
     TargetSet,
-    distinct,
     layer_thirds,
     open_targets,
     split_of,
@@ -97,7 +95,7 @@ def faces(tmp_path: Path) -> Path:
     return folder
 
 
-# Splits and duplicates
+# Splits
 
 
 def test_the_id_alone_decides_the_split() -> None:
@@ -106,26 +104,6 @@ def test_the_id_alone_decides_the_split() -> None:
     assert counts["train"] == pytest.approx(18_000, abs=200)
     assert counts["validation"] == pytest.approx(1000, abs=120)
     assert counts["test"] == pytest.approx(1000, abs=120)
-
-
-def test_a_later_target_of_the_same_id_is_a_bad_one() -> None:
-    first, second, other = (
-        Target(name, origin, plain())
-        for name, origin in [("a", "faces/1.png"), ("a", "faces/2.png"), ("b", "faces/3.png")]
-    )
-    broken = BadTarget("faces/0.png", "empty")
-    found = list(distinct([broken, first, second, other, first]))
-    assert found[:2] == [broken, first] and found[3] is other
-    assert bad([found[2]]) == {"faces/2.png": "duplicate of faces/1.png"}
-    assert bad([found[4]]) == {"faces/1.png": "duplicate of faces/1.png"}
-
-
-def test_candidates_are_looked_at_one_by_one() -> None:
-    def endless() -> Iterable[Target]:
-        for number in itertools.count():
-            yield Target(str(number), "", plain())
-
-    assert [target.id for target in good(itertools.islice(distinct(endless()), 2))] == ["0", "1"]
 
 
 # Folders
@@ -156,11 +134,6 @@ def test_a_picture_keeps_its_id_under_other_names_and_compressions(tmp_path: Pat
     (tmp_path / "c.bmp").write_bytes(encoded(plain(), "BMP"))
     (tmp_path / "d.png").write_bytes(encoded(plain(width=4, height=6)))  # the same bytes of pixels
     assert ids(open_targets(str(tmp_path)))[:3] == [RED_ID] * 3
-    name = tmp_path.name
-    assert bad(distinct(open_targets(str(tmp_path)))) == {
-        f"{name}/b.PNG": f"duplicate of {name}/a.png",
-        f"{name}/c.bmp": f"duplicate of {name}/a.png",
-    }
 
 
 def test_the_order_is_that_of_the_names_not_of_the_disk(tmp_path: Path) -> None:
