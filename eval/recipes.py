@@ -10,6 +10,7 @@ two runs agree on is the target's, the rest is chance. A table and sheets of pic
 
 import dataclasses
 import json
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +30,7 @@ from data.readings import readings_of
 from data.sketch import ESSENCE, Face, draw
 from eval.metrics import essence_acquired, identity_kept, transfer_scores
 from eval.reader import load_reader
+from predictor.report import make_folder, write_file
 from predictor.transfer import EssenceTransfer
 from targetclip.editing import render
 from targetclip.images import labelled_grid, tensor_to_pictures
@@ -112,7 +114,7 @@ class Targets:
     pictures: list[Image.Image]
     faces: list[Face]
     readings: Float[Tensor, "targets outputs"]
-    seen: Float[Tensor, "targets outputs"]
+    seen: Bool[Tensor, "targets outputs"]
 
 
 def draw_targets(count: int) -> Targets:
@@ -287,33 +289,83 @@ def table(report: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def chosen_recipes(config: Config) -> dict[str, Recipe]:
+    """The recipes to run, by name; a ValueError for a name there is not."""
+    recipes = variants() if config.variants == "all" else RECIPES
+    if unknown := sorted(set(config.only) - recipes.keys()):
+        raise ValueError(
+            f"--only: expected names among {', '.join(recipes)}, found {', '.join(unknown)}"
+        )
+    chosen = {name: r for name, r in recipes.items() if not config.only or name in config.only}
+    if config.max_steps is None:
+        return chosen
+    cut = config.max_steps
+    return {n: dataclasses.replace(r, steps=min(r.steps, cut)) for n, r in chosen.items()}
+
+
+def open_report(path: Path, config: Config) -> dict[str, Any]:
+    """What an earlier run of the same comparison found; a ValueError if it was of another one."""
+    same = {
+        name: getattr(config, name)
+        for name in ("world", "targets", "held_out", "strengths", "precision", "seed")
+    }
+    same = json.loads(json.dumps(same))
+    if not path.exists():
+        return {"comparison": same}
+    report: dict[str, Any] = json.loads(path.read_text())
+    if report.get("comparison") != same:
+        raise ValueError(
+            f"--out: {str(path)!r} is of another comparison: expected {same}, found "
+            f"{report.get('comparison')}; give the same options, or another folder"
+        )
+    return report
+
+
 def run(config: Config) -> None:
+    """Run what is missing in the report, and write it after every recipe.
+
+    Raises:
+        ValueError: an unknown recipe, or a report of other options.
+    """
+    recipes = chosen_recipes(config)
+    path = config.out / "report.json"
+    report = open_report(path, config)
     world = load_world(config.world)
     parts = load_parts(world, torch.get_default_device())
-    essence = EssenceTransfer(parts.generator, parts.embedder, parts.inverter, world.truncation)
+    essence = EssenceTransfer(
+        parts.generator, parts.embedder, parts.inverter, truncation=world.truncation
+    )
     targets = draw_targets(config.targets)
-    recipes = variants() if config.variants == "all" else RECIPES
-    chosen = {name: r for name, r in recipes.items() if not config.only or name in config.only}
-    config.out.mkdir(parents=True, exist_ok=True)
-    path = config.out / "report.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
-    report.setdefault("drawn answer", drawn_answer(essence, targets, config.held_out))
-    for name, recipe in chosen.items():
-        if config.max_steps is not None:
-            recipe = dataclasses.replace(recipe, steps=min(recipe.steps, config.max_steps))
-        if name in report:  # an interrupted comparison goes on
+    make_folder(config.out)
+
+    def save() -> None:
+        write_file(path, (json.dumps(report, indent=2) + "\n").encode())
+
+    if "drawn answer" not in report:
+        report["drawn answer"] = drawn_answer(essence, targets, config.held_out)
+        save()
+    for name, recipe in recipes.items():
+        settings = dataclasses.asdict(recipe)
+        # An interrupted comparison goes on; a recipe that has changed since is run again.
+        if name in report and report[name]["settings"] == settings:
             continue
         figures, directions = run_recipe(essence, recipe, targets, config)
-        report[name] = {**figures, "settings": dataclasses.asdict(recipe)}
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        report[name] = {**figures, "settings": settings}
+        save()
         shown = {key: value for key, value in figures.items() if isinstance(value, float)}
         print(f"{name:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()), flush=True)
         save_sheet(essence, targets, directions, config.out / f"{name.replace(' ', '_')}.png")
-    (config.out / "report.md").write_text(table(report))
+    found = {name: figures for name, figures in report.items() if name != "comparison"}
+    write_file(config.out / "report.md", table(found).encode())
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
+    """Errors of input and of files are one line."""
+    try:
+        run(tyro.cli(Config, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

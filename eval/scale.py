@@ -164,6 +164,11 @@ def timed_build(config: Config, processes: int) -> float:
     published = sorted(path.stat().st_mtime for path in chunks)
     # Each process publishes its first chunk at the beginning of what is timed.
     counted = (len(published) - processes) * config.batch_size
+    if not counted:
+        raise ValueError(
+            f"--targets: expected more than one chunk of {config.batch_size} a process, found "
+            f"{config.targets} targets"
+        )
     return counted / (published[-1] - published[0])
 
 
@@ -284,7 +289,12 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
+    """Errors of input and of files are one line."""
+    try:
+        run(tyro.cli(Config, description=__doc__))
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

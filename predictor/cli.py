@@ -10,19 +10,13 @@ Examples:
 
 import dataclasses
 import io
-import json
-import os
-import platform
 import re
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -31,110 +25,32 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from predictor.transfer import Direction, EssenceTransfer
+from predictor.direction import Direction, Interrupted, Method, mixed
+from predictor.gate import Gate
+from predictor.load import load_essence
+from predictor.options import OF_OPTIMIZER, Optimize, Options, Transfer, applied
+from predictor.report import (
+    Found,
+    Stopwatch,
+    Wanted,
+    base_report,
+    make_folder,
+    report_scores,
+    report_targets,
+    tell,
+    write_file,
+    write_pictures,
+    write_report,
+)
+from predictor.transfer import EssenceTransfer, Mode
 from targetclip.directions import direction_bytes, load_direction
-from targetclip.editing import Scores
-from targetclip.images import labelled_grid, read_picture, tensor_to_pictures, write_picture
+from targetclip.editing import layer_weights
+from targetclip.images import read_picture, tensor_to_pictures
 from targetclip.optimize import Progress
-from targetclip.recipes import RECIPES, Initial, Recipe
-from targetclip.world import World, load_parts, load_world
+from targetclip.recipes import RECIPES, Recipe
+from targetclip.world import World, load_world
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
-MAX_SOURCES = 1000  # more than a person looks at; the grid is one picture
-MAX_STRENGTH = 100.0  # far beyond it images overflow
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every command takes."""
-
-    out: Path
-    """Folder to write into; made if missing."""
-    world: str = "sketch64"
-    """Name of a bundled world, or the path of a world's .toml file."""
-    recipe: str | None = None
-    """Recipe of the optimizer: release, paper or consistent. Default: the world's."""
-    initial: Initial | None = None
-    """What the optimizer starts from. Default: the recipe's."""
-    steps: int | None = None
-    """Steps of the optimizer. Default: the recipe's."""
-    patience: int | None = None
-    """Stop early when the loss has not improved for so many steps."""
-    seed: int = 0
-    """Decides everything random: sources, starts, what the optimizer draws."""
-    device: str | None = None
-    """Where to compute, as torch names it. Default: an accelerator if there is one."""
-    max_images: int = 64
-    """Images rendered at once; less needs less memory."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "patience", "max_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag}: expected 1 or more, found {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transfer(Options):
-    """Give sources the essence of a target picture."""
-
-    target: Path
-    """Picture whose essence is wanted."""
-    sources: tuple[Path, ...] | None = None
-    """Pictures to edit; they are inverted first. Default: generated ones."""
-    num_sources: int | None = None
-    """How many sources to generate instead. Default: 6."""
-    mode: Literal["optimize"] = "optimize"
-    """How the direction is found."""
-    direction: Path | None = None
-    """Apply this direction file instead of finding one."""
-    strength: float | None = None
-    """How far along the direction; 0 changes nothing. Default: the world's."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sources is not None and self.num_sources is not None:
-            raise ValueError("--sources and --num-sources exclude each other: give one of them")
-        if self.sources is not None and not self.sources:
-            raise ValueError("--sources: expected one or more pictures, found none")
-        if self.num_sources is not None and not 1 <= self.num_sources <= MAX_SOURCES:
-            raise ValueError(
-                f"--num-sources: expected 1 to {MAX_SOURCES}, found {self.num_sources}"
-            )
-        if self.direction is not None:
-            for name in ("recipe", "initial", "steps", "patience"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"--{name} is for finding a direction: drop it or --direction")
-        # Written so that NaN fails too.
-        if self.strength is not None and not abs(self.strength) <= MAX_STRENGTH:
-            raise ValueError(
-                f"--strength: expected a number within {MAX_STRENGTH:g} of 0, found {self.strength}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimize(Options):
-    """Find the direction of a target picture and save it."""
-
-    target: Path
-    """Picture whose essence is wanted."""
-
-
-class Stopwatch:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + elapsed, 4)
 
 
 def choose_recipe(options: Options, world: World) -> tuple[str, Recipe]:
@@ -148,6 +64,21 @@ def choose_recipe(options: Options, world: World) -> tuple[str, Recipe]:
         if (value := getattr(options, key)) is not None
     }
     return name, dataclasses.replace(RECIPES[name], **changes)
+
+
+def check_world(options: Options, world: World) -> None:
+    """Raise a ValueError for what the world cannot do, before a search takes its minutes."""
+    choose_recipe(options, world)
+    if options.text and not world.neutral:
+        raise ValueError(
+            f"--text: world {world.name!r} has no neutral texts to measure others from: "
+            "give --target, or add neutral to the world's file"
+        )
+    floor = options.identity_floor if isinstance(options, Transfer) else None
+    if floor is not None and world.identity is None:
+        raise ValueError(
+            f"--identity-floor: world {world.name!r} has no identity model: choose a --strength"
+        )
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -164,169 +95,125 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def make_folder(out: Path) -> None:
-    """Make the output folder and see that it can be written into, before any work."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"--out: cannot write into {out}: {error.strerror}") from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    names = ("targetclip", "torch", "open_clip_torch", "numpy", "pillow")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout
-            found[name] = "not installed"
-    return found
-
-
 def load(options: Options, world: World) -> EssenceTransfer:
     """The world's parts, ready to use."""
-    parts = load_parts(world, choose_device(options.device))
-    return EssenceTransfer(
-        parts.generator, parts.embedder, parts.inverter, world.truncation, options.max_images
-    )
+    mapper = options.mapper if isinstance(options, Transfer) else None
+    return load_essence(world, choose_device(options.device), mapper, options.max_images)
 
 
-@dataclass
-class Found:
-    """A direction, how it came about, and whether Ctrl-C cut the search short."""
+def choose_mode(options: Options, essence: EssenceTransfer) -> Mode:
+    """The mode asked for, or the one that fits what else was asked."""
+    if isinstance(options, Optimize):
+        return "optimize"
+    if isinstance(options, Transfer) and options.mode is not None:
+        return options.mode
+    if options.given(OF_OPTIMIZER):
+        return "optimize"
+    if essence.mapper is not None:
+        return "auto"
+    print("targetclip: this world has no mapper: the optimizer it is", file=sys.stderr)
+    return "optimize"
 
-    direction: Direction
-    record: dict[str, Any]
-    interrupted: bool = False
+
+class Bars:
+    """A progress bar for every search of the optimizer."""
+
+    def __init__(self, recipe: str) -> None:
+        self.recipe = recipe
+        self.bar: Any = None
+
+    def watch(self, method: Method, recipe: Recipe) -> Callable[[Progress], None]:
+        """Begin a search."""
+        self.close()
+        what = "refine" if method == "refined" else "optimize"
+        self.bar = bar = tqdm(total=recipe.steps, desc=f"{what} ({self.recipe})", unit="step")
+
+        def on_step(progress: Progress) -> None:
+            bar.set_postfix(loss=f"{progress.loss[0]:.4f}", refresh=False)
+            bar.update()
+
+        return on_step
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def read_targets(options: Options) -> list[Wanted]:
+    """Pictures, then texts."""
+    found: list[tuple[str, Image.Image | str]] = [
+        (str(path), read_picture(path)) for path in options.target
+    ]
+    found += [(text, text) for text in options.text]
+    return [Wanted(*each, w) for each, w in zip(found, options.target_weights(), strict=True)]
 
 
 def find_direction(
-    essence: EssenceTransfer, target: Image.Image, options: Options, world: World
+    essence: EssenceTransfer, wanted: Sequence[Wanted], options: Options, world: World
 ) -> Found:
-    """Run the optimizer under a progress bar; after Ctrl-C, what it had so far."""
+    """The direction of the targets; after Ctrl-C, if there is one target, what it had so far."""
     name, recipe = choose_recipe(options, world)
-    latest: list[Progress] = []
-    kept: list[Progress] = []
-    bar = tqdm(total=recipe.steps, desc=f"optimize ({name})", unit="step")
-
-    def on_step(progress: Progress) -> None:
-        if not kept or recipe.keep == "last" or progress.loss[0] < kept[0].loss[0]:
-            kept[:] = [progress]
-        latest[:] = [progress]
-        bar.set_postfix(loss=f"{progress.loss[0]:.4f}", refresh=False)
-        bar.update()
-
+    mode, bars, each, interrupted = choose_mode(options, essence), Bars(name), [], False
+    try:
+        for one in wanted:
+            each.append(essence.direction(one.target, mode, recipe, options.seed, bars.watch))
+    except Interrupted as stopped:
+        if len(wanted) > 1:  # half a mixture is none
+            raise
+        bars.close()
+        print("targetclip: interrupted; going on with the direction so far", file=sys.stderr)
+        each, interrupted = [stopped.direction], True
+    finally:
+        bars.close()
+    weights = [one.weight for one in wanted]
+    direction = each[0] if weights == [1] else mixed(each, weights)
     record: dict[str, Any] = {
-        "method": "optimizer",
-        "recipe": name,
-        "settings": dataclasses.asdict(recipe),
+        "method": direction.method,
+        "mode": mode,
         "seed": options.seed,
+        "steps": direction.steps,
         "embedder": essence.embedder.fingerprint,
     }
-    try:
-        direction = essence.optimize(target, recipe, options.seed, on_step)
-        return Found(direction, {**record, "steps": direction.steps})
-    except KeyboardInterrupt:
-        if not latest:
-            raise
-        direction = Direction(
-            vector=latest[0].kept_directions[0],
-            method="optimizer",
-            transfer=1 - float(kept[0].transfer[0]),
-            consistency=1 - float(kept[0].consistency[0]),
-            steps=latest[0].step + 1,
-        )
-        bar.close()
-        print("targetclip: interrupted; going on with the direction so far", file=sys.stderr)
-        return Found(direction, {**record, "steps": direction.steps, "interrupted": True}, True)
-    finally:
-        bar.close()
+    if mode != "instant":
+        record |= {"recipe": name, "settings": dataclasses.asdict(recipe)}
+    if mode != "optimize" and essence.mapper is not None:
+        record["mapper"] = essence.mapper.fingerprint
+        if mode != "instant":
+            record["gate"] = dataclasses.asdict(Gate.of(essence.mapper))
+    if weights != [1]:
+        record["targets"] = [{"target": one.name, "weight": one.weight} for one in wanted]
+    if interrupted:
+        record["interrupted"] = True
+    return Found(direction, record, each, interrupted)
 
 
 def read_direction(essence: EssenceTransfer, path: Path) -> Found:
     """A direction from a file, with its own record."""
     stored = load_direction(path, essence.generator)
-    device = essence.generator.mean_w.device
-    direction = Direction(
-        vector=stored.direction.to(device),
-        method=str(stored.record.get("method", "file")),
-        transfer=float("nan"),
-        consistency=float("nan"),
-        steps=0,
-    )
-    return Found(direction, stored.record)
-
-
-def report_scores(scores: Scores) -> dict[str, Any]:
-    """Scores as report.json holds them: means, then each source."""
-    return {
-        "transfer": scores.transfer,
-        "consistency": scores.consistency,
-        "target_similarity_before": float(scores.target_before.mean()),
-        "target_similarity_after": float(scores.target_after.mean()),
-        "source_similarity_after": float(scores.source_after.mean()),
-        "each": {
-            "target_similarity_before": scores.target_before.tolist(),
-            "target_similarity_after": scores.target_after.tolist(),
-            "source_similarity_after": scores.source_after.tolist(),
-        },
-    }
-
-
-def base_report(
-    essence: EssenceTransfer, found: Found, world: World, watch: Stopwatch
-) -> dict[str, Any]:
-    """What the reports of both commands say."""
-    return {
-        **found.record,
-        "method": found.direction.method,
-        "world": world.name,
-        "direction_norm": float(found.direction.vector.norm()),
-        "interrupted": found.interrupted,
-        "seconds": watch.seconds,
-        "versions": versions(),
-        "fingerprints": {
-            "generator": essence.generator.fingerprint,
-            "embedder": essence.embedder.fingerprint,
-        },
-    }
-
-
-def write_report(out: Path, report: dict[str, Any]) -> None:
-    """report.json, indented for people."""
-    write_file(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    vector = stored.direction.to(essence.generator.mean_w.device)
+    direction = Direction(vector, str(stored.record.get("method", "file")))
+    return Found(direction, stored.record, [])
 
 
 def run_optimize(options: Optimize) -> int:
     """Find a direction, write direction.safetensors and report.json."""
     world = load_world(options.world)
-    choose_recipe(options, world)
-    target = read_picture(options.target)
+    check_world(options, world)
+    wanted = read_targets(options)
     make_folder(options.out)
     watch = Stopwatch()
     with watch.phase("load"):
         essence = load(options, world)
     with watch.phase("optimize"):
-        found = find_direction(essence, target, options, world)
+        found = find_direction(essence, wanted, options, world)
     content = direction_bytes(found.direction.vector, essence.generator, found.record)
     write_file(options.out / "direction.safetensors", content)
     report = base_report(essence, found, world, watch)
-    own = {"transfer": found.direction.transfer, "consistency": found.direction.consistency}
-    write_report(options.out, {**report, "scores_on_own_sources": own})
+    report["targets"] = report_targets(wanted, found)
+    if found.direction.transfer is not None:
+        own = {"transfer": found.direction.transfer, "consistency": found.direction.consistency}
+        report["scores_on_own_sources"] = own
+    write_report(options.out, report)
     print(f"wrote {options.out / 'direction.safetensors'}")
     return INTERRUPTED if found.interrupted else 0
 
@@ -351,13 +238,26 @@ def rendered(
     return tensor_to_pictures(essence.edit(ws, torch.zeros_like(ws[0])))
 
 
+def choose_strength(
+    essence: EssenceTransfer,
+    ws: Float[Tensor, "sources num_ws w_dim"],
+    vector: Float[Tensor, "num_ws w_dim"],
+    options: Transfer,
+    world: World,
+) -> float:
+    """The strength asked for, or as much of it as the identity floor allows."""
+    strength = world.strength if options.strength is None else options.strength
+    if options.identity_floor is None:
+        return strength
+    return essence.strength_at_identity(ws, vector, options.identity_floor, strength)
+
+
 def run_transfer(options: Transfer) -> int:
     """Find or read a direction, edit the sources, write pictures, grid, direction and report."""
     world = load_world(options.world)
-    choose_recipe(options, world)
-    target = read_picture(options.target)
+    check_world(options, world)
+    wanted = read_targets(options)
     make_folder(options.out)
-    strength = world.strength if options.strength is None else options.strength
     watch = Stopwatch()
     with watch.phase("load"):
         essence = load(options, world)
@@ -367,37 +267,38 @@ def run_transfer(options: Transfer) -> int:
         if options.direction is not None:
             found = read_direction(essence, options.direction)
         else:
-            found = find_direction(essence, target, options, world)
+            found = find_direction(essence, wanted, options, world)
     # Written at once: minutes of optimization outlive any fault that follows.
     content = direction_bytes(found.direction.vector, essence.generator, found.record)
     write_file(options.out / "direction.safetensors", content)
     with watch.phase("edit"):
-        before = essence.edit(ws, found.direction.vector, 0.0)
-        edited = essence.edit(ws, found.direction.vector, strength)
+        factors = layer_weights(essence.generator.num_ws, **options.layers()).to(ws.device)
+        vector = found.direction.vector * factors[:, None]
+        strength = choose_strength(essence, ws, vector, options, world)
+        before = essence.edit(ws, vector, 0.0)
+        edited = essence.edit(ws, vector, strength)
     with watch.phase("score"):
-        scores = essence.score(target, before, edited)
+        scores = [essence.score(one.target, before, edited) for one in wanted]
     with watch.phase("write"):
-        pictures = tensor_to_pictures(edited)
-        names = [f"edited_{i:03d}.png" for i in range(len(pictures))]
-        for name, picture in zip(names, pictures, strict=True):
-            write_picture(picture, options.out / name)
-        label = f"results, strength {strength:g}"
-        write_picture(labelled_grid(target, {**rows, label: pictures}), options.out / "grid.png")
+        names = write_pictures(options.out, wanted, rows, tensor_to_pictures(edited), strength)
+    targets = report_targets(wanted, found)
+    for row, each in zip(targets, scores, strict=True):
+        row["scores"] = report_scores(each)
     facts: dict[str, Any] = {
-        "target": str(options.target),
-        "mode": options.mode if options.direction is None else None,
+        "mode": found.record["mode"] if options.direction is None else None,
         "direction": None if options.direction is None else str(options.direction),
         "strength": strength,
         "sources": {"count": len(ws), "seed": options.seed},
+        "targets": targets,
+        "edited": names,
+        **applied(options),
     }
     if options.sources is not None:
         facts["sources"] = [str(path) for path in options.sources]
-    report = base_report(essence, found, world, watch)
-    write_report(options.out, {**report, **facts, "scores": report_scores(scores), "edited": names})
-    print(
-        f"transfer score {float(scores.target_before.mean()):.3f} -> {scores.transfer:.3f}; "
-        f"look at {options.out / 'grid.png'}"
-    )
+    if len(wanted) == 1:
+        facts |= {"target": wanted[0].name, "scores": targets[0]["scores"]}
+    write_report(options.out, {**base_report(essence, found, world, watch), **facts})
+    tell(wanted, scores, found, options.out)
     return INTERRUPTED if found.interrupted else 0
 
 

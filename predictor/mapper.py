@@ -4,16 +4,16 @@ Knows one network, its file and how the Hub keeps such files; nothing of how it 
 sources, or of what is done where its answer is not good enough.
 """
 
-import json
+import hashlib
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCardData, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -21,61 +21,23 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FORMAT = "targetclip-mapper/1"
+from predictor.mapper_record import (
+    FORMAT,
+    GET_AGAIN,
+    TRAIN_ONE,
+    MapperConfig,
+    MapperRecord,
+    check_made_for,
+    metadata_of,
+    model_card,
+    one_line,
+    parse_metadata,
+)
+
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
-TRAIN_ONE = "train a mapper for it: python -m train.mapper --help"
-GET_AGAIN = "get the file again"
+BUFFERS = ("centre", "whitening", "scale")  # kept in full precision
 START = 0.01  # deviation of fresh directions, as a part of scale
-# Names the Hub knows; the card calls anything else "other" and quotes the record.
-HUB_LICENCES = ("mit", "apache-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0")
-
-
-def one_line(error: Exception) -> str:
-    """An error's words without line breaks."""
-    return " ".join(str(error).split())
-
-
-@dataclass(frozen=True)
-class MapperConfig:
-    """Sizes of a mapper, and the two networks it belongs to.
-
-    Raises:
-        ValueError: a size that is not a whole number from 1 on, or no fingerprint.
-    """
-
-    embed_dim: int
-    num_ws: int
-    w_dim: int
-    generator: str
-    """Fingerprint of the generator its directions are for."""
-    embedder: str
-    """Fingerprint of the embedder whose embeddings it reads."""
-    width: int = 512
-    depth: int = 3
-    """Residual blocks."""
-
-    def __post_init__(self) -> None:
-        for name in ("embed_dim", "num_ws", "w_dim", "width", "depth"):
-            size = getattr(self, name)
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name}: expected a whole number from 1 on, found {size!r}")
-        for name in ("generator", "embedder"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name}: expected a fingerprint, found {getattr(self, name)!r}")
-
-
-@dataclass(frozen=True)
-class MapperRecord:
-    """Where a mapper comes from and what may be done with it."""
-
-    recipe: dict[str, Any]
-    """Name and settings of the objective it was trained by; anything JSON holds."""
-    calibration: dict[str, float]
-    """Figures that say what its expected score is worth, such as a threshold; may be empty."""
-    licence: str
-    trained_on: str
-    version: str
 
 
 @dataclass(frozen=True)
@@ -107,13 +69,16 @@ class Mapper(nn.Module):
     """Embeddings [batch, embed_dim] to directions [batch, num_ws, w_dim] and expected scores.
 
     Buffers: `centre` [embed_dim], the mean unit embedding of sources, which carries no essence
-    (zeros until set); `scale` [num_ws, w_dim], the deviation of directions (ones until set).
+    (zeros until set); `whitening` [embed_dim, embed_dim], which brings targets to unit variance in
+    every direction (until set: unit vectors to coordinates of about 1); `scale` [num_ws, w_dim],
+    the deviation of directions (ones until set).
     `record` says where it comes from; None until set or loaded.
     """
 
     # The Hub's own mixin wants a config.json, loads what lacks weights without a word and writes
     # in place; its three methods are kept by their names alone.
     centre: Tensor
+    whitening: Tensor
     scale: Tensor
 
     def __init__(self, config: MapperConfig) -> None:
@@ -121,7 +86,10 @@ class Mapper(nn.Module):
         self.config = config
         self.record: MapperRecord | None = None
         self.register_buffer("centre", torch.zeros(config.embed_dim))
+        self.register_buffer("whitening", math.sqrt(config.embed_dim) * torch.eye(config.embed_dim))
         self.register_buffer("scale", torch.ones(config.num_ws, config.w_dim))
+        # Most of the way from an embedding to its direction is linear; blocks learn what is not.
+        self.linear = nn.Linear(config.embed_dim, config.num_ws * config.w_dim, bias=False)
         self.enter = nn.Linear(config.embed_dim, config.width)
         self.blocks = nn.ModuleList(ResidualBlock(config.width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
@@ -129,6 +97,15 @@ class Mapper(nn.Module):
         self.score = nn.Linear(config.width, 1)
         nn.init.normal_(self.direction.weight, std=START / math.sqrt(config.width))
         nn.init.zeros_(self.direction.bias)
+        nn.init.zeros_(self.linear.weight)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights; computed once, so do not change them after reading it."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def check_size(self, embeddings: Float[Tensor, "batch embed"]) -> None:
         size = self.config.embed_dim
@@ -138,19 +115,23 @@ class Mapper(nn.Module):
                 f"this mapper reads those of embedder {self.config.embedder[:12]}"
             )
 
-    def features(self, differences: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch width"]:
-        """What both heads read."""
-        # Coordinates of unit vectors are about 1 / sqrt(embed_dim).
-        x = self.enter(differences.float() * math.sqrt(self.config.embed_dim))
+    def whitened(self, differences: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch embed"]:
+        """What the network reads of differences between unit embeddings."""
+        white: Tensor = differences.float() @ self.whitening
+        return white
+
+    def features(self, white: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch width"]:
+        """What both heads read, of whitened differences."""
+        x = self.enter(white)
         for block in self.blocks:
             x = block(x)
         normed: Tensor = self.norm(x)
         return normed
 
-    def directions_of_features(
-        self, features: Float[Tensor, "batch width"]
+    def directions_of(
+        self, white: Float[Tensor, "batch embed"], features: Float[Tensor, "batch width"]
     ) -> Float[Tensor, "batch num_ws w_dim"]:
-        out = self.direction(features).float()
+        out = (self.direction(features) + self.linear(white)).float()
         directions: Tensor = out.unflatten(1, (self.config.num_ws, self.config.w_dim)) * self.scale
         return directions
 
@@ -163,7 +144,8 @@ class Mapper(nn.Module):
             ValueError: embeddings of another size.
         """
         self.check_size(differences)
-        return self.directions_of_features(self.features(differences))
+        white = self.whitened(differences)
+        return self.directions_of(white, self.features(white))
 
     def forward(self, embeddings: Float[Tensor, "batch embed"]) -> Prediction:
         """Directions of targets, from their embeddings: raw ones or unit ones.
@@ -172,10 +154,11 @@ class Mapper(nn.Module):
             ValueError: embeddings of another size.
         """
         self.check_size(embeddings)
-        features = self.features(F.normalize(embeddings.float(), dim=1) - self.centre)
+        white = self.whitened(F.normalize(embeddings.float(), dim=1) - self.centre)
+        features = self.features(white)
         # Detached: knowing the score must never cost the direction.
         expected = torch.tanh(self.score(features.detach()).float()).squeeze(1)
-        return Prediction(self.directions_of_features(features), expected)
+        return Prediction(self.directions_of(white, features), expected)
 
     @classmethod
     def from_pretrained(
@@ -246,55 +229,6 @@ class Mapper(nn.Module):
         return str(commit)
 
 
-def model_card(config: MapperConfig, record: MapperRecord) -> str:
-    """README.md of a repository: what the mapper is, what it belongs to and how to load it."""
-    licence = record.licence.lower() if record.licence.lower() in HUB_LICENCES else "other"
-    data = ModelCardData(license=licence, library_name="targetclip")
-    return f"""---
-{data.to_yaml()}
----
-
-# Mapper of targetclip
-
-From the embedding of a target picture to a direction in the W+ of a StyleGAN2 generator, in one
-pass: a source moved along it takes on the target's essence and keeps its own identity.
-
-- Licence: {record.licence}
-- Version: {record.version}
-- Trained on: {record.trained_on}
-- Directions: {config.num_ws} x {config.w_dim}, for generator `{config.generator}` alone
-- Embeddings: {config.embed_dim} numbers, of embedder `{config.embedder}` alone
-
-```python
-from predictor.mapper import Mapper
-
-mapper = Mapper.from_pretrained("this repository or a folder")
-prediction = mapper(embeddings)  # [batch, {config.embed_dim}]
-prediction.directions  # [batch, {config.num_ws}, {config.w_dim}]
-prediction.expected  # transfer score each direction is expected to reach, in [-1, 1]
-```
-
-How it was trained, and what its expected score is worth:
-
-```json
-{json.dumps({"recipe": record.recipe, "calibration": record.calibration}, indent=2)}
-```
-"""
-
-
-def metadata_of(config: MapperConfig, record: MapperRecord) -> dict[str, str]:
-    """What a mapper's file says beside its weights."""
-    objects = {"config": asdict(config), "recipe": record.recipe, "calibration": record.calibration}
-    try:
-        settings = {key: json.dumps(value, allow_nan=False) for key, value in objects.items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"expected a record that JSON holds, found {one_line(error)}: correct the record"
-        ) from error
-    texts = {name: getattr(record, name) for name in ("licence", "trained_on", "version")}
-    return {"format": FORMAT, **settings, **texts}
-
-
 def save_mapper(
     mapper: Mapper, path: str | Path, record: MapperRecord, *, half: bool = False
 ) -> None:
@@ -309,7 +243,7 @@ def save_mapper(
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     for name, value in mapper.state_dict().items():
-        dtype = torch.float16 if half and name not in ("centre", "scale") else torch.float32
+        dtype = torch.float16 if half and name not in BUFFERS else torch.float32
         tensor = tensors[name] = value.detach().to("cpu", dtype).contiguous()
         if not tensor.isfinite().all():
             raise ValueError(
@@ -323,25 +257,6 @@ def save_mapper(
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def parse_metadata(metadata: dict[str, str], path: Path) -> tuple[MapperConfig, MapperRecord]:
-    """Config and record, from what a mapper's file says beside its weights."""
-    try:
-        config, recipe, calibration = (
-            json.loads(metadata[name]) for name in ("config", "recipe", "calibration")
-        )
-        if not isinstance(recipe, dict) or not isinstance(calibration, dict):
-            raise ValueError("recipe or calibration is no JSON object")
-        for name, figure in calibration.items():
-            if type(figure) not in (int, float) or not math.isfinite(figure):
-                raise ValueError(f"calibration {name} is {figure!r}")
-        texts = (metadata[name] for name in ("licence", "trained_on", "version"))
-        return MapperConfig(**config), MapperRecord(recipe, calibration, *texts)
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{path}: the metadata is damaged ({one_line(error)}): {GET_AGAIN}"
-        ) from error
 
 
 def build_mapper(config: MapperConfig, state: dict[str, Tensor], path: Path) -> Mapper:
@@ -388,13 +303,7 @@ def load_mapper(
             f"{path}: expected format {FORMAT}, found {metadata.get('format')}: {TRAIN_ONE}"
         )
     config, record = parse_metadata(metadata, path)
-    for name, fingerprint in (("generator", generator), ("embedder", embedder)):
-        if fingerprint is not None and fingerprint != getattr(config, name):
-            raise ValueError(
-                f"{path} was trained for generator {config.generator[:12]} "
-                f"({config.num_ws} x {config.w_dim}) and embedder {config.embedder[:12]}, but the "
-                f"{name} loaded is {fingerprint[:12]}: {TRAIN_ONE}"
-            )
+    check_made_for(config, generator, embedder, str(path))
     mapper = build_mapper(config, state, path)
     mapper.record = record
     return mapper.eval().requires_grad_(False), record

@@ -52,6 +52,16 @@ def apply_direction(
     return ws + strength * direction
 
 
+def layer_weights(
+    num_ws: int, coarse: float = 1.0, middle: float = 1.0, fine: float = 1.0
+) -> Float[Tensor, " {num_ws}"]:
+    """A factor for each layer of W+: coarse for those of 4 and 8 px, middle for 16 and 32 px, fine
+    from 64 px on (the StyleGAN paper's groups: layers 0 to 3, 4 to 7, and the rest).
+    """
+    rest = max(num_ws - 8, 0)
+    return torch.tensor([coarse] * 4 + [middle] * 4 + [fine] * rest)[:num_ws]
+
+
 def render(
     generator: Generator, ws: Float[Tensor, "sources num_ws w_dim"], max_images: int = 64
 ) -> Float[Tensor, "sources 3 height width"]:

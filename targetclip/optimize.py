@@ -40,6 +40,9 @@ class Progress:
     """After the step's update."""
     kept_directions: Float[Tensor, "batch num_ws w_dim"]
     """What would be returned if the run ended now."""
+    kept_transfer: Float[Tensor, " batch"]
+    kept_consistency: Float[Tensor, " batch"]
+    """Losses of these."""
     snapshot: Callable[[], dict[str, Any]]
     """Makes a copy of all the run needs to go on from here (`resume`)."""
 
@@ -356,6 +359,8 @@ def optimize_directions(
                     directions=search.vectors.detach().expand(everywhere).clone(),
                     coefficients=search.coefficients.detach().clone(),
                     kept_directions=search.kept_vectors.expand(everywhere).clone(),
+                    kept_transfer=search.kept_losses[1].clone(),
+                    kept_consistency=search.kept_losses[2].clone(),
                     snapshot=search.snapshot,
                 )
             )  # fmt: skip

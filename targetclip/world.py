@@ -14,6 +14,7 @@ import torch
 from targetclip.embedder import ClipEmbedder
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2
+from targetclip.identity import SketchIdentity, load_identity
 from targetclip.inverter import Inverter, load_inverter
 from targetclip.recipes import RECIPES
 
@@ -33,12 +34,20 @@ class World:
     """Tag or file of the embedder's weights, where `embedder` is a name."""
     inverter: Path | None
     """Inverter file; None: pictures cannot be sources, and directions cannot start from one."""
+    identity: Path | None
+    """Identity file; None: nothing says whether an edited face is still the same person."""
     recipe: str
     """Recipe of the optimizer when none is asked for."""
     strength: float
     """Strength of an edit when none is asked for."""
     truncation: float
     """Of generated sources: 1 is the generator's full variety, less is nearer its mean."""
+    mapper: Path | None
+    """Mapper file; None: the optimizer alone finds directions."""
+    neutral: tuple[str, ...]
+    """Texts that fit any source, which other texts are measured from; none: no text is a target."""
+    text_gain: float
+    """How far pictures differ in the embedder's space, for each unit by which texts do."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,7 @@ class Parts:
     generator: StyleGAN2
     embedder: ClipEmbedder
     inverter: Inverter | None
+    identity: SketchIdentity | None
 
 
 def world_names() -> list[str]:
@@ -82,7 +92,9 @@ def load_world(name: str) -> World:
 def parse_world(content: dict[str, object], path: Path) -> World:
     """Check the content of a world file; paths become absolute or relative to the caller."""
     optional: dict[str, object] = {"pretrained": None, "inverter": None, "recipe": "consistent"}
-    content = {**optional, "strength": 1.0, "truncation": 0.7, **content}
+    optional |= {"identity": None, "mapper": None, "neutral": []}
+    numbers = {"strength": 1.0, "truncation": 0.7, "text_gain": 1.0}
+    content = {**optional, **numbers, **content}
     known = {f.name for f in fields(World)}
     if missing := sorted(known - content.keys()):
         raise ValueError(f"{path}: missing {', '.join(missing)}")
@@ -90,11 +102,13 @@ def parse_world(content: dict[str, object], path: Path) -> World:
         raise ValueError(
             f"{path}: unknown {', '.join(unknown)}: expected {', '.join(sorted(known))}"
         )
-    for key in known - {"strength", "truncation"}:
+    for key in known - {"neutral", *numbers}:
         if not isinstance(content[key], str) and not (key in optional and content[key] is None):
             raise ValueError(f"{path}: {key} must be a text, found {content[key]!r}")
-    numbers: dict[str, float] = {}
-    for key in ("strength", "truncation"):
+    neutral = content["neutral"]
+    if not isinstance(neutral, list) or not all(isinstance(text, str) for text in neutral):
+        raise ValueError(f"{path}: neutral must be a list of texts, found {neutral!r}")
+    for key in numbers:
         value = content[key]
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError(f"{path}: {key} must be a number, found {value!r}")
@@ -116,7 +130,10 @@ def parse_world(content: dict[str, object], path: Path) -> World:
         embedder=str(folder / embedder) if (folder / embedder).is_dir() else embedder,
         pretrained=pretrained,
         inverter=None if content["inverter"] is None else folder / str(content["inverter"]),
+        identity=None if content["identity"] is None else folder / str(content["identity"]),
         recipe=recipe,
+        mapper=None if content["mapper"] is None else folder / str(content["mapper"]),
+        neutral=tuple(neutral),
         **numbers,
     )
 
@@ -131,4 +148,5 @@ def load_parts(world: World, device: torch.device) -> Parts:
         generator=generator.to(device),
         embedder=ClipEmbedder.load(world.embedder, world.pretrained).to(device),
         inverter=inverter,
+        identity=None if world.identity is None else load_identity(world.identity).to(device),
     )

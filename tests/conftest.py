@@ -11,9 +11,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from predictor.mapper import Mapper, save_mapper
+from predictor.mapper_record import MapperConfig, MapperRecord
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.inverter import Inverter, InverterConfig, save_inverter
+from targetclip.world import load_parts, load_world
 
 TINY_CLIP = {
     "embed_dim": 32,
@@ -66,3 +69,22 @@ truncation = 1.0
 """
     )
     return world
+
+
+@pytest.fixture(scope="session")
+def tiny_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated mapper's file for the tiny world, of random weights: far from any target."""
+    parts = load_parts(load_world(str(tiny_world)), torch.device("cpu"))
+    fingerprints = parts.generator.fingerprint, parts.embedder.fingerprint
+    config = MapperConfig(32, parts.generator.num_ws, 8, *fingerprints, width=16, depth=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mapper = Mapper(config)
+    numbers = torch.Generator().manual_seed(1)
+    for tensor in mapper.state_dict().values():
+        tensor.add_(0.1 * torch.randn(tensor.shape, generator=numbers))
+    calibration = {"threshold": 0.5, "probes": 4, "refine_steps": 6, "refine_rate": 0.5}
+    record = MapperRecord({"name": "random"}, calibration, "MIT", "nothing", "0.1.0")
+    path = tmp_path_factory.mktemp("tiny_mapper") / "mapper.safetensors"
+    save_mapper(mapper, path, record)
+    return path

@@ -14,7 +14,9 @@ from targetclip.sources import random_latents
 def test_a_few_steps_bring_unseen_sources_to_the_target() -> None:
     world = load_world("sketch64")
     parts = load_parts(world, torch.device("cpu"))
-    essence = EssenceTransfer(parts.generator, parts.embedder, parts.inverter, world.truncation)
+    essence = EssenceTransfer(
+        parts.generator, parts.embedder, parts.inverter, truncation=world.truncation
+    )
     recipe = RECIPES["consistent"]
     # Green hair, white face paint, red lips; nothing else out of the ordinary.
     joker = dict.fromkeys(NAMES, 0.5) | dict.fromkeys(("hat", "beard", "glasses", "moustache"), 0.0)

@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 from data.targets import digest_of
 from data.teach import Stop, Stopped
-from predictor.cli import versions
-from predictor.mapper import Mapper, MapperConfig, MapperRecord, save_mapper
+from predictor.mapper import Mapper, save_mapper
+from predictor.mapper_record import MapperConfig, MapperRecord
+from predictor.report import versions
 from targetclip.images import write_picture
 from targetclip.recipes import RECIPES
 from targetclip.sources import seed_of
@@ -42,16 +43,18 @@ from train.loop import LOG, write_atomically
 from train.mapper_data import (
     Pairs,
     Scene,
-    centre_of,
+    embedded_sources,
     open_pairs,
     scale_of_latents,
     scale_of_pairs,
     target_bank,
+    whitening_of,
 )
 from train.mapper_loop import Course, Training, trim_log
 from train.mapper_objective import Draws, Objective, Stage, Validation, parse_schedule, stage_at
 
 MAPPER = "mapper.safetensors"
+WHITENED = 20_000  # targets of the bank that say how embeddings vary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +176,13 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Scene]:
     return name, Scene(parts.generator, parts.embedder, recipe, world.truncation, at_once)
 
 
-def make_mapper(config: Config, scene: Scene, pairs: Pairs | None) -> Mapper:
-    """A fresh mapper, the same for the same seed, with its centre and scale."""
+def make_mapper(
+    config: Config,
+    scene: Scene,
+    targets: Float32[ndarray, "targets embed"] | None,
+    pairs: Pairs | None,
+) -> Mapper:
+    """A fresh mapper, the same for the same seed, with its centre, whitening and scale."""
     generator, embedder = scene.generator, scene.embedder
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("mapper", config.seed))
@@ -189,7 +197,12 @@ def make_mapper(config: Config, scene: Scene, pairs: Pairs | None) -> Mapper:
                 config.depth,
             )
         )
-    mapper.centre.copy_(centre_of(scene))
+    sources = embedded_sources(scene)
+    mapper.centre.copy_(sources.mean(dim=0))
+    every = 1 if targets is None else -(-len(targets) // WHITENED)
+    seen = [] if targets is None else [torch.from_numpy(targets[::every].copy())]
+    seen += [] if pairs is None else [pairs.embeddings]
+    mapper.whitening.copy_(whitening_of(torch.cat(seen) if seen else sources.cpu()))
     # A teacher's directions are what is to be answered, and differ in size from layer to layer.
     # Without them latents tell at least which coordinates of w the generator uses how far.
     mapper.scale.copy_(scale_of_latents(scene) if pairs is None else scale_of_pairs(pairs))
@@ -272,7 +285,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> tuple[Train
         name, targets = target_bank(
             folder, config.targets, scene, validation.ids, write, stop.check
         )
-    mapper = make_mapper(config, scene, pairs)
+    mapper = make_mapper(config, scene, targets, pairs)
     draws = Draws(
         weights_of(config),
         config.noise,

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 EMBED_BATCH = 256
 LATENTS = 4096  # drawn to measure how far they spread
+EIGEN_FLOOR = 0.01  # of the mean variance: what hardly varies is noise
 FLOOR = 0.05  # of the mean deviation: what hardly varies must not become the loudest coordinate
 
 
@@ -244,11 +245,22 @@ def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]
 # Units
 
 
-def centre_of(scene: Scene) -> Float[Tensor, " embed"]:
-    """Mean unit embedding of the teacher's source bank."""
+def embedded_sources(scene: Scene) -> Float[Tensor, "bank embed"]:
+    """Unit embeddings of the teacher's source bank."""
     with torch.no_grad():
         embeddings = scene.embed_latents(source_bank(scene.generator, scene.truncation))
-    return F.normalize(embeddings.float(), dim=1).mean(dim=0)
+    return F.normalize(embeddings.float(), dim=1)
+
+
+def whitening_of(embeddings: Float[Tensor, "targets embed"]) -> Float[Tensor, "embed embed"]:
+    """The symmetric matrix that brings unit embeddings to unit variance in every direction.
+
+    What CLIP tells apart least still decides attributes, and gradients would come to it last.
+    """
+    values, vectors = torch.linalg.eigh(embeddings.double().T.cov())
+    values = values.clamp_min(0) + EIGEN_FLOOR * values.mean()
+    matrix: Tensor = (vectors * values.rsqrt()) @ vectors.T
+    return matrix.float()
 
 
 def floored(deviation: Float[Tensor, "num_ws w_dim"]) -> Float[Tensor, "num_ws w_dim"]:

@@ -22,11 +22,17 @@ from safetensors.torch import load
 
 from data.faces import draw_wide
 from predictor import cli
+from predictor import report as reporting
+from predictor.load import load_essence
+from predictor.mapper import load_mapper, save_mapper
+from predictor.report import write_file
 from predictor.transfer import Direction, EssenceTransfer
 from targetclip.directions import direction_bytes, load_direction
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.images import tensor_to_pictures
+from targetclip.identity import IdentityConfig, SketchIdentity, save_identity
+from targetclip.images import read_picture, tensor_to_pictures
 from targetclip.optimize import Progress
+from targetclip.recipes import RECIPES
 from targetclip.world import load_parts, load_world
 
 ROOT = Path(__file__).parents[2]
@@ -48,14 +54,15 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def run(
     tiny_world: Path, faces: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Run:
-    """Run a command; of --world, --target, --out and --steps what is not given is small."""
+    """Run a command; what is not given of --world, --target, --out and --steps is small."""
 
-    def run_command(command: str, *arguments: object) -> int:
+    def run_command(command: str, *arguments: object, steps: int | None = 3) -> int:
         given = [str(argument) for argument in arguments]
-        common = {"--world": tiny_world, "--target": faces[0], "--out": tmp_path / "out"}
-        steps = {} if "--direction" in given else {"--steps": 3}
-        for flag, value in {**common, **steps}.items():
-            if not any(argument.split("=")[0] == flag for argument in given):
+        common = {"--world": tiny_world, "--out": tmp_path / "out"}
+        target = {} if "--text" in given else {"--target": faces[0]}
+        few = {} if {"--direction", "--mode", "--mapper"} & {*given} else {"--steps": steps}
+        for flag, value in {**common, **target, **few}.items():
+            if value is not None and not any(argument.split("=")[0] == flag for argument in given):
                 given += [flag, str(value)]
         monkeypatch.setattr(sys, "argv", ["targetclip", command, *given])
         with pytest.raises(SystemExit) as ended:
@@ -260,6 +267,209 @@ def test_the_defaults_are_the_worlds_and_six_sources(
     assert report["strength"] == 0.25 and report["sources"]["count"] == 6
 
 
+# With a mapper, texts and several targets
+
+
+@pytest.fixture(scope="session")
+def rich_world(
+    tiny_world: Path, tiny_mapper: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny world with a mapper, neutral texts and an identity model."""
+    identity = tmp_path_factory.mktemp("identity") / "identity.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_identity(SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)), identity)
+    world = tiny_world.with_name("rich.toml")
+    parts = f'mapper = "{tiny_mapper}"\nidentity = "{identity}"\nneutral = ["a face"]\n'
+    world.write_text(tiny_world.read_text() + parts)
+    return world
+
+
+@pytest.fixture
+def rich(rich_world: Path) -> EssenceTransfer:
+    return load_essence(load_world(str(rich_world)), torch.device("cpu"))
+
+
+def test_an_instant_direction_is_the_mappers_and_says_so(
+    run: Run,
+    tmp_path: Path,
+    rich_world: Path,
+    rich: EssenceTransfer,
+    faces: list[Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("transfer", "--world", rich_world, "--mode", "instant", "--num-sources", 2) == 0
+    captured = capsys.readouterr()
+    assert not captured.err and "direction by mapper" in captured.out  # no bar: no search
+    stored = load_direction(tmp_path / "out" / "direction.safetensors", rich.generator)
+    assert rich.mapper is not None
+    assert stored.record == {
+        "method": "mapper", "mode": "instant", "seed": 0, "steps": 0,
+        "embedder": rich.embedder.fingerprint, "mapper": rich.mapper.fingerprint,
+    }  # fmt: skip
+    predicted = rich.direction(read_picture(faces[0]), "instant")
+    torch.testing.assert_close(stored.direction, predicted.vector)
+    report = report_of(tmp_path / "out")
+    assert report["method"] == "mapper" and report["mode"] == "instant"
+    assert report["mapper"] == rich.mapper.fingerprint
+    [target] = report["targets"]
+    assert target["direction"]["expected"] == pytest.approx(predicted.expected)
+
+
+def test_a_checked_direction_says_what_the_probes_said(
+    run: Run, tmp_path: Path, rich_world: Path, rich: EssenceTransfer, faces: list[Path]
+) -> None:
+    arguments = ("--world", rich_world, "--mode", "auto", "--steps", 3, "--seed", 5)
+    assert run("transfer", *arguments, "--num-sources", 1) == 0
+    recipe = dataclasses.replace(RECIPES["consistent"], steps=3)
+    expected = rich.direction(read_picture(faces[0]), "auto", recipe, seed=5)
+    report = report_of(tmp_path / "out")
+    assert (report["mode"], report["method"]) == ("auto", expected.method)
+    assert report["steps"] == expected.steps and report["recipe"] == "consistent"
+    assert report["targets"][0]["direction"]["probe"] == pytest.approx(expected.probe)
+    assert rich.mapper is not None and report["mapper"] == rich.mapper.fingerprint
+
+
+def test_several_targets_pictures_and_texts_are_mixed_by_their_weights(
+    run: Run,
+    tmp_path: Path,
+    rich_world: Path,
+    rich: EssenceTransfer,
+    faces: list[Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    targets = ("--target", faces[0], faces[1], "--text", "green hair")
+    arguments = ("--world", rich_world, "--mode", "instant", "--num-sources", 2)
+    assert run("transfer", *arguments, *targets, "--weights", 1, 0.5, "-0.25") == 0
+    wanted = [read_picture(faces[0]), read_picture(faces[1]), "green hair"]
+    vectors = [rich.direction(target, "instant").vector for target in wanted]
+    expected = vectors[0] + 0.5 * vectors[1] - 0.25 * vectors[2]
+    stored = load_direction(tmp_path / "out" / "direction.safetensors", rich.generator)
+    torch.testing.assert_close(stored.direction, expected)
+
+    report = report_of(tmp_path / "out")
+    rows = report["targets"]
+    assert [row["target"] for row in rows] == [str(faces[0]), str(faces[1]), "green hair"]
+    assert [row["kind"] for row in rows] == ["picture", "picture", "text"]
+    assert [row["weight"] for row in rows] == [1, 0.5, -0.25]
+    assert all(row["direction"]["method"] == "mapper" for row in rows)
+    ws = rich.generated_sources(2)
+    before, after = rich.edit(ws, expected, 0.0), rich.edit(ws, expected)
+    for row, target in zip(rows, wanted, strict=True):
+        transfer = rich.score(target, before, after).transfer
+        assert row["scores"]["transfer"] == pytest.approx(transfer, abs=1e-5)
+    assert "scores" not in report  # no target is the target
+    out = capsys.readouterr().out
+    assert out.count("transfer score") == 3 and "green hair: transfer score" in out
+    with Image.open(tmp_path / "out" / "grid.png") as grid:  # targets, sources, results
+        assert 3 * 128 < grid.height < 4 * 128
+
+
+def test_a_text_alone_is_a_target(run: Run, tmp_path: Path, rich_world: Path) -> None:
+    assert run("optimize", "--world", rich_world, "--text", "green hair") == 0
+    report = report_of(tmp_path / "out")
+    [target] = report["targets"]
+    assert (target["target"], target["kind"], target["weight"]) == ("green hair", "text", 1)
+    assert report["scores_on_own_sources"]["transfer"] == target["direction"]["transfer"]
+
+
+def test_the_weight_of_an_only_target_counts(
+    run: Run, tmp_path: Path, rich_world: Path, rich: EssenceTransfer
+) -> None:
+    vectors = []
+    for weight in ("1", "-0.5"):
+        arguments = ("--world", rich_world, "--mode", "instant", "--weights", weight)
+        assert run("transfer", *arguments, "--num-sources", 1) == 0
+        path = tmp_path / "out" / "direction.safetensors"
+        vectors.append(load_direction(path, rich.generator).direction)
+    torch.testing.assert_close(vectors[1], -0.5 * vectors[0])
+
+
+def test_layers_that_are_left_out_change_nothing(
+    run: Run, tmp_path: Path, direction_file: Path
+) -> None:
+    changes: dict[str, tuple[object, ...]] = {
+        "none": ("--strength", 0),
+        "off": ("--coarse", 0, "--middle", 0, "--fine", 0),
+        "coarse": ("--middle", 0, "--fine", 0),
+        "all": (),
+    }
+    for name, arguments in changes.items():
+        out = ("--num-sources", 1, "--direction", direction_file, "--out", tmp_path / name)
+        assert run("transfer", *arguments, *out) == 0
+    pictures = {name: (tmp_path / name / "edited_000.png").read_bytes() for name in changes}
+    assert pictures["off"] == pictures["none"] and len({*pictures.values()}) == 3
+    report = report_of(tmp_path / "off")
+    assert report["coarse"] == report["middle"] == report["fine"] == 0
+    assert report["scores"]["source_similarity_after"] == pytest.approx(1)
+    # The direction itself stays whole.
+    assert len({hashes(tmp_path / name)["direction.safetensors"] for name in changes}) == 1
+
+
+def test_an_identity_floor_limits_the_strength(
+    run: Run, tmp_path: Path, rich_world: Path, direction_file: Path
+) -> None:
+    strengths = []
+    for floor in ("-1", "1"):
+        arguments = ("--world", rich_world, "--direction", direction_file, "--strength", 2)
+        assert run("transfer", *arguments, "--identity-floor", floor) == 0
+        report = report_of(tmp_path / "out")
+        assert report["identity_floor"] == float(floor)
+        strengths.append(report["strength"])
+    assert strengths[0] == 2 > 0.2 > strengths[1] >= 0
+
+
+def test_a_world_without_mapper_says_so_once_and_optimizes(
+    run: Run,
+    tmp_path: Path,
+    faces: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = dataclasses.replace(RECIPES["consistent"], steps=2)
+    monkeypatch.setitem(RECIPES, "consistent", few)
+    targets = ("--target", faces[0], faces[1])
+    assert run("transfer", *targets, "--num-sources", 1, steps=None) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("this world has no mapper") == 1
+    assert "direction by optimizer" in captured.out
+    report = report_of(tmp_path / "out")
+    assert (report["mode"], report["steps"]) == ("optimize", 4) and "mapper" not in report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mode", "instant"], "there is no mapper"),
+        (["--identity-floor", "0.5"], "--identity-floor: world 'tiny' has no identity model"),
+        (["--text", "green hair"], "--text: world 'tiny' has no neutral texts"),
+        (["--mapper", "nowhere.safetensors"], "nowhere.safetensors: no such mapper file"),
+    ],
+)
+def test_what_a_world_lacks_is_refused_in_one_line_before_any_search(
+    run: Run,
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("transfer", *arguments) == 1
+    assert said in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_mapper_of_another_world_is_refused_in_one_line(
+    run: Run, tmp_path: Path, tiny_mapper: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mapper, record = load_mapper(tiny_mapper)
+    mapper.config = dataclasses.replace(mapper.config, generator="b" * 64)
+    path = tmp_path / "other.safetensors"
+    save_mapper(mapper, path, record)
+    assert run("transfer", "--mapper", path) == 1
+    line = one_line(capsys.readouterr().err)
+    assert str(path) in line and "generator bbbbbbbbbbbb" in line
+
+
 # Ctrl-C
 
 
@@ -323,6 +533,14 @@ def test_ctrl_c_in_a_transfer_still_shows_what_there_is(
     assert run("transfer", "--num-sources", 1) == 130
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"direction.safetensors", "edited_000.png", "grid.png", "report.json"}
+
+
+def test_ctrl_c_between_several_targets_leaves_no_half_a_mixture(
+    run: Run, tmp_path: Path, faces: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(monkeypatch, lambda told: len(told) == 4)  # in the second search
+    assert run("transfer", "--target", faces[0], faces[1]) == 130
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_ctrl_c_before_the_first_step_ends_in_one_line(
@@ -579,7 +797,7 @@ def test_a_disk_that_fills_up_leaves_the_direction(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli, "write_picture", full)
+    monkeypatch.setattr(reporting, "write_picture", full)
     assert run("transfer", "--num-sources", 1) == 1
     assert "No space left" in one_line(capsys.readouterr().err.splitlines()[-1])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["direction.safetensors"]
@@ -589,7 +807,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "report.json"
-    cli.write_file(path, b"old")
+    write_file(path, b"old")
 
     def half(self: Path, content: bytes) -> int:
         with self.open("wb") as file:
@@ -598,7 +816,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
 
     monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
-        cli.write_file(path, b"new")
+        write_file(path, b"new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
     assert path.read_bytes() == b"old"
 

@@ -17,8 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from predictor.mapper import FORMAT, Mapper, MapperConfig, MapperRecord, load_mapper, save_mapper
+from predictor.mapper import Mapper, load_mapper, save_mapper
+from predictor.mapper_record import FORMAT, MapperConfig, MapperRecord, trained_recipe
 from targetclip.precision import in_bfloat16
+from targetclip.recipes import RECIPES
 
 CONFIG = MapperConfig(12, 6, 8, "a" * 64, "e" * 64, width=16, depth=2)
 RECORD = MapperRecord(
@@ -107,6 +109,20 @@ def test_a_target_is_read_as_its_difference_from_the_centre(mapper: Mapper) -> N
     )
 
 
+def test_the_network_reads_differences_whitened(mapper: Mapper) -> None:
+    difference = torch.nn.functional.normalize(embeddings(), dim=1) - mapper.centre
+    before = mapper.directions_of_differences(difference)
+    white = difference @ mapper.whitening
+    mapper.whitening.copy_(torch.eye(12))
+    torch.testing.assert_close(mapper.directions_of_differences(white), before)
+    assert not torch.allclose(mapper.directions_of_differences(difference), before, atol=1e-3)
+
+
+def test_until_set_the_whitening_brings_unit_vectors_to_coordinates_of_about_one() -> None:
+    unit = torch.nn.functional.normalize(embeddings(), dim=1)
+    torch.testing.assert_close(fresh().whitened(unit).square().mean(dim=1), torch.ones(4))
+
+
 def test_half_precision_embeddings_are_read(mapper: Mapper) -> None:
     half = embeddings().half()
     assert torch.equal(mapper(half).directions, mapper(half.float()).directions)
@@ -190,6 +206,22 @@ def test_a_saved_mapper_is_the_same_to_the_bit(mapper: Mapper, path: Path) -> No
     assert torch.equal(loaded(embeddings()).expected, mapper(embeddings()).expected)
 
 
+def test_a_fingerprint_is_of_the_weights_alone_and_outlives_a_file(
+    mapper: Mapper, path: Path
+) -> None:
+    save_mapper(mapper, path, RECORD)
+    loaded, _ = load_mapper(path)
+    assert mapper.fingerprint == loaded.fingerprint and len(loaded.fingerprint) == 64
+    assert fresh().fingerprint == fresh().fingerprint != mapper.fingerprint
+
+
+@pytest.mark.parametrize("name", ["centre", "whitening", "scale", "linear.weight", "score.bias"])
+def test_another_weight_or_buffer_is_another_fingerprint(name: str) -> None:
+    other = fresh()
+    other.state_dict()[name].view(-1)[0] += 1e-3
+    assert other.fingerprint != fresh().fingerprint
+
+
 def test_loading_uses_no_random_numbers(mapper: Mapper, path: Path) -> None:
     save_mapper(mapper, path, RECORD)
     before = torch.get_rng_state()
@@ -210,7 +242,8 @@ def test_half_precision_rounds_the_weights_but_not_the_buffers(mapper: Mapper, p
     assert load_file(path)["enter.weight"].dtype == torch.float16
     loaded, _ = load_mapper(path)
     assert torch.equal(loaded.enter.weight, mapper.enter.weight.half().float())
-    assert torch.equal(loaded.scale, mapper.scale) and torch.equal(loaded.centre, mapper.centre)
+    for name in ("scale", "centre", "whitening"):
+        assert torch.equal(getattr(loaded, name), getattr(mapper, name)), name
 
 
 def test_the_file_says_what_it_is(mapper: Mapper, path: Path) -> None:
@@ -222,6 +255,22 @@ def test_the_file_says_what_it_is(mapper: Mapper, path: Path) -> None:
     assert json.loads(metadata["calibration"]) == RECORD.calibration
     texts = [metadata[name] for name in ("licence", "trained_on", "version")]
     assert texts == ["MIT", "drawn faces", "0.1.0"]
+
+
+def test_the_recipe_of_its_training_is_in_the_record_or_else_ours() -> None:
+    paper = dataclasses.replace(RECIPES["paper"], steps=7)
+    record = dataclasses.replace(RECORD, recipe={"name": "paper", "recipe": asdict(paper)})
+    assert trained_recipe(record) == paper
+    assert trained_recipe(RECORD) == trained_recipe(None) == RECIPES["consistent"]
+
+
+@pytest.mark.parametrize(
+    "recipe", [{"colour": 1}, "paper", {**asdict(RECIPES["paper"]), "steps": 0}]
+)
+def test_a_recipe_that_is_none_is_refused_in_one_line(recipe: object) -> None:
+    record = dataclasses.replace(RECORD, recipe={"recipe": recipe})
+    with pytest.raises(ValueError, match=r"^the mapper was trained by a recipe unknown[^\n]+$"):
+        trained_recipe(record)
 
 
 def broken_replace(source: object, target: object) -> None:

@@ -1,6 +1,7 @@
 """EssenceTransfer: sources, targets, directions and edits of a tiny world."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,18 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from predictor.transfer import EssenceTransfer
+from predictor.direction import Direction, Interrupted, Method
+from predictor.mapper import load_mapper
+from predictor.text import TextTargets
+from predictor.transfer import EssenceTransfer, Mode, WatchStep
+from targetclip.identity import IdentityConfig, SketchIdentity, identity_similarity
 from targetclip.images import picture_to_tensor
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe
+from targetclip.sources import source_bank
 from targetclip.world import Parts, load_parts, load_world
+
+Predicting = Callable[..., EssenceTransfer]
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +33,47 @@ def parts(tiny_world: Path) -> Parts:
 @pytest.fixture
 def essence(parts: Parts) -> EssenceTransfer:
     return EssenceTransfer(parts.generator, parts.embedder, parts.inverter)
+
+
+@pytest.fixture
+def predicting(parts: Parts, tiny_mapper: Path) -> Predicting:
+    """Makes one with a mapper whose answers pass from a threshold on."""
+
+    def make(threshold: float = 0.5, max_images: int = 64, **figures: float) -> EssenceTransfer:
+        mapper, record = load_mapper(tiny_mapper)
+        calibration = {**record.calibration, "threshold": threshold, **figures}
+        mapper.record = dataclasses.replace(record, calibration=calibration)
+        return EssenceTransfer(
+            parts.generator, parts.embedder, parts.inverter, mapper, max_images=max_images
+        )
+
+    return make
+
+
+class Watch:
+    """Remembers every search and its steps; presses Ctrl-C as a method begins or after a step."""
+
+    def __init__(self, stop: Method | None = None, after: int = 0) -> None:
+        self.stop, self.after = stop, after
+        self.searches: list[Method] = []
+        self.told: list[Progress] = []
+
+    def __call__(self, method: Method, recipe: Recipe) -> WatchStep:
+        self.searches.append(method)
+        self.told = told = []
+
+        def on_step(progress: Progress) -> None:
+            told.append(progress)
+            if method == self.stop and len(told) == self.after:
+                raise KeyboardInterrupt
+
+        if method == self.stop and self.after == 0:
+            raise KeyboardInterrupt
+        return on_step
+
+
+def probed(essence: EssenceTransfer, target: Image.Image, direction: Direction) -> float:
+    return essence.probe_score(essence.embed_target(target), direction.vector, probes=4)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 24)) -> Image.Image:
@@ -149,3 +198,209 @@ def test_an_edit_moves_along_the_direction(parts: Parts, essence: EssenceTransfe
     torch.testing.assert_close(essence.edit(ws, direction, 0.7), expected)
     one_by_one = EssenceTransfer(parts.generator, parts.embedder, max_images=1)
     torch.testing.assert_close(one_by_one.edit(ws, direction, 0.7), expected, rtol=1e-4, atol=1e-4)
+
+
+# A mapper's answers, and what is done where they fall short
+
+
+def test_an_instant_answer_is_the_mappers_row_of_a_batch(predicting: Predicting) -> None:
+    essence = predicting()
+    pictures = [picture(seed) for seed in range(3)]
+    batch = essence.predict_embeddings(torch.stack([essence.embed_target(p) for p in pictures]))
+    for i, shown in enumerate(pictures):
+        found = essence.direction(shown, "instant")
+        torch.testing.assert_close(found.vector, batch.directions[i])
+        assert found.expected == pytest.approx(float(batch.expected[i]), abs=1e-5)
+        assert (found.method, found.steps, found.probe) == ("mapper", 0, None)
+    assert not torch.allclose(batch.directions[0], batch.directions[1], atol=1e-2)
+
+
+def test_an_answer_that_passes_is_kept_without_a_search(predicting: Predicting) -> None:
+    essence, watch = predicting(threshold=-1), Watch()
+    found = essence.direction(picture(), watch=watch)
+    predicted = essence.direction(picture(), "instant")
+    assert torch.equal(found.vector, predicted.vector) and found.expected == predicted.expected
+    assert found.method == "mapper" and found.steps == 0 and watch.searches == []
+    assert found.probe == pytest.approx(probed(essence, picture(), predicted))
+
+
+@pytest.mark.parametrize(
+    ("best", "shown", "steps", "rate", "refine_rate"),
+    [
+        ("refined", 1, 3, 0.2, 0.5),
+        ("optimizer", 1, 8, 0.5, 0.5),
+        ("mapper", 0, 3, 50.0, 50.0),  # so great that both searches lose their way
+    ],
+)
+def test_where_nothing_passes_all_is_tried_and_the_best_is_kept(
+    predicting: Predicting, best: str, shown: int, steps: int, rate: float, refine_rate: float
+) -> None:
+    target, recipe, watch = picture(shown), quick(steps=steps, learning_rate=rate), Watch()
+    essence = predicting(threshold=2, refine_rate=refine_rate)
+    found = essence.direction(target, "auto", recipe, seed=5, watch=watch)
+    modes: list[Mode] = ["instant", "refine", "optimize"]
+    each = [essence.direction(target, mode, recipe, seed=5) for mode in modes]
+    scores = [probed(essence, target, one) for one in each]
+    winner = each[scores.index(max(scores))]
+    assert found.method == winner.method == best
+    assert torch.equal(found.vector, winner.vector)
+    assert found.probe == pytest.approx(max(scores), abs=1e-6)
+    assert found.expected == each[0].expected
+    assert watch.searches == ["refined", "optimizer"] and found.steps == 6 + steps
+
+
+def test_a_refinement_that_passes_spares_the_optimizer(predicting: Predicting) -> None:
+    essence, target, watch = predicting(), picture(1), Watch()
+    refined = essence.direction(target, "refine", quick())
+    score = probed(essence, target, refined)
+    assert probed(essence, target, essence.direction(target, "instant")) < score
+    found = predicting(threshold=score).direction(target, "auto", quick(), watch=watch)
+    assert watch.searches == ["refined"]
+    assert found.method == "refined" and found.steps == refined.steps == 6
+    assert torch.equal(found.vector, refined.vector) and found.probe == pytest.approx(score)
+
+
+def test_a_refinement_starts_at_the_prediction(predicting: Predicting) -> None:
+    essence, watch = predicting(threshold=-1), Watch()
+    found = essence.direction(picture(), "refine", quick(), watch=watch)
+    predicted = essence.direction(picture(), "instant")
+    assert watch.searches == ["refined"] and found.method == "refined"
+    assert [progress.step for progress in watch.told] == list(range(6))
+    start = watch.told[0].directions[0]
+    assert (start - predicted.vector).norm() < 0.1 * predicted.vector.norm()
+    assert (found.vector - predicted.vector).norm() > 0 and found.expected == predicted.expected
+
+
+@pytest.mark.parametrize("mode", ["instant", "auto", "refine"])
+def test_without_a_mapper_only_the_optimizer_answers(essence: EssenceTransfer, mode: Mode) -> None:
+    with pytest.raises(ValueError, match=r"no mapper.*--mode optimize"):
+        essence.direction(picture(), mode, quick())
+    assert essence.direction(picture(), "optimize", quick()).method == "optimizer"
+
+
+def test_a_mapper_that_is_not_calibrated_answers_unchecked_only(predicting: Predicting) -> None:
+    essence, watch = predicting(), Watch()
+    assert essence.mapper is not None and essence.mapper.record is not None
+    essence.mapper.record = dataclasses.replace(essence.mapper.record, calibration={})
+    assert essence.direction(picture(), "instant").method == "mapper"
+    for mode in ("auto", "refine"):
+        with pytest.raises(ValueError, match="not calibrated"):
+            essence.direction(picture(), mode, quick(), watch=watch)
+    assert watch.searches == []
+
+
+@pytest.mark.parametrize("part", ["generator", "embedder"])
+def test_a_mapper_of_other_networks_is_refused(parts: Parts, tiny_mapper: Path, part: str) -> None:
+    mapper, _ = load_mapper(tiny_mapper)
+    mapper.config = dataclasses.replace(mapper.config, **{part: "b" * 64})
+    with pytest.raises(ValueError, match=f"{part} bbbbbbbbbbbb.*the {part} loaded is"):
+        EssenceTransfer(parts.generator, parts.embedder, mapper=mapper)
+
+
+@pytest.mark.parametrize(
+    ("stop", "after", "rate", "methods"),
+    [
+        ("refined", 0, 0.5, {"mapper"}),
+        ("refined", 5, 0.5, {"refined"}),
+        ("refined", 5, 50.0, {"mapper"}),
+        ("optimizer", 0, 0.5, {"refined"}),
+        ("optimizer", 2, 0.5, {"refined", "optimizer"}),
+    ],
+)
+def test_ctrl_c_leaves_the_best_so_far_of_what_was_tried(
+    predicting: Predicting, stop: Method, after: int, rate: float, methods: set[str]
+) -> None:
+    essence, watch = predicting(threshold=2, refine_rate=rate), Watch(stop, after)
+    target = picture(0 if rate == 50 else 1)
+    with pytest.raises(Interrupted) as caught:
+        essence.direction(target, "auto", quick(), watch=watch)
+    found = caught.value.direction
+    assert found.method in methods and watch.searches[-1] == stop
+    assert found.steps == after + (6 if stop == "optimizer" else 0)
+    assert found.probe is not None
+    assert found.probe == pytest.approx(probed(essence, target, found), abs=1e-6)
+    predicted = probed(essence, target, essence.direction(target, "instant"))
+    assert found.probe > predicted if found.method != "mapper" else found.probe == predicted
+
+
+def test_a_probe_score_does_not_depend_on_how_many_images_are_rendered_at_once(
+    predicting: Predicting,
+) -> None:
+    direction = predicting().direction(picture(), "instant")
+    scores = [probed(predicting(max_images=count), picture(), direction) for count in (1, 3, 64)]
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-5)
+
+
+def test_a_seed_gives_the_same_checked_answer_again(predicting: Predicting) -> None:
+    essence, one = predicting(threshold=2), picture(1)
+    first, again = (essence.direction(one, "auto", quick(), seed=3) for _ in range(2))
+    assert torch.equal(first.vector, again.vector)
+    assert dataclasses.replace(first, vector=again.vector) == again
+    other = essence.direction(one, "auto", quick(), seed=4)
+    assert not torch.equal(first.vector, other.vector)
+
+
+# Texts
+
+
+def reading(parts: Parts, gain: float = 1.0) -> EssenceTransfer:
+    """With texts, and a mean source of its own."""
+    texts = TextTargets(parts.embedder, ("a face",), gain)
+    return EssenceTransfer(parts.generator, parts.embedder, parts.inverter, texts=texts)
+
+
+def test_the_centre_is_the_mean_unit_embedding_of_sources(
+    parts: Parts, predicting: Predicting
+) -> None:
+    essence = reading(parts, gain=0)
+    with torch.no_grad():
+        images = parts.generator.synthesis(source_bank(parts.generator, 0.7))
+        mean = F.normalize(parts.embedder.embed_images(images), dim=1).mean(dim=0)
+    torch.testing.assert_close(essence.centre, mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(essence.embed_target("a hat"), F.normalize(essence.centre, dim=0))
+    trained = predicting()
+    assert trained.mapper is not None and torch.equal(trained.centre, trained.mapper.centre)
+
+
+def test_a_text_is_a_target_like_any_other(parts: Parts) -> None:
+    essence = reading(parts)
+    direction = essence.direction("green hair", "optimize", quick(steps=40)).vector
+    ws = essence.generated_sources(4)
+    before, after = essence.edit(ws, direction, 0.0), essence.edit(ws, direction)
+    scores, other = (essence.score(text, before, after) for text in ("green hair", "glasses"))
+    assert scores.transfer > float(scores.target_before.mean()) + 0.05
+    assert scores.transfer != pytest.approx(other.transfer, abs=1e-2)
+
+
+def test_a_text_is_refused_where_nothing_is_said_of_texts(essence: EssenceTransfer) -> None:
+    with pytest.raises(ValueError, match="'green hair' is a text"):
+        essence.direction("green hair", "optimize", quick())
+
+
+def test_the_inversion_of_a_text_is_refused(parts: Parts) -> None:
+    with pytest.raises(ValueError, match="'green hair' is a text, which has no inversion"):
+        reading(parts).direction("green hair", "optimize", quick("release"))
+    assert reading(parts).initial("green hair", "random", 0).shape == (6, 8)
+
+
+# Identity
+
+
+def test_sources_keep_an_identity_floor(parts: Parts, essence: EssenceTransfer) -> None:
+    ws = essence.generated_sources(3)
+    direction = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="no identity model"):
+        essence.strength_at_identity(ws, direction, 0.9)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)).requires_grad_(False)
+    holding = EssenceTransfer(parts.generator, parts.embedder, identity=model)
+
+    def kept(strength: float) -> float:
+        edited = essence.edit(ws, direction, strength)
+        return float(identity_similarity(model, essence.edit(ws, direction, 0), edited).mean())
+
+    floor = (1 + kept(2.0)) / 2
+    found = holding.strength_at_identity(ws, direction, floor, highest=2.0)
+    assert 0 < found < 2 and kept(found) >= floor > kept(found + 2 / 160)
+    assert holding.strength_at_identity(ws, direction, -1.0, highest=2.0) == 2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from targetclip.editing import apply_direction, render, score_edit
+from targetclip.editing import apply_direction, layer_weights, render, score_edit
 from targetclip.embedder import ClipEmbedder
 from targetclip.world import Parts, load_parts, load_world
 
@@ -46,6 +46,23 @@ def test_a_direction_of_another_shape_is_refused(shape: tuple[int, int]) -> None
     unchecked = inspect.unwrap(apply_direction)  # the tests' own check of shapes would come first
     with pytest.raises(ValueError, match="another generator"):
         unchecked(random(2, 6, 8), random(*shape))
+
+
+@pytest.mark.parametrize(
+    ("num_ws", "groups"), [(2, (2, 0, 0)), (6, (4, 2, 0)), (8, (4, 4, 0)), (18, (4, 4, 10))]
+)
+def test_coarse_middle_and_fine_layers_have_their_own_factors(
+    num_ws: int, groups: tuple[int, int, int]
+) -> None:
+    coarse, middle, fine = groups
+    found = layer_weights(num_ws, coarse=2, middle=-0.5, fine=0)
+    assert found.tolist() == [2] * coarse + [-0.5] * middle + [0] * fine
+    assert found.dtype == torch.float32
+
+
+def test_layers_that_nobody_weighs_count_fully() -> None:
+    assert torch.equal(layer_weights(10), torch.ones(10))
+    assert layer_weights(10, middle=0).tolist() == [1] * 4 + [0] * 4 + [1] * 2
 
 
 @pytest.mark.parametrize("max_images", [1, 2, 3, 100])

@@ -1,10 +1,12 @@
 """World files: what they may say, and what loading them gives."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from targetclip.identity import IdentityConfig, IdentityModel, SketchIdentity, save_identity
 from targetclip.world import BUNDLED, load_parts, load_world, world_names
 
 LEAST = 'name = "a"\ngenerator = "g.pt"\nembedder = "ViT-B-32"\n'
@@ -56,7 +58,16 @@ def test_what_is_not_a_file_beside_the_world_stays_a_name(tmp_path: Path) -> Non
 def test_what_a_world_leaves_out_has_a_default(tmp_path: Path) -> None:
     world = load_world(written(tmp_path, LEAST))
     assert (world.recipe, world.strength, world.truncation) == ("consistent", 1.0, 0.7)
-    assert world.inverter is None and world.pretrained is None
+    assert world.inverter is None and world.pretrained is None and world.identity is None
+    assert (world.mapper, world.neutral, world.text_gain) == (None, (), 1.0)
+
+
+def test_a_world_says_which_mapper_it_has_and_how_texts_are_read(tmp_path: Path) -> None:
+    texts = 'neutral = ["a face", "a drawing"]\ntext_gain = 2\n'
+    world = load_world(written(tmp_path, LEAST + 'mapper = "m.safetensors"\n' + texts))
+    assert world.mapper == tmp_path / "m.safetensors"
+    assert world.neutral == ("a face", "a drawing")
+    assert world.text_gain == 2.0 and world.strength == 1.0
 
 
 @pytest.mark.parametrize("name", ["sketch", "", "..", "sketch64/", "/etc", "a b"])
@@ -83,6 +94,12 @@ def test_a_world_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         (LEAST + "strength = nan\n", "strength must be finite"),
         (LEAST + "truncation = -inf\n", "truncation must be finite"),
         (LEAST + "inverter = 3\n", "inverter must be a text"),
+        (LEAST + "identity = true\n", "identity must be a text"),
+        (LEAST + "mapper = 3\n", "mapper must be a text"),
+        (LEAST + 'neutral = "a face"\n', "neutral must be a list of texts, found 'a face'"),
+        (LEAST + 'neutral = ["a face", 1]\n', "neutral must be a list of texts"),
+        (LEAST + 'text_gain = "much"\n', "text_gain must be a number"),
+        (LEAST + "text_gain = inf\n", "text_gain must be finite"),
         ('name = 1\ngenerator = "g.pt"\nembedder = "b"\n', "name must be a text"),
     ],
 )
@@ -112,3 +129,19 @@ def test_a_world_whose_files_are_not_there_is_refused(tiny_world: Path, tmp_path
     world = load_world(written(tmp_path, tiny_world.read_text()))
     with pytest.raises(FileNotFoundError, match=r"generator\.safetensors"):
         load_parts(world, torch.device("cpu"))
+
+
+def test_a_world_has_an_identity_model_if_its_file_names_one(
+    tiny_world: Path, tmp_path: Path
+) -> None:
+    assert load_parts(load_world(str(tiny_world)), torch.device("cpu")).identity is None
+    folder = tmp_path / "world"
+    shutil.copytree(tiny_world.parent, folder)
+    world = load_world(written(folder, tiny_world.read_text() + 'identity = "who.safetensors"\n'))
+    assert world.identity == folder / "who.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"who\.safetensors"):
+        load_parts(world, torch.device("cpu"))
+    save_identity(SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)), world.identity)
+    identity = load_parts(world, torch.device("cpu")).identity
+    assert isinstance(identity, IdentityModel)
+    assert identity.embed_images(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
