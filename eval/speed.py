@@ -27,6 +27,7 @@ from predictor.cli import choose_device
 from predictor.load import load_essence
 from predictor.report import make_folder, write_file
 from predictor.transfer import EssenceTransfer
+from targetclip.editing import render
 from targetclip.images import tensor_to_pictures
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.world import load_world
@@ -141,11 +142,8 @@ def run(config: Config) -> dict[str, Any]:
     make_folder(config.out)
     device = choose_device(config.device)
     essence = load_essence(world, device, config.mapper)
-    [target] = tensor_to_pictures(
-        essence.edit(
-            essence.generated_sources(1, TARGET_SEED), torch.zeros_like(essence.generator.mean_w)
-        )
-    )
+    sample = essence.generated_sources(1, TARGET_SEED)
+    [target] = tensor_to_pictures(render(essence.generator, sample))
     seconds = in_turns(quick_works(essence, target), config.rounds, device)
     recipe = RECIPES[world.recipe]
     seconds["optimizer"] = optimizer_seconds(essence, target, recipe, config.steps)

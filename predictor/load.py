@@ -26,7 +26,7 @@ def load_essence(
     if path is not None:
         found, _ = load_mapper(path, parts.generator.fingerprint, parts.embedder.fingerprint)
         found.to(device)
-    texts = TextTargets(parts.embedder, world.neutral, world.text_gain) if world.neutral else None
+    texts = TextTargets(parts.embedder, world.neutral) if world.neutral else None
     return EssenceTransfer(
         parts.generator,
         parts.embedder,

@@ -100,14 +100,11 @@ class EssenceTransfer:
         return generated_sources(self.generator, self.truncation, count, seed)
 
     @cached_property
-    def centre(self) -> Float[Tensor, " embed"]:
-        """Mean unit embedding of sources: what a target without any essence would be."""
-        if self.mapper is not None:
-            return self.mapper.centre
+    def source_embeddings(self) -> Float[Tensor, "bank embed"]:
+        """Embeddings of the bank's sources: what pictures without a wanted essence look like."""
         bank = source_bank(self.generator, self.truncation)
         with torch.no_grad():
-            found = embed_chunks(self.generator, self.embedder, bank, "consistent", self.max_images)
-        return F.normalize(found, dim=1).mean(dim=0)
+            return embed_chunks(self.generator, self.embedder, bank, "consistent", self.max_images)
 
     def embed_target(
         self, target: Image.Image | str, recipe: Recipe | None = None
@@ -121,7 +118,7 @@ class EssenceTransfer:
         if isinstance(target, str):
             if self.texts is None:
                 raise ValueError(f"{target!r} is a text, and this world says nothing of texts")
-            return self.texts.embed(target, self.centre)
+            return self.texts.embed(target, self.source_embeddings)
         wanted = recipe or RECIPES["consistent"]
         return embed_targets(self.generator, self.embedder, [target], wanted)[0]
 

@@ -45,9 +45,7 @@ class World:
     mapper: Path | None
     """Mapper file; None: the optimizer alone finds directions."""
     neutral: tuple[str, ...]
-    """Texts that fit any source, which other texts are measured from; none: no text is a target."""
-    text_gain: float
-    """How far pictures differ in the embedder's space, for each unit by which texts do."""
+    """Texts such as sources could have, to measure others from; none: no text is a target."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def parse_world(content: dict[str, object], path: Path) -> World:
     """Check the content of a world file; paths become absolute or relative to the caller."""
     optional: dict[str, object] = {"pretrained": None, "inverter": None, "recipe": "consistent"}
     optional |= {"identity": None, "mapper": None, "neutral": []}
-    numbers = {"strength": 1.0, "truncation": 0.7, "text_gain": 1.0}
+    numbers = {"strength": 1.0, "truncation": 0.7}
     content = {**optional, **numbers, **content}
     known = {f.name for f in fields(World)}
     if missing := sorted(known - content.keys()):

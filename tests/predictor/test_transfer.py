@@ -343,23 +343,21 @@ def test_a_seed_gives_the_same_checked_answer_again(predicting: Predicting) -> N
 # Texts
 
 
-def reading(parts: Parts, gain: float = 1.0) -> EssenceTransfer:
-    """With texts, and a mean source of its own."""
-    texts = TextTargets(parts.embedder, ("a face",), gain)
+def reading(parts: Parts) -> EssenceTransfer:
+    """With texts."""
+    texts = TextTargets(parts.embedder, ("a face",))
     return EssenceTransfer(parts.generator, parts.embedder, parts.inverter, texts=texts)
 
 
-def test_the_centre_is_the_mean_unit_embedding_of_sources(
-    parts: Parts, predicting: Predicting
-) -> None:
-    essence = reading(parts, gain=0)
+def test_a_text_becomes_a_target_beside_the_bank_of_sources(parts: Parts) -> None:
+    essence = reading(parts)
     with torch.no_grad():
         images = parts.generator.synthesis(source_bank(parts.generator, 0.7))
-        mean = F.normalize(parts.embedder.embed_images(images), dim=1).mean(dim=0)
-    torch.testing.assert_close(essence.centre, mean, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(essence.embed_target("a hat"), F.normalize(essence.centre, dim=0))
-    trained = predicting()
-    assert trained.mapper is not None and torch.equal(trained.centre, trained.mapper.centre)
+        sources = parts.embedder.embed_images(images)
+    torch.testing.assert_close(essence.source_embeddings, sources, rtol=1e-4, atol=1e-4)
+    assert essence.texts is not None
+    expected = essence.texts.embed("a hat", essence.source_embeddings)
+    torch.testing.assert_close(essence.embed_target("a hat"), expected)
 
 
 def test_a_text_is_a_target_like_any_other(parts: Parts) -> None:

@@ -59,15 +59,14 @@ def test_what_a_world_leaves_out_has_a_default(tmp_path: Path) -> None:
     world = load_world(written(tmp_path, LEAST))
     assert (world.recipe, world.strength, world.truncation) == ("consistent", 1.0, 0.7)
     assert world.inverter is None and world.pretrained is None and world.identity is None
-    assert (world.mapper, world.neutral, world.text_gain) == (None, (), 1.0)
+    assert (world.mapper, world.neutral) == (None, ())
 
 
 def test_a_world_says_which_mapper_it_has_and_how_texts_are_read(tmp_path: Path) -> None:
-    texts = 'neutral = ["a face", "a drawing"]\ntext_gain = 2\n'
+    texts = 'neutral = ["a face", "a drawing"]\n'
     world = load_world(written(tmp_path, LEAST + 'mapper = "m.safetensors"\n' + texts))
     assert world.mapper == tmp_path / "m.safetensors"
     assert world.neutral == ("a face", "a drawing")
-    assert world.text_gain == 2.0 and world.strength == 1.0
 
 
 @pytest.mark.parametrize("name", ["sketch", "", "..", "sketch64/", "/etc", "a b"])
@@ -98,8 +97,6 @@ def test_a_world_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         (LEAST + "mapper = 3\n", "mapper must be a text"),
         (LEAST + 'neutral = "a face"\n', "neutral must be a list of texts, found 'a face'"),
         (LEAST + 'neutral = ["a face", 1]\n', "neutral must be a list of texts"),
-        (LEAST + 'text_gain = "much"\n', "text_gain must be a number"),
-        (LEAST + "text_gain = inf\n", "text_gain must be finite"),
         ('name = 1\ngenerator = "g.pt"\nembedder = "b"\n', "name must be a text"),
     ],
 )

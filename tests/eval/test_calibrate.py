@@ -1,0 +1,106 @@
+"""Calibrating a mapper of a tiny world, from the command to the file."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import calibrate
+from eval.calibrate import Config, run
+from predictor.gate import Gate
+from predictor.mapper import load_mapper
+from targetclip.recipes import RECIPES
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps everywhere, one rate."""
+    monkeypatch.setattr(calibrate, "LENGTHS", (1, 2))
+    monkeypatch.setattr(calibrate, "RATES", (0.01,))
+    recipe = RECIPES["consistent"]
+    quick = {**vars(recipe), "steps": 2, "sources": 2}
+    monkeypatch.setitem(RECIPES, "consistent", type(recipe)(**quick))
+
+
+def config_of(tiny_world: Path, mapper: Path, out: Path, **changes: object) -> Config:
+    usual: dict[str, object] = {
+        "targets": ("drawn:60@29", "generated:60@29"),
+        "count": 2,
+        "sources": 2,
+        "probes": 2,
+    }
+    return Config(mapper=mapper, out=out, world=str(tiny_world), **{**usual, **changes})  # type: ignore[arg-type]
+
+
+def test_the_file_written_passes_the_gate_and_is_the_same_mapper(
+    tiny_world: Path, tiny_mapper: Path, tmp_path: Path
+) -> None:
+    before = tiny_mapper.read_bytes()
+    record = run(config_of(tiny_world, tiny_mapper, tmp_path / "out"))
+    mapper, found = load_mapper(tmp_path / "out" / "mapper.safetensors")
+    assert found == record and tiny_mapper.read_bytes() == before
+    assert mapper.fingerprint == load_mapper(tiny_mapper)[0].fingerprint
+    gate = Gate.of(mapper)
+    assert gate.probes == 2 and gate.refine_steps in (1, 2) and gate.refine_rate == 0.01
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["calibration"] == record.calibration
+    each = report["each"]
+    assert each["set"] == ["drawn:60@29"] * 2 + ["generated:60@29"] * 2
+    passing = [score >= gate.threshold for score in each["mapper_probe"]]
+    assert report["passing"]["drawn:60@29"] == pytest.approx(sum(passing[:2]) / 2)
+    assert set(report["loss_by_rate_and_steps"]["0.01"]) == {"0", "1", "2"}
+    assert (tmp_path / "out" / "reliability.png").is_file()
+
+
+def test_only_targets_of_the_validation_split_are_used(
+    tiny_world: Path, tiny_mapper: Path, tmp_path: Path
+) -> None:
+    from data.targets import split_of
+
+    run(config_of(tiny_world, tiny_mapper, tmp_path / "out", count=3))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {split_of(name) for name in report["each"]["id"]} == {"validation"}
+
+
+def test_calibrating_twice_gives_the_same(
+    tiny_world: Path, tiny_mapper: Path, tmp_path: Path
+) -> None:
+    outs = [tmp_path / "a", tmp_path / "b"]
+    records = [run(config_of(tiny_world, tiny_mapper, out, max_images=m)) for out, m in
+               zip(outs, (96, 96), strict=True)]  # fmt: skip
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"targets": ("drawn:1@29",)}, "validation split"),
+        ({"mapper": Path("none.safetensors")}, "no such mapper"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_one_line(
+    changes: dict[str, object],
+    words: str,
+    tiny_world: Path,
+    tiny_mapper: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = {"mapper": tiny_mapper, "targets": ("drawn:60@29",), **changes}
+    arguments = ["--mapper", str(given["mapper"]), "--out", str(tmp_path / "out")]
+    arguments += ["--world", str(tiny_world), "--targets", *given["targets"]]  # type: ignore[misc]
+    monkeypatch.setattr(sys, "argv", ["calibrate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        calibrate.main()
+    [line] = capsys.readouterr().err.splitlines()[-1:]
+    assert ended.value.code == 1 and line.startswith("error: ") and words in line
+
+
+def test_numbers_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    for changes in ({"count": 0}, {"sources": 1}, {"probes": 0}):
+        with pytest.raises(ValueError, match=f"--{next(iter(changes))}"):
+            Config(mapper=tmp_path, out=tmp_path, **changes)
+    assert torch.is_grad_enabled()
