@@ -30,10 +30,11 @@ from data.readings import readings_of
 from data.sketch import ESSENCE, Face, draw
 from eval.metrics import essence_acquired, identity_kept, transfer_scores
 from eval.reader import load_reader
+from eval.recipe_charts import recipe_charts
 from predictor.report import make_folder, write_file
 from predictor.transfer import EssenceTransfer
 from targetclip.editing import render
-from targetclip.images import labelled_grid, tensor_to_pictures
+from targetclip.images import labelled_grid, tensor_to_pictures, write_picture
 from targetclip.losses import consistency_loss
 from targetclip.optimize import Optimized, optimize_directions
 from targetclip.precision import in_bfloat16
@@ -357,6 +358,8 @@ def run(config: Config) -> None:
         save_sheet(essence, targets, directions, config.out / f"{name.replace(' ', '_')}.png")
     found = {name: figures for name, figures in report.items() if name != "comparison"}
     write_file(config.out / "report.md", table(found).encode())
+    for kind, picture in recipe_charts(found).items():
+        write_picture(picture, config.out / f"chart_{kind}.png")
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def test_every_world_is_in_the_wheel_with_all_that_it_names(wheel: zipfile.ZipFi
     for world in WORLDS:
         content = tomllib.loads(world.read_text(encoding="utf-8"))
         expected = files_below(world)
-        for key in ("generator", "embedder", "inverter"):
+        for key in ("generator", "embedder", "inverter", "identity", "mapper"):
             if key in content:
                 expected |= files_below(world.parent / content[key])
         assert expected <= set(wheel.namelist())

@@ -20,6 +20,7 @@ from targetclip.identity import IdentityModel
 from train.identity import (
     Config,
     Pair,
+    changed_alone,
     features_of,
     figures_of,
     held_out_pairs,
@@ -44,7 +45,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     save_safetensors(generator, path)
     faces = faces_from_z(sample_z(24, 96, seed=0)).numpy()
     np.save(tmp_path / "faces-0-24.npy", np.stack([draw_parameters(values) for values in faces]))
-    return Config(path, tmp_path / "identity", faces=24, steps=4, batch_size=16, galleries=1)
+    return Config(path, tmp_path / "identity", faces=24, steps=3, batch_size=8, galleries=1)
 
 
 def test_features_are_standardised_and_say_nothing_of_essence() -> None:
@@ -93,6 +94,18 @@ def test_figures_tell_a_model_that_knows_people_from_one_that_does_not() -> None
         assert abs(found[f"{name}_others"]) < 0.1 < found[f"{name}_others_99_percent"]
 
 
+class Corner(Colour):
+    """A model that looks at the backdrop alone."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        return super().embed_images(images[..., :3, :3])
+
+
+def test_what_a_model_does_not_see_leaves_its_cosine_at_1() -> None:
+    found = changed_alone(Corner(), 5, seed=4)
+    assert found.pop("background") < 0.999 < 0.99999 < min(found.values())
+
+
 def test_held_out_people_are_drawn_and_generated_twice(config: Config) -> None:
     pairs = held_out_pairs(load_generator(config.generator), 6, seed=3)
     again = held_out_pairs(load_generator(config.generator), 6, seed=3)
@@ -133,9 +146,9 @@ def test_a_run_ends_with_a_file_and_its_figures(config: Config) -> None:
     assert 0 <= figures["drawn_found_of_100"] <= 1
     log = json.loads((config.out / LOG).read_text().splitlines()[-1])
     # Measured on other people than those of the log.
-    assert (
-        set(figures) == set(log) - {"step", "loss"} and figures["drawn_same"] != log["drawn_same"]
-    )
+    assert set(figures) - {"changed_alone"} == set(log) - {"step", "loss"}
+    assert figures["drawn_same"] != log["drawn_same"]
+    assert set(figures["changed_alone"]) == set(IDENTITY)
 
     elsewhere = config.out.with_name("elsewhere")
     run(replace(config, out=elsewhere, measure=path))
