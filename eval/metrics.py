@@ -1,14 +1,20 @@
-"""Scores of edits, as pure functions of embeddings and readings.
+"""Scores of edits, as pure functions of embeddings, readings, features and images.
 
 Knows numbers only: what made them and where they go is the callers'.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.readings import READINGS
+from targetclip.losses import SHORTEST_DIFFERENCE
+
+# In embedding space
 
 
 def transfer_scores(
@@ -16,6 +22,31 @@ def transfer_scores(
 ) -> Float[Tensor, "targets sources"]:
     """Cosine of every edited source to its target, in [-1, 1]."""
     return (F.normalize(edited, dim=-1) * F.normalize(target, dim=-1)[:, None]).sum(dim=-1)
+
+
+def additivity(
+    source: Float[Tensor, "sources embed"], edited: Float[Tensor, "targets sources embed"]
+) -> Float[Tensor, " targets"]:
+    """How much of the shift that an edit makes in embedding space is the same for every source.
+
+    With s_i = unit(e'_i) - unit(e_i), the shift of source i,
+
+        mean over i != j of s_i . s_j  /  mean over i of |s_i|^2,
+
+    which is 1 - (spread of the shifts around their mean) / (their mean square), freed of its bias
+    for few sources. 1: a direction that is added in latent space adds one vector in embedding
+    space, as the paper asks. 0: shifts that know nothing of each other, or none at all. It is at
+    most 1. Consistency is the same for shifts of length 1: it says nothing of how far each went.
+    """
+    shift = F.normalize(edited, dim=-1) - F.normalize(source, dim=-1)
+    count = shift.shape[1]
+    squares = shift.square().sum(dim=(1, 2))
+    pairs = (shift.sum(dim=1).square().sum(dim=1) - squares) / max(count - 1, 1)
+    real = squares > count * SHORTEST_DIFFERENCE**2
+    return torch.where(real, pairs, 0) / torch.where(real, squares, 1)
+
+
+# In the attribute reader's words
 
 
 def reading_columns(essence: bool) -> Bool[Tensor, " outputs"]:
@@ -41,6 +72,32 @@ def essence_acquired(
     return 1 - left / whole
 
 
+def essence_by_attribute(
+    edited: Float[Tensor, "targets sources outputs"],
+    source: Float[Tensor, "sources outputs"],
+    target: Float[Tensor, "targets outputs"],
+    seen: Bool[Tensor, "targets outputs"],
+) -> dict[str, float]:
+    """`essence_acquired` of each essence attribute, over all targets that show it.
+
+    Sums go over targets as well, so that a target counts as much as its sources lack what it has.
+    An attribute that no target shows is left out.
+    """
+    left = (edited - target[:, None]).abs().sum(dim=1) * seen
+    whole = (source[None] - target[:, None]).abs().sum(dim=1) * seen
+    return {
+        reading.name: 1 - float(left[:, reading.span].sum() / whole[:, reading.span].sum())
+        for reading in READINGS
+        if reading.essence and seen[:, reading.span].any()
+    }
+
+
+def distance_apart(source: Float[Tensor, "sources readings"]) -> Float[Tensor, " readings"]:
+    """Mean absolute difference of two different sources, for each reading."""
+    count = len(source)
+    return (source[:, None] - source[None]).abs().sum(dim=(0, 1)) / (count * (count - 1))
+
+
 def identity_kept(
     edited: Float[Tensor, "targets sources outputs"], source: Float[Tensor, "sources outputs"]
 ) -> Float[Tensor, " targets"]:
@@ -50,7 +107,140 @@ def identity_kept(
     """
     columns = reading_columns(essence=False)
     changed = (edited - source[None])[..., columns].abs().mean(dim=(1, 2))
-    kept = source[:, columns]
-    count = len(source)
-    apart = (kept[:, None] - kept[None]).abs().mean(dim=2).sum() / (count * (count - 1))
-    return 1 - changed / apart
+    return 1 - changed / distance_apart(source[:, columns]).mean()
+
+
+def identity_by_attribute(
+    edited: Float[Tensor, "targets sources outputs"], source: Float[Tensor, "sources outputs"]
+) -> dict[str, float]:
+    """`identity_kept` of each identity attribute, over all targets."""
+    changed = (edited - source[None]).abs().mean(dim=(0, 1))
+    apart = distance_apart(source)
+    return {
+        reading.name: 1 - float(changed[reading.span].mean() / apart[reading.span].mean())
+        for reading in READINGS
+        if not reading.essence
+    }
+
+
+# In pixels
+
+
+def outside_change(
+    before: Float[Tensor, "images 3 height width"], after: Float[Tensor, "images 3 height width"]
+) -> Float[Tensor, " images"]:
+    """Mean absolute change at the picture's left and right border, a sixteenth of its width each.
+
+    In [0, 1], of the range of values. On drawn faces that is background, where no essence is ever
+    drawn: the widest hat ends before it. On photographs long hair may reach it.
+    """
+    width = max(1, before.shape[-1] // 16)
+    change = (after.clamp(-1, 1) - before.clamp(-1, 1)).abs() / 2
+    return torch.cat([change[..., :width], change[..., -width:]], dim=-1).mean(dim=(1, 2, 3))
+
+
+# Of distributions
+
+
+def frechet_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features"]) -> float:
+    """FID: the Frechet distance of two Gaussians with the means and covariances of two samples.
+
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64, for any features. Small
+    samples make it too large, by an amount that depends on their size: compare only what was
+    computed from as many images.
+
+    Raises:
+        ValueError: fewer than two rows in a sample.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"FID needs two images or more of each kind, found {len(a)} and {len(b)}")
+    a, b = a.double(), b.double()
+    between = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    a, b = a - a.mean(dim=0), b - b.mean(dim=0)
+    rows_a, rows_b = len(a) - 1, len(b) - 1
+    spread = a.square().sum() / rows_a + b.square().sum() / rows_b
+    # With C_a = a'a / rows_a and C_b alike, the roots of C_a C_b's eigenvalues are the singular
+    # values of a b', which need neither covariance nor its root.
+    overlap = torch.linalg.svdvals(a @ b.T).sum() / (rows_a * rows_b) ** 0.5
+    return float(between + spread - 2 * overlap)
+
+
+def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features"]) -> float:
+    """KID: the squared maximum mean discrepancy of two samples, unbiased, in float64.
+
+    With the kernel (x . y / features + 1)^3 over the whole samples. 0 is expected of two samples
+    of one distribution, whatever their size; a single value may fall below it.
+
+    Raises:
+        ValueError: fewer than two rows in a sample.
+    """
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"KID needs two images or more of each kind, found {len(a)} and {len(b)}")
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        values = kernel(x, x)
+        return (values.sum() - values.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+    a, b = a.double(), b.double()
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+
+
+# Over targets
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over targets and how sure it is."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    """Bounds that hold 95 % of resampled means; None of a single target."""
+    count: int
+    """Targets."""
+
+
+def bootstrap_interval(
+    values: Float[Tensor, " targets"], seed: int, resamples: int = 10_000
+) -> Interval:
+    """Mean over targets with a 95 % percentile bootstrap interval.
+
+    Targets are drawn anew, with replacement; their sources stay with them. For a paired comparison
+    give the differences of two methods' scores, target by target. The seed alone decides the draws.
+    """
+    found = values.double().numpy()
+    count = len(found)
+    if count < 2:
+        return Interval(float(found.mean()), None, None, count)
+    chosen = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    low, high = np.quantile(found[chosen].mean(axis=1), (0.025, 0.975))
+    return Interval(float(found.mean()), float(low), float(high), count)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A score as the released evaluation gives it."""
+
+    mean: float
+    """Over sources, then over targets, times 100."""
+    deviation: float
+    """Of the targets' means, times 100."""
+
+
+def released_score(
+    results: Float[Tensor, "targets sources features"],
+    wanted: Float[Tensor, "#targets #sources features"],
+) -> Spread:
+    """A score of the released evaluation: 100 times the cosine of results to what is wanted.
+
+    Mean over sources, then mean and deviation over targets. Its semantic score compares embeddings
+    of results with those of targets [targets, 1, features]; its identity score compares what an
+    identity model makes of results and of sources [1, sources, features]. The fault it has there
+    is in what that model is shown, which is the caller's.
+    """
+    cosine = F.cosine_similarity(results, wanted, dim=-1)
+    means = 100 * cosine.mean(dim=1)
+    return Spread(float(means.mean()), float(means.std(correction=0)))

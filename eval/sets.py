@@ -1,0 +1,297 @@
+"""Test sets: fixed, named, seeded targets and sources that nothing of this project learned from.
+
+Every target is named as `data.targets` names pictures, and only names of the test split are taken:
+whatever a trainer is told to train on, it leaves these out. Knows pictures, their names and what
+drawn ones show; nothing of methods or scores.
+"""
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from data.faces import faces_from_z, sample_z, wide_face
+from data.readings import READINGS, STEPPED, readings_of
+from data.sketch import Extras, Face, Style, draw
+from data.targets import (
+    SKETCH_Z_DIM,
+    Target,
+    digest_of,
+    open_folder,
+    render_sample,
+    split_of,
+)
+from targetclip.generators import Generator
+from targetclip.images import center_square
+from targetclip.sources import BANK, BANK_SEED, seed_of
+
+IN_RANGE, OUT_OF_RANGE, ADVERSARIAL, FOLDER = "in-range", "out-of-range", "adversarial", "folder"
+TARGET_SEED = 5_000_011  # of this evaluation alone
+SOURCE_SEED = 3  # trainings validate on the sources of seed 1, pairs are scored on those of seed 2
+RESERVED = 4096  # sources of each kind that the test sources must not be
+TEXTS = ("GREEN HAIR", "BIG HAT", "RED LIPS", "GLASSES", "A BEARD", "WHITE FACE")
+BEHIND_A_MASK = ("glasses", "glasses_shape", "lens", "glasses_colour")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What drawn targets show."""
+
+    faces: tuple[Face, ...]
+    readings: Float[Tensor, "targets outputs"]
+    seen: Bool[Tensor, "targets outputs"]
+    """Which readings a picture shows at all."""
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Targets under a name."""
+
+    name: str
+    ids: tuple[str, ...]
+    origins: tuple[str, ...]
+    """What each picture is, in words."""
+    pictures: tuple[Image.Image, ...]
+    truth: Truth | None = None
+    """None where nobody knows what the pictures show."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, start: int, stop: int) -> "EvalSet":
+        """Targets from `start` up to `stop`."""
+        span, truth = slice(start, stop), self.truth
+        if truth is not None:
+            truth = Truth(truth.faces[span], truth.readings[span], truth.seen[span])
+        return EvalSet(self.name, self.ids[span], self.origins[span], self.pictures[span], truth)
+
+
+# Drawn faces, and samples of a generator
+
+
+def held_out(
+    named_by: Sequence[str | int | float], indices: Iterable[int], count: int
+) -> dict[int, str]:
+    """The first `count` of some indices whose picture is of the test split, with their ids."""
+    named = ((i, digest_of(*named_by, i)[:16]) for i in indices)
+    return dict(itertools.islice((pair for pair in named if split_of(pair[1]) == "test"), count))
+
+
+def drawn_face(seed: int, index: int) -> Face:
+    """The face that drawn:N@SEED draws at an index."""
+    z = sample_z(2, SKETCH_Z_DIM, seed_of("drawn", seed, index))[index % 2][None]
+    return Face(*faces_from_z(z)[0].tolist())
+
+
+def seen_through(extras: Extras, style: Style) -> Bool[Tensor, " outputs"]:
+    """Which readings extras and style leave visible."""
+    hidden = set(BEHIND_A_MASK) if extras.mask else set()
+    if style.grey:
+        hidden |= set(STEPPED)
+    shown = [reading.name not in hidden for reading in READINGS for _ in range(reading.size)]
+    return torch.tensor(shown)
+
+
+def drawn_set(
+    name: str, origins: dict[str, str], triples: Sequence[tuple[Face, Extras, Style]]
+) -> EvalSet:
+    """A set of drawn faces; `origins` names them by their ids, in order."""
+    values, seen = zip(*(readings_of(face) for face, _, _ in triples), strict=True)
+    visible = torch.stack([seen_through(extras, style) for _, extras, style in triples])
+    return EvalSet(
+        name,
+        tuple(origins),
+        tuple(origins.values()),
+        tuple(draw(*triple) for triple in triples),
+        Truth(
+            tuple(face for face, _, _ in triples),
+            torch.from_numpy(np.stack(values)).float(),
+            torch.from_numpy(np.stack(seen)) & visible,
+        ),
+    )
+
+
+def in_range(count: int) -> EvalSet:
+    """Faces that the bundled generator can show: those of drawn:N@SEED."""
+    found = held_out(("drawn", TARGET_SEED), itertools.count(), count)
+    origins = {name: f"drawn:{i}@{TARGET_SEED}" for i, name in found.items()}
+    plain = [(drawn_face(TARGET_SEED, i), Extras(), Style()) for i in found]
+    return drawn_set(IN_RANGE, origins, plain)
+
+
+def outside_indices() -> Iterator[int]:
+    """Indices of wide:N@SEED that have both another style and something never drawn."""
+    for index in itertools.count():
+        _, extras, style = wide_face(TARGET_SEED, index)
+        if extras != Extras() and style != Style():
+            yield index
+
+
+def out_of_range(count: int) -> EvalSet:
+    """Faces that the bundled generator cannot show: those of wide:N@SEED that are so twice."""
+    found = held_out(("wide", TARGET_SEED), outside_indices(), count)
+    origins = {name: f"wide:{i}@{TARGET_SEED}" for i, name in found.items()}
+    return drawn_set(OUT_OF_RANGE, origins, [wide_face(TARGET_SEED, i) for i in found])
+
+
+def samples(generator: Generator, truncation: float, count: int) -> EvalSet:
+    """A generator's own samples, in range by definition: those of generated:N@SEED."""
+    named_by = ("generated", TARGET_SEED, generator.fingerprint, float(truncation))
+    found = held_out(named_by, itertools.count(), count)
+    pictures = [render_sample(generator, truncation, "generated", TARGET_SEED, i) for i in found]
+    origins = tuple(f"generated:{i}@{TARGET_SEED}" for i in found)
+    return EvalSet(IN_RANGE, tuple(found.values()), origins, tuple(pictures))
+
+
+# Pictures that have no essence, or none that sources lack
+
+Paint = Callable[[np.random.Generator, int, Sequence[Image.Image]], Image.Image]
+
+
+def noise(random: np.random.Generator, side: int, sources: Sequence[Image.Image]) -> Image.Image:
+    return Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def blank(random: np.random.Generator, side: int, sources: Sequence[Image.Image]) -> Image.Image:
+    red, green, blue = random.integers(0, 256, 3).tolist()
+    return Image.new("RGB", (side, side), (red, green, blue))
+
+
+def text(random: np.random.Generator, side: int, sources: Sequence[Image.Image]) -> Image.Image:
+    """Words alone: an embedder that reads them may take the word for the thing."""
+    words = TEXTS[int(random.integers(len(TEXTS)))].replace(" ", "\n")
+    picture = Image.new("RGB", (side, side), "white")
+    font = ImageFont.load_default(size=max(8, side // 5))
+    draw = ImageDraw.Draw(picture)
+    middle = (side / 2, side / 2)
+    draw.multiline_text(middle, words, "black", font, anchor="mm", align="center")
+    return picture
+
+
+def source(random: np.random.Generator, side: int, sources: Sequence[Image.Image]) -> Image.Image:
+    return center_square(sources[int(random.integers(len(sources)))])
+
+
+def checkerboard(
+    random: np.random.Generator, side: int, sources: Sequence[Image.Image]
+) -> Image.Image:
+    colours = random.integers(0, 256, (2, 3), dtype=np.uint8)
+    cells = int(random.integers(4, 9))
+    at = np.arange(side) * cells // side
+    return Image.fromarray(colours[(at[:, None] + at[None]) % 2])
+
+
+def upside_down(
+    random: np.random.Generator, side: int, sources: Sequence[Image.Image]
+) -> Image.Image:
+    return source(random, side, sources).transpose(Image.Transpose.ROTATE_180)
+
+
+ADVERSARIES: dict[str, Paint] = {
+    "noise": noise,
+    "blank": blank,
+    "text": text,
+    "source": source,
+    "checkerboard": checkerboard,
+    "upside down": upside_down,
+}
+
+
+def adversarial(count: int, side: int, sources: Sequence[Image.Image]) -> EvalSet:
+    """Targets to trip over, one kind after the other, of so many pixels a side.
+
+    `sources` are pictures of the test sources: one of them is a target itself, another one is
+    turned upside down.
+    """
+    ids, origins, pictures = [], [], []
+    for number in range(count):
+        kind = list(ADVERSARIES)[number % len(ADVERSARIES)]
+        named_by = ("adversarial", TARGET_SEED, kind, number)
+        ((variant, name),) = held_out(named_by, itertools.count(), 1).items()
+        random = np.random.default_rng(seed_of(*named_by, variant))
+        ids.append(name)
+        origins.append(kind)
+        pictures.append(ADVERSARIES[kind](random, side, sources))
+    return EvalSet(ADVERSARIAL, tuple(ids), tuple(origins), tuple(pictures))
+
+
+def folder_set(path: Path, count: int, trusted: bool) -> EvalSet:
+    """The first `count` pictures of a folder whose ids are of the test split, or any if `trusted`.
+
+    Raises:
+        ValueError: no folder, or no picture of it can be used.
+        OSError: a folder may not be read.
+    """
+    if not path.is_dir():
+        raise ValueError(f"--folder: expected a folder of pictures, found none at {str(path)!r}")
+    opened = open_folder(str(path))
+    found = {target.id: target for target in opened if isinstance(target, Target)}
+    good = [t for t in found.values() if trusted or split_of(t.id) == "test"][:count]
+    if not good:
+        raise ValueError(
+            f"--folder: expected pictures of the test split in {str(path)!r}, found none among "
+            f"{len(found)} that can be read; give more, or --trust-folder if nothing was ever "
+            "trained on them"
+        )
+    return EvalSet(
+        FOLDER,
+        tuple(target.id for target in good),
+        tuple(target.origin for target in good),
+        tuple(target.picture for target in good),
+    )
+
+
+# Checks
+
+
+def check_unseen(sets: Sequence[EvalSet], trained: Collection[str], trusted: bool) -> None:
+    """Raise a ValueError for a target that something may have been trained on.
+
+    Args:
+        trained: ids of the pairs of the train split.
+        trusted: whether the user vouches for a folder; what is in `trained` is refused anyway.
+    """
+    for targets in sets:
+        for name, origin in zip(targets.ids, targets.origins, strict=True):
+            if name in trained:
+                raise ValueError(
+                    f"test target {name} ({targets.name}, {origin}) is among the training pairs: "
+                    "leave it out of the one or of the other"
+                )
+            if split_of(name) != "test" and not (trusted and targets.name == FOLDER):
+                raise ValueError(
+                    f"expected test targets of the test split alone, found {name} of "
+                    f"{split_of(name)} ({targets.name}, {origin})"
+                )
+
+
+def source_seeds(seed: int, count: int) -> list[int]:
+    """The seed of each generated source's latent."""
+    return [seed_of("source", seed, i) for i in range(count)]
+
+
+def check_sources(seed: int, count: int) -> None:
+    """Raise a ValueError where a test source is one that directions are found or chosen by.
+
+    Those are the optimizer's bank, the probe sources of the gate, the sources trainings validate
+    on and those that score pairs. What trainings draw has names of its own.
+    """
+    others = {
+        "the optimizer's bank": range(BANK_SEED, BANK_SEED + BANK),
+        "the probe sources": [seed_of("probe", i) for i in range(RESERVED)],
+        "sources that trainings validate on": source_seeds(1, RESERVED),
+        "sources that score pairs": source_seeds(2, RESERVED),
+    }
+    wanted = set(source_seeds(seed, count))
+    for name, seeds in others.items():
+        if common := wanted.intersection(seeds):
+            raise ValueError(
+                f"expected test sources of their own, found {len(common)} of {name}: "
+                f"choose another seed than {seed}"
+            )

@@ -1,0 +1,218 @@
+"""Metrics: their ends, what they are blind to, and the definitions they follow."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.readings import OUTPUTS, READINGS
+from eval.metrics import (
+    additivity,
+    bootstrap_interval,
+    essence_acquired,
+    essence_by_attribute,
+    frechet_distance,
+    identity_by_attribute,
+    identity_kept,
+    kernel_distance,
+    outside_change,
+    reading_columns,
+    released_score,
+)
+from targetclip.losses import consistency_loss
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Additivity
+
+
+def climbers(lengths: list[float]) -> tuple[Tensor, Tensor]:
+    """Unit vectors all over a sphere, and where each gets by going straight up so far."""
+    angles = torch.arange(len(lengths)).double()
+    half = torch.tensor(lengths).double() / 2
+    level = (1 - half.square()).sqrt()
+    ring = torch.stack([level * angles.cos(), level * angles.sin()], dim=1)
+    source = torch.cat([ring, -half[:, None]], dim=1)
+    return source, torch.cat([ring, half[:, None]], dim=1)
+
+
+def test_one_shift_for_all_sources_is_wholly_additive() -> None:
+    source, edited = climbers([0.6] * 5)
+    assert float(additivity(3 * source, 7 * edited[None])) == pytest.approx(1)
+
+
+def test_shifts_of_different_lengths_are_consistent_but_not_additive() -> None:
+    source, edited = climbers([0.2, 0.2, 1.4, 1.4])
+    loss = consistency_loss(source[None], edited[None], "unit")
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+    # Pairs: (.04 + 1.96 + 4 x .28) / 6; squares: (2 x .04 + 2 x 1.96) / 4.
+    assert float(additivity(source, edited[None])) == pytest.approx(0.52 / 1.0)
+
+
+def test_unrelated_shifts_and_none_at_all_are_not_additive() -> None:
+    source = random(3, 64).double()
+    unrelated = random(400, 3, 64, seed=1).double()
+    # Less the sources' own part, which all the shifts of a source share.
+    basis = torch.linalg.qr(source.T)[0]
+    unrelated = unrelated - unrelated @ basis @ basis.T
+    origin = torch.zeros_like(source)
+    assert float(additivity(origin, unrelated).mean()) == pytest.approx(0, abs=0.02)
+    assert float(additivity(source, source[None])) == 0
+
+
+# Readings
+
+
+@pytest.fixture
+def read() -> tuple[Tensor, Tensor, Tensor]:
+    """Readings of sources and of targets, and all of them seen."""
+    return uniform(4, OUTPUTS), uniform(2, OUTPUTS, seed=1), torch.ones(2, OUTPUTS).bool()
+
+
+def test_an_essence_brought_wholly_is_one_and_none_is_nothing(
+    read: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    source, target, seen = read
+    untouched = source.expand(2, -1, -1)
+    essence = torch.where(reading_columns(True), target[:, None], source)
+    assert essence_acquired(untouched, source, target, seen).abs().max() < 1e-6
+    torch.testing.assert_close(essence_acquired(essence, source, target, seen), torch.ones(2))
+    assert set(essence_by_attribute(essence, source, target, seen).values()) == {1.0}
+    torch.testing.assert_close(identity_kept(essence, source), torch.ones(2))
+
+
+def test_each_attribute_is_judged_apart(read: tuple[Tensor, Tensor, Tensor]) -> None:
+    source, target, seen = read
+    names = {reading.name: reading for reading in READINGS}
+    edited = source.repeat(2, 1, 1)
+    edited[:, :, names["hair_colour"].span] = target[:, None, names["hair_colour"].span]
+    half = (source[:, names["beard"].span] + target[:, None, names["beard"].span]) / 2
+    edited[:, :, names["beard"].span] = half
+    edited[:, :, names["skin"].span] += 0.1
+    seen[:, names["fringe"].span] = False
+    found = essence_by_attribute(edited, source, target, seen)
+    assert set(found) == {r.name for r in READINGS if r.essence and r.name != "fringe"}
+    assert found.pop("hair_colour") == pytest.approx(1)
+    assert found.pop("beard") == pytest.approx(0.5)
+    assert all(value == pytest.approx(0) for value in found.values())
+    kept = identity_by_attribute(edited, source)
+    assert set(kept) == {reading.name for reading in READINGS if not reading.essence}
+    assert kept.pop("skin") < 0.9
+    assert set(kept.values()) == {1.0}
+
+
+def test_the_identity_of_somebody_else_is_worth_nothing() -> None:
+    source = uniform(2, OUTPUTS)
+    swapped = source.flip(0)[None]
+    assert float(identity_kept(swapped, source)) == pytest.approx(0, abs=1e-6)
+    found = identity_by_attribute(swapped, source)
+    assert all(value == pytest.approx(0, abs=1e-6) for value in found.values())
+
+
+# Pixels
+
+
+def test_change_counts_at_the_border_alone() -> None:
+    before = uniform(2, 3, 32, 32) * 2 - 1
+    inside = before.clone()
+    inside[..., 2:-2] = 0
+    assert torch.equal(outside_change(before, inside), torch.zeros(2))
+    after = -torch.ones_like(before)
+    after[1, ..., 16:] = 1
+    found = outside_change(torch.ones_like(before), after)
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.5]))
+    # Values beyond the range show no further.
+    assert torch.equal(outside_change(5 * torch.ones_like(before), after), found)
+
+
+# Distributions
+
+
+def test_fid_is_the_distance_of_two_gaussians() -> None:
+    a, b = random(40, 6).double(), 2 * random(25, 6, seed=1).double() @ random(6, 6).double() + 1
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    root = torch.linalg.eigvals(cov_a @ cov_b).sqrt().sum().real
+    between = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    expected = between + cov_a.trace() + cov_b.trace() - 2 * root
+    assert frechet_distance(a, b) == pytest.approx(float(expected))
+    assert frechet_distance(b, a) == pytest.approx(float(expected))
+    line_a, line_b = a[:, :1], b[:, :1]
+    one = float((line_a.mean() - line_b.mean()) ** 2 + (line_a.std() - line_b.std()) ** 2)
+    assert frechet_distance(line_a, line_b) == pytest.approx(one)
+
+
+def test_fid_is_nothing_of_a_sample_to_itself_even_with_fewer_rows_than_features() -> None:
+    a = random(5, 40)
+    assert frechet_distance(a, a.flip(0)) == pytest.approx(0, abs=1e-8)
+    assert frechet_distance(a, a + 1) == pytest.approx(40)
+
+
+def test_kid_is_the_unbiased_discrepancy() -> None:
+    a, b = random(5, 3).double(), random(4, 3, seed=1).double() + 1
+
+    def kernel(x: Tensor, y: Tensor) -> float:
+        return float((x @ y / 3 + 1) ** 3)
+
+    def within(rows: Tensor) -> float:
+        pairs = [kernel(x, y) for i, x in enumerate(rows) for j, y in enumerate(rows) if i != j]
+        return sum(pairs) / len(pairs)
+
+    across = sum(kernel(x, y) for x in a for y in b) / 20
+    assert kernel_distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across)
+
+
+def test_kid_does_not_grow_where_samples_are_small() -> None:
+    found = [
+        kernel_distance(random(8, 4, seed=2 * i), random(8, 4, seed=2 * i + 1)) for i in range(300)
+    ]
+    assert abs(sum(found)) / 300 < 0.1 < max(found)
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_a_single_image_has_no_distribution(distance) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="found 1 and 3"):
+        distance(random(1, 4), random(3, 4))
+
+
+# Over targets
+
+
+def test_the_interval_is_that_of_the_mean() -> None:
+    values = random(50).double()
+    found = bootstrap_interval(values, seed=3)
+    assert found == bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    assert found.mean == pytest.approx(float(values.mean())) and found.count == 50
+    assert found.low is not None and found.high is not None
+    # Near enough to the interval of a normal distribution.
+    reach = 1.96 * float(values.std()) / math.sqrt(50)
+    assert found.low == pytest.approx(found.mean - reach, abs=0.15 * reach)
+    assert found.high == pytest.approx(found.mean + reach, abs=0.15 * reach)
+
+
+def test_one_target_has_a_mean_and_no_interval() -> None:
+    found = bootstrap_interval(torch.tensor([0.5]), seed=0)
+    assert (found.mean, found.low, found.high, found.count) == (0.5, None, None, 1)
+
+
+def test_the_released_score_is_a_mean_over_sources_and_then_over_targets() -> None:
+    results, targets, sources = random(3, 4, 8), random(3, 8, seed=1), random(4, 8, seed=2)
+    cosines = [
+        [float(F.cosine_similarity(results[t, s], targets[t], dim=0)) for s in range(4)]
+        for t in range(3)
+    ]
+    means = [100 * sum(row) / 4 for row in cosines]
+    mean = sum(means) / 3
+    deviation = math.sqrt(sum((each - mean) ** 2 for each in means) / 3)
+    found = released_score(results, targets[:, None])
+    assert (found.mean, found.deviation) == pytest.approx((mean, deviation), rel=1e-4)
+    same = released_score(sources.expand(3, -1, -1), sources[None])
+    assert (same.mean, same.deviation) == pytest.approx((100, 0), abs=1e-3)
