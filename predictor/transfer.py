@@ -6,7 +6,6 @@ in. Every direction says which method made it. Files and printing are the comman
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -29,7 +28,7 @@ from predictor.mapper_record import check_made_for, trained_recipe
 from predictor.strength import strength_at_floor
 from predictor.text import TextTargets
 from targetclip.editing import Scores, apply_direction, render, score_edit
-from targetclip.embedder import ImageEmbedder
+from targetclip.embedder import ImageEmbedder, Preprocess
 from targetclip.generators import Generator
 from targetclip.identity import IdentityModel, identity_similarity
 from targetclip.inverter import LatentInverter
@@ -81,6 +80,7 @@ class EssenceTransfer:
         self.identity = identity
         self.truncation = truncation
         self.max_images = max_images
+        self.embedded: dict[Preprocess, Tensor] = {}
         if mapper is not None:
             config = mapper.config
             check_made_for(config, generator.fingerprint, embedder.fingerprint, "the mapper")
@@ -99,12 +99,20 @@ class EssenceTransfer:
         """Latents of the generator's own samples; source i of a seed is always the same."""
         return generated_sources(self.generator, self.truncation, count, seed)
 
-    @cached_property
-    def source_embeddings(self) -> Float[Tensor, "bank embed"]:
-        """Embeddings of the bank's sources: what pictures without a wanted essence look like."""
-        bank = source_bank(self.generator, self.truncation)
-        with torch.no_grad():
-            return embed_chunks(self.generator, self.embedder, bank, "consistent", self.max_images)
+    def source_embeddings(
+        self, preprocess: Preprocess = "consistent"
+    ) -> Float[Tensor, "bank embed"]:
+        """Embeddings of the bank's sources: what pictures without a wanted essence look like.
+
+        Made once for each preprocessing.
+        """
+        if preprocess not in self.embedded:
+            bank = source_bank(self.generator, self.truncation)
+            with torch.no_grad():
+                self.embedded[preprocess] = embed_chunks(
+                    self.generator, self.embedder, bank, preprocess, self.max_images
+                )
+        return self.embedded[preprocess]
 
     def embed_target(
         self, target: Image.Image | str, recipe: Recipe | None = None
@@ -118,7 +126,7 @@ class EssenceTransfer:
         if isinstance(target, str):
             if self.texts is None:
                 raise ValueError(f"{target!r} is a text, and this world says nothing of texts")
-            return self.texts.embed(target, self.source_embeddings)
+            return self.texts.embed(target, self.source_embeddings())
         wanted = recipe or RECIPES["consistent"]
         return embed_targets(self.generator, self.embedder, [target], wanted)[0]
 
@@ -313,6 +321,9 @@ class EssenceTransfer:
                 [seed_of("target", seed)],
                 remember,
                 self.max_images,
+                source_embeddings=self.source_embeddings(recipe.preprocess)
+                if recipe.fresh_sources
+                else None,
             )
         except KeyboardInterrupt:
             if not latest:

@@ -290,6 +290,7 @@ def optimize_directions(
     on_step: Callable[[Progress], None] | None = None,
     max_images: int = 64,
     resume: Mapping[str, Any] | None = None,
+    source_embeddings: Float[Tensor, "bank embed"] | None = None,
 ) -> Optimized:
     """Find the direction that gives any source each target's essence (paper section 3).
 
@@ -309,6 +310,8 @@ def optimize_directions(
         max_images: images rendered at once; bounds memory.
         resume: `Progress.snapshot()` of an earlier run with the same arguments: goes on after it,
             to the same bits as a run that was never stopped.
+        source_embeddings: of the bank's sources unedited, in the recipe's preprocessing, from a
+            caller that searches more than once; None: they are made here.
 
     Raises:
         ValueError: shapes disagree, or the bank is smaller than `recipe.sources`.
@@ -318,8 +321,16 @@ def optimize_directions(
     batch, count = len(target_embeddings), recipe.sources
     check_arguments(generator, recipe, batch, len(source_ws), initial, len(seeds))
     bank = source_ws if recipe.fresh_sources else source_ws[:count]
-    with torch.no_grad():
-        bank_embeddings = embed_chunks(generator, embedder, bank, recipe.preprocess, max_images)
+    if source_embeddings is None:
+        with torch.no_grad():
+            bank_embeddings = embed_chunks(generator, embedder, bank, recipe.preprocess, max_images)
+    elif len(source_embeddings) != len(source_ws):
+        raise ValueError(
+            f"expected embeddings of the bank's {len(source_ws)} sources, "
+            f"found {len(source_embeddings)}"
+        )
+    else:
+        bank_embeddings = source_embeddings[: len(bank)]
     search = Search.new(recipe, initial, seeds)
     if resume is not None:
         search.restore(resume)

@@ -354,9 +354,10 @@ def test_a_text_becomes_a_target_beside_the_bank_of_sources(parts: Parts) -> Non
     with torch.no_grad():
         images = parts.generator.synthesis(source_bank(parts.generator, 0.7))
         sources = parts.embedder.embed_images(images)
-    torch.testing.assert_close(essence.source_embeddings, sources, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(essence.source_embeddings(), sources, rtol=1e-4, atol=1e-4)
+    assert essence.source_embeddings() is essence.source_embeddings()
     assert essence.texts is not None
-    expected = essence.texts.embed("a hat", essence.source_embeddings)
+    expected = essence.texts.embed("a hat", essence.source_embeddings())
     torch.testing.assert_close(essence.embed_target("a hat"), expected)
 
 

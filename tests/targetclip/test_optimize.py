@@ -143,6 +143,24 @@ def test_the_release_recipe_follows_the_released_loop(
             assert (found - expected).norm() / expected.norm() < 0.01
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_embeddings_of_the_bank_given_are_used_in_place_of_its_own(
+    generator: StyleGAN2, embedder: ProjectionEmbedder, fresh: bool
+) -> None:
+    recipe = quick(fresh_sources=fresh)
+    bank = random_latents(generator, range(10), truncation=1.0)
+    embedded = embedder.embed_images(generator.synthesis(bank))
+    own, given = (
+        run(generator, embedder, recipe, [0, 1], source_embeddings=each)
+        for each in (None, embedded)
+    )
+    torch.testing.assert_close(own.directions, given.directions, rtol=1e-4, atol=1e-5)
+    other = run(generator, embedder, recipe, [0, 1], source_embeddings=embedded.roll(1, dims=0))
+    assert not torch.allclose(own.consistency, other.consistency, atol=1e-3)
+    with pytest.raises(ValueError, match="10 sources, found 4"):
+        run(generator, embedder, recipe, [0], source_embeddings=embedded[:4])
+
+
 def test_a_batch_of_targets_equals_each_target_alone(embedder: ProjectionEmbedder) -> None:
     # In double precision: Adam's first steps have the size of the rate whatever the gradient, so
     # they show the rounding of single precision, which a batch's size does change.
