@@ -313,6 +313,7 @@ def dataset_info(config: Config, world: World, parts: Parts, plan: Plan) -> Data
         recipe=settings["recipe_name"],
         settings=settings["recipe"],
         truncation=settings["truncation"],
+        precision=settings["precision"],
         seed=settings["seed"],
         targets=tuple(targets["spec"] for targets in settings["targets"]),
         sources=f"{settings['bank']} samples of the generator"

@@ -45,6 +45,8 @@ class DatasetInfo:
     settings: dict[str, Any]
     """Of the recipe; anything JSON holds."""
     truncation: float
+    precision: str
+    """Of the optimizer, as accelerate names it: no (float32), bf16 or fp16."""
     seed: int
     targets: tuple[str, ...]
     """Specs that the target pictures came from."""
@@ -106,13 +108,24 @@ def card_header(info: DatasetInfo, columns: Features, survey: Survey) -> str:
     """The card's YAML: licence, files of each split, columns as datasets itself reads them."""
     filled = [split for split in SPLITS if survey.rows[split]]
     files = [{"split": split, "path": f"data/{split}-*"} for split in filled]
+    embed, num_ws, w_dim = dimensions(columns)
+    numbers = embed + num_ws * w_dim
     data = DatasetCardData(
         license=info.licence,
         pretty_name=info.name,
         configs=[{"config_name": "default", "data_files": files}] if files else None,
+        # By the number of rows `datasets` itself notices a shard that is gone. It wants bytes, too:
+        # those of embeddings and directions, which are nearly all.
         dataset_info={
             "features": columns._to_yaml_list(),
-            "splits": [{"name": split, "num_examples": survey.rows[split]} for split in filled],
+            "splits": [
+                {
+                    "name": split,
+                    "num_bytes": survey.rows[split] * numbers * 4,
+                    "num_examples": survey.rows[split],
+                }
+                for split in filled
+            ],
         },
     )
     return f"---\n{data.to_yaml()}\n---\n"
@@ -162,6 +175,7 @@ no pair: {failed}; each is a line of `{FAILURES}` with its reason.
 | sources | {info.sources} |
 | held-out sources | {info.held_out} |
 | truncation | {info.truncation} |
+| mixed precision | {info.precision} |
 | seed | {info.seed} |
 | recipe | {info.recipe} |
 

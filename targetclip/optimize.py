@@ -290,7 +290,7 @@ def optimize_directions(
     on_step: Callable[[Progress], None] | None = None,
     max_images: int = 64,
     resume: Mapping[str, Any] | None = None,
-    source_embeddings: Float[Tensor, "bank embed"] | None = None,
+    source_embeddings: Float[Tensor, "given embed"] | None = None,
 ) -> Optimized:
     """Find the direction that gives any source each target's essence (paper section 3).
 

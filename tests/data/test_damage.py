@@ -38,6 +38,7 @@ def made(tmp_path: Path) -> Path:
         recipe="consistent",
         settings={},
         truncation=1.0,
+        precision="bf16",
         seed=0,
         targets=("drawn:20",),
         sources="sources",

@@ -235,8 +235,9 @@ def info(parts: Parts) -> DatasetInfo:
     return DatasetInfo(
         name="tiny", generator=parts.generator.fingerprint, resolution=16, num_ws=6, w_dim=8,
         embedder="tiny", embedder_fingerprint=parts.embedder.fingerprint, preprocess="consistent",
-        recipe="consistent", settings={}, truncation=1.0, seed=0, targets=("drawn:80",),
-        sources="none", held_out="none", licence="mit", licence_text="", command="none",
+        recipe="consistent", settings={}, truncation=1.0, precision="no", seed=0,
+        targets=("drawn:80",), sources="none", held_out="none", licence="mit",
+        licence_text="", command="none",
     )  # fmt: skip
 
 
