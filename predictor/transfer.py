@@ -107,7 +107,7 @@ class EssenceTransfer:
         Made once for each preprocessing.
         """
         if preprocess not in self.embedded:
-            bank = source_bank(self.generator, self.truncation)
+            bank = source_bank(self.generator, self.truncation, BANK)
             with torch.no_grad():
                 self.embedded[preprocess] = embed_chunks(
                     self.generator, self.embedder, bank, preprocess, self.max_images
