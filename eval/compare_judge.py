@@ -60,7 +60,7 @@ def drawn_trial(stage: Stage, targets: EvalSet) -> Trial | None:
     sources, z_dim = stage.bench.sources, stage.bench.essence.generator.z_dim
     if targets.truth is None:
         return None
-    before, edited = drawn_answer(targets.truth, z_dim, len(sources))
+    before, edited = drawn_answer(targets.truth.faces, z_dim, len(sources))
     before = before.to(sources.device)
     judged = judge(stage.judges, before, edited.to(sources.device))
     return Trial.of(judged, stage.judges.look(before), goal_of(stage.judges, targets))
@@ -131,7 +131,7 @@ def write_grids(
         truth = targets.part(place, place + 1).truth
         if truth is None:
             raise ValueError(f"expected edits of {name!r}, found none")
-        return drawn_answer(truth, stage.bench.essence.generator.z_dim, len(sources))[1][0]
+        return drawn_answer(truth.faces, stage.bench.essence.generator.z_dim, len(sources))[1][0]
 
     (out / "grids").mkdir(exist_ok=True)
     unedited = tensor_to_pictures(stage.before)

@@ -4,7 +4,7 @@ Each is a function of a bench, which holds everything a method may use, and of a
 answers with edits. Knows how directions are found; nothing of how they are scored.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data.faces import GROUPS, faces_from_z, to_images
 from data.sketch import ESSENCE, Face, draw
 from eval.pair_methods import PENALTIES, PairTable
-from eval.sets import SOURCE_SEED, EvalSet, Truth, source_seeds
+from eval.sets import SOURCE_SEED, EvalSet, source_seeds
 from predictor.mapper import Mapper
 from predictor.mapper_record import trained_recipe
 from predictor.transfer import EssenceTransfer
@@ -258,24 +258,24 @@ def by_encoder(bench: Bench, targets: EvalSet) -> Answer:
 
 
 def drawn_answer(
-    truth: Truth, z_dim: int, count: int
+    targets: Sequence[Face], z_dim: int, count: int, seed: int = SOURCE_SEED
 ) -> tuple[Float[Tensor, "sources 3 64 64"], Float[Tensor, "targets sources 3 64 64"]]:
     """The right answer, which no direction can reach: images of sources and of their edits.
 
-    The test sources' faces, drawn, and drawn anew with their own identity and a target's essence;
-    of its extras and style nothing.
+    The faces of generated sources of a seed, drawn, and drawn anew with their own identity and a
+    target's essence; of its extras and style nothing.
     """
     z = torch.stack(
         [
             torch.randn(z_dim, generator=torch.Generator().manual_seed(seed))
-            for seed in source_seeds(SOURCE_SEED, count)
+            for seed in source_seeds(seed, count)
         ]
     )
     values = faces_from_z(z[:, None].expand(-1, len(GROUPS), -1)).tolist()
     faces = [Face(*row) for row in values]
     before = np.stack([np.asarray(draw(face)) for face in faces])
     edited = []
-    for target in truth.faces:
+    for target in targets:
         essence = {name: getattr(target, name) for name in ESSENCE}
         pictures = [np.asarray(draw(replace(face, **essence))) for face in faces]
         edited.append(to_images(np.stack(pictures)))

@@ -25,9 +25,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.faces import GROUPS, faces_from_z, to_images, wide_face
+from data.faces import wide_face
 from data.readings import readings_of
-from data.sketch import ESSENCE, Face, draw
+from data.sketch import Face, draw
+from eval.methods import drawn_answer
 from eval.metrics import essence_acquired, identity_kept, transfer_scores
 from eval.reader import load_reader
 from eval.recipe_charts import recipe_charts
@@ -42,6 +43,7 @@ from targetclip.recipes import RECIPES, Recipe
 from targetclip.sources import BANK, generated_sources, seed_of
 from targetclip.world import load_parts, load_world
 
+HELD_OUT_SEED = 1  # of the sources that judge, as in trainings
 TARGET_SEED = 2_000_003  # validation: not those of training, not those of the final evaluation
 
 
@@ -197,34 +199,10 @@ def judge(
     return scores_of(essence, targets, before, edited.unflatten(0, (len(edits), len(sources))))
 
 
-def drawn_answer(essence: EssenceTransfer, targets: Targets, count: int) -> dict[str, float]:
-    """Scores of the right answer, which no direction can reach: the held-out sources drawn anew
-    with their own identity and the target's essence."""
-    z = torch.stack(
-        [
-            torch.randn(
-                essence.generator.z_dim,
-                generator=torch.Generator().manual_seed(seed_of("source", 1, i)),
-            )
-            for i in range(count)
-        ]
-    )
-    values = faces_from_z(z[:, None].expand(-1, len(GROUPS), -1)).numpy()
-    faces = [Face(*row.tolist()) for row in values]
-    before = np.stack([np.asarray(draw(face)) for face in faces])
-    edited = [
-        np.stack(
-            [
-                np.asarray(
-                    draw(dataclasses.replace(face, **{n: getattr(target, n) for n in ESSENCE}))
-                )
-                for face in faces
-            ]
-        )
-        for target in targets.faces
-    ]
-    images = torch.stack([to_images(pictures) for pictures in edited])
-    return scores_of(essence, targets, to_images(before), images)
+def drawn_scores(essence: EssenceTransfer, targets: Targets, count: int) -> dict[str, float]:
+    """Scores of the right answer, which no direction can reach."""
+    before, edited = drawn_answer(targets.faces, essence.generator.z_dim, count, HELD_OUT_SEED)
+    return scores_of(essence, targets, before, edited)
 
 
 def run_recipe(
@@ -234,7 +212,7 @@ def run_recipe(
     half = config.precision == "bf16"
     found, seconds = find_directions(essence, recipe, targets, config.seed, half)
     directions = found.directions
-    sources = essence.generated_sources(config.held_out, seed=1)
+    sources = essence.generated_sources(config.held_out, HELD_OUT_SEED)
     figures: dict[str, Any] = {
         **judge(essence, targets, sources, directions),
         "own_transfer": 1 - float(found.transfer.mean()),
@@ -343,7 +321,7 @@ def run(config: Config) -> None:
         write_file(path, (json.dumps(report, indent=2) + "\n").encode())
 
     if "drawn answer" not in report:
-        report["drawn answer"] = drawn_answer(essence, targets, config.held_out)
+        report["drawn answer"] = drawn_scores(essence, targets, config.held_out)
         save()
     for name, recipe in recipes.items():
         settings = dataclasses.asdict(recipe)

@@ -308,7 +308,7 @@ def test_pairs_of_another_generator_are_refused(
 def test_the_drawn_answer_keeps_who_it_is_and_brings_the_essence() -> None:
     truth = in_range(1).truth
     assert truth is not None
-    before, edited = drawn_answer(truth, 128, 2)
+    before, edited = drawn_answer(truth.faces, 128, 2)
     assert before.shape == (2, 3, 64, 64) and edited.shape == (1, 2, 3, 64, 64)
     background = (slice(None), slice(None), 0, 0)
     assert torch.equal(edited[0][background], before[background])
@@ -317,5 +317,5 @@ def test_the_drawn_answer_keeps_who_it_is_and_brings_the_essence() -> None:
     seed = source_seeds(SOURCE_SEED, 2)[1]
     z = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(seed))
     face = Face(*faces_from_z(z.expand(-1, 3, -1))[0].tolist())
-    _, edited = drawn_answer(dataclasses.replace(truth, faces=(face,)), 128, 2)
+    _, edited = drawn_answer((face,), 128, 2)
     assert torch.equal(edited[0, 1], before[1])
