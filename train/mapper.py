@@ -83,6 +83,8 @@ class Config:
     """Folder where embeddings of targets are kept, to share between runs. Default: --out."""
     recipe: str | None = None
     """Recipe of the transfer term: release, paper or consistent. Default: the world's."""
+    direction_decay: float | None = None
+    """Weight decay of directions in the transfer term. Default: the recipe's."""
     weight_transfer: float = 1.0
     weight_pairs: float = 1.0
     weight_differences: float = 1.0
@@ -171,7 +173,8 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Scene]:
     parts = load_parts(world, device)
     name = config.recipe or world.recipe
     recipe = RECIPES[name]
-    recipe = replace(recipe, sources=config.sources or recipe.sources)
+    decay = recipe.weight_decay if config.direction_decay is None else config.direction_decay
+    recipe = replace(recipe, sources=config.sources or recipe.sources, weight_decay=decay)
     at_once = config.max_images or config.batch_size * recipe.sources
     return name, Scene(parts.generator, parts.embedder, recipe, world.truncation, at_once)
 

@@ -182,7 +182,8 @@ def test_noise_has_the_length_asked_for_and_keeps_embeddings_unit() -> None:
 def test_the_file_predicts_what_the_average_predicts(
     small: Callable[..., Config], pairs: Path
 ) -> None:
-    config = small(pairs=pairs, schedule=("pairs:3", "transfer:4"), num_pairs=8)
+    course = {"schedule": ("pairs:3", "transfer:4"), "direction_decay": 0.5}
+    config = small(pairs=pairs, num_pairs=8, **course)
     average = run(config)
     _, scene = make_scene(config, torch.device("cpu"))
     fingerprints = (scene.generator.fingerprint, scene.embedder.fingerprint)
@@ -203,6 +204,7 @@ def test_the_file_predicts_what_the_average_predicts(
     assert (config.out / "grid.png").is_file()
     written = json.loads((config.out / "config.json").read_text())
     assert written["settings"]["recipe"]["sources"] == 2 and "torch" in written["versions"]
+    assert record.recipe["recipe"]["weight_decay"] == 0.5
 
 
 def test_the_scale_is_the_teachers_deviation_with_a_floor(
