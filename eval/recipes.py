@@ -77,6 +77,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "raw differences": {"differences": "raw"},
     "release preprocessing": {"preprocess": "release"},
     "tied layers": {"tied_layers": True},
+    "coefficients": {"coefficients": True},
 }
 
 
