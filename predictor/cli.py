@@ -1,4 +1,4 @@
-"""The `targetclip` command: transfer a target's essence, or find a direction and keep it.
+"""The `targetclip` command: transfer a target's essence, find a direction and keep it, see worlds.
 
 Examples:
 
@@ -6,6 +6,7 @@ Examples:
     targetclip transfer --target t.png --sources a.png b.png --out out
     targetclip optimize --target t.png --out out
     targetclip transfer --target t.png --direction out/direction.safetensors --out other
+    targetclip world check ffhq1024
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from itertools import dropwhile, takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import tyro
@@ -28,7 +29,16 @@ from tqdm import tqdm
 from predictor.direction import Direction, Interrupted, Method, mixed
 from predictor.gate import Gate
 from predictor.load import load_essence
-from predictor.options import OF_OPTIMIZER, Optimize, Options, Transfer, applied
+from predictor.options import (
+    OF_OPTIMIZER,
+    Asked,
+    Command,
+    Optimize,
+    Options,
+    Transfer,
+    WorldCheck,
+    applied,
+)
 from predictor.report import (
     Found,
     Stopwatch,
@@ -48,8 +58,11 @@ from targetclip.editing import layer_weights
 from targetclip.images import read_picture, tensor_to_pictures
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.world import World, load_world
+from targetclip.released import SUFFIXES, released_direction
+from targetclip.world import World, load_world, world_names
+from targetclip.world_files import READY, check_files, fetch_missing, state_of
 
+RELEASED = "released"  # how a direction file of TargetCLIP's release was made
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
 
 
@@ -188,9 +201,15 @@ def find_direction(
 
 
 def read_direction(essence: EssenceTransfer, path: Path) -> Found:
-    """A direction from a file, with its own record."""
-    stored = load_direction(path, essence.generator)
-    vector = stored.direction.to(essence.generator.mean_w.device)
+    """A direction from a file of ours, with its record, or of TargetCLIP's release."""
+    generator = essence.generator
+    if path.suffix in SUFFIXES:
+        vector = released_direction(path, generator.num_ws, generator.w_dim)
+        return Found(
+            Direction(vector.to(generator.mean_w.device), RELEASED), {"method": RELEASED}, []
+        )
+    stored = load_direction(path, generator)
+    vector = stored.direction.to(generator.mean_w.device)
     direction = Direction(vector, str(stored.record.get("method", "file")))
     return Found(direction, stored.record, [])
 
@@ -302,10 +321,24 @@ def run_transfer(options: Transfer) -> int:
     return INTERRUPTED if found.interrupted else 0
 
 
-Command = (
-    Annotated[Transfer, tyro.conf.subcommand("transfer")]
-    | Annotated[Optimize, tyro.conf.subcommand("optimize")]
-)
+def run_world_list() -> int:
+    """A line for each bundled world; files are looked for, not read."""
+    for name in world_names():
+        world = load_world(name)
+        lacking = [f.role for f in world.files if state_of(f, hashed=False) not in READY]
+        state = f"lacks {', '.join(lacking)}: targetclip world check {name}" if lacking else "ready"
+        print(": ".join(text for text in (name, world.makes, state) if text))
+    return 0
+
+
+def run_world_check(options: WorldCheck) -> int:
+    """A paragraph for each file of a world, after fetching what is missing if that is wanted."""
+    world = load_world(options.world)
+    if options.download:
+        fetch_missing(world.files)
+    lines, ready = check_files(world.files)
+    print(*lines, f"{world.name}: {'ready' if ready else 'not ready'}", sep="\n")
+    return 0 if ready else 1
 
 
 def usage_line(box: str) -> str:
@@ -321,12 +354,12 @@ def usage_line(box: str) -> str:
     return re.sub(r"^Error parsing \w+: ", "", message)  # a class's name, where options disagree
 
 
-def parse() -> Transfer | Optimize:
+def parse() -> Asked:
     """The command asked for; a usage error is one line, as every error is, and exit code 2."""
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            command: Transfer | Optimize = tyro.cli(Command, prog="targetclip", description=__doc__)
+            command: Asked = tyro.cli(Command, prog="targetclip", description=__doc__)
     except SystemExit as ended:
         if ended.code:
             line = usage_line(box.getvalue())
@@ -335,11 +368,19 @@ def parse() -> Transfer | Optimize:
     return command
 
 
+def run(command: Asked) -> int:
+    """Do what was asked; the exit code."""
+    if isinstance(command, Transfer):
+        return run_transfer(command)
+    if isinstance(command, Optimize):
+        return run_optimize(command)
+    return run_world_check(command) if isinstance(command, WorldCheck) else run_world_list()
+
+
 def main() -> None:
     """Run the command line; anything the user can mend is one line and exit code 1."""
     try:
-        command = parse()
-        code = run_transfer(command) if isinstance(command, Transfer) else run_optimize(command)
+        code = run(parse())
     except torch.OutOfMemoryError:
         print("targetclip: out of memory: lower --max-images", file=sys.stderr)
         code = 1

@@ -6,7 +6,9 @@ Knows flags; nothing of what they make happen.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from predictor.transfer import Mode
 from targetclip.recipes import Initial
@@ -98,7 +100,8 @@ class Transfer(Options):
     mapper: Path | None = None
     """Mapper file. Default: the world's."""
     direction: Path | None = None
-    """Apply this direction file instead of finding one; the target is what it is scored against."""
+    """Apply this direction file instead of finding one, ours or a .npy or .pt of TargetCLIP's
+    release; the target is what it is scored against."""
     strength: float | None = None
     """How far along the direction; 0 changes nothing. Default: the world's."""
     identity_floor: float | None = None
@@ -149,6 +152,33 @@ class Transfer(Options):
 @dataclass(frozen=True, kw_only=True)
 class Optimize(Options):
     """Find the direction of a target by the optimizer, and save it."""
+
+
+@dataclass(frozen=True)
+class WorldList:
+    """List the bundled worlds: what they make, and whether their files are there."""
+
+
+@dataclass(frozen=True)
+class WorldCheck:
+    """Say of each file of a world whether it is there and right, and where to get it."""
+
+    world: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORLD")]
+    """Name of a bundled world, or the path of a world's .toml file."""
+    download: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Fetch what is missing and has a copy on the Hugging Face hub. Nothing is fetched without."""
+
+
+Asked = Transfer | Optimize | WorldList | WorldCheck
+Worlds = (
+    Annotated[WorldList, tyro.conf.subcommand("list")]
+    | Annotated[WorldCheck, tyro.conf.subcommand("check")]
+)
+Command = (
+    Annotated[Transfer, tyro.conf.subcommand("transfer")]
+    | Annotated[Optimize, tyro.conf.subcommand("optimize")]
+    | Annotated[Worlds, tyro.conf.subcommand("world", description="See which worlds there are.")]
+)
 
 
 def applied(options: Transfer) -> dict[str, Any]:

@@ -85,12 +85,12 @@ def make_parts(config: Config) -> tuple[Scene, Inverter]:
     """The frozen networks with the world's recipe, and the encoder as it starts."""
     world = load_world(config.world)
     parts = load_parts(world, torch.get_default_device())
-    encoder = parts.inverter
+    encoder = parts.inverter if isinstance(parts.inverter, Inverter) else None
     if config.start is not None:
         encoder = load_inverter(config.start, parts.generator.fingerprint)
     if encoder is None:
         raise ValueError(
-            f"--start: expected an inverter's file, for world {world.name!r} names none; "
+            f"--start: expected an inverter's file, for world {world.name!r} names none of ours; "
             "make one with python -m train.inverter"
         )
     recipe = RECIPES[world.recipe]

@@ -206,6 +206,23 @@ def test_a_direction_found_once_and_applied_gives_what_transfer_gives(
     assert hashes(whole)["direction.safetensors"] == hashes(found)["direction.safetensors"]
 
 
+def test_a_direction_of_the_release_applies_as_ours_does(
+    run: Run, tmp_path: Path, direction_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    released, other = tmp_path / "joker.npy", tmp_path / "other.npy"
+    np.save(released, load(direction_file.read_bytes())["direction"][None].numpy())
+    np.save(other, np.zeros((1, 18, 512), np.float32))
+    for path in (released, direction_file):
+        out = tmp_path / path.suffix[1:]
+        assert run("transfer", "--num-sources", 2, "--direction", path, "--out", out) == 0
+    ours, theirs = hashes(tmp_path / "safetensors"), hashes(tmp_path / "npy")
+    assert ours["edited_000.png"] == theirs["edited_000.png"]
+    assert report_of(tmp_path / "npy")["method"] == "released"
+    capsys.readouterr()
+    assert run("transfer", "--direction", other) == 1
+    assert "expected [6, 8], the generator's W+" in one_line(capsys.readouterr().err)
+
+
 def test_a_record_cannot_pass_for_what_this_run_did(
     run: Run, tmp_path: Path, tiny_world: Path
 ) -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from targetclip.identity import IdentityConfig, IdentityModel, SketchIdentity, save_identity
-from targetclip.world import BUNDLED, load_parts, load_world, world_names
+from targetclip.world import BUNDLED, World, load_parts, load_world, world_names
 
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "worlds").glob("*.toml"))
+CPU = torch.device("cpu")
 LEAST = 'name = "a"\ngenerator = "g.pt"\nembedder = "ViT-B-32"\n'
 
 
@@ -60,6 +63,7 @@ def test_what_a_world_leaves_out_has_a_default(tmp_path: Path) -> None:
     assert (world.recipe, world.strength, world.truncation) == ("consistent", 1.0, 0.7)
     assert world.inverter is None and world.pretrained is None and world.identity is None
     assert (world.mapper, world.neutral) == (None, ())
+    assert (world.makes, world.aligner) == (None, None)
 
 
 def test_a_world_says_which_mapper_it_has_and_how_texts_are_read(tmp_path: Path) -> None:
@@ -97,6 +101,14 @@ def test_a_world_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         (LEAST + "mapper = 3\n", "mapper must be a text"),
         (LEAST + 'neutral = "a face"\n', "neutral must be a list of texts, found 'a face'"),
         (LEAST + 'neutral = ["a face", 1]\n', "neutral must be a list of texts"),
+        (LEAST + 'aligner = "dlib"\n', "aligner must be 'ffhq' or left out, found 'dlib'"),
+        (LEAST + "makes = 1\n", "makes must be a text"),
+        (LEAST + 'files = "here"\n', "files must be tables such as [files.generator]"),
+        (LEAST + "[files]\ngenerator = 1\n", "files.generator must be a table, found 1"),
+        (LEAST + "[files.mapper]\n", "can have files.generator, files.embedder"),
+        (LEAST + "[files.name]\n", "unknown files.name"),
+        (LEAST + "[files.generator]\nhash = 1\n", "files.generator: unknown hash: expected page"),
+        (LEAST + "[files.embedder]\nsize = 1\n", "'ViT-B-32' is a folder: leave out hub"),
         ('name = 1\ngenerator = "g.pt"\nembedder = "b"\n', "name must be a text"),
     ],
 )
@@ -142,3 +154,144 @@ def test_a_world_has_an_identity_model_if_its_file_names_one(
     identity = load_parts(world, torch.device("cpu")).identity
     assert isinstance(identity, IdentityModel)
     assert identity.embed_images(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+
+
+def files_of(world: World) -> dict[str, Path | None]:
+    return {file.role: file.path for file in world.files}
+
+
+def test_a_world_lists_its_files_with_what_it_says_of_them(tmp_path: Path) -> None:
+    table = '[files.generator]\npage = "https://github.com/a/b"\nsize = 3\n'
+    text = LEAST + 'pretrained = "openai"\nmapper = "m.safetensors"\n' + table
+    world = load_world(written(tmp_path, text))
+    assert files_of(world) == {
+        "generator": tmp_path / "g.pt",
+        "embedder": None,  # open_clip's
+        "mapper": tmp_path / "m.safetensors",
+    }
+    generator, embedder, mapper = world.files
+    assert (generator.facts.page, generator.facts.size) == ("https://github.com/a/b", 3)
+    assert embedder.name == "ViT-B-32 (openai)" and mapper.facts.page is None
+
+
+def test_an_embedder_is_a_folder_or_a_file_of_weights_or_a_name(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    folder = load_world(written(tmp_path, LEAST.replace("ViT-B-32", "clip"))).files[1]
+    assert folder.folder and folder.path == tmp_path / "clip"
+    world = load_world(written(tmp_path, LEAST + 'pretrained = "w.safetensors"\n'))
+    assert world.files[1].path == tmp_path / "w.safetensors" and not world.files[1].folder
+    assert world.pretrained == str(tmp_path / "w.safetensors")  # though it is not there
+    hub = load_world(written(tmp_path, LEAST.replace("ViT-B-32", "hf-hub:a/b"))).files[1]
+    assert (hub.name, hub.path) == ("hf-hub:a/b", None)
+
+
+def test_what_does_not_ship_with_a_bundled_world_is_looked_for_at_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("targetclip.world.BUNDLED", tmp_path / "worlds")
+    monkeypatch.setenv("TARGETCLIP_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "worlds" / "big"
+    folder.mkdir(parents=True)
+    (folder / "i.pt").touch()
+    written(folder, LEAST + 'inverter = "i.pt"\n')
+    world = load_world("big")
+    assert world.generator == tmp_path / "home" / "big" / "g.pt"
+    assert world.inverter == folder / "i.pt"
+    with pytest.raises(FileNotFoundError) as caught:
+        load_parts(world, CPU)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{world.generator}: no such file")
+    assert message.endswith("see targetclip world check big")
+    written(folder, LEAST)
+    assert load_world(str(folder / "world.toml")).given == "big"
+
+
+def test_ten_lines_make_a_world(tiny_world: Path, clip_dir: Path, tmp_path: Path) -> None:
+    for name in ("generator", "inverter"):
+        shutil.copy(tiny_world.with_name(f"{name}.safetensors"), tmp_path)
+    shutil.copytree(clip_dir, tmp_path / "clip")
+    save_identity(SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)), tmp_path / "who.safetensors")
+    text = """name = "mine"
+makes = "my pictures"
+generator = "generator.safetensors"
+embedder = "clip"
+inverter = "inverter.safetensors"
+identity = "who.safetensors"
+truncation = 0.8
+strength = 1.2
+recipe = "paper"
+neutral = ["a picture", "a drawing"]
+"""
+    assert len(text.splitlines()) == 10
+    world = load_world(written(tmp_path, text))
+    assert world.given == str(tmp_path / "world.toml")
+    parts = load_parts(world, CPU)
+    ws = parts.generator.mapping(torch.zeros(1, 8), world.truncation)
+    images = parts.generator.synthesis(ws).detach()
+    assert parts.inverter is not None and parts.inverter(images).shape == ws.shape
+    assert parts.identity is not None and parts.identity.embed_images(images).shape == (1, 5)
+
+
+class Part(nn.Module):
+    """In place of a network."""
+
+    fingerprint = "0" * 64
+
+    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3))
+
+
+def test_public_checkpoints_are_told_by_their_suffix(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[object, ...]] = []
+
+    def reader(*arguments: object) -> Part:
+        read.append(arguments)
+        return Part()
+
+    monkeypatch.setattr("targetclip.world.load_e4e", reader)
+    monkeypatch.setattr("targetclip.world.load_arcface", reader)
+    folder = tmp_path / "world"
+    shutil.copytree(tiny_world.parent, folder)
+    least = tiny_world.read_text().replace("inverter.safetensors", "e4e.pt")
+    for name in ("e4e.pt", "arc.pth", "arc.pt", "who.pkl"):
+        (folder / name).touch()
+    for name in ("arc.pth", "arc.pt"):
+        parts = load_parts(load_world(written(folder, f'{least}identity = "{name}"\n')), CPU)
+        assert isinstance(parts.inverter, Part) and isinstance(parts.identity, Part)
+        assert read[-2:] == [(folder / "e4e.pt", parts.generator.num_ws, 8), (folder / name,)]
+    with pytest.raises(ValueError, match=r"who\.pkl: expected an identity model .* found \.pkl$"):
+        load_parts(load_world(written(folder, least + 'identity = "who.pkl"\n')), CPU)
+    with pytest.raises(ValueError, match=r"who\.pkl: expected an inverter .* found \.pkl$"):
+        load_parts(load_world(written(folder, least.replace("e4e.pt", "who.pkl"))), CPU)
+
+
+def test_photographs_of_faces_are_a_bundled_world_whose_files_do_not_ship(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TARGETCLIP_HOME", str(tmp_path))
+    world = load_world("ffhq1024")
+    assert (world.aligner, world.truncation, world.mapper) == ("ffhq", 0.7, None)
+    assert files_of(world) == {
+        "generator": tmp_path / "ffhq1024" / "stylegan2-ffhq-config-f.pt",
+        "embedder": None,
+        "inverter": tmp_path / "ffhq1024" / "e4e_ffhq_encode.pt",
+        "identity": tmp_path / "ffhq1024" / "model_ir_se50.pth",
+    }
+    with pytest.raises(FileNotFoundError, match=r"get it from https://.* --download$"):
+        load_parts(world, CPU)
+
+
+@pytest.mark.parametrize(
+    "name", ["ffhq1024", *map(str, EXAMPLES)], ids=lambda name: Path(name).stem
+)
+def test_worlds_of_public_checkpoints_say_where_to_get_them_and_under_which_licence(
+    name: str,
+) -> None:
+    world = load_world(name)
+    assert world.makes and len(set(world.neutral)) >= 10
+    for file in world.files:
+        if file.path is not None:
+            assert file.facts.licence and file.facts.page
+            assert file.facts.page.startswith("https://github.com/")
