@@ -77,7 +77,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "raw differences": {"differences": "raw"},
     "release preprocessing": {"preprocess": "release"},
     "tied layers": {"tied_layers": True},
-    "coefficients": {"coefficients": True},
+    "6 fixed sources, coefficients": {
+        "sources": 6,
+        "fresh_sources": False,
+        "coefficients": True,
+    },
 }
 
 
