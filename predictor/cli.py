@@ -4,40 +4,47 @@ Examples:
 
     targetclip transfer --target examples/joker.png --num-sources 6 --out out
     targetclip transfer --target t.png --sources a.png b.png --out out
+    targetclip transfer --target t.png --sources clip.mp4 --out out
     targetclip optimize --target t.png --out out
     targetclip transfer --target t.png --direction out/direction.safetensors --out other
     targetclip world check ffhq1024
 """
 
 import dataclasses
-import io
-import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
-from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from predictor.clips import WINDOW, Clip, check_clip, clips_among
 from predictor.direction import Direction, Interrupted, Method, mixed
 from predictor.gate import Gate
 from predictor.load import load_essence
 from predictor.options import (
     OF_OPTIMIZER,
     Asked,
-    Command,
     Optimize,
     Options,
     Transfer,
     WorldCheck,
     applied,
+    parse,
+)
+from predictor.photos import (
+    Generated,
+    Photos,
+    Sources,
+    check_inverting,
+    find_faces,
+    inverting,
+    may_invert_target,
+    prepare_inversion,
 )
 from predictor.report import (
     Found,
@@ -49,12 +56,13 @@ from predictor.report import (
     report_targets,
     tell,
     write_file,
-    write_pictures,
+    write_grid,
     write_report,
 )
 from predictor.transfer import EssenceTransfer, Mode
 from targetclip.directions import direction_bytes, load_direction
 from targetclip.editing import layer_weights
+from targetclip.faces import FaceFinder
 from targetclip.images import read_picture, tensor_to_pictures
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Recipe
@@ -81,7 +89,10 @@ def choose_recipe(options: Options, world: World) -> tuple[str, Recipe]:
 
 def check_world(options: Options, world: World) -> None:
     """Raise a ValueError for what the world cannot do, before a search takes its minutes."""
-    choose_recipe(options, world)
+    _, recipe = choose_recipe(options, world)
+    check_inverting(options, world, recipe)
+    if isinstance(options, Transfer):
+        check_clip(options.sources, options.smooth, options.out)
     if options.text and not world.neutral:
         raise ValueError(
             f"--text: world {world.name!r} has no neutral texts to measure others from: "
@@ -108,10 +119,12 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def load(options: Options, world: World) -> EssenceTransfer:
+def load(options: Options, world: World, finder: FaceFinder | None) -> EssenceTransfer:
     """The world's parts, ready to use."""
     mapper = options.mapper if isinstance(options, Transfer) else None
-    return load_essence(world, choose_device(options.device), mapper, options.max_images)
+    essence = load_essence(world, choose_device(options.device), mapper, options.max_images)
+    prepare_inversion(essence, options, world, finder)
+    return essence
 
 
 def choose_mode(options: Options, essence: EssenceTransfer) -> Mode:
@@ -189,6 +202,8 @@ def find_direction(
     }
     if mode != "instant":
         record |= {"recipe": name, "settings": dataclasses.asdict(recipe)}
+        if may_invert_target(options, recipe):
+            record |= inverting(options, world)
     if mode != "optimize" and essence.mapper is not None:
         record["mapper"] = essence.mapper.fingerprint
         if mode != "instant":
@@ -219,10 +234,11 @@ def run_optimize(options: Optimize) -> int:
     world = load_world(options.world)
     check_world(options, world)
     wanted = read_targets(options)
+    finder = find_faces(options, world, choose_recipe(options, world)[1], wanted)
     make_folder(options.out)
     watch = Stopwatch()
     with watch.phase("load"):
-        essence = load(options, world)
+        essence = load(options, world, finder)
     with watch.phase("optimize"):
         found = find_direction(essence, wanted, options, world)
     content = direction_bytes(found.direction.vector, essence.generator, found.record)
@@ -237,24 +253,14 @@ def run_optimize(options: Optimize) -> int:
     return INTERRUPTED if found.interrupted else 0
 
 
-def source_latents(
-    essence: EssenceTransfer, options: Transfer
-) -> tuple[Float[Tensor, "sources num_ws w_dim"], dict[str, list[Image.Image]]]:
-    """Latents of the sources, and the rows of the grid that show them unedited."""
-    if options.sources is not None:
-        pictures = [read_picture(path) for path in options.sources]
-        ws = essence.invert(pictures)
-        return ws, {"sources": pictures, "sources, inverted": rendered(essence, ws)}
-    count = 6 if options.num_sources is None else options.num_sources
-    ws = essence.generated_sources(count, options.seed)
-    return ws, {"sources": rendered(essence, ws)}
-
-
-def rendered(
-    essence: EssenceTransfer, ws: Float[Tensor, "sources num_ws w_dim"]
-) -> list[Image.Image]:
-    """Pictures of unedited latents."""
-    return tensor_to_pictures(essence.edit(ws, torch.zeros_like(ws[0])))
+def read_sources(options: Transfer, finder: FaceFinder | None) -> Sources:
+    """What is to be edited; its faces are found here, before any network is loaded."""
+    if options.sources is None:
+        return Generated(options.num_sources, options.seed)
+    face = options.face or 0
+    if clips := clips_among(options.sources):
+        return Clip(clips[0], finder, face, options.smooth or WINDOW)
+    return Photos(options.sources, finder, face)
 
 
 def choose_strength(
@@ -276,12 +282,15 @@ def run_transfer(options: Transfer) -> int:
     world = load_world(options.world)
     check_world(options, world)
     wanted = read_targets(options)
+    finder = find_faces(options, world, choose_recipe(options, world)[1], wanted)
     make_folder(options.out)
     watch = Stopwatch()
-    with watch.phase("load"):
-        essence = load(options, world)
     with watch.phase("sources"):
-        ws, rows = source_latents(essence, options)
+        sources = read_sources(options, finder)
+    with watch.phase("load"):
+        essence = load(options, world, finder)
+    with watch.phase("sources"):
+        ws, rows = sources.latents(essence)
     with watch.phase("direction"):
         if options.direction is not None:
             found = read_direction(essence, options.direction)
@@ -290,16 +299,22 @@ def run_transfer(options: Transfer) -> int:
     # Written at once: minutes of optimization outlive any fault that follows.
     content = direction_bytes(found.direction.vector, essence.generator, found.record)
     write_file(options.out / "direction.safetensors", content)
+
+    def edit(ws: Float[Tensor, "sources num_ws w_dim"]) -> Float[Tensor, "sources 3 size size"]:
+        return essence.edit(ws.to(vector.device), vector, strength)
+
     with watch.phase("edit"):
         factors = layer_weights(essence.generator.num_ws, **options.layers()).to(ws.device)
         vector = found.direction.vector * factors[:, None]
         strength = choose_strength(essence, ws, vector, options, world)
         before = essence.edit(ws, vector, 0.0)
-        edited = essence.edit(ws, vector, strength)
+        edited = edit(ws)
     with watch.phase("score"):
         scores = [essence.score(one.target, before, edited) for one in wanted]
     with watch.phase("write"):
-        names = write_pictures(options.out, wanted, rows, tensor_to_pictures(edited), strength)
+        pictures = tensor_to_pictures(edited)
+        write_grid(options.out, wanted, rows, sources.shown(pictures), strength)
+        written = sources.write(options.out, pictures, edit)
     targets = report_targets(wanted, found)
     for row, each in zip(targets, scores, strict=True):
         row["scores"] = report_scores(each)
@@ -307,13 +322,13 @@ def run_transfer(options: Transfer) -> int:
         "mode": found.record["mode"] if options.direction is None else None,
         "direction": None if options.direction is None else str(options.direction),
         "strength": strength,
-        "sources": {"count": len(ws), "seed": options.seed},
+        **sources.facts,
         "targets": targets,
-        "edited": names,
+        **written,
         **applied(options),
     }
     if options.sources is not None:
-        facts["sources"] = [str(path) for path in options.sources]
+        facts |= inverting(options, world)
     if len(wanted) == 1:
         facts |= {"target": wanted[0].name, "scores": targets[0]["scores"]}
     write_report(options.out, {**base_report(essence, found, world, watch), **facts})
@@ -341,33 +356,6 @@ def run_world_check(options: WorldCheck) -> int:
     return 0 if ready else 1
 
 
-def usage_line(box: str) -> str:
-    """What a usage error says, without tyro's frame, title and the help below it."""
-    rows = [row.strip("│╭╮╰╯ ") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-
-    def says_something(row: str) -> bool:
-        return bool(row.strip("─-"))
-
-    # Where the terminal knows no frames there is a rule under the title instead.
-    below_title = dropwhile(lambda row: not says_something(row), rows[1:])
-    message = " ".join(takewhile(says_something, below_title))
-    return re.sub(r"^Error parsing \w+: ", "", message)  # a class's name, where options disagree
-
-
-def parse() -> Asked:
-    """The command asked for; a usage error is one line, as every error is, and exit code 2."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box):
-            command: Asked = tyro.cli(Command, prog="targetclip", description=__doc__)
-    except SystemExit as ended:
-        if ended.code:
-            line = usage_line(box.getvalue())
-            print(f"targetclip: {line} (see targetclip --help)", file=sys.stderr)
-        raise
-    return command
-
-
 def run(command: Asked) -> int:
     """Do what was asked; the exit code."""
     if isinstance(command, Transfer):
@@ -380,7 +368,7 @@ def run(command: Asked) -> int:
 def main() -> None:
     """Run the command line; anything the user can mend is one line and exit code 1."""
     try:
-        code = run(parse())
+        code = run(parse(__doc__))
     except torch.OutOfMemoryError:
         print("targetclip: out of memory: lower --max-images", file=sys.stderr)
         code = 1

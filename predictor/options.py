@@ -3,8 +3,13 @@
 Knows flags; nothing of what they make happen.
 """
 
+import io
+import re
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +51,13 @@ class Options:
     """Steps of the optimizer. Default: the recipe's."""
     patience: int | None = None
     """Stop early when the loss has not improved for so many steps."""
+    align: Annotated[bool | None, tyro.conf.DisallowNone] = None
+    """Find the face in each picture that is inverted, cut it out as FFHQ's faces are, and put it
+    back when it is edited; --no-align takes pictures that are such squares already. Default: as the
+    world says."""
+    invert_steps: int | None = None
+    """Steps of a search that brings inverted pictures closer to what they show. Default: 0, or 300
+    in a world without an inverter."""
     seed: int = 0
     """Decides everything random: sources, starts, what the optimizer draws."""
     device: str | None = None
@@ -59,6 +71,8 @@ class Options:
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag}: expected 1 or more, found {value}")
+        if self.invert_steps is not None and self.invert_steps < 0:
+            raise ValueError(f"--invert-steps: expected 0 or more, found {self.invert_steps}")
         count = len(self.target) + len(self.text)
         if not count:
             raise ValueError("expected a target: give --target PICTURE or --text TEXT")
@@ -90,9 +104,16 @@ class Transfer(Options):
     """Give sources the essence of one target or of several."""
 
     sources: tuple[Path, ...] | None = None
-    """Pictures to edit; they are inverted first. Default: generated ones."""
+    """Pictures to edit, or one clip: a video file or a folder of frames. They are inverted first.
+    Default: generated ones."""
     num_sources: int | None = None
     """How many sources to generate instead. Default: 6."""
+    face: int | None = None
+    """Which face of each photo, 0 being the largest; of a clip, in the first frame that has it,
+    from where it is followed. Default: 0."""
+    smooth: int | None = None
+    """Over how many frames of a clip faces and latents are smoothed, an odd number; 1 smooths
+    nothing. Default: 5."""
     mode: Mode | None = None
     """How the direction is found: by the mapper alone (instant); by the mapper, checked on probe
     sources, refined or optimized where that falls short (auto); by the mapper and always refined
@@ -122,6 +143,12 @@ class Transfer(Options):
             raise ValueError(
                 f"--num-sources: expected 1 to {MAX_SOURCES}, found {self.num_sources}"
             )
+        if self.face is not None and (self.face < 0 or self.sources is None):
+            raise ValueError(
+                f"--face: expected 0 or more, and --sources to find it in, found {self.face}"
+            )
+        if self.smooth is not None and (self.smooth < 1 or self.smooth % 2 == 0):
+            raise ValueError(f"--smooth: expected an odd number of frames, found {self.smooth}")
         if self.direction is not None:
             for name in self.given((*OF_OPTIMIZER, "weights", "mode", "mapper")):
                 raise ValueError(f"--{name} is for finding a direction: drop it or --direction")
@@ -186,3 +213,30 @@ def applied(options: Transfer) -> dict[str, Any]:
     layers = {name: factor for name, factor in options.layers().items() if factor != 1}
     floor = {} if options.identity_floor is None else {"identity_floor": options.identity_floor}
     return layers | floor
+
+
+def usage_line(box: str) -> str:
+    """What a usage error says, without tyro's frame, title and the help below it."""
+    rows = [row.strip("│╭╮╰╯ ") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+
+    def says_something(row: str) -> bool:
+        return bool(row.strip("─-"))
+
+    # Where the terminal knows no frames there is a rule under the title instead.
+    below_title = dropwhile(lambda row: not says_something(row), rows[1:])
+    message = " ".join(takewhile(says_something, below_title))
+    return re.sub(r"^Error parsing \w+: ", "", message)  # a class's name, where options disagree
+
+
+def parse(description: str | None) -> Asked:
+    """The command asked for; a usage error is one line, as every error is, and exit code 2."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            command: Asked = tyro.cli(Command, prog="targetclip", description=description)
+    except SystemExit as ended:
+        if ended.code:
+            line = usage_line(box.getvalue())
+            print(f"targetclip: {line} (see targetclip --help)", file=sys.stderr)
+        raise
+    return command

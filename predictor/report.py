@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -145,17 +145,23 @@ def report_targets(wanted: Sequence[Wanted], found: Found) -> list[dict[str, Any
     return rows
 
 
-def write_pictures(
+def write_pictures(out: Path, what: str, pictures: Iterable[Image.Image]) -> list[str]:
+    """Numbered pictures, whose names are returned."""
+    names = []
+    for i, picture in enumerate(pictures):
+        names.append(f"{what}_{i:03d}.png")
+        write_picture(picture, out / names[-1])
+    return names
+
+
+def write_grid(
     out: Path,
     wanted: Sequence[Wanted],
     before: Mapping[str, Sequence[Image.Image]],
     edited: Sequence[Image.Image],
     strength: float,
-) -> list[str]:
-    """The edited pictures, whose names are returned, and the grid of everything."""
-    names = [f"edited_{i:03d}.png" for i in range(len(edited))]
-    for name, picture in zip(names, edited, strict=True):
-        write_picture(picture, out / name)
+) -> None:
+    """Targets, sources and edited pictures in one."""
     rows: dict[str, Sequence[Image.Image]] = {}
     shown = [one.target for one in wanted if isinstance(one.target, Image.Image)]
     if len(shown) > 1:
@@ -165,7 +171,6 @@ def write_pictures(
     rows |= {**before, f"results, {label}": edited}
     grid = labelled_grid(shown[0] if len(shown) == 1 else None, rows)
     write_picture(grid, out / "grid.png")
-    return names
 
 
 def tell(wanted: Sequence[Wanted], each: Sequence[Scores], found: Found, out: Path) -> None:

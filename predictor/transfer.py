@@ -56,6 +56,8 @@ class EssenceTransfer:
         identity: says how much of a source is left, for `strength_at_identity`.
         truncation: of generated sources; 1 is the generator's full variety.
         max_images: rendered at once; bounds memory.
+        aligner: cuts the face out of a target picture before it is inverted; None where pictures
+            are inverted as they are. The embedder always sees the whole picture.
 
     Raises:
         ValueError: a mapper of another generator or another embedder.
@@ -71,6 +73,7 @@ class EssenceTransfer:
         identity: IdentityModel | None = None,
         truncation: float = 0.7,
         max_images: int = 64,
+        aligner: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
         self.generator = generator
         self.embedder = embedder
@@ -80,6 +83,7 @@ class EssenceTransfer:
         self.identity = identity
         self.truncation = truncation
         self.max_images = max_images
+        self.aligner = aligner
         self.embedded: dict[Preprocess, Tensor] = {}
         if mapper is not None:
             config = mapper.config
@@ -136,7 +140,7 @@ class EssenceTransfer:
         """What an optimization starts from (release: absolute latents, not offsets).
 
         Raises:
-            ValueError: the inversion of a text, or where there is no inverter.
+            ValueError: the inversion of a text, or where there is no inverter; as the aligner.
         """
         if isinstance(target, str):
             if kind == "inversion":
@@ -145,6 +149,8 @@ class EssenceTransfer:
                     "start at zero or at a random latent"
                 )
             pictures = [Image.new("RGB", (1, 1))]  # only its inversion would be looked at
+        elif kind == "inversion" and self.aligner is not None:
+            pictures = [self.aligner(target)]
         else:
             pictures = [target]
         seeds = [seed_of("initial", seed)]

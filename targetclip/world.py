@@ -51,11 +51,12 @@ class World:
     pretrained: str | None
     """Tag or file of the embedder's weights, where `embedder` is a name."""
     inverter: Path | None
-    """Inverter file; None: pictures cannot be sources, and directions cannot start from one."""
+    """Inverter file; None: only a search finds latents of pictures."""
     identity: Path | None
     """Identity file; None: nothing says whether an edited face is still the same person."""
     aligner: Literal["ffhq"] | None
-    """How photographs are aligned before they are inverted; None: they are cropped to a square."""
+    """How pictures are aligned before they are inverted unless told otherwise; None: they are only
+    cropped to a square."""
     recipe: str
     """Recipe of the optimizer when none is asked for."""
     strength: float

@@ -40,49 +40,6 @@ ROOT = Path(__file__).parents[2]
 Run = Callable[..., int]
 
 
-@pytest.fixture(scope="session")
-def faces(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A target and two sources."""
-    folder = tmp_path_factory.mktemp("faces")
-    paths = [folder / f"{name}.png" for name in ("target", "a", "b")]
-    for i, path in enumerate(paths):
-        Image.fromarray(draw_wide((0, i))).save(path)
-    return paths
-
-
-@pytest.fixture
-def run(
-    tiny_world: Path, faces: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Run:
-    """Run a command; what is not given of --world, --target, --out and --steps is small."""
-
-    def run_command(command: str, *arguments: object, steps: int | None = 3) -> int:
-        given = [str(argument) for argument in arguments]
-        common = {"--world": tiny_world, "--out": tmp_path / "out"}
-        target = {} if "--text" in given else {"--target": faces[0]}
-        few = {} if {"--direction", "--mode", "--mapper"} & {*given} else {"--steps": steps}
-        for flag, value in {**common, **target, **few}.items():
-            if value is not None and not any(argument.split("=")[0] == flag for argument in given):
-                given += [flag, str(value)]
-        monkeypatch.setattr(sys, "argv", ["targetclip", command, *given])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code
-
-    return run_command
-
-
-@pytest.fixture(scope="session")
-def direction_file(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A direction of the tiny world's generator, found by nobody."""
-    generator = load_parts(load_world(str(tiny_world)), torch.device("cpu")).generator
-    vector = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    path = tmp_path_factory.mktemp("direction") / "direction.safetensors"
-    path.write_bytes(direction_bytes(vector, generator, {"method": "optimizer", "recipe": "paper"}))
-    return path
-
-
 def report_of(out: Path) -> dict[str, Any]:
     """report.json as any reader of JSON takes it: no NaN."""
 
@@ -771,16 +728,6 @@ def test_a_direction_of_another_generator_is_refused_and_earlier_results_stay(
     assert run("transfer", "--direction", path) == 1
     assert other.fingerprint[:12] in one_line(capsys.readouterr().err)
     assert hashes(tmp_path / "out") == earlier
-
-
-def test_without_an_inverter_pictures_are_refused_and_generated_sources_are_not(
-    run: Run, tiny_world: Path, faces: list[Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    world = tiny_world.with_name("no_inverter.toml")
-    world.write_text(re.sub("inverter = .*", "", tiny_world.read_text()))
-    assert run("transfer", "--world", world, "--sources", faces[1]) == 1
-    assert "no inverter" in one_line(capsys.readouterr().err)
-    assert run("transfer", "--world", world, "--num-sources", 1) == 0
 
 
 @pytest.mark.parametrize(
