@@ -240,7 +240,10 @@ def refinements(
     for rate in RATES:
         losses[rate] = {0: at_start}
         for steps in LENGTHS:
-            recipe = Gate(0.0, config.probes, steps, rate).refining(judge.recipe)
+            gate = Gate(0.0, config.probes, steps, rate)
+            recipe = gate.refining(
+                judge.recipe, trained_recipe(judge.essence.asked_mapper().record)
+            )
             name = f"refine, rate {rate:g}, {steps} steps"
             found = searched(judge.essence, judge.targets, recipe, predicted, config, name)
             losses[rate][steps] = float(judge.scores(found)["loss"].mean())

@@ -49,8 +49,16 @@ class Gate:
         """Whether a direction is good enough; a score that is no number never is."""
         return probe_score >= self.threshold
 
-    def refining(self, recipe: Recipe) -> Recipe:
-        """A recipe's search, started at a prediction: shorter and in smaller steps."""
+    def refining(self, recipe: Recipe, trained: Recipe) -> Recipe:
+        """A recipe's search, started at a prediction: shorter and in smaller steps.
+
+        With the decay that the mapper was `trained` by: another would spend the few steps on
+        making predictions shorter or longer.
+        """
         return dataclasses.replace(
-            recipe, steps=self.refine_steps, learning_rate=self.refine_rate, initial="zero"
+            recipe,
+            steps=self.refine_steps,
+            learning_rate=self.refine_rate,
+            weight_decay=trained.weight_decay,
+            initial="zero",
         )

@@ -189,8 +189,9 @@ class EssenceTransfer:
         predicted = self.predict(target)
         if mode == "instant":
             return predicted
-        gate = Gate.of(self.asked_mapper())
-        refining = gate.refining(recipe)
+        mapper = self.asked_mapper()
+        gate = Gate.of(mapper)
+        refining = gate.refining(recipe, trained_recipe(mapper.record))
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
         return self.checked(target, predicted, recipe, refining, gate, seed, watch)

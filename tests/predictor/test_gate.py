@@ -49,7 +49,11 @@ def test_the_threshold_itself_passes_and_no_number_never_does() -> None:
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_a_refinement_is_the_recipe_but_for_steps_rate_and_start(name: str) -> None:
+def test_a_refinement_is_the_recipe_but_for_steps_rate_start_and_the_mappers_decay(
+    name: str,
+) -> None:
     recipe = dataclasses.replace(RECIPES[name], patience=7)
-    changes = {"steps": 30, "learning_rate": 0.02, "initial": "zero"}
-    assert dataclasses.asdict(GATE.refining(recipe)) == dataclasses.asdict(recipe) | changes
+    trained = dataclasses.replace(RECIPES["consistent"], weight_decay=0.5)
+    changes = {"steps": 30, "learning_rate": 0.02, "initial": "zero", "weight_decay": 0.5}
+    found = dataclasses.asdict(GATE.refining(recipe, trained))
+    assert found == dataclasses.asdict(recipe) | changes
