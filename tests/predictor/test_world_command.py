@@ -100,7 +100,7 @@ def test_a_world_that_ships_is_ready(world: World) -> None:
     assert code == 0 and lines[-1] == "sketch64: ready"
     heads = [line for line in lines[:-1] if not line.startswith(" ")]
     assert heads[0] == "generator: there: generator.safetensors"
-    assert len(heads) == 4 and all(": there: " in head for head in heads)
+    assert len(heads) == 5 and all(": there: " in head for head in heads)
 
 
 def test_a_check_says_where_to_get_what_is_missing_and_where_to_put_it(
