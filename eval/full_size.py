@@ -1,7 +1,7 @@
 """Every command once at full size, without anybody's weights; and what a step holds in memory.
 
-    python -m eval.full_size --out runs/full              # half an hour on two idle cores
-    python -m eval.full_size --out runs/full --memory     # some minutes
+    python -m eval.full_size --out runs/full              # by estimate 30 to 45 minutes
+    python -m eval.full_size --out runs/full --memory     # two minutes on two idle cores
 
 Makes seeded weights in the layouts of the public checkpoints (2 GB), and runs the project's own
 commands on them, each in a process of its own, with its seconds and peak memory. Pictures come out
