@@ -71,6 +71,9 @@ class Config:
     """Targets optimized together, which are a chunk; auto finds what fits and is fast."""
     max_images: int | None = None
     """Images rendered at once, where memory is short. Default: those of a step."""
+    checkpoint_layers: bool = False
+    """Keep half as much of each image for the backward pass, and compute the rest again: where not
+    even --max-images 1 fits. The result is the same."""
     held_out: int = 16
     """Sources that every pair is scored on and none is optimized on."""
     seed: int = 0
@@ -352,7 +355,7 @@ def run(config: Config) -> int:
     stop.listen()
     accelerator = Accelerator()
     world = load_world(config.world)
-    parts = load_parts(world, accelerator.device)
+    parts = load_parts(world, accelerator.device, config.checkpoint_layers)
     recipe_name, recipe = chosen_recipe(config, world)
     precision = accelerator.mixed_precision
     settings = settings_of(config, world, parts, recipe_name, recipe, precision)

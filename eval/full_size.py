@@ -10,7 +10,8 @@ nothing of quality. Writes report.json, report.md and log.txt (each command with
 same command goes on after an interruption: what is done is not done again.
 
 `--memory` counts the bytes that a step of the optimizer keeps for its backward pass, and measures
-steps of 1, 2 and 4 sources. Runs on the processor; GiB are 2**30 bytes.
+steps of 1, 2 and 4 sources, with layers kept and computed again. Runs on the processor; GiB are
+2**30 bytes.
 """
 
 import argparse
@@ -59,7 +60,11 @@ GIB = 2**30
 CLIP = "ViT-B-32"
 CARDS = (8, 11, 24, 80)  # GiB
 USABLE = 0.9  # of a card: the rest is the driver's and the convolutions' workspace, assumed
-MEASURED = ((1, 1), (2, 2), (4, 4), (4, 1))  # sources, and how many of them at once
+# Sources, how many of them at once, and whether layers are computed again.
+MEASURED = (
+    (1, 1, False), (2, 2, False), (4, 4, False), (4, 1, False), (1, 1, True), (4, 4, True),
+)  # fmt: skip
+AGAIN = ", layers again"
 WORLD = """name = "full"
 generator = "stylegan2.pt"
 {embedder}
@@ -244,9 +249,12 @@ def networks(config: Config) -> tuple[StyleGAN2, ClipEmbedder]:
     )
 
 
-def measured(config: Config, precision: Precision, sources: int, at_once: int) -> dict[str, float]:
+def measured(
+    config: Config, precision: Precision, sources: int, at_once: int, again: bool
+) -> dict[str, float]:
     """GiB of this process before a step of `release`, and at most."""
     generator, embedder = pair = networks(config)
+    generator.checkpoint_layers = again
     recipe = dataclasses.replace(RECIPES["release"], steps=1, sources=sources)
     ws, target = random_latents(generator, range(sources)), torch.ones(1, embedder.embed_dim)
     before, start = psutil.Process().memory_info().rss / GIB, time.perf_counter()
@@ -305,11 +313,16 @@ def counted(config: Config) -> dict[str, float]:
         kept.subtract(kept_bytes(generator, embedder, 1, precision))
         outputs, outside = kept.pop("outputs"), kept.pop("outside")
         found[precision] = (outside + kept.total()) / GIB
-        found[f"{precision}, layers again"] = (outside + outputs + max(kept.values())) / GIB
+        found[f"{precision}{AGAIN}"] = (outside + outputs + max(kept.values())) / GIB
     with torch.device("meta"):
         others = [Encoder4Editing(generator.num_ws, generator.w_dim), ArcFace()]
     parameters = [p for part in (generator, embedder, *others) for p in part.parameters()]
     return found | {"weights": sum(4 * p.numel() for p in parameters) / GIB}
+
+
+def row_name(precision: Precision, sources: int, at_once: int, again: bool) -> str:
+    """What a measured step is called in the reports."""
+    return f"{precision}, {sources} sources, {at_once} at once{AGAIN if again else ''}"
 
 
 def run_memory(config: Config, report: dict[str, Any]) -> None:
@@ -318,20 +331,20 @@ def run_memory(config: Config, report: dict[str, Any]) -> None:
     memory["counted"] = count = alone(counted, config)
     rows = memory["measured"]
     for precision in DTYPES:
-        for sources, at_once in MEASURED:
-            name = f"{precision}, {sources} sources, {at_once} at once"
+        for sources, at_once, again in MEASURED:
+            name = row_name(precision, sources, at_once, again)
             if name not in rows:
-                rows[name] = alone(measured, config, precision, sources, at_once)
+                rows[name] = alone(measured, config, precision, sources, at_once, again)
                 write_reports(config.out, report)
                 print(f"{name}: {rows[name]['peak']:.2f} GiB", flush=True)
-        one, four = (rows[f"{precision}, {n} sources, {n} at once"]["peak"] for n in (1, 4))
         room = [USABLE * card - count["weights"] for card in CARDS]
-        for way, each in (
-            ("counted", count[precision]),
-            ("measured", max(four - one, 1 / GIB) / 3),
-        ):
-            most = [max(0, int(free / each)) for free in room]
-            memory["fits"][f"{precision}, {way}"] = [round(each, 3), *most]
+        for again in (False, True):
+            kind = f"{precision}{AGAIN if again else ''}"
+            one, four = (rows[row_name(precision, n, n, again)]["peak"] for n in (1, 4))
+            ways = {"counted": count[kind], "measured": max(four - one, 1 / GIB) / 3}
+            for way, each in ways.items():
+                most = [max(0, int(free / each)) for free in room]
+                memory["fits"][f"{kind}, {way}"] = [round(each, 3), *most]
     write_reports(config.out, report)
 
 

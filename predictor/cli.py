@@ -122,7 +122,13 @@ def choose_device(name: str | None) -> torch.device:
 def load(options: Options, world: World, finder: FaceFinder | None) -> EssenceTransfer:
     """The world's parts, ready to use."""
     mapper = options.mapper if isinstance(options, Transfer) else None
-    essence = load_essence(world, choose_device(options.device), mapper, options.max_images)
+    essence = load_essence(
+        world,
+        choose_device(options.device),
+        mapper,
+        options.max_images,
+        options.checkpoint_layers,
+    )
     prepare_inversion(essence, options, world, finder)
     return essence
 

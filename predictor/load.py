@@ -14,14 +14,20 @@ from targetclip.world import World, load_parts
 
 
 def load_essence(
-    world: World, device: torch.device, mapper: Path | None = None, max_images: int = 64
+    world: World,
+    device: torch.device,
+    mapper: Path | None = None,
+    max_images: int = 64,
+    checkpoint_layers: bool = False,
 ) -> EssenceTransfer:
     """Load a world's networks and its mapper, or another mapper's file.
+
+    `checkpoint_layers`: see `StyleGAN2`; it matters where the optimizer searches.
 
     Raises:
         FileNotFoundError, ValueError: as the readers of the parts do; a mapper of other networks.
     """
-    parts = load_parts(world, device)
+    parts = load_parts(world, device, checkpoint_layers)
     found, path = None, mapper or world.mapper
     if path is not None:
         found, _ = load_mapper(path, parts.generator.fingerprint, parts.embedder.fingerprint)

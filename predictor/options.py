@@ -64,6 +64,9 @@ class Options:
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
     max_images: int = 64
     """Images rendered at once; less needs less memory."""
+    checkpoint_layers: bool = False
+    """Keep half as much of an image for the optimizer's backward pass, and compute the rest again:
+    where not even --max-images 1 fits. The result is the same."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "patience", "max_images"):

@@ -263,8 +263,8 @@ def load_any_identity(path: Path, device: torch.device) -> IdentityModel:
     )
 
 
-def load_parts(world: World, device: torch.device) -> Parts:
-    """Load the networks of a world.
+def load_parts(world: World, device: torch.device, checkpoint_layers: bool = False) -> Parts:
+    """Load the networks of a world; see `StyleGAN2` for `checkpoint_layers`.
 
     Raises:
         FileNotFoundError: a file is not there; the message says where to get it.
@@ -275,6 +275,7 @@ def load_parts(world: World, device: torch.device) -> Parts:
         if file.role not in ("mapper", "embedder"):
             require(file, world.given)
     generator = load_generator(world.generator).to(device)
+    generator.checkpoint_layers = checkpoint_layers
     inverter = identity = None
     if world.inverter is not None:
         inverter = load_any_inverter(world.inverter, generator, device)

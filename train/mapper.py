@@ -105,6 +105,9 @@ class Config:
     """Batches a step and process whose gradients are averaged."""
     max_images: int | None = None
     """Images rendered at once, where memory is short. Default: those of a batch."""
+    checkpoint_layers: bool = False
+    """Keep half as much of each image for the backward pass, and compute the rest again: where not
+    even --max-images 1 fits. The result is the same."""
     learning_rate: float = 5e-4
     """At its highest: it warms up over 100 steps and falls as a cosine to the end."""
     weight_decay: float = 0.01
@@ -122,14 +125,14 @@ class Config:
 
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence"}
-FREE |= {"evaluate_every", "checkpoint_seconds"}
+FREE |= {"evaluate_every", "checkpoint_seconds", "checkpoint_layers"}
 
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for a flag that cannot be; here, for tyro prints a box for its own."""
     for name, value in vars(config).items():
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, int) and name != "seed" and value < 1:
+        if type(value) is int and name != "seed" and value < 1:
             raise ValueError(f"{flag}: expected 1 or more, found {value}")
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise ValueError(f"{flag}: expected a number from 0 on, found {value}")
@@ -170,7 +173,7 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
 def make_scene(config: Config, device: torch.device) -> tuple[str, Scene]:
     """The name of the recipe, and the world's networks with its settings."""
     world = load_world(config.world)
-    parts = load_parts(world, device)
+    parts = load_parts(world, device, config.checkpoint_layers)
     name = config.recipe or world.recipe
     recipe = RECIPES[name]
     decay = recipe.weight_decay if config.direction_decay is None else config.direction_decay

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from targetclip.generators import Generator, load_generator
@@ -235,6 +235,30 @@ def test_the_weights_get_no_gradient_but_ws_does(small: StyleGAN2) -> None:
     small.synthesis(ws).square().mean().backward()
     assert ws.grad is not None and (ws.grad != 0).any(dim=-1).all()
     assert all(parameter.grad is None for parameter in small.parameters())
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_layers_computed_again_give_the_same_gradient(half: bool) -> None:
+    network = tiny_network()
+    runs: list[nn.Module] = []
+    for layer in [*network.convs, *network.to_rgbs]:
+        layer.register_forward_pre_hook(lambda layer, _: runs.append(layer))
+
+    def gradient() -> Tensor:
+        ws = network.mapping(some_z(network)).requires_grad_()
+        with torch.autocast(ws.device.type, torch.bfloat16, enabled=half):
+            image = network.synthesis(ws)
+        image.square().mean().backward()
+        assert ws.grad is not None
+        return ws.grad
+
+    kept, once = gradient(), len(runs)
+    network.checkpoint_layers = True
+    assert torch.equal(gradient(), kept)
+    assert len(runs) == 3 * once
+    with torch.no_grad():  # nothing to go back through, nothing to compute again
+        network.synthesis(network.mapping(some_z(network)).requires_grad_())
+    assert len(runs) == 4 * once
 
 
 def test_bfloat16_autocast_renders_nearly_the_same_image(small: StyleGAN2) -> None:
