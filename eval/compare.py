@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data.publish import sha256_of
 from eval.answers import Run, run_of
 from eval.benchmark import machine
+from eval.blip import BlipEmbedder
 from eval.compare_judge import (
     DRAWN_ANSWER,
     RELEASED_SOURCES,
@@ -70,6 +71,8 @@ Precision = Literal["fp32", "bf16"]
 DRAWN_WORLD = "sketch64"  # whose pictures the attribute reader knows, and the renderer draws
 NAMES = (*METHODS, DRAWN_ANSWER)
 ADVERSARIES = 6
+BLIP = "blip:"
+TEACHERS = ("consistent", "identity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,8 @@ class Config:
     encoder: Path | None = None
     """What train.encoder wrote."""
     judge: str | None = None
-    """A second CLIP that judges: a model of open_clip, or a folder."""
+    """A second judge: a model of open_clip, a folder of one, or blip: and then a folder or a
+    repository of the Hub, e.g. blip:Salesforce/blip-itm-base-coco."""
     judge_pretrained: str | None = None
     """Its weights, where --judge is a model's name."""
     folder: Path | None = None
@@ -199,16 +203,27 @@ def make_bench(config: Config, world: World, device: torch.device) -> Bench:
     )
 
 
+def load_judge(
+    name: str | None, pretrained: str | None, device: torch.device
+) -> ClipEmbedder | BlipEmbedder | None:
+    """The second judge, if one is wanted."""
+    if name is None:
+        return None
+    if not name.startswith(BLIP):
+        return ClipEmbedder.load(name, pretrained).to(device)
+    if pretrained is not None:
+        raise ValueError(f"--judge-pretrained: {name} brings its own weights; drop the flag")
+    return BlipEmbedder.load(name.removeprefix(BLIP)).to(device)
+
+
 def make_judges(config: Config, world: World, bench: Bench) -> Judges:
     """Everything that looks at images."""
-    essence, device, second = bench.essence, bench.sources.device, None
-    if config.judge is not None:
-        second = ClipEmbedder.load(config.judge, config.judge_pretrained).to(device)
+    essence, device = bench.essence, bench.sources.device
     return Judges(
         essence.generator,
         essence.embedder,
         load_reader().to(device) if world.name == DRAWN_WORLD else None,
-        second,
+        load_judge(config.judge, config.judge_pretrained, device),
         essence.identity,
         config.max_images,
     )

@@ -44,8 +44,10 @@ targets. Every method edits the same sources at strength 1; none but `clip-blend
   sources. Same person is the identity model's cosine.
 - second judge: transfer score in another embedder's space.
 - change outside: mean change of the picture's left and right border, of the range of values.
-- FID and KID: of all edited images of a table's targets against {references} unedited ones, by
-  {features}.
+  Perceived outside is the same to the eyes of a network (the reader's): how differently it sees an
+  unedited picture with the edit's border, as LPIPS measures it, but without learned weights.
+- FID and KID, by torchmetrics: of all edited images of a table's targets against {references}
+  unedited ones, by {features}.
   FID is biased by the number of images: compare it within a table alone. Drawn pictures are sharper
   than any the generator makes, which counts against `drawn-answer`.
 - seconds are of a new target, from its picture to its direction. Those with a star are means over a

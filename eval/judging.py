@@ -19,7 +19,9 @@ from eval.metrics import (
     essence_acquired,
     frechet_distance,
     identity_kept,
+    outside_alone,
     outside_change,
+    perceptual_distance,
     reading_columns,
     released_score,
     transfer_scores,
@@ -43,6 +45,7 @@ SCORES = {
     "second": "second judge",
     "additivity": "additivity",
     "outside": "change outside",
+    "perceived": "perceived outside",
 }
 RELEASED_STRENGTH = 1.2
 
@@ -82,6 +85,16 @@ def read(
     return features, torch.sigmoid(encoder.out(features))
 
 
+def seen_by_level(
+    reader: AttributeReader, images: Float[Tensor, "batch 3 height width"]
+) -> list[Float[Tensor, "batch _ _ _"]]:
+    """What each level of the reader's convolutions says of every place."""
+    levels = [images.clamp(-1, 1)]
+    for conv in reader.encoder.convs:
+        levels.append(conv(levels[-1]))
+    return levels[1:]
+
+
 @dataclass(frozen=True)
 class Judges:
     """Everything that looks at images, and the generator that makes them."""
@@ -112,6 +125,19 @@ class Judges:
         people = None if self.identity is None else self.identity.embed_images(images)
         found = (embeddings, features, readings, second, people)
         return Look(*(None if each is None else each.float().cpu() for each in found))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def perceived(
+        self,
+        before: Float[Tensor, "batch 3 height width"],
+        after: Float[Tensor, "batch 3 height width"],
+    ) -> Float[Tensor, " batch"] | None:
+        """How much an edit's change outside is seen by the reader; None where there is none."""
+        if self.reader is None:
+            return None
+        kept = seen_by_level(self.reader, before)
+        changed = seen_by_level(self.reader, outside_alone(before, after))
+        return perceptual_distance(kept, changed)
 
     @property
     def people_of(self) -> str | None:
@@ -165,6 +191,8 @@ class Judged:
     look: Look
     outside: Float[Tensor, " targets"]
     """Change outside of the edit."""
+    perceived: Float[Tensor, " targets"] | None
+    """The same as a network sees it; None where no network knows such pictures."""
 
 
 def edited_images(
@@ -184,11 +212,14 @@ def judge(
     edited: Iterable[Float[Tensor, "sources 3 height width"]],
 ) -> Judged:
     """Look at edited sources, a target at a time."""
-    looks, outside = [], []
+    looks, outside, perceived = [], [], []
     for images in edited:
         looks.append(judges.look(images))
         outside.append(outside_change(before, images).mean().cpu())
-    return Judged(stacked(looks), torch.stack(outside))
+        if (seen := judges.perceived(before, images)) is not None:
+            perceived.append(seen.mean().cpu())
+    shown = torch.stack(perceived) if perceived else None
+    return Judged(stacked(looks), torch.stack(outside), shown)
 
 
 def scores_of(judged: Judged, before: Look, goal: Goal) -> dict[str, Tensor]:
@@ -201,6 +232,8 @@ def scores_of(judged: Judged, before: Look, goal: Goal) -> dict[str, Tensor]:
         "additivity": additivity(before.embeddings, look.embeddings),
         "outside": judged.outside,
     }
+    if judged.perceived is not None:
+        scores["perceived"] = judged.perceived
     if look.readings is not None and before.readings is not None:
         scores["identity"] = identity_kept(look.readings, before.readings)
         if (truth := goal.truth) is not None:

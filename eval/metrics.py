@@ -3,16 +3,22 @@
 Knows numbers only: what made them and where they go is the callers'.
 """
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from data.readings import READINGS
 from targetclip.losses import SHORTEST_DIFFERENCE
+
+KID_SUBSETS, KID_SUBSET = 10, 1000
 
 # In embedding space
 
@@ -134,58 +140,101 @@ def outside_change(
     In [0, 1], of the range of values. On drawn faces that is background, where no essence is ever
     drawn: the widest hat ends before it. On photographs long hair may reach it.
     """
-    width = max(1, before.shape[-1] // 16)
+    width = border_width(before)
     change = (after.clamp(-1, 1) - before.clamp(-1, 1)).abs() / 2
     return torch.cat([change[..., :width], change[..., -width:]], dim=-1).mean(dim=(1, 2, 3))
+
+
+def border_width(images: Float[Tensor, "images 3 height width"]) -> int:
+    """Columns at either side where no essence is ever drawn."""
+    return max(1, images.shape[-1] // 16)
+
+
+def outside_alone(
+    before: Float[Tensor, "images 3 height width"], after: Float[Tensor, "images 3 height width"]
+) -> Float[Tensor, "images 3 height width"]:
+    """Unedited pictures that have taken on what an edit did to the outside, and nothing else."""
+    width, mixed = border_width(before), before.clone()
+    mixed[..., :width], mixed[..., -width:] = after[..., :width], after[..., -width:]
+    return mixed
+
+
+def perceptual_distance(
+    a: Sequence[Float[Tensor, "images _ _ _"]], b: Sequence[Float[Tensor, "images _ _ _"]]
+) -> Float[Tensor, " images"]:
+    """How differently a network sees two pictures, from 0 on: LPIPS without its learned weights.
+
+    The mean over levels of the mean over places of |unit(a) - unit(b)|^2, with a and b what a level
+    of a convolutional network says of a place (Zhang et al. 2018, equation 1, all weights 1).
+    """
+    levels = [
+        (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(dim=1).mean(dim=(1, 2))
+        for x, y in zip(a, b, strict=True)
+    ]
+    return torch.stack(levels).mean(dim=0)
 
 
 # Of distributions
 
 
+class Given(nn.Module):
+    """Hands on what it is given: torchmetrics asks for a network, and the judges have looked."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(
+        self, features: Float[Tensor, "images features"]
+    ) -> Float[Tensor, "images features"]:
+        return features
+
+
+def check_samples(name: str, *samples: Float[Tensor, "_ _"]) -> None:
+    """Raise a ValueError for fewer than two images in a sample."""
+    if min(map(len, samples)) < 2:
+        found = " and ".join(str(len(sample)) for sample in samples)
+        raise ValueError(f"{name} needs two images or more of each kind, found {found}")
+
+
 def frechet_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features"]) -> float:
     """FID: the Frechet distance of two Gaussians with the means and covariances of two samples.
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), in float64, for any features. Small
-    samples make it too large, by an amount that depends on their size: compare only what was
-    computed from as many images.
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), by torchmetrics in float64, for any
+    features. Small samples make it too large, by an amount that depends on their size: compare
+    only what was computed from as many images.
 
     Raises:
         ValueError: fewer than two rows in a sample.
     """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"FID needs two images or more of each kind, found {len(a)} and {len(b)}")
-    a, b = a.double(), b.double()
-    between = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
-    a, b = a - a.mean(dim=0), b - b.mean(dim=0)
-    rows_a, rows_b = len(a) - 1, len(b) - 1
-    spread = a.square().sum() / rows_a + b.square().sum() / rows_b
-    # With C_a = a'a / rows_a and C_b alike, the roots of C_a C_b's eigenvalues are the singular
-    # values of a b', which need neither covariance nor its root.
-    overlap = torch.linalg.svdvals(a @ b.T).sum() / (rows_a * rows_b) ** 0.5
-    return float(between + spread - 2 * overlap)
+    check_samples("FID", a, b)
+    fid = FrechetInceptionDistance(feature=Given(a.shape[1]))
+    fid.update(a.double(), real=True)
+    fid.update(b.double(), real=False)
+    return float(fid.compute())
 
 
 def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features"]) -> float:
-    """KID: the squared maximum mean discrepancy of two samples, unbiased, in float64.
+    """KID: the squared maximum mean discrepancy of two samples, unbiased, by torchmetrics.
 
-    With the kernel (x . y / features + 1)^3 over the whole samples. 0 is expected of two samples
-    of one distribution, whatever their size; a single value may fall below it.
+    With the kernel (x . y / features + 1)^3, in float64; the mean over 10 draws of as many of each
+    sample as the smaller one has, at most 1,000, always the same. 0 is expected of two samples of
+    one distribution, whatever their size; a single value may fall below it.
 
     Raises:
         ValueError: fewer than two rows in a sample.
     """
-    if min(len(a), len(b)) < 2:
-        raise ValueError(f"KID needs two images or more of each kind, found {len(a)} and {len(b)}")
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: Tensor) -> Tensor:
-        values = kernel(x, x)
-        return (values.sum() - values.diagonal().sum()) / (len(x) * (len(x) - 1))
-
-    a, b = a.double(), b.double()
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+    check_samples("KID", a, b)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")
+        size = min(len(a), len(b), KID_SUBSET)
+        kid = KernelInceptionDistance(Given(a.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+    kid.update(a.double(), real=True)
+    kid.update(b.double(), real=False)
+    # It draws from torch's own numbers, which are the caller's.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return float(kid.compute()[0])
 
 
 # Over targets
