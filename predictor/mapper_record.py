@@ -43,9 +43,12 @@ class MapperConfig:
     width: int = 512
     depth: int = 3
     """Residual blocks."""
+    rank: int | None = None
+    """Directions are mixtures of so many learned ones. None: each of their numbers is free."""
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "num_ws", "w_dim", "width", "depth"):
+        sizes = ("embed_dim", "num_ws", "w_dim", "width", "depth")
+        for name in sizes if self.rank is None else (*sizes, "rank"):
             size = getattr(self, name)
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}: expected a whole number from 1 on, found {size!r}")

@@ -94,6 +94,9 @@ class Config:
     width: int = 512
     depth: int = 3
     """Of the mapper: residual blocks of so many features."""
+    rank: int | None = None
+    """Of the mapper: directions are mixtures of so many learned ones, which makes it quicker.
+    Default: each of their numbers is free."""
     batch_size: int = 16
     """Targets a step and process in the transfer term."""
     sources: int | None = None
@@ -201,6 +204,7 @@ def make_mapper(
                 embedder.fingerprint,
                 config.width,
                 config.depth,
+                config.rank,
             )
         )
     sources = embedded_sources(scene)

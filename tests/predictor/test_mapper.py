@@ -85,6 +85,30 @@ def test_a_batch_of_embeddings_becomes_directions_and_scores(
     assert found.expected.abs().max() <= 1
 
 
+def test_directions_of_a_rank_are_mixtures_of_so_many() -> None:
+    network = fresh(dataclasses.replace(CONFIG, rank=3)).requires_grad_(False)
+    numbers = torch.Generator().manual_seed(1)
+    for name, tensor in network.state_dict().items():
+        if name not in ("scale", "centre"):
+            tensor.add_(torch.randn(tensor.shape, generator=numbers))
+    found = (network(embeddings(40)).directions / network.scale).flatten(1)
+    assert int(torch.linalg.matrix_rank(found, rtol=1e-4)) == 3
+    whole = fresh(CONFIG).requires_grad_(False)
+    for name, tensor in whole.state_dict().items():
+        if name not in ("scale", "centre"):
+            tensor.add_(torch.randn(tensor.shape, generator=numbers))
+    found = (whole(embeddings(40)).directions / whole.scale).flatten(1)
+    assert int(torch.linalg.matrix_rank(found, rtol=1e-4)) > 3
+
+
+def test_a_mapper_of_a_rank_outlives_its_file(path: Path) -> None:
+    network = fresh(dataclasses.replace(CONFIG, rank=3)).requires_grad_(False)
+    save_mapper(network, path, RECORD)
+    found, _ = load_mapper(path)
+    assert found.config.rank == 3
+    assert torch.equal(found(embeddings()).directions, network(embeddings()).directions)
+
+
 def test_a_row_is_the_same_alone_and_among_others(mapper: Mapper) -> None:
     together = mapper(embeddings())
     for i in range(4):
