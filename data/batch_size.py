@@ -86,5 +86,6 @@ def time_step(teacher: Teacher, size: int) -> float:
             list(range(size)),
             on_step=on_step,
             max_images=teacher.images_at_once(size),
+            identity=teacher.identity,
         )
     return times[-1] - times[-2]

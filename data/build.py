@@ -62,7 +62,7 @@ class Config:
     only: Stage | None = None
     """Do this stage alone. Default: plan, run and merge."""
     recipe: str | None = None
-    """Recipe of the teacher: release, paper or consistent. Default: the world's."""
+    """Recipe of the teacher: release, paper, consistent or identity. Default: the world's."""
     initial: Initial | None = None
     """What directions start from. Default: the recipe's."""
     steps: int | None = None
@@ -172,6 +172,7 @@ def make_teacher(
         config.max_images,
         autocast,
         parts.inverter,
+        parts.identity,
     )
 
 

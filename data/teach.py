@@ -32,6 +32,7 @@ from data.publish import fault_point, publish_file, replace_file
 from data.targets import Target
 from targetclip.embedder import ImageEmbedder
 from targetclip.generators import Generator
+from targetclip.identity import IdentityModel
 from targetclip.inverter import LatentInverter
 from targetclip.losses import consistency_loss, transfer_loss
 from targetclip.optimize import Optimized, Progress, embed_chunks, optimize_directions
@@ -91,6 +92,8 @@ class Teacher:
     """Precision to compute in."""
     inverter: LatentInverter | None = None
     """For recipes that start from the target's inversion."""
+    identity: IdentityModel | None = None
+    """For recipes with an identity loss."""
     optimize: Callable[..., Optimized] = optimize_directions
 
     def images_at_once(self, targets: int) -> int:
@@ -138,6 +141,7 @@ class Teacher:
                 on_step=on_step,
                 max_images=self.images_at_once(plan.batch_size),
                 resume=resume,
+                identity=self.identity,
             )
 
     @torch.no_grad()

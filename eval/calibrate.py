@@ -36,8 +36,9 @@ from predictor.mapper_record import MapperRecord, trained_recipe
 from predictor.report import make_folder, versions, write_file
 from predictor.transfer import EssenceTransfer
 from targetclip.editing import render
+from targetclip.identity import eyes
 from targetclip.images import write_picture
-from targetclip.losses import consistency_loss
+from targetclip.losses import consistency_loss, identity_loss
 from targetclip.optimize import optimize_directions
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe
@@ -145,10 +146,11 @@ class Judge:
 
     essence: EssenceTransfer
     sources: Float[Tensor, "sources num_ws w_dim"]
-    before: Float[Tensor, "sources embed"]
+    before: Float[Tensor, "sources seen"]
     targets: Targets
     probes: int
     recipe: Recipe
+    """Its loss is the teacher's, and beside it what the mapper was taught of identity."""
 
     @staticmethod
     def new(essence: EssenceTransfer, targets: Targets, recipe: Recipe, config: Config) -> "Judge":
@@ -156,23 +158,29 @@ class Judge:
         sources = generated_sources(essence.generator, truncation, config.sources, JUDGED_SEED)
         with torch.no_grad():
             images = render(essence.generator, sources, essence.max_images)
-            before = essence.embedder.embed_images(images)
+            seeing = eyes(essence.embedder, essence.identity, recipe.identity_weight)
+            before = seeing.embed_images(images)
         return Judge(essence, sources, before, targets, config.probes, recipe)
 
     def scores(self, vectors: Float[Tensor, "targets num_ws w_dim"]) -> dict[str, Tensor]:
         """Each [targets]: transfer score, the recipe's loss, transfer score on the probe."""
         essence, found = self.essence, []
+        seeing = eyes(essence.embedder, essence.identity, self.recipe.identity_weight)
         for vector in vectors:
             images = render(essence.generator, self.sources + vector, essence.max_images)
             with torch.no_grad():
-                found.append(essence.embedder.embed_images(images))
-        edited = torch.stack(found)
+                found.append(seeing.embed_images(images))
+        seen, embed = torch.stack(found), essence.embedder.embed_dim
+        parts = (embed, seen.shape[2] - embed)
+        edited, people = seen.split(parts, dim=2)
+        before, people_before = self.before.expand_as(seen).split(parts, dim=2)
         cosine = F.cosine_similarity(edited, self.targets.judged[:, None], dim=2)
         transfer = cosine.mean(dim=1)
-        before = self.before.expand_as(edited)
         consistency = consistency_loss(before, edited, self.recipe.differences)
         loss = self.recipe.transfer_weight * (1 - transfer)
         loss = loss + self.recipe.consistency_weight * consistency
+        if self.recipe.identity_weight:
+            loss = loss + self.recipe.identity_weight * identity_loss(people_before, people)
         rows = zip(self.targets.judged, vectors, strict=True)
         probe = [essence.probe_score(target, vector, self.probes) for target, vector in rows]
         return {"transfer": transfer.cpu(), "loss": loss.cpu(), "probe": torch.tensor(probe)}
@@ -218,7 +226,7 @@ def searched(
             with in_bfloat16(bank.device) if config.precision == "bf16" else nullcontext():
                 optimized = optimize_directions(
                     essence.generator, essence.embedder, wanted[span], bank, recipe, part,
-                    seeds[span], on_step, config.max_images,
+                    seeds[span], on_step, config.max_images, identity=essence.identity,
                 )  # fmt: skip
             failed = torch.tensor([each is not None for each in optimized.failures])
             kept = failed.to(part.device)[:, None, None]
@@ -250,14 +258,16 @@ def refinements(
     return losses
 
 
-def teacher_answers(judge: Judge, config: Config) -> Float[Tensor, "targets num_ws w_dim"]:
+def teacher_answers(
+    judge: Judge, recipe: Recipe, config: Config
+) -> Float[Tensor, "targets num_ws w_dim"]:
     """The optimizer's directions from its own start."""
     essence, targets = judge.essence, judge.targets
     seeds = [seed_of("initial", config.seed, each) for each in targets.ids]
     initial = initial_directions(
-        essence.generator, essence.inverter, targets.pictures, judge.recipe.initial, seeds
+        essence.generator, essence.inverter, targets.pictures, recipe.initial, seeds
     )
-    return searched(essence, targets, judge.recipe, initial, config, "teacher")
+    return searched(essence, targets, recipe, initial, config, "teacher")
 
 
 def means_by_set(targets: Targets, values: Float[Tensor, " targets"]) -> dict[str, float]:
@@ -290,12 +300,14 @@ def run(config: Config) -> MapperRecord:
     device = choose_device(config.device)
     essence = load_essence(world, device, config.mapper, config.max_images)
     mapper = essence.asked_mapper()
-    recipe = RECIPES[world.recipe]
+    recipe, trained = RECIPES[world.recipe], trained_recipe(mapper.record)
     targets = validation_targets(config, essence)
-    judge = Judge.new(essence, targets, recipe, config)
+    # Refinements minimise it as well, so they are to be chosen by it.
+    judged_by = replace(recipe, identity_weight=trained.identity_weight)
+    judge = Judge.new(essence, targets, judged_by, config)
     predicted, expected = predictions(essence, mapper, targets)
     first = judge.scores(predicted)
-    taught = judge.scores(teacher_answers(judge, config))
+    taught = judge.scores(teacher_answers(judge, recipe, config))
     losses = refinements(judge, predicted, config, float(first["loss"].mean()))
     rate, steps = choose_refinement(
         {r: {s: v for s, v in by.items() if s} for r, by in losses.items()}

@@ -101,7 +101,7 @@ class Config:
     only: tuple[str, ...] = ()
     """Run these methods alone, by name. Default: all whose parts are there."""
     quick: bool = False
-    """Fewer targets, and of all that search only `consistent`, on a few."""
+    """Fewer targets, and of all that search only `consistent` and `identity`, on a few."""
     targets: int | None = None
     """Of the sets in range, out of range and folder. Default: 32, or 8 if quick."""
     slow: int | None = None
@@ -180,6 +180,8 @@ def make_bench(config: Config, world: World, device: torch.device) -> Bench:
             pass  # the report says so
     if world.inverter is not None:
         digests["inverter"] = sha256_of(world.inverter)
+    if world.identity is not None:
+        digests["identity"] = sha256_of(world.identity)
     pairs = differences = encoder = None
     if config.pairs is not None:
         pairs = open_pair_table(config.pairs, essence.generator, essence.embedder)
@@ -260,7 +262,7 @@ def choose_methods(config: Config, bench: Bench) -> tuple[list[str], list[str]]:
             raise ValueError(f"--only {name}: cannot be run, for {lacking[0]}")
         if lacking:
             left_out.append(f"{name}: {lacking[0]}")
-        elif config.quick and method.optimizes and name != "consistent" and not config.only:
+        elif config.quick and method.optimizes and name not in TEACHERS and not config.only:
             left_out.append(f"{name}: it takes too long for --quick")
         else:
             chosen.append(name)

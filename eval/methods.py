@@ -33,7 +33,7 @@ from targetclip.recipes import RECIPES, Recipe
 from targetclip.sources import BANK, seed_of, source_bank
 from targetclip.targets import embed_targets, initial_directions
 
-Part = Literal["mapper", "calibration", "pairs", "inverter", "differences", "encoder"]
+Part = Literal["mapper", "calibration", "pairs", "inverter", "differences", "encoder", "identity"]
 LACKING: dict[Part, str] = {
     "mapper": "there is no mapper (--mapper)",
     "calibration": "the mapper is not calibrated (python -m eval.calibrate)",
@@ -41,6 +41,7 @@ LACKING: dict[Part, str] = {
     "inverter": "the world has no inverter",
     "differences": "there is no mapper trained by differences (--differences)",
     "encoder": "there is no encoder (--encoder)",
+    "identity": "the world has no identity model",
 }
 
 # Each source alone: there is no other to agree with. Fewer steps, since there are more searches.
@@ -166,6 +167,7 @@ def taught(bench: Bench, targets: EvalSet, name: str) -> Answer:
                 seeds[span],
                 on_step,
                 essence.max_images,
+                identity=essence.identity,
             )
         directions.append(found.directions)
         notes += [f"failed: {reason}" if reason else "" for reason in found.failures]
@@ -307,6 +309,12 @@ METHODS: dict[str, Method] = {
     "consistent": Method(
         partial(taught, name="consistent"),
         settings=asdict(RECIPES["consistent"]),
+        optimizes=True,
+    ),
+    "identity": Method(
+        partial(taught, name="identity"),
+        ("identity",),
+        asdict(RECIPES["identity"]),
         optimizes=True,
     ),
     "release": Method(

@@ -159,6 +159,7 @@ def find_directions(
             initial,
             seeds,
             max_images=512,
+            identity=essence.identity,
         )
     return found, (time.perf_counter() - start) / len(pictures)
 

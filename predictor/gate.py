@@ -52,13 +52,14 @@ class Gate:
     def refining(self, recipe: Recipe, trained: Recipe) -> Recipe:
         """A recipe's search, started at a prediction: shorter and in smaller steps.
 
-        With the decay that the mapper was `trained` by: another would spend the few steps on
-        making predictions shorter or longer.
+        With the decay and the identity loss that the mapper was `trained` by: others would spend
+        the few steps on making predictions shorter or longer, or on giving up who sources are.
         """
         return dataclasses.replace(
             recipe,
             steps=self.refine_steps,
             learning_rate=self.refine_rate,
             weight_decay=trained.weight_decay,
+            identity_weight=trained.identity_weight,
             initial="zero",
         )

@@ -44,7 +44,7 @@ class Options:
     world: str = "sketch64"
     """Name of a bundled world, or the path of a world's .toml file."""
     recipe: str | None = None
-    """Recipe of the optimizer: release, paper or consistent. Default: the world's."""
+    """Recipe of the optimizer: release, paper, consistent or identity. Default: the world's."""
     initial: Initial | None = None
     """What the optimizer starts from. Default: the recipe's."""
     steps: int | None = None

@@ -30,7 +30,7 @@ from predictor.text import TextTargets
 from targetclip.editing import Scores, apply_direction, render, score_edit
 from targetclip.embedder import ImageEmbedder, Preprocess
 from targetclip.generators import Generator
-from targetclip.identity import IdentityModel, identity_similarity
+from targetclip.identity import IdentityModel, eyes, identity_similarity
 from targetclip.inverter import LatentInverter
 from targetclip.optimize import Progress, embed_chunks, optimize_directions
 from targetclip.recipes import RECIPES, Initial, Recipe
@@ -53,14 +53,16 @@ class EssenceTransfer:
         inverter: from pictures to latents; None where there is none.
         mapper: trained for this generator and this embedder; None leaves mode "optimize" alone.
         texts: how a text becomes a target.
-        identity: says how much of a source is left, for `strength_at_identity`.
+        identity: says how much of a source is left, for `strength_at_identity` and for recipes
+            with an identity loss.
         truncation: of generated sources; 1 is the generator's full variety.
         max_images: rendered at once; bounds memory.
         aligner: cuts the face out of a target picture before it is inverted; None where pictures
             are inverted as they are. The embedder always sees the whole picture.
 
     Raises:
-        ValueError: a mapper of another generator or another embedder.
+        ValueError: a mapper of another generator or another embedder, or one trained by a recipe
+            that is unknown here.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class EssenceTransfer:
         self.truncation = truncation
         self.max_images = max_images
         self.aligner = aligner
-        self.embedded: dict[Preprocess, Tensor] = {}
+        # What the mapper was trained by, and so how targets are shown to it.
+        self.trained = trained_recipe(None if mapper is None else mapper.record)
+        self.seen: dict[tuple[Preprocess, bool], Tensor] = {}
         if mapper is not None:
             config = mapper.config
             check_made_for(config, generator.fingerprint, embedder.fingerprint, "the mapper")
@@ -110,13 +114,21 @@ class EssenceTransfer:
 
         Made once for each preprocessing.
         """
-        if preprocess not in self.embedded:
+        return self.seen_sources(preprocess, 0.0)
+
+    def seen_sources(
+        self, preprocess: Preprocess, identity_weight: float
+    ) -> Float[Tensor, "bank seen"]:
+        """What a search of such a weight sees of the bank's sources (`eyes`), made once."""
+        known = (preprocess, identity_weight > 0)
+        if known not in self.seen:
             bank = source_bank(self.generator, self.truncation, BANK)
+            seeing = eyes(self.embedder, self.identity, identity_weight)
             with torch.no_grad():
-                self.embedded[preprocess] = embed_chunks(
-                    self.generator, self.embedder, bank, preprocess, self.max_images
+                self.seen[known] = embed_chunks(
+                    self.generator, seeing, bank, preprocess, self.max_images
                 )
-        return self.embedded[preprocess]
+        return self.seen[known]
 
     def embed_target(
         self, target: Image.Image | str, recipe: Recipe | None = None
@@ -189,9 +201,9 @@ class EssenceTransfer:
         predicted = self.predict(target)
         if mode == "instant":
             return predicted
-        mapper = self.asked_mapper()
-        gate = Gate.of(mapper)
-        refining = gate.refining(recipe, trained_recipe(mapper.record))
+        gate = Gate.of(self.asked_mapper())
+        refining = gate.refining(recipe, self.trained)
+        eyes(self.embedder, self.identity, refining.identity_weight)  # not only once it is needed
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
         return self.checked(target, predicted, recipe, refining, gate, seed, watch)
@@ -207,8 +219,8 @@ class EssenceTransfer:
 
     def predict(self, target: Image.Image | str) -> Direction:
         """The mapper's answer, in one pass."""
-        mapper = self.asked_mapper()
-        embedding = self.embed_target(target, trained_recipe(mapper.record))
+        self.asked_mapper()  # before anything is embedded
+        embedding = self.embed_target(target, self.trained)
         prediction = self.predict_embeddings(embedding[None])
         return Direction(prediction.directions[0], "mapper", float(prediction.expected[0]))
 
@@ -328,9 +340,10 @@ class EssenceTransfer:
                 [seed_of("target", seed)],
                 remember,
                 self.max_images,
-                source_embeddings=self.source_embeddings(recipe.preprocess)
+                source_embeddings=self.seen_sources(recipe.preprocess, recipe.identity_weight)
                 if recipe.fresh_sources
                 else None,
+                identity=self.identity,
             )
         except KeyboardInterrupt:
             if not latest:

@@ -44,7 +44,17 @@ class EncoderInput:
 
 
 @runtime_checkable
-class ImageEmbedder(Protocol):
+class EmbedsImages(Protocol):
+    """What a loss asks of a network that looks at images, NCHW in [-1, 1]."""
+
+    def embed_images(
+        self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
+    ) -> Float[Tensor, "batch embed"]:
+        """Differentiable in `images`."""
+
+
+@runtime_checkable
+class ImageEmbedder(EmbedsImages, Protocol):
     """What the project asks of an image encoder. Images are NCHW in [-1, 1], embeddings raw."""
 
     @property
@@ -57,11 +67,6 @@ class ImageEmbedder(Protocol):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of weights and preprocessing: embeddings compare within one embedder only."""
-
-    def embed_images(
-        self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
-    ) -> Float[Tensor, "batch embed"]:
-        """Differentiable in `images`."""
 
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "batch embed"]:
         """Embed RGB pictures as the encoder's own library would. No gradient."""

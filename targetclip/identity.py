@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from targetclip.embedder import EncoderInput, preprocess_images
+from targetclip.embedder import EmbedsImages, EncoderInput, Preprocess, preprocess_images
 from targetclip.inverter import PictureEncoder
 
 FORMAT = "targetclip-identity/1"
@@ -56,6 +56,39 @@ def identity_similarity(
             f"expected as many images after as before, found {len(before)} and {len(after)}"
         )
     return F.cosine_similarity(model.embed_images(before), model.embed_images(after), dim=1)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """An embedder and an identity model that look at the same renderings, made once."""
+
+    embedder: EmbedsImages
+    identity: IdentityModel
+
+    def embed_images(
+        self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
+    ) -> Float[Tensor, "batch both"]:
+        """The embedder's numbers, then the identity model's; differentiable."""
+        seen = self.embedder.embed_images(images, preprocess)
+        return torch.cat([seen.float(), self.identity.embed_images(images).float()], dim=1)
+
+
+def eyes(
+    embedder: EmbedsImages, identity: IdentityModel | None, identity_weight: float
+) -> EmbedsImages:
+    """What a search looks through: an embedder, beside an identity model where that has a weight.
+
+    Raises:
+        ValueError: it has a weight, and there is none.
+    """
+    if not identity_weight:
+        return embedder
+    if identity is None:
+        raise ValueError(
+            f"an identity loss of weight {identity_weight:g} needs an identity model, found none: "
+            "name one in the world's file, or choose a recipe without that loss"
+        )
+    return SideBySide(embedder, identity)
 
 
 @dataclass(frozen=True)

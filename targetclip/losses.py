@@ -1,4 +1,4 @@
-"""The two losses of TargetCLIP, as pure functions of image embeddings.
+"""The two losses of TargetCLIP and one for identity, as pure functions of image embeddings.
 
 Knows embeddings only: not the images they came from, not the encoder, not the direction sought.
 All functions take raw embeddings, run over leading `batch` targets at once and return one value a
@@ -83,3 +83,15 @@ def consistency_loss(
     # sum_{i != j} d_i . d_j without the matrix of products, which autocast would round to half
     agreement = d.sum(dim=1).square().sum(dim=-1) - d.square().sum(dim=(1, 2))
     return (pairs - agreement) / max(pairs, 1)
+
+
+def identity_loss(
+    source: Float[Tensor, "batch sources features"], edited: Float[Tensor, "batch sources features"]
+) -> Float[Tensor, " batch"]:
+    """How little is left of who the sources are, in [0, 2]: 1 - 1/N sum_i cos(p_i, p'_i).
+
+    With p_i, p'_i what an identity model makes of source i before and after its edit. Not in the
+    paper; StyleCLIP trains its mapper by it (Patashnik et al. 2021, equation 2).
+    """
+    source, edited = at_least_float32(source), at_least_float32(edited)
+    return 1 - F.cosine_similarity(source, edited, dim=-1).mean(dim=-1)

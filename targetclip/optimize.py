@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from targetclip.embedder import ImageEmbedder, Preprocess
+from targetclip.embedder import EmbedsImages, ImageEmbedder, Preprocess
 from targetclip.generators import Generator
-from targetclip.losses import consistency_loss, transfer_loss
+from targetclip.identity import IdentityModel, eyes
+from targetclip.losses import consistency_loss, identity_loss, transfer_loss
 from targetclip.recipes import Recipe
 
 COEFFICIENT_RATE = 0.2  # the release steps its coefficients at this rate, whatever the schedule
@@ -72,7 +73,7 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
 
 def embed_chunks(
     generator: Generator,
-    embedder: ImageEmbedder,
+    embedder: EmbedsImages,
     ws: Float[Tensor, "images num_ws w_dim"],
     preprocess: Preprocess,
     max_images: int,
@@ -290,7 +291,8 @@ def optimize_directions(
     on_step: Callable[[Progress], None] | None = None,
     max_images: int = 64,
     resume: Mapping[str, Any] | None = None,
-    source_embeddings: Float[Tensor, "given embed"] | None = None,
+    source_embeddings: Float[Tensor, "given seen"] | None = None,
+    identity: IdentityModel | None = None,
 ) -> Optimized:
     """Find the direction that gives any source each target's essence (paper section 3).
 
@@ -298,7 +300,8 @@ def optimize_directions(
 
         transfer_weight L_transfer + consistency_weight L_consistency,
 
-    between the embeddings of G(w_i) and G(w_i + a_i b), with a_i = 1 but in the release recipe.
+    between the embeddings of G(w_i) and G(w_i + a_i b), with a_i = 1 but in the release recipe; and
+    identity_weight L_identity, which is 0 in the paper's recipes.
 
     Args:
         target_embeddings: raw or unit.
@@ -310,27 +313,30 @@ def optimize_directions(
         max_images: images rendered at once; bounds memory.
         resume: `Progress.snapshot()` of an earlier run with the same arguments: goes on after it,
             to the same bits as a run that was never stopped.
-        source_embeddings: of the bank's sources unedited, in the recipe's preprocessing, from a
-            caller that searches more than once; None: they are made here.
+        source_embeddings: what the recipe's `eyes` see of the bank's sources unedited, in its
+            preprocessing, from a caller that searches more than once; None: it is made here.
+        identity: needed by recipes with an identity weight.
 
     Raises:
-        ValueError: shapes disagree, or the bank is smaller than `recipe.sources`.
+        ValueError: shapes disagree, the bank is smaller than `recipe.sources`, or an identity
+            model is needed.
 
     A target whose loss stops being finite ends there, named in `failures`; others go on.
     """
     batch, count = len(target_embeddings), recipe.sources
     check_arguments(generator, recipe, batch, len(source_ws), initial, len(seeds))
     bank = source_ws if recipe.fresh_sources else source_ws[:count]
+    seeing = eyes(embedder, identity, recipe.identity_weight)
     if source_embeddings is None:
         with torch.no_grad():
-            bank_embeddings = embed_chunks(generator, embedder, bank, recipe.preprocess, max_images)
+            bank_seen = embed_chunks(generator, seeing, bank, recipe.preprocess, max_images)
     elif len(source_embeddings) != len(source_ws):
         raise ValueError(
             f"expected embeddings of the bank's {len(source_ws)} sources, "
             f"found {len(source_embeddings)}"
         )
     else:
-        bank_embeddings = source_embeddings[: len(bank)]
+        bank_seen = source_embeddings[: len(bank)]
     search = Search.new(recipe, initial, seeds)
     if resume is not None:
         search.restore(resume)
@@ -343,11 +349,16 @@ def optimize_directions(
         chosen = chosen.to(initial.device)[rows]
         edits = search.coefficients[rows, :, None, None] * search.vectors[rows, None]
         ws = (bank[chosen] + edits).flatten(0, 1)
-        edited = embed_chunks(generator, embedder, ws, recipe.preprocess, max_images)
-        edited = edited.unflatten(0, (len(rows), count))
+        seen = embed_chunks(generator, seeing, ws, recipe.preprocess, max_images)
+        # Embeddings, and beside them, where the recipe asks for it, who is on the image.
+        parts = (embedder.embed_dim, seen.shape[1] - embedder.embed_dim)
+        edited, people = seen.unflatten(0, (len(rows), count)).split(parts, dim=-1)
+        source, people_before = bank_seen[chosen].split(parts, dim=-1)
         transfer = transfer_loss(edited, target_embeddings[rows])
-        consistency = consistency_loss(bank_embeddings[chosen], edited, recipe.differences)
+        consistency = consistency_loss(source, edited, recipe.differences)
         loss = recipe.transfer_weight * transfer + recipe.consistency_weight * consistency
+        if recipe.identity_weight:
+            loss = loss + recipe.identity_weight * identity_loss(people_before, people)
 
         # A sum, not a mean: the gradient of a row, and so what weight decay is to it, must not
         # depend on how many rows there are.

@@ -1,6 +1,6 @@
 """Recipes: the settings of the optimizer, those of the paper and of its release among them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from targetclip.embedder import Preprocess
@@ -36,6 +36,8 @@ class Recipe:
     """Scale the direction by a learned factor for each source (release)."""
     keep: Literal["best", "last"] = "last"
     """Return the direction of the lowest loss, or the last one."""
+    identity_weight: float = 0.0
+    """Of the identity loss, which is ours and needs an identity model."""
     tied_layers: bool = False
     """One w_dim vector for all layers (a direction in W) instead of one each (W+)."""
     patience: int | None = None
@@ -101,3 +103,6 @@ RECIPES: dict[str, Recipe] = {
         initial="zero",
     ),
 }
+# Ours too: what decay does to identity for the price of essence, a loss does that looks at who is
+# on the picture, as StyleCLIP's mapper has one; so decay may be small, and essence large.
+RECIPES["identity"] = replace(RECIPES["consistent"], identity_weight=0.15, weight_decay=2e-3)

@@ -35,6 +35,7 @@ from data.teach import Stop, Stopped
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_record import MapperConfig, MapperRecord
 from predictor.report import versions
+from targetclip.identity import eyes
 from targetclip.images import write_picture
 from targetclip.recipes import RECIPES
 from targetclip.sources import seed_of
@@ -82,9 +83,11 @@ class Config:
     bank: Path | None = None
     """Folder where embeddings of targets are kept, to share between runs. Default: --out."""
     recipe: str | None = None
-    """Recipe of the transfer term: release, paper or consistent. Default: the world's."""
+    """Recipe of the transfer term: release, paper, consistent or identity. Default: the world's."""
     direction_decay: float | None = None
     """Weight decay of directions in the transfer term. Default: the recipe's."""
+    identity_weight: float | None = None
+    """Of the identity loss in the transfer term. Default: the recipe's."""
     weight_transfer: float = 1.0
     weight_pairs: float = 1.0
     weight_differences: float = 1.0
@@ -180,9 +183,18 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Scene]:
     name = config.recipe or world.recipe
     recipe = RECIPES[name]
     decay = recipe.weight_decay if config.direction_decay is None else config.direction_decay
-    recipe = replace(recipe, sources=config.sources or recipe.sources, weight_decay=decay)
+    weight = recipe.identity_weight if config.identity_weight is None else config.identity_weight
+    recipe = replace(
+        recipe,
+        sources=config.sources or recipe.sources,
+        weight_decay=decay,
+        identity_weight=weight,
+    )
+    eyes(parts.embedder, parts.identity, weight)  # before hours are spent
     at_once = config.max_images or config.batch_size * recipe.sources
-    return name, Scene(parts.generator, parts.embedder, recipe, world.truncation, at_once)
+    return name, Scene(
+        parts.generator, parts.embedder, recipe, world.truncation, at_once, parts.identity
+    )
 
 
 def make_mapper(
@@ -249,6 +261,9 @@ def settings_of(
     return named | {
         "generator": scene.generator.fingerprint,
         "embedder": scene.embedder.fingerprint,
+        "identity": scene.identity.fingerprint
+        if scene.identity is not None and scene.recipe.identity_weight
+        else None,
         "truncation": scene.truncation,
         "recipe_name": recipe_name,
         "recipe": asdict(scene.recipe),

@@ -27,6 +27,7 @@ from data.publish import sha256_of
 from data.targets import BadTarget, TargetSet, digest_of, open_targets, split_of
 from targetclip.embedder import ImageEmbedder
 from targetclip.generators import Generator
+from targetclip.identity import IdentityModel, eyes
 from targetclip.optimize import embed_chunks
 from targetclip.recipes import Recipe
 from targetclip.sources import random_latents, seed_of, source_bank
@@ -50,6 +51,7 @@ class Scene:
     truncation: float
     max_images: int
     """Images rendered at once."""
+    identity: IdentityModel | None = None
 
     @property
     def device(self) -> torch.device:
@@ -61,6 +63,11 @@ class Scene:
         """Raw embeddings of renderings; differentiable."""
         preprocess = self.recipe.preprocess
         return embed_chunks(self.generator, self.embedder, ws, preprocess, self.max_images)
+
+    def see_latents(self, ws: Float[Tensor, "images num_ws w_dim"]) -> Float[Tensor, "images seen"]:
+        """What the recipe's `eyes` see of renderings; differentiable."""
+        seeing = eyes(self.embedder, self.identity, self.recipe.identity_weight)
+        return embed_chunks(self.generator, seeing, ws, self.recipe.preprocess, self.max_images)
 
     def embed_targets(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "targets embed"]:
         """Unit embeddings of target pictures, as the recipe wants them preprocessed."""

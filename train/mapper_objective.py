@@ -18,7 +18,7 @@ from data.targets import Target, open_targets
 from predictor.mapper import Mapper, Prediction
 from targetclip.editing import render
 from targetclip.images import labelled_grid, tensor_to_pictures
-from targetclip.losses import consistency_loss, transfer_loss
+from targetclip.losses import consistency_loss, identity_loss, transfer_loss
 from targetclip.optimize import draw_sources, embed_chunks
 from targetclip.sources import generated_sources, random_latents, seed_of
 from train.mapper_data import Pairs, Scene
@@ -150,14 +150,18 @@ class Objective(nn.Module):
         seeds = [seed_of("mapper source", seed, i) for i in range(count)]
         pool = random_latents(scene.generator, seeds, scene.truncation)
         with torch.no_grad():
-            embedded = scene.embed_latents(pool)
+            before = scene.see_latents(pool)
         chosen = draw_sources(count, draws.sources, True, [random] * len(targets)).to(scene.device)
-        edited = scene.embed_latents((pool[chosen] + directions[:, None]).flatten(0, 1))
-        edited = edited.unflatten(0, chosen.shape)
+        seen = scene.see_latents((pool[chosen] + directions[:, None]).flatten(0, 1))
+        parts = (scene.embedder.embed_dim, seen.shape[1] - scene.embedder.embed_dim)
+        edited, people = seen.unflatten(0, chosen.shape).split(parts, dim=-1)
+        source, people_before = before[chosen].split(parts, dim=-1)
         transfer = transfer_loss(edited, targets)
-        consistency = consistency_loss(embedded[chosen], edited, recipe.differences)
+        consistency = consistency_loss(source, edited, recipe.differences)
         loss = recipe.transfer_weight * transfer + recipe.consistency_weight * consistency
         loss = loss + recipe.weight_decay / 2 * directions.square().sum(dim=(1, 2))
+        if recipe.identity_weight:
+            loss = loss + recipe.identity_weight * identity_loss(people_before, people)
         reached = (1 - transfer).detach()
         return {
             "transfer": loss.mean(),

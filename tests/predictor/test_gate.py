@@ -49,11 +49,12 @@ def test_the_threshold_itself_passes_and_no_number_never_does() -> None:
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_a_refinement_is_the_recipe_but_for_steps_rate_start_and_the_mappers_decay(
+def test_a_refinement_is_the_recipe_but_for_its_search_and_what_the_mapper_was_taught(
     name: str,
 ) -> None:
     recipe = dataclasses.replace(RECIPES[name], patience=7)
-    trained = dataclasses.replace(RECIPES["consistent"], weight_decay=0.5)
-    changes = {"steps": 30, "learning_rate": 0.02, "initial": "zero", "weight_decay": 0.5}
+    taught = {"weight_decay": 0.5, "identity_weight": 0.3}
+    trained = dataclasses.replace(RECIPES["consistent"], **taught)
+    changes = {"steps": 30, "learning_rate": 0.02, "initial": "zero", **taught}
     found = dataclasses.asdict(GATE.refining(recipe, trained))
     assert found == dataclasses.asdict(recipe) | changes

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from targetclip.losses import Differences, consistency_loss, transfer_loss
+from targetclip.losses import Differences, consistency_loss, identity_loss, transfer_loss
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "losses.npz"
 DIFFERENCES: tuple[Differences, ...] = ("unit", "raw")
@@ -154,3 +154,13 @@ def test_unknown_differences_are_refused() -> None:
     plain = getattr(unit_differences, "__wrapped__", unit_differences)  # past the test-time types
     with pytest.raises(ValueError, match="'unit' or 'raw', found 'cosine'"):
         plain(random(1, 2, 4), random(1, 2, 4), "cosine")
+
+
+def test_the_identity_loss_is_zero_of_the_same_people_and_two_of_their_opposites() -> None:
+    people = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
+    lengths = torch.rand(2, 5, 1, generator=torch.Generator().manual_seed(1)) + 0.1
+    torch.testing.assert_close(identity_loss(people, people * lengths), torch.zeros(2))
+    torch.testing.assert_close(identity_loss(people, -people), torch.full((2,), 2.0))
+    half = torch.cat([people[:, :1], -people[:, 1:2]], dim=1)
+    torch.testing.assert_close(identity_loss(people[:, :2], half), torch.ones(2))
+    assert identity_loss(people.half(), people.half()).dtype == torch.float32

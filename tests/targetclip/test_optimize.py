@@ -330,6 +330,59 @@ def test_keeping_the_best_returns_the_lowest_loss_seen(
     assert min(seen) < seen[-1]
 
 
+# The identity loss
+
+
+class Colours:
+    """Who is on an image says its mean colour."""
+
+    fingerprint = "colours"
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        return F.normalize(images.mean(dim=(2, 3)), dim=1)
+
+
+def kept(generator: StyleGAN2, found: Optimized) -> float:
+    """How alike the colours of new sources are before and after their edits."""
+    ws = random_latents(generator, range(50, 58), truncation=1.0)
+    before = Colours().embed_images(generator.synthesis(ws))
+    edited = [Colours().embed_images(generator.synthesis(ws + each)) for each in found.directions]
+    return float(torch.stack([(before * after).sum(dim=1).mean() for after in edited]).mean())
+
+
+def test_the_identity_loss_keeps_what_the_model_looks_at(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    plain, kind = quick(steps=30), quick(steps=30, identity_weight=5.0)
+    rows = [0, 1, 2, 3]
+    without = run(generator, embedder, plain, rows, identity=Colours())
+    with_loss = run(generator, embedder, kind, rows, identity=Colours())
+    assert kept(generator, with_loss) > kept(generator, without) + 0.01
+    none = run(generator, embedder, plain, rows)
+    assert torch.equal(without.directions, none.directions)
+
+
+def test_the_identity_loss_is_part_of_the_loss_of_a_step(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    recipe = quick(steps=1, identity_weight=2.0, fresh_sources=False)
+    initial = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(4))
+    found = run(generator, embedder, recipe, [0], initial, identity=Colours())
+    bank = random_latents(generator, range(recipe.sources), truncation=1.0)
+    before = Colours().embed_images(generator.synthesis(bank))
+    after = Colours().embed_images(generator.synthesis(bank + initial[0]))
+    expected = found.transfer + recipe.consistency_weight * found.consistency
+    expected = expected + 2 * (1 - (before * after).sum(dim=1).mean())
+    torch.testing.assert_close(found.loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_identity_loss_without_a_model_is_refused(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    with pytest.raises(ValueError, match="needs an identity model, found none"):
+        run(generator, embedder, quick(identity_weight=0.1), [0])
+
+
 def test_the_schedule_rises_then_falls() -> None:
     rates = [learning_rate(step, 1000, 0.2) for step in range(1000)]
     assert rates[0] == 0.0
