@@ -77,6 +77,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "raw differences": {"differences": "raw"},
     "release preprocessing": {"preprocess": "release"},
     "tied layers": {"tied_layers": True},
+    "identity 0.15": {"identity_weight": 0.15},
+    "identity 0.5": {"identity_weight": 0.5},
     "6 fixed sources, coefficients": {
         "sources": 6,
         "fresh_sources": False,
@@ -318,8 +320,16 @@ def run(config: Config) -> None:
     world = load_world(config.world)
     parts = load_parts(world, torch.get_default_device())
     essence = EssenceTransfer(
-        parts.generator, parts.embedder, parts.inverter, truncation=world.truncation
+        parts.generator,
+        parts.embedder,
+        parts.inverter,
+        identity=parts.identity,
+        truncation=world.truncation,
     )
+    for name in [name for name, recipe in recipes.items() if recipe.identity_weight]:
+        if parts.identity is None and name not in config.only:
+            del recipes[name]
+            print(f"left out: {name}: the world has no identity model", flush=True)
     targets = draw_targets(config.targets)
     make_folder(config.out)
 
@@ -331,8 +341,9 @@ def run(config: Config) -> None:
         save()
     for name, recipe in recipes.items():
         settings = dataclasses.asdict(recipe)
-        # An interrupted comparison goes on; a recipe that has changed since is run again.
-        if name in report and report[name]["settings"] == settings:
+        # An interrupted comparison goes on; a recipe that has changed since is run again. What a
+        # report does not say of one was not there to be chosen, and is as it is by default.
+        if name in report and Recipe(**report[name]["settings"]) == recipe:
             continue
         figures, directions = run_recipe(essence, recipe, targets, config)
         report[name] = {**figures, "settings": settings}

@@ -285,9 +285,14 @@ def scale_of_pairs(pairs: Pairs) -> Float[Tensor, "num_ws w_dim"]:
 
     From zero and not from their mean: a fresh mapper answers zero, so it has the mean to learn as
     well, and a single pair has a deviation too.
+
+    Raises:
+        ValueError: every direction is zero: there is nothing to learn, and no unit to learn it in.
     """
     total = torch.zeros(())
     for start in range(0, len(pairs), EMBED_BATCH):
         chosen = torch.arange(start, min(start + EMBED_BATCH, len(pairs)))
         total = total + pairs.directions(chosen).double().square().sum(dim=0)
+    if not total.any():
+        raise ValueError("--pairs: expected directions, found nothing but zeros: build them anew")
     return floored((total / len(pairs)).sqrt().float())

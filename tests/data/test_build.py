@@ -59,7 +59,7 @@ def arguments(settings: Config) -> list[str]:
     """A configuration as it is given on a command line."""
     flags: list[str] = []
     for name, value in asdict(settings).items():
-        if value not in (None, ()):
+        if value not in (None, ()) and value is not False:
             values = value if isinstance(value, tuple) else (value,)
             flags += [f"--{name.replace('_', '-')}", *map(str, values)]
     return flags
@@ -368,7 +368,10 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--recipe nope", "error: --recipe: expected release, paper, consistent, found 'nope'"),
+        (
+            "--recipe nope",
+            "error: --recipe: expected release, paper, consistent, identity, found 'nope'",
+        ),
         ("--batch-size 0", "error: --batch-size: expected 1 or more, found 0"),
         ("--held-out 1", "error: --held-out: expected 2 or more"),
         ("--lease nan", "error: --lease: expected seconds above 0, found nan"),

@@ -328,7 +328,7 @@ def test_the_released_fault_is_in_the_range_of_results_alone(tiny_world: Path) -
     expected = released_score(shown[None], model.embed_images(images)[None])
     assert found["identity_released"].mean == pytest.approx(expected.mean, abs=1e-3)
     assert expected.mean < 99
-    assert found["fid"].mean == pytest.approx(0, abs=1e-6)
+    assert found["fid"].mean == pytest.approx(0, abs=1e-4)
 
 
 def test_the_released_evaluation_edits_at_strength_1_2(tiny_world: Path) -> None:

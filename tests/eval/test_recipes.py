@@ -16,6 +16,7 @@ from eval.recipes import Config, draw_targets, judge, run, table, variants
 from predictor.transfer import EssenceTransfer
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.recipes import RECIPES
 from targetclip.world import load_parts, load_world
@@ -53,9 +54,11 @@ def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             SIZE, generator.num_ws, Z_DIM, generator.fingerprint, (8, 8, 8, 8), 16
         )
         save_inverter(Inverter(config), folder / "inverter.safetensors")
+        identity = SketchIdentity(IdentityConfig(SIZE, (8, 8, 8, 8), 16, 5))
+        save_identity(identity, folder / "identity.safetensors")
     save_safetensors(generator, folder / "generator.safetensors")
     path = folder / "world.toml"
-    path.write_text(tiny_world.read_text())
+    path.write_text(tiny_world.read_text() + 'identity = "identity.safetensors"\n')
     return path
 
 
@@ -226,6 +229,32 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(ValueError, match=words):
         run(configured(world, finished, **changes))
     assert (finished / "report.json").read_bytes() == before
+
+
+def test_a_recipe_for_identity_is_left_out_where_no_model_knows_who_is_seen(
+    world: Path, made: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = world.with_name("without.toml")
+    without.write_text(world.read_text().replace('identity = "identity.safetensors"\n', ""))
+    run(configured(without, tmp_path / "out", twice=False))
+    assert set(read(tmp_path / "out")) == {"comparison", "drawn answer", *RECIPES} - {"identity"}
+    assert "left out: identity: the world has no identity model" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="needs an identity model"):
+        run(configured(without, tmp_path / "named", only=("identity",)))
+
+
+def test_a_report_from_before_a_setting_was_there_is_gone_on_with(
+    finished: Path, world: Path, made: list[int], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    report = read(finished)
+    for name in RECIPES:
+        if not RECIPES[name].identity_weight:
+            del report[name]["settings"]["identity_weight"]
+    (out / "report.json").write_text(json.dumps(report))
+    run(configured(world, out))
+    assert made == []
 
 
 def test_only_the_settings_named_are_run_and_steps_are_cut(

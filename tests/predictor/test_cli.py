@@ -623,7 +623,7 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(
         (["--seed", "x"], "--seed"),
         (["--sources"], "--sources"),
         (["--sources", "a.png", "--num-sources", "2"], "exclude each other"),
-        (["--recipe", "guess"], "release, paper, consistent, found 'guess'"),
+        (["--recipe", "guess"], "release, paper, consistent, identity, found 'guess'"),
         (["--world", "guess"], "unknown world 'guess'"),
         (["--world", "guess.toml"], "guess.toml"),
         (["--mode", "guess"], "--mode"),

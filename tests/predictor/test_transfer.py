@@ -72,6 +72,13 @@ class Watch:
         return on_step
 
 
+def somebody() -> SketchIdentity:
+    """A small identity model of random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return SketchIdentity(IdentityConfig(16, (8, 8), 16, 5)).requires_grad_(False)
+
+
 def probed(essence: EssenceTransfer, target: Image.Image, direction: Direction) -> float:
     return essence.probe_score(essence.embed_target(target), direction.vector, probes=4)
 
@@ -149,6 +156,7 @@ def test_a_direction_starts_from_what_is_asked(essence: EssenceTransfer) -> None
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_seed_gives_the_same_direction_again(essence: EssenceTransfer, name: str) -> None:
+    essence.identity = somebody()
     first, again = (essence.optimize(picture(), quick(name), seed=3) for _ in range(2))
     assert torch.equal(first.vector, again.vector)
     assert (first.transfer, first.consistency) == (again.transfer, again.consistency)
@@ -258,6 +266,26 @@ def test_a_refinement_that_passes_spares_the_optimizer(predicting: Predicting) -
     assert watch.searches == ["refined"]
     assert found.method == "refined" and found.steps == refined.steps == 6
     assert torch.equal(found.vector, refined.vector) and found.probe == pytest.approx(score)
+
+
+def test_a_mapper_taught_identity_is_refined_by_it_and_needs_the_model_for_that(
+    parts: Parts, predicting: Predicting
+) -> None:
+    mapper = predicting(threshold=2).mapper
+    assert mapper is not None and mapper.record is not None
+    taught = dataclasses.asdict(quick(identity_weight=5.0))
+    mapper.record = dataclasses.replace(mapper.record, recipe={"recipe": taught})
+    without = EssenceTransfer(parts.generator, parts.embedder, parts.inverter, mapper)
+    assert without.direction(picture(), "instant").method == "mapper"
+    for mode in ("auto", "refine"):  # also where no refinement would be needed
+        with pytest.raises(ValueError, match="needs an identity model"):
+            without.direction(picture(), mode, quick())
+    essence = EssenceTransfer(
+        parts.generator, parts.embedder, parts.inverter, mapper, identity=somebody()
+    )
+    found = essence.direction(picture(), "refine", quick())
+    plain = predicting(threshold=2).direction(picture(), "refine", quick())
+    assert not torch.allclose(found.vector, plain.vector, atol=1e-3)
 
 
 def test_a_refinement_starts_at_the_prediction(predicting: Predicting) -> None:

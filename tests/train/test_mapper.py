@@ -122,7 +122,7 @@ def arguments(config: Config) -> list[str]:
     """A configuration as it is given on a command line."""
     flags: list[str] = []
     for name, value in asdict(config).items():
-        if value not in (None, (), False):
+        if value not in (None, ()) and value is not False:
             values = value if isinstance(value, tuple) else (value,)
             flags += [f"--{name.replace('_', '-')}", *map(str, values)]
     return flags
