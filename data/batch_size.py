@@ -49,7 +49,7 @@ def fitting_batch_size(try_batch: Callable[[int], float], steps: int) -> int:
             if size == 1:
                 raise ValueError(
                     "expected memory for a step of one target, found too little; "
-                    "give a smaller --max-images"
+                    "give a smaller --max-images, or --checkpoint-layers"
                 ) from error
             break
         if seconds / size > 0.95 * fastest or (size > 1 and seconds * steps > CHUNK_SECONDS):

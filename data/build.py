@@ -72,8 +72,8 @@ class Config:
     max_images: int | None = None
     """Images rendered at once, where memory is short. Default: those of a step."""
     checkpoint_layers: bool = False
-    """Keep half as much of each image for the backward pass, and compute the rest again: where not
-    even --max-images 1 fits. The result is the same."""
+    """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
+    where not even --max-images 1 fits. The result is the same."""
     held_out: int = 16
     """Sources that every pair is scored on and none is optimized on."""
     seed: int = 0
@@ -121,6 +121,11 @@ def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
             f"recipe {name!r} starts from the target's inversion, and world {world.name!r} has no "
             "inverter: give --initial zero or random"
         )
+    if recipe.identity_weight and world.identity is None:
+        raise ValueError(
+            f"--recipe: {name!r} has an identity loss, and world {world.name!r} no identity model: "
+            "choose another, or name one in the world's file"
+        )
     return name, recipe
 
 
@@ -133,6 +138,9 @@ def settings_of(
         "generator": parts.generator.fingerprint,
         "embedder": parts.embedder.fingerprint,
         "inverter": sha256_of(world.inverter) if inverts and world.inverter else None,
+        "identity": parts.identity.fingerprint
+        if parts.identity is not None and recipe.identity_weight
+        else None,
         "recipe_name": recipe_name,
         "recipe": dataclasses.asdict(recipe),
         "truncation": world.truncation,

@@ -26,6 +26,7 @@ from torch import Tensor
 from data.pairs import Failure
 from data.publish import fault_point, full_disk_explained, replace_file, sha256_of, sync_folder
 from data.targets import BadTarget, DatasetTargets, FolderTargets, Target, TargetSet, split_of
+from targetclip.recipes import with_defaults
 from targetclip.sources import seed_of
 
 FORMAT = "targetclip-plan/1"
@@ -89,7 +90,10 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def check_settings(folder: Path, planned: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Refuse to mix: raise a ValueError that names the first settings that are not as planned."""
-    before, now = flat(planned), flat(json.loads(json.dumps(found)))
+    before, now = (
+        flat({**each, "recipe": with_defaults(each["recipe"])} if "recipe" in each else each)
+        for each in (planned, json.loads(json.dumps(found)))
+    )
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         told = "; ".join(

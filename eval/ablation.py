@@ -31,7 +31,7 @@ from eval.sets import Truth
 from eval.summary import interval
 from predictor.cli import choose_device
 from predictor.mapper import Mapper, Prediction, load_mapper
-from predictor.mapper_record import MapperRecord, trained_recipe
+from predictor.mapper_record import MapperConfig, MapperRecord, trained_recipe
 from predictor.report import make_folder, write_file
 from predictor.transfer import EssenceTransfer
 from targetclip.targets import embed_targets
@@ -72,8 +72,8 @@ def check_config(config: Config) -> None:
 def trained_by(record: MapperRecord) -> dict[str, Any]:
     """What a record of `train.mapper` says of the training; None where another one says nothing.
 
-    Keys: `stages` and their `steps` in all, `pairs` (a number, or "all"; None without pairs) and
-    `noise`.
+    Keys: `stages` and their `steps` in all, `pairs` (a number, or "all"; None without pairs),
+    `noise`, and of the transfer term `decay` and `identity_weight`.
 
     Raises:
         ValueError: the schedule is not one of stages NAME:STEPS.
@@ -87,7 +87,21 @@ def trained_by(record: MapperRecord) -> dict[str, Any]:
         raise ValueError(
             f"expected a record with a schedule of stages NAME:STEPS, found {stages!r}"
         ) from error
-    return {"stages": stages, "steps": steps, "pairs": pairs, "noise": said.get("noise")}
+    recipe = trained_recipe(record)
+    return {
+        "stages": stages,
+        "steps": steps,
+        "pairs": pairs,
+        "noise": said.get("noise"),
+        "decay": recipe.weight_decay,
+        "identity_weight": recipe.identity_weight,
+    }
+
+
+def network_of(config: MapperConfig) -> str:
+    """Width and depth of a mapper, and its rank if it has one."""
+    rank = "" if config.rank is None else f", rank {config.rank}"
+    return f"{config.width} x {config.depth}{rank}"
 
 
 def record_of(mapper: Mapper) -> MapperRecord:
@@ -220,6 +234,7 @@ def row_of(course: Course, mapper: Mapper, seed: int) -> dict[str, Any]:
     return {
         "fingerprint": mapper.fingerprint,
         "recipe": record.recipe,
+        "network": network_of(mapper.config),
         "trained": trained_by(record),
         **figures_of(each, expects, seed),
     }
@@ -256,12 +271,13 @@ def report_table(rows: dict[str, dict[str, Any]]) -> str:
     cells = []
     for name, row in rows.items():
         trained = row["trained"]
-        said = (trained[key] for key in ("steps", "pairs", "noise"))
+        said = (trained[key] for key in ("steps", "pairs", "noise", "decay", "identity_weight"))
         stages = ", ".join(trained["stages"] or [])
-        told = [name, stages, *("" if value is None else str(value) for value in said)]
+        told = [name, row["network"], stages, *("" if v is None else str(v) for v in said)]
         scores = [with_bounds(row["transfer"]), *(number(row[key]) for key in columns)]
         cells.append([*told, *scores])
-    heads = ["mapper", "stages", "steps", "pairs", "noise", "transfer score", *columns.values()]
+    heads = ["mapper", "network", "stages", "steps", "pairs", "noise", "decay", "identity weight"]
+    heads += ["transfer score", *columns.values()]
     return "\n".join(table(heads, cells))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.publish import replace_file
 from data.targets import digest_of, picture_id
-from eval.methods import METHODS, Answer, Bench, Method
+from eval.methods import METHODS, Answer, Bench, Method, needs_of
 from eval.sets import SOURCE_SEED, EvalSet
 
 TIMED = 5  # targets that a fast method is timed on, one at a time
@@ -64,7 +64,7 @@ def settings_of(name: str, bench: Bench, targets: EvalSet) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "method": name,
         "settings": dict(method.settings),
-        "parts": {part: bench.digests[part] for part in method.needs},
+        "parts": {part: bench.digests[part] for part in needs_of(method, bench)},
         "generator": essence.generator.fingerprint,
         "embedder": essence.embedder.fingerprint,
         "targets": digest_of(*targets.ids, *map(picture_id, targets.pictures)),

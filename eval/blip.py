@@ -67,8 +67,14 @@ class BlipEmbedder(nn.Module):
         vision = blip.vision_model
         if not all(tensor.isfinite().all() for tensor in vision.parameters()):
             raise ValueError(f"the weights of BLIP {name!r} hold NaN or infinity: get them again")
+        size = int(vision.config.image_size)
+        if dict(processor.size) != {"height": size, "width": size} or processor.resample != 3:
+            raise ValueError(
+                f"BLIP {name!r}: expected a preprocessing that resizes to {size} x {size} px, "
+                f"bicubic, found {dict(processor.size)} and resampling {processor.resample}"
+            )
         wanted = EncoderInput(
-            size=vision.config.image_size,
+            size=size,
             mean=tuple(processor.image_mean),
             std=tuple(processor.image_std),
             interpolation="bicubic",
@@ -87,6 +93,7 @@ class BlipEmbedder(nn.Module):
     def class_token(
         self, inputs: Float[Tensor, "batch 3 size size"]
     ) -> Float[Tensor, "batch embed"]:
+        """What the encoder says of preprocessed images as a whole, normalised once."""
         # Its pooled output is normalised once more than BLIP's own code does.
         token: Tensor = self.vision(pixel_values=inputs).last_hidden_state[:, 0]
         return token

@@ -22,7 +22,6 @@ import tyro
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.targets import BadTarget, Target, open_targets, split_of
@@ -36,10 +35,10 @@ from predictor.mapper_record import MapperRecord, trained_recipe
 from predictor.report import make_folder, versions, write_file
 from predictor.transfer import EssenceTransfer
 from targetclip.editing import render
+from targetclip.embedder import EmbedsImages
 from targetclip.identity import eyes
 from targetclip.images import write_picture
-from targetclip.losses import consistency_loss, identity_loss
-from targetclip.optimize import optimize_directions
+from targetclip.optimize import losses_of, optimize_directions
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.sources import BANK, generated_sources, seed_of, source_bank
@@ -76,6 +75,9 @@ class Config:
     """Write the mapper's weights in half precision."""
     max_images: int = 96
     """Images rendered at once."""
+    checkpoint_layers: bool = False
+    """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
+    where not even --max-images 1 fits. The result is the same."""
     seed: int = 0
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
@@ -149,41 +151,51 @@ class Judge:
     before: Float[Tensor, "sources seen"]
     targets: Targets
     probes: int
-    recipe: Recipe
-    """Its loss is the teacher's, and beside it what the mapper was taught of identity."""
+    teacher: Recipe
+    refined: Recipe
+    """What refinements minimise: the teacher's loss, with the identity loss of the mapper's."""
 
     @staticmethod
-    def new(essence: EssenceTransfer, targets: Targets, recipe: Recipe, config: Config) -> "Judge":
+    def new(essence: EssenceTransfer, targets: Targets, teacher: Recipe, config: Config) -> "Judge":
+        trained = essence.trained
+        # Decay, too, is what the mapper was trained by (`Gate.refining`), but no part of the loss.
+        refined = replace(
+            teacher, identity_weight=trained.identity_weight, weight_decay=trained.weight_decay
+        )
         truncation = essence.truncation
         sources = generated_sources(essence.generator, truncation, config.sources, JUDGED_SEED)
+        seeing = Judge.eyes(essence, teacher, refined)
         with torch.no_grad():
-            images = render(essence.generator, sources, essence.max_images)
-            seeing = eyes(essence.embedder, essence.identity, recipe.identity_weight)
-            before = seeing.embed_images(images)
-        return Judge(essence, sources, before, targets, config.probes, recipe)
+            before = seeing.embed_images(render(essence.generator, sources, essence.max_images))
+        return Judge(essence, sources, before, targets, config.probes, teacher, refined)
+
+    @staticmethod
+    def eyes(essence: EssenceTransfer, *recipes: Recipe) -> EmbedsImages:
+        """What sees all that any of the recipes looks at."""
+        weight = max(recipe.identity_weight for recipe in recipes)
+        return eyes(essence.embedder, essence.identity, weight)
 
     def scores(self, vectors: Float[Tensor, "targets num_ws w_dim"]) -> dict[str, Tensor]:
-        """Each [targets]: transfer score, the recipe's loss, transfer score on the probe."""
+        """Each [targets]: transfer score, the loss of refinements and that of the teacher, transfer
+        score on the probe."""
         essence, found = self.essence, []
-        seeing = eyes(essence.embedder, essence.identity, self.recipe.identity_weight)
+        seeing = Judge.eyes(essence, self.teacher, self.refined)
         for vector in vectors:
             images = render(essence.generator, self.sources + vector, essence.max_images)
             with torch.no_grad():
                 found.append(seeing.embed_images(images))
-        seen, embed = torch.stack(found), essence.embedder.embed_dim
-        parts = (embed, seen.shape[2] - embed)
-        edited, people = seen.split(parts, dim=2)
-        before, people_before = self.before.expand_as(seen).split(parts, dim=2)
-        cosine = F.cosine_similarity(edited, self.targets.judged[:, None], dim=2)
-        transfer = cosine.mean(dim=1)
-        consistency = consistency_loss(before, edited, self.recipe.differences)
-        loss = self.recipe.transfer_weight * (1 - transfer)
-        loss = loss + self.recipe.consistency_weight * consistency
-        if self.recipe.identity_weight:
-            loss = loss + self.recipe.identity_weight * identity_loss(people_before, people)
+        seen = torch.stack(found)
+        before, judged = self.before.expand_as(seen), self.targets.judged
+        losses = losses_of(self.refined, before, seen, judged)
+        taught = losses_of(self.teacher, before, seen, judged)
         rows = zip(self.targets.judged, vectors, strict=True)
         probe = [essence.probe_score(target, vector, self.probes) for target, vector in rows]
-        return {"transfer": transfer.cpu(), "loss": loss.cpu(), "probe": torch.tensor(probe)}
+        return {
+            "transfer": 1 - losses.transfer.cpu(),
+            "loss": losses.loss.cpu(),
+            "teacher_loss": taught.loss.cpu(),
+            "probe": torch.tensor(probe),
+        }
 
 
 # Answers
@@ -241,28 +253,28 @@ def refinements(
     judge: Judge,
     predicted: Float[Tensor, "targets num_ws w_dim"],
     config: Config,
-    at_start: float,
-) -> dict[float, dict[int, float]]:
-    """Mean loss by rate and number of steps; 0 steps are the predictions."""
-    losses: dict[float, dict[int, float]] = {}
+    first: dict[str, Tensor],
+) -> dict[str, dict[float, dict[int, float]]]:
+    """Mean losses, theirs and the teacher's, by rate and number of steps; 0 are the predictions."""
+    losses: dict[str, dict[float, dict[int, float]]] = {"loss": {}, "teacher_loss": {}}
     for rate in RATES:
-        losses[rate] = {0: at_start}
+        for name, by in losses.items():
+            by[rate] = {0: float(first[name].mean())}
         for steps in LENGTHS:
             gate = Gate(0.0, config.probes, steps, rate)
-            recipe = gate.refining(
-                judge.recipe, trained_recipe(judge.essence.asked_mapper().record)
+            recipe = gate.refining(judge.teacher, judge.refined)
+            bar = f"refine, rate {rate:g}, {steps} steps"
+            found = judge.scores(
+                searched(judge.essence, judge.targets, recipe, predicted, config, bar)
             )
-            name = f"refine, rate {rate:g}, {steps} steps"
-            found = searched(judge.essence, judge.targets, recipe, predicted, config, name)
-            losses[rate][steps] = float(judge.scores(found)["loss"].mean())
+            for name, by in losses.items():
+                by[rate][steps] = float(found[name].mean())
     return losses
 
 
-def teacher_answers(
-    judge: Judge, recipe: Recipe, config: Config
-) -> Float[Tensor, "targets num_ws w_dim"]:
+def teacher_answers(judge: Judge, config: Config) -> Float[Tensor, "targets num_ws w_dim"]:
     """The optimizer's directions from its own start."""
-    essence, targets = judge.essence, judge.targets
+    essence, targets, recipe = judge.essence, judge.targets, judge.teacher
     seeds = [seed_of("initial", config.seed, each) for each in targets.ids]
     initial = initial_directions(
         essence.generator, essence.inverter, targets.pictures, recipe.initial, seeds
@@ -298,20 +310,18 @@ def run(config: Config) -> MapperRecord:
     world = load_world(config.world)
     make_folder(config.out)
     device = choose_device(config.device)
-    essence = load_essence(world, device, config.mapper, config.max_images)
+    essence = load_essence(
+        world, device, config.mapper, config.max_images, config.checkpoint_layers
+    )
     mapper = essence.asked_mapper()
-    recipe, trained = RECIPES[world.recipe], trained_recipe(mapper.record)
+    recipe = RECIPES[world.recipe]
     targets = validation_targets(config, essence)
-    # Refinements minimise it as well, so they are to be chosen by it.
-    judged_by = replace(recipe, identity_weight=trained.identity_weight)
-    judge = Judge.new(essence, targets, judged_by, config)
+    judge = Judge.new(essence, targets, recipe, config)
     predicted, expected = predictions(essence, mapper, targets)
     first = judge.scores(predicted)
-    taught = judge.scores(teacher_answers(judge, recipe, config))
-    losses = refinements(judge, predicted, config, float(first["loss"].mean()))
-    rate, steps = choose_refinement(
-        {r: {s: v for s, v in by.items() if s} for r, by in losses.items()}
-    )
+    taught = judge.scores(teacher_answers(judge, config))
+    losses = refinements(judge, predicted, config, first)
+    rate, steps = choose_refinement(losses["loss"])
     members = [targets.members(spec) for spec in dict.fromkeys(targets.sets)]
     threshold = threshold_of(first["probe"], first["transfer"], taught["transfer"], members)
     gate = Gate(threshold, config.probes, steps, rate)
@@ -320,7 +330,7 @@ def run(config: Config) -> MapperRecord:
         raise ValueError(f"{config.mapper}: expected a mapper with a record, found none")
     record = replace(mapper.record, calibration={**asdict(gate), **trust})
     save_mapper(mapper, config.out / "mapper.safetensors", record, half=config.half)
-    teacher_loss = float(taught["loss"].mean())
+    teacher_loss = float(taught["teacher_loss"].mean())
     report: dict[str, Any] = {
         "calibration": record.calibration,
         "passing": means_by_set(targets, (first["probe"] >= threshold).float()),
@@ -329,7 +339,7 @@ def run(config: Config) -> MapperRecord:
         "loss_by_rate_and_steps": losses,
         "teacher_steps": recipe.steps,
         "steps_to_teachers_loss": {
-            r: steps_to_teacher(by, teacher_loss) for r, by in losses.items()
+            r: steps_to_teacher(by, teacher_loss) for r, by in losses["teacher_loss"].items()
         },
         "each": {
             "id": targets.ids,

@@ -38,7 +38,7 @@ from eval.compare_judge import (
 )
 from eval.compare_report import figures, report_text
 from eval.judging import Judges
-from eval.methods import LACKING, METHODS, Bench, Part
+from eval.methods import LACKING, METHODS, Bench, Part, needs_of
 from eval.pair_methods import open_pair_table
 from eval.reader import load_reader
 from eval.sets import (
@@ -115,6 +115,9 @@ class Config:
     """Cut every search to so many steps."""
     max_images: int = 96
     """Images rendered at once; less needs less memory."""
+    checkpoint_layers: bool = False
+    """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
+    where not even --max-images 1 fits. The result is the same."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
     seed: int = 0
@@ -168,7 +171,7 @@ def make_bench(config: Config, world: World, device: torch.device) -> Bench:
             f"--mapper: expected a mapper's file, for world {world.name!r} names none; train one "
             "with python -m train.mapper, or name other methods by --only"
         )
-    essence = load_essence(world, device, path, config.max_images)
+    essence = load_essence(world, device, path, config.max_images, config.checkpoint_layers)
     prints = (essence.generator.fingerprint, essence.embedder.fingerprint)
     digests: dict[Part, str] = {}
     if path is not None:
@@ -255,7 +258,7 @@ def choose_methods(config: Config, bench: Bench) -> tuple[list[str], list[str]]:
     """
     chosen, left_out = [], []
     for name, method in METHODS.items():
-        lacking = [LACKING[part] for part in method.needs if part not in bench.digests]
+        lacking = [LACKING[part] for part in needs_of(method, bench) if part not in bench.digests]
         if config.only and name not in config.only:
             continue
         if lacking and config.only:
@@ -319,6 +322,7 @@ def facts(
         "fingerprints": {
             "generator": essence.generator.fingerprint,
             "embedder": essence.embedder.fingerprint,
+            **({} if judges.second is None else {"judge": judges.second.fingerprint}),
             **bench.digests,
         },
         "seeds": {"targets": TARGET_SEED, "sources": SOURCE_SEED, "draws": config.seed},
@@ -383,7 +387,9 @@ def main() -> None:
         print("stopped; the same command goes on from here", file=sys.stderr)
     except torch.OutOfMemoryError:
         code = 1
-        print("error: out of memory: lower --max-images", file=sys.stderr)
+        print(
+            "error: out of memory: lower --max-images, or add --checkpoint-layers", file=sys.stderr
+        )
     except (ValueError, OSError, FloatingPointError) as error:
         code = 1
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -41,7 +41,8 @@ targets. Every method edits the same sources at strength 1; none but `clip-blend
   lengths: the part of the shift that is the same for all sources.
 - essence acquired: how much of the way from source to target the target's essence attributes went,
   by the attribute reader; 1 is all of it. Identity kept: 1 is all of it, 0 as little as between two
-  sources. Same person is the identity model's cosine.
+  sources. Same person is the identity model's cosine: of the model that the recipe `identity` is
+  optimized by, and a mapper that it taught. There only the reader, another network, judges freely.
 - second judge: transfer score in another embedder's space.
 - change outside: mean change of the picture's left and right border, of the range of values.
   Perceived outside is the same to the eyes of a network (the reader's): how differently it sees an

@@ -59,7 +59,7 @@ class Look:
     """For FID and KID."""
     readings: Float[Tensor, "*images outputs"] | None
     second: Float[Tensor, "*images other"] | None
-    """Embeddings of a second CLIP."""
+    """Embeddings of a second judge."""
     people: Float[Tensor, "*images identity"] | None
     """Of the identity model."""
 
@@ -74,17 +74,6 @@ def stacked(looks: Sequence[Look]) -> Look:
     return Look(**{field.name: joined(field.name) for field in fields(Look)})  # type: ignore[arg-type]
 
 
-def read(
-    reader: AttributeReader, images: Float[Tensor, "batch 3 height width"]
-) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch outputs"]]:
-    """The reader's penultimate layer, and its readings."""
-    x, encoder = images.clamp(-1, 1), reader.encoder
-    for conv in encoder.convs:
-        x = conv(x)
-    features = F.leaky_relu(encoder.hidden(x.flatten(1)), 0.2)
-    return features, torch.sigmoid(encoder.out(features))
-
-
 def seen_by_level(
     reader: AttributeReader, images: Float[Tensor, "batch 3 height width"]
 ) -> list[Float[Tensor, "batch _ _ _"]]:
@@ -93,6 +82,15 @@ def seen_by_level(
     for conv in reader.encoder.convs:
         levels.append(conv(levels[-1]))
     return levels[1:]
+
+
+def read(
+    reader: AttributeReader, images: Float[Tensor, "batch 3 height width"]
+) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch outputs"]]:
+    """The reader's penultimate layer, and its readings."""
+    encoder, last = reader.encoder, seen_by_level(reader, images)[-1]
+    features = F.leaky_relu(encoder.hidden(last.flatten(1)), 0.2)
+    return features, torch.sigmoid(encoder.out(features))
 
 
 @dataclass(frozen=True)

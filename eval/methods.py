@@ -303,6 +303,13 @@ class Method:
     """Its edits are those of the test sources and of no others."""
 
 
+def needs_of(method: Method, bench: Bench) -> tuple[Part, ...]:
+    """Parts that a method needs; the mapper's refinements, the model of who it was taught to
+    keep."""
+    taught = "calibration" in method.needs and bench.essence.trained.identity_weight
+    return (*method.needs, "identity") if taught else method.needs
+
+
 METHODS: dict[str, Method] = {
     "mapper": Method(by_mapper, ("mapper",)),
     "auto": Method(by_auto, ("mapper", "calibration"), optimizes=True),

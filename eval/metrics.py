@@ -165,7 +165,8 @@ def perceptual_distance(
     """How differently a network sees two pictures, from 0 on: LPIPS without its learned weights.
 
     The mean over levels of the mean over places of |unit(a) - unit(b)|^2, with a and b what a level
-    of a convolutional network says of a place (Zhang et al. 2018, equation 1, all weights 1).
+    of a convolutional network says of a place (Zhang et al. 2018, equation 1, with all weights 1
+    and a mean over levels for its sum).
     """
     levels = [
         (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(dim=1).mean(dim=(1, 2))

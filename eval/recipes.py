@@ -39,7 +39,7 @@ from targetclip.images import labelled_grid, tensor_to_pictures, write_picture
 from targetclip.losses import consistency_loss
 from targetclip.optimize import Optimized, optimize_directions
 from targetclip.precision import in_bfloat16
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.recipes import RECIPES, Recipe, stored_recipe
 from targetclip.sources import BANK, generated_sources, seed_of
 from targetclip.world import load_parts, load_world
 
@@ -341,9 +341,8 @@ def run(config: Config) -> None:
         save()
     for name, recipe in recipes.items():
         settings = dataclasses.asdict(recipe)
-        # An interrupted comparison goes on; a recipe that has changed since is run again. What a
-        # report does not say of one was not there to be chosen, and is as it is by default.
-        if name in report and Recipe(**report[name]["settings"]) == recipe:
+        # An interrupted comparison goes on; a recipe that has changed since is run again.
+        if name in report and stored_recipe(report[name]["settings"]) == recipe:
             continue
         figures, directions = run_recipe(essence, recipe, targets, config)
         report[name] = {**figures, "settings": settings}

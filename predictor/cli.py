@@ -89,7 +89,7 @@ def choose_recipe(options: Options, world: World) -> tuple[str, Recipe]:
 
 def check_world(options: Options, world: World) -> None:
     """Raise a ValueError for what the world cannot do, before a search takes its minutes."""
-    _, recipe = choose_recipe(options, world)
+    name, recipe = choose_recipe(options, world)
     check_inverting(options, world, recipe)
     if isinstance(options, Transfer):
         check_clip(options.sources, options.smooth, options.out)
@@ -97,6 +97,15 @@ def check_world(options: Options, world: World) -> None:
         raise ValueError(
             f"--text: world {world.name!r} has no neutral texts to measure others from: "
             "give --target, or add neutral to the world's file"
+        )
+    # The mapper alone and its refinements do not follow the recipe's losses.
+    searches = not isinstance(options, Transfer) or (
+        options.direction is None and options.mode not in ("instant", "refine")
+    )
+    if searches and recipe.identity_weight and world.identity is None:
+        raise ValueError(
+            f"--recipe: {name!r} has an identity loss, and world {world.name!r} no identity model: "
+            "choose another, or name one in the world's file"
         )
     floor = options.identity_floor if isinstance(options, Transfer) else None
     if floor is not None and world.identity is None:
@@ -376,7 +385,10 @@ def main() -> None:
     try:
         code = run(parse(__doc__))
     except torch.OutOfMemoryError:
-        print("targetclip: out of memory: lower --max-images", file=sys.stderr)
+        print(
+            "targetclip: out of memory: lower --max-images, or add --checkpoint-layers",
+            file=sys.stderr,
+        )
         code = 1
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"targetclip: {' '.join(str(error).split())}", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.recipes import RECIPES, Recipe, stored_recipe
 
 FORMAT = "targetclip-mapper/1"
 TRAIN_ONE = "train a mapper for it: python -m train.mapper --help"
@@ -93,7 +93,7 @@ def trained_recipe(record: MapperRecord | None) -> Recipe:
     """
     found = {} if record is None else record.recipe.get("recipe", {})
     try:
-        return Recipe(**found) if found else RECIPES["consistent"]
+        return stored_recipe(found) if found else RECIPES["consistent"]
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the mapper was trained by a recipe unknown here ({one_line(error)}): {TRAIN_ONE}"

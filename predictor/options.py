@@ -65,7 +65,7 @@ class Options:
     max_images: int = 64
     """Images rendered at once; less needs less memory."""
     checkpoint_layers: bool = False
-    """Keep half as much of an image for the optimizer's backward pass, and compute the rest again:
+    """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
     where not even --max-images 1 fits. The result is the same."""
 
     def __post_init__(self) -> None:

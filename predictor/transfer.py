@@ -6,6 +6,7 @@ in. Every direction says which method made it. Files and printing are the comman
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -61,8 +62,7 @@ class EssenceTransfer:
             are inverted as they are. The embedder always sees the whole picture.
 
     Raises:
-        ValueError: a mapper of another generator or another embedder, or one trained by a recipe
-            that is unknown here.
+        ValueError: a mapper of another generator or another embedder.
     """
 
     def __init__(
@@ -86,12 +86,19 @@ class EssenceTransfer:
         self.truncation = truncation
         self.max_images = max_images
         self.aligner = aligner
-        # What the mapper was trained by, and so how targets are shown to it.
-        self.trained = trained_recipe(None if mapper is None else mapper.record)
         self.seen: dict[tuple[Preprocess, bool], Tensor] = {}
         if mapper is not None:
             config = mapper.config
             check_made_for(config, generator.fingerprint, embedder.fingerprint, "the mapper")
+
+    @cached_property
+    def trained(self) -> Recipe:
+        """What the mapper was trained by, and so how targets are shown to it.
+
+        Raises:
+            ValueError: a recipe that is unknown here.
+        """
+        return trained_recipe(None if self.mapper is None else self.mapper.record)
 
     # Sources and targets
 
@@ -120,7 +127,7 @@ class EssenceTransfer:
         self, preprocess: Preprocess, identity_weight: float
     ) -> Float[Tensor, "bank seen"]:
         """What a search of such a weight sees of the bank's sources (`eyes`), made once."""
-        known = (preprocess, identity_weight > 0)
+        known = (preprocess, bool(identity_weight))
         if known not in self.seen:
             bank = source_bank(self.generator, self.truncation, BANK)
             seeing = eyes(self.embedder, self.identity, identity_weight)
@@ -203,7 +210,15 @@ class EssenceTransfer:
             return predicted
         gate = Gate.of(self.asked_mapper())
         refining = gate.refining(recipe, self.trained)
-        eyes(self.embedder, self.identity, refining.identity_weight)  # not only once it is needed
+        # Not only once they are needed, when minutes may have been spent.
+        if refining.identity_weight and self.identity is None:
+            raise ValueError(
+                "the mapper was trained with an identity loss, and refining its answers needs an "
+                "identity model, found none: name one in the world's file, or ask the mapper "
+                "unchecked (--mode instant)"
+            )
+        if mode == "auto":
+            eyes(self.embedder, self.identity, recipe.identity_weight)
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
         return self.checked(target, predicted, recipe, refining, gate, seed, watch)

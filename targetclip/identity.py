@@ -86,7 +86,7 @@ def eyes(
     if identity is None:
         raise ValueError(
             f"an identity loss of weight {identity_weight:g} needs an identity model, found none: "
-            "name one in the world's file, or choose a recipe without that loss"
+            "name one in the world's file (identity), or do without that loss"
         )
     return SideBySide(embedder, identity)
 

@@ -64,6 +64,42 @@ class Optimized:
     """Why a target has no valid direction; None where it has one."""
 
 
+@dataclass(frozen=True)
+class Losses:
+    """What a recipe minimises, and its parts before their weights."""
+
+    loss: Float[Tensor, " batch"]
+    transfer: Float[Tensor, " batch"]
+    consistency: Float[Tensor, " batch"]
+
+
+def losses_of(
+    recipe: Recipe,
+    before: Float[Tensor, "batch sources seen"],
+    after: Float[Tensor, "batch sources seen"],
+    targets: Float[Tensor, "batch embed"],
+) -> Losses:
+    """The recipe's losses between what its `eyes` see of sources and of their edits.
+
+    Raises:
+        ValueError: one of them was seen with an identity model, and the other without.
+    """
+    embed = targets.shape[1]
+    if before.shape != after.shape:
+        raise ValueError(
+            f"expected as many numbers of an unedited source as of an edited one, found "
+            f"{before.shape[-1]} and {after.shape[-1]}: embeddings alone are {embed}, and recipes "
+            "with an identity weight see more"
+        )
+    transfer = transfer_loss(after[..., :embed], targets)
+    consistency = consistency_loss(before[..., :embed], after[..., :embed], recipe.differences)
+    loss = recipe.transfer_weight * transfer + recipe.consistency_weight * consistency
+    if recipe.identity_weight:
+        people = identity_loss(before[..., embed:], after[..., embed:])
+        loss = loss + recipe.identity_weight * people
+    return Losses(loss, transfer, consistency)
+
+
 def learning_rate(step: int, steps: int, highest: float) -> float:
     """The StyleGAN projector's: up for 0.5 % of the steps, cosine down over the last 75 %."""
     t = step / steps
@@ -350,21 +386,15 @@ def optimize_directions(
         edits = search.coefficients[rows, :, None, None] * search.vectors[rows, None]
         ws = (bank[chosen] + edits).flatten(0, 1)
         seen = embed_chunks(generator, seeing, ws, recipe.preprocess, max_images)
-        # Embeddings, and beside them, where the recipe asks for it, who is on the image.
-        parts = (embedder.embed_dim, seen.shape[1] - embedder.embed_dim)
-        edited, people = seen.unflatten(0, (len(rows), count)).split(parts, dim=-1)
-        source, people_before = bank_seen[chosen].split(parts, dim=-1)
-        transfer = transfer_loss(edited, target_embeddings[rows])
-        consistency = consistency_loss(source, edited, recipe.differences)
-        loss = recipe.transfer_weight * transfer + recipe.consistency_weight * consistency
-        if recipe.identity_weight:
-            loss = loss + recipe.identity_weight * identity_loss(people_before, people)
+        seen = seen.unflatten(0, (len(rows), count))
+        found = losses_of(recipe, bank_seen[chosen], seen, target_embeddings[rows])
 
         # A sum, not a mean: the gradient of a row, and so what weight decay is to it, must not
         # depend on how many rows there are.
         leaves = [search.vectors, search.coefficients][: 1 + recipe.coefficients]
-        gradients = torch.autograd.grad(loss.sum(), leaves)
-        measured = torch.stack([loss, transfer, consistency]).to(initial.dtype)
+        gradients = torch.autograd.grad(found.loss.sum(), leaves)
+        measured = torch.stack([found.loss, found.transfer, found.consistency])
+        measured = measured.to(initial.dtype)
         losses = scatter_rows(measured, rows, batch)
         rate = learning_rate(search.step, recipe.steps, recipe.learning_rate)
         search.update(recipe, rate, rows, gradients, losses)

@@ -1,7 +1,9 @@
 """Recipes: the settings of the optimizer, those of the paper and of its release among them."""
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Any, Literal
 
 from targetclip.embedder import Preprocess
 from targetclip.losses import Differences
@@ -50,6 +52,27 @@ class Recipe:
             raise ValueError(
                 f"expected at least 1 source and 1 step, found {self.sources} and {self.steps}"
             )
+        if not 0 <= self.identity_weight < math.inf:
+            raise ValueError(f"expected an identity weight from 0 on, found {self.identity_weight}")
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of a recipe; what it does not say was not there to be chosen, and is as it
+    is by default."""
+    defaults = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
+    return {**settings, **{name: v for name, v in defaults.items() if name not in settings}}
+
+
+def stored_recipe(settings: Mapping[str, Any]) -> Recipe:
+    """A recipe from what a file says of it, with defaults for what it does not.
+
+    Raises:
+        ValueError: settings that are unknown here, or that cannot be.
+    """
+    try:
+        return Recipe(**settings)
+    except TypeError as error:
+        raise ValueError(f"a recipe unknown here: {error}") from error
 
 
 RECIPES: dict[str, Recipe] = {

@@ -128,6 +128,11 @@ def read_texts(content: dict[str, object], path: Path) -> dict[str, str]:
         raise ValueError(
             f"{path}: recipe must be one of {', '.join(RECIPES)}, found {texts['recipe']!r}"
         )
+    if RECIPES[texts["recipe"]].identity_weight and "identity" not in texts:
+        raise ValueError(
+            f"{path}: recipe {texts['recipe']!r} has an identity loss: name an identity model, or "
+            "another recipe"
+        )
     if texts.get("aligner", "ffhq") != "ffhq":
         raise ValueError(f"{path}: aligner must be 'ffhq' or left out, found {texts['aligner']!r}")
     return texts

@@ -15,6 +15,7 @@ from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_record import MapperConfig, MapperRecord
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.world import load_parts, load_world
 
@@ -68,6 +69,18 @@ strength = 1.0
 truncation = 1.0
 """
     )
+    return world
+
+
+@pytest.fixture(scope="session")
+def who_world(tiny_world: Path) -> Path:
+    """The tiny world with an identity model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        identity = SketchIdentity(IdentityConfig(16, (8, 8), 16, 5))
+    save_identity(identity, tiny_world.with_name("who.safetensors"))
+    world = tiny_world.with_name("who.toml")
+    world.write_text(tiny_world.read_text() + 'identity = "who.safetensors"\n')
     return world
 
 

@@ -29,8 +29,7 @@ from data.targets import TargetSet, digest_of, open_targets
 from targetclip.editing import render, score_edit
 from targetclip.images import center_square, picture_to_tensor
 from targetclip.inverter import Inverter, load_inverter, save_inverter
-from targetclip.losses import consistency_loss, transfer_loss
-from targetclip.optimize import draw_sources
+from targetclip.optimize import draw_sources, losses_of
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES
 from targetclip.sources import random_latents, seed_of
@@ -59,6 +58,9 @@ class Config:
     """Targets a step; each edits as many sources as the recipe says."""
     max_images: int | None = None
     """Images rendered at once, where memory is short. Default: those of a batch."""
+    checkpoint_layers: bool = False
+    """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
+    where not even --max-images 1 fits. The result is the same."""
     learning_rate: float = 3e-4
     ema: float = 0.998
     """Decay of the moving average of the weights, which is what is judged and saved."""
@@ -84,7 +86,7 @@ def check_config(config: Config) -> None:
 def make_parts(config: Config) -> tuple[Scene, Inverter]:
     """The frozen networks with the world's recipe, and the encoder as it starts."""
     world = load_world(config.world)
-    parts = load_parts(world, torch.get_default_device())
+    parts = load_parts(world, torch.get_default_device(), config.checkpoint_layers)
     encoder = parts.inverter if isinstance(parts.inverter, Inverter) else None
     if config.start is not None:
         encoder = load_inverter(config.start, parts.generator.fingerprint)
@@ -95,7 +97,9 @@ def make_parts(config: Config) -> tuple[Scene, Inverter]:
         )
     recipe = RECIPES[world.recipe]
     at_once = config.max_images or config.batch_size * recipe.sources
-    scene = Scene(parts.generator, parts.embedder, recipe, world.truncation, at_once)
+    scene = Scene(
+        parts.generator, parts.embedder, recipe, world.truncation, at_once, parts.identity
+    )
     return scene, encoder.to(scene.device).train().requires_grad_(True)
 
 
@@ -192,12 +196,9 @@ def essence_loss(
     with in_bfloat16(scene.device):
         directions = directions_of(encoder, images).float()
         with torch.no_grad():
-            embedded = scene.embed_latents(pool)[chosen]
-        edited = scene.embed_latents((pool[chosen] + directions[:, None]).flatten(0, 1))
-    edited = edited.unflatten(0, chosen.shape)
-    loss = recipe.transfer_weight * transfer_loss(edited, targets)
-    consistency = consistency_loss(embedded, edited, recipe.differences)
-    loss = loss + recipe.consistency_weight * consistency
+            before = scene.see_latents(pool)[chosen]
+        after = scene.see_latents((pool[chosen] + directions[:, None]).flatten(0, 1))
+    loss = losses_of(recipe, before, after.unflatten(0, chosen.shape), targets).loss
     # What the optimizer's weight decay is to a direction.
     loss = loss + recipe.weight_decay / 2 * directions.square().sum(dim=(1, 2))
     return loss.mean()

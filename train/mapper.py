@@ -112,8 +112,8 @@ class Config:
     max_images: int | None = None
     """Images rendered at once, where memory is short. Default: those of a batch."""
     checkpoint_layers: bool = False
-    """Keep half as much of each image for the backward pass, and compute the rest again: where not
-    even --max-images 1 fits. The result is the same."""
+    """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
+    where not even --max-images 1 fits. The result is the same."""
     learning_rate: float = 5e-4
     """At its highest: it warms up over 100 steps and falls as a cosine to the end."""
     weight_decay: float = 0.01
@@ -170,6 +170,8 @@ def stages_of(config: Config) -> tuple[Stage, ...]:
         raise ValueError("--schedule: a stage of pairs needs --pairs, a folder made by data.build")
     if "transfer" in used and not config.targets and config.pairs is None:
         raise ValueError("--targets: expected some for a stage of transfer, found none")
+    if config.identity_weight is not None and "transfer" not in used:
+        raise ValueError("--identity-weight: it is of the transfer term, which has no stage")
     return stages
 
 
@@ -400,7 +402,10 @@ def main() -> None:
         print("stopped; the same command goes on from here", file=sys.stderr)
     except torch.OutOfMemoryError:
         code = 1
-        print("error: out of memory: lower --batch-size or --max-images", file=sys.stderr)
+        print(
+            "error: out of memory: lower --batch-size or --max-images, or add --checkpoint-layers",
+            file=sys.stderr,
+        )
     except (ValueError, OSError, FloatingPointError) as error:
         code = 1
         print(f"error: {error}", file=sys.stderr)

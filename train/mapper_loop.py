@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data.build import in_precision
 from data.teach import Stop, Stopped
 from predictor.mapper import Mapper
+from targetclip.recipes import with_defaults
 from targetclip.sources import seed_of
 from train.loop import CHECKPOINT, save_checkpoint, update_average, write_atomically
 from train.mapper_objective import Stage, stage_at
@@ -109,6 +110,7 @@ class Training:
         try:
             state = torch.load(content, map_location="cpu", weights_only=True)
             found = state["settings"]
+            found["recipe"] = with_defaults(found["recipe"])
         except Exception as error:  # a damaged file raises nearly anything
             reason = str(error).split("\n")[0]
             raise ValueError(

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from data.targets import Target, open_targets
 from predictor.mapper import Mapper, Prediction
 from targetclip.editing import render
+from targetclip.identity import eyes
 from targetclip.images import labelled_grid, tensor_to_pictures
 from targetclip.losses import consistency_loss, identity_loss, transfer_loss
-from targetclip.optimize import draw_sources, embed_chunks
+from targetclip.optimize import draw_sources, embed_chunks, losses_of
 from targetclip.sources import generated_sources, random_latents, seed_of
 from train.mapper_data import Pairs, Scene
 
@@ -153,16 +154,9 @@ class Objective(nn.Module):
             before = scene.see_latents(pool)
         chosen = draw_sources(count, draws.sources, True, [random] * len(targets)).to(scene.device)
         seen = scene.see_latents((pool[chosen] + directions[:, None]).flatten(0, 1))
-        parts = (scene.embedder.embed_dim, seen.shape[1] - scene.embedder.embed_dim)
-        edited, people = seen.unflatten(0, chosen.shape).split(parts, dim=-1)
-        source, people_before = before[chosen].split(parts, dim=-1)
-        transfer = transfer_loss(edited, targets)
-        consistency = consistency_loss(source, edited, recipe.differences)
-        loss = recipe.transfer_weight * transfer + recipe.consistency_weight * consistency
-        loss = loss + recipe.weight_decay / 2 * directions.square().sum(dim=(1, 2))
-        if recipe.identity_weight:
-            loss = loss + recipe.identity_weight * identity_loss(people_before, people)
-        reached = (1 - transfer).detach()
+        losses = losses_of(recipe, before[chosen], seen.unflatten(0, chosen.shape), targets)
+        loss = losses.loss + recipe.weight_decay / 2 * directions.square().sum(dim=(1, 2))
+        reached = (1 - losses.transfer).detach()
         return {
             "transfer": loss.mean(),
             # The head's features are detached: it learns beside the direction, whatever its weight.
@@ -266,17 +260,22 @@ class Validation:
         scene = self.scene
         prediction = mapper(self.embeddings)
 
-        def embed(ws: Tensor) -> Tensor:
-            # As scores are always made, whatever the recipe's preprocessing.
-            return embed_chunks(scene.generator, scene.embedder, ws, "consistent", scene.max_images)
+        seeing = eyes(scene.embedder, scene.identity, float(scene.identity is not None))
 
-        shape = (len(self.pictures), len(self.sources))
+        def see(ws: Tensor) -> Tensor:
+            # As scores are always made, whatever the recipe's preprocessing.
+            return embed_chunks(scene.generator, seeing, ws, "consistent", scene.max_images)
+
+        shape, embed = (len(self.pictures), len(self.sources)), scene.embedder.embed_dim
         edited = (self.sources[None] + prediction.directions[:, None]).flatten(0, 1)
-        embedded = embed(edited).unflatten(0, shape)
-        before = embed(self.sources).expand(len(embedded), -1, -1)
-        transfer = 1 - transfer_loss(embedded, self.judged)
-        consistency = 1 - consistency_loss(before, embedded, "unit")
-        figures = {
+        after = see(edited).unflatten(0, shape)
+        before = see(self.sources).expand(len(after), -1, -1)
+        transfer = 1 - transfer_loss(after[..., :embed], self.judged)
+        consistency = 1 - consistency_loss(before[..., :embed], after[..., :embed], "unit")
+        people: dict[str, Tensor] = {}
+        if scene.identity is not None:
+            people["identity_score"] = 1 - identity_loss(before[..., embed:], after[..., embed:])
+        figures = people | {
             "transfer_score": transfer,
             "transfer_score_in_range": transfer[self.in_range.to(transfer.device)],
             "transfer_score_out_of_range": transfer[~self.in_range.to(transfer.device)],

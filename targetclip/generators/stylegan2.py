@@ -226,16 +226,16 @@ class StyleGAN2(nn.Module):
     """A StyleGAN2 generator with skip connections and fixed noise.
 
     Images are NCHW in [-1, 1] (a little beyond where the network overshoots); latents `ws` are W+.
-    With `checkpoint_layers` a layer keeps its input alone and is computed again in the backward
+    With `checkpoint_layers` set a layer keeps its input alone and is computed again in the backward
     pass: gradients stay the same to the last bit, for less memory and more time.
     """
 
     rgb_kernel: Tensor
 
-    def __init__(self, config: StyleGAN2Config, checkpoint_layers: bool = False) -> None:
+    def __init__(self, config: StyleGAN2Config) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_layers = checkpoint_layers
+        self.checkpoint_layers = False
         self.mapping_network = Mapping(config)
         self.const = nn.Parameter(torch.randn(1, config.channels[0], 4, 4))
         self.convs = nn.ModuleList()

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from data.dataset import verify
 from data.faces import draw_wide
 from data.targets import open_targets, split_of
 from data.teach import SIGNALS, Stop
+from targetclip.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.optimize import optimize_directions
 from targetclip.sources import source_bank
 from targetclip.world import load_parts, load_world
@@ -264,6 +266,33 @@ def test_the_bar_counts_a_target_only_once_it_is_done_and_ends_full(
 # Nothing else is mixed in
 
 
+def test_a_folder_is_one_identity_models(who_world: Path, tmp_path: Path) -> None:
+    made = config(who_world, tmp_path / "pairs", recipe="identity", steps=2, targets=("drawn:2",))
+    assert run(made) == 0
+    other = SketchIdentity(IdentityConfig(16, (8, 8), 16, 5))
+    folder = tmp_path / "other"
+    shutil.copytree(who_world.parent, folder)
+    save_identity(other, folder / "who.safetensors")
+    with pytest.raises(ValueError, match="identity: planned '"):
+        run(replace(made, world=str(folder / "who.toml")))
+
+
+def test_a_plan_from_before_the_identity_loss_is_gone_on_with(
+    built: Path, tiny_world: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs"
+    shutil.copytree(built, out)
+    paths = [path for path in (out / ".build").rglob("*.json") if "recipe" in path.read_text()]
+    assert paths
+    for path in paths:
+        plan = json.loads(path.read_text())
+        settings = plan.get("settings", plan)
+        settings["recipe"].pop("identity_weight")
+        settings.pop("identity")
+        path.write_text(json.dumps(plan))
+    assert run(config(tiny_world, out)) == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -371,6 +400,10 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
         (
             "--recipe nope",
             "error: --recipe: expected release, paper, consistent, identity, found 'nope'",
+        ),
+        (
+            "--recipe identity",
+            "error: --recipe: 'identity' has an identity loss, and world 'tiny' no identity model",
         ),
         ("--batch-size 0", "error: --batch-size: expected 1 or more, found 0"),
         ("--held-out 1", "error: --held-out: expected 2 or more"),

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from eval import calibrate
 from eval.calibrate import Config, run
 from predictor.gate import Gate
-from predictor.mapper import load_mapper
+from predictor.mapper import load_mapper, save_mapper
 from targetclip.recipes import RECIPES
 
 
@@ -50,8 +51,25 @@ def test_the_file_written_passes_the_gate_and_is_the_same_mapper(
     assert each["set"] == ["drawn:60@29"] * 2 + ["generated:60@29"] * 2
     passing = [score >= gate.threshold for score in each["mapper_probe"]]
     assert report["passing"]["drawn:60@29"] == pytest.approx(sum(passing[:2]) / 2)
-    assert set(report["loss_by_rate_and_steps"]["0.01"]) == {"0", "1", "2"}
+    losses = report["loss_by_rate_and_steps"]
+    assert set(losses["loss"]["0.01"]) == {"0", "1", "2"}
+    assert losses["loss"] == losses["teacher_loss"]  # of a mapper that was not taught identity
     assert (tmp_path / "out" / "reliability.png").is_file()
+
+
+def test_a_mapper_taught_identity_is_calibrated_by_it_and_needs_the_model(
+    tiny_world: Path, who_world: Path, tiny_mapper: Path, tmp_path: Path
+) -> None:
+    mapper, record = load_mapper(tiny_mapper)
+    taught = {"recipe": {**vars(RECIPES["consistent"]), "identity_weight": 0.5}}
+    path = tmp_path / "taught.safetensors"
+    save_mapper(mapper, path, replace(record, recipe=taught))
+    run(config_of(who_world, path, tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["each"]["mapper_loss"] != report["each"]["mapper_teacher_loss"]
+    assert set(report["loss_by_rate_and_steps"]) == {"loss", "teacher_loss"}
+    with pytest.raises(ValueError, match="needs an identity model"):
+        run(config_of(tiny_world, path, tmp_path / "without"))
 
 
 def test_only_targets_of_the_validation_split_are_used(

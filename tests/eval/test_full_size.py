@@ -201,7 +201,7 @@ def test_what_is_counted_is_what_a_step_keeps(tiny: Config, precision: Precision
 def test_the_tables_say_what_fits(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(full_size, "alone", lambda function, *arguments: function(*arguments))
     memory = run(dataclasses.replace(tiny, resolution=32, memory=True))["memory"]
-    assert len(memory["measured"]) == 8
+    assert len(memory["measured"]) == len(full_size.DTYPES) * len(full_size.MEASURED) == 12
     for row in memory["measured"].values():
         assert 0 < row["before"] < row["peak"] + 0.01  # the system counts in batches
     count = memory["counted"]
@@ -214,3 +214,5 @@ def test_the_tables_say_what_fits(tiny: Config, monkeypatch: pytest.MonkeyPatch)
     text = (tiny.out / "report.md").read_text()
     assert "| bf16, 4 sources, 1 at once |" in text
     assert "| fp32, measured |" in text
+    assert "| bf16, 4 sources, 4 at once, layers again |" in text
+    assert memory["fits"]["fp32, layers again, counted"][1:] >= most

@@ -19,13 +19,14 @@ from data.faces import faces_from_z
 from data.pairs import Pair, chunk_bytes, features
 from data.sketch import Face
 from eval import methods
-from eval.methods import LACKING, METHODS, Answer, Bench, drawn_answer
+from eval.methods import LACKING, METHODS, Answer, Bench, drawn_answer, needs_of
 from eval.pair_methods import PairTable, open_pair_table
 from eval.sets import SOURCE_SEED, EvalSet, in_range, source_seeds
 from predictor import transfer
 from predictor.mapper import Mapper
 from predictor.mapper_record import MapperConfig, MapperRecord
 from predictor.transfer import EssenceTransfer
+from targetclip.identity import IdentityConfig, SketchIdentity
 from targetclip.images import picture_to_tensor
 from targetclip.recipes import RECIPES
 from targetclip.sources import generated_sources
@@ -151,6 +152,31 @@ def test_a_teacher_finds_for_a_target_what_it_finds_without_the_others(
         torch.testing.assert_close(found, together.edits[1], rtol=1e-2, atol=1e-2)
     again = answer(name, bench(seed=1), targets)
     assert not torch.allclose(again.edits, together.edits, atol=1e-2) or name == "release"
+
+
+def test_the_teacher_of_identity_looks_through_the_model(
+    bench: Make, targets: EvalSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SketchIdentity(IdentityConfig(16, (8, 8), 16, 5)).requires_grad_(False)
+    made = bench()
+    made.essence.identity = model
+    found = answer("identity", made, targets)
+    assert found.edits.shape == (3, 6, 8) and found.notes == ("",) * 3
+    plain = dataclasses.replace(RECIPES["identity"], identity_weight=0.0)
+    monkeypatch.setitem(RECIPES, "identity", plain)
+    assert not torch.allclose(answer("identity", made, targets).edits, found.edits, atol=1e-2)
+
+
+def test_auto_needs_the_identity_model_of_a_mapper_that_was_taught_by_one(
+    bench: Make, parts: Parts
+) -> None:
+    made = bench()
+    assert needs_of(METHODS["auto"], made) == ("mapper", "calibration")
+    made.essence.trained = RECIPES["identity"]
+    assert needs_of(METHODS["auto"], made) == ("mapper", "calibration", "identity")
+    assert needs_of(METHODS["mapper"], made) == ("mapper",)
 
 
 def test_a_search_is_cut_where_it_is_told_to(bench: Make, targets: EvalSet) -> None:

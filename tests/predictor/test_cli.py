@@ -244,6 +244,23 @@ def test_the_defaults_are_the_worlds_and_six_sources(
 # With a mapper, texts and several targets
 
 
+def test_a_recipe_for_identity_is_refused_in_a_world_without_the_model(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("transfer", "optimize"):
+        assert run(command, "--recipe", "identity") == 1
+        told = one_line(capsys.readouterr().err)
+        assert "--recipe: 'identity' has an identity loss, and world 'tiny' no identity" in told
+
+
+def test_a_recipe_for_identity_is_the_optimizers_where_there_is_the_model(
+    run: Run, tmp_path: Path, who_world: Path
+) -> None:
+    flags = ("--world", who_world, "--recipe", "identity", "--checkpoint-layers")
+    assert run("transfer", *flags) == 0
+    assert report_of(tmp_path / "out")["settings"]["identity_weight"] == 0.15
+
+
 @pytest.fixture(scope="session")
 def rich_world(
     tiny_world: Path, tiny_mapper: Path, tmp_path_factory: pytest.TempPathFactory

@@ -288,6 +288,26 @@ def test_a_mapper_taught_identity_is_refined_by_it_and_needs_the_model_for_that(
     assert not torch.allclose(found.vector, plain.vector, atol=1e-3)
 
 
+def test_auto_by_a_recipe_for_identity_needs_the_model_before_anything_is_asked(
+    predicting: Predicting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    essence = predicting(threshold=-2)
+    monkeypatch.setattr(EssenceTransfer, "predict", None)
+    with pytest.raises(ValueError, match="needs an identity model, found none"):
+        essence.direction(picture(), "auto", quick("identity"))
+
+
+def test_what_searches_see_of_sources_is_kept_apart_from_their_embeddings(
+    essence: EssenceTransfer,
+) -> None:
+    essence.identity = somebody()
+    embedded = essence.source_embeddings()
+    seen = essence.seen_sources("consistent", 0.2)
+    assert torch.equal(seen[:, : embedded.shape[1]], embedded)
+    assert seen.shape[1] == embedded.shape[1] + 5
+    assert essence.source_embeddings() is embedded and essence.seen_sources("consistent", 1) is seen
+
+
 def test_a_refinement_starts_at_the_prediction(predicting: Predicting) -> None:
     essence, watch = predicting(threshold=-1), Watch()
     found = essence.direction(picture(), "refine", quick(), watch=watch)

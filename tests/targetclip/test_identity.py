@@ -16,7 +16,9 @@ from targetclip.identity import (
     FORMAT,
     IdentityConfig,
     IdentityModel,
+    SideBySide,
     SketchIdentity,
+    eyes,
     identity_similarity,
     load_identity,
     save_identity,
@@ -94,6 +96,31 @@ def test_similarity_is_the_cosine_of_each_row_for_any_model() -> None:
 def test_batches_of_different_length_are_refused() -> None:
     with pytest.raises(ValueError, match="found 3 and 1"):
         identity_similarity(MeanColour(), images(3), images(1))
+
+
+class Brightness:
+    """Embeds an image as its mean, at either preprocessing."""
+
+    def embed_images(
+        self, images: Float[Tensor, "batch 3 height width"], preprocess: str = "consistent"
+    ) -> Float[Tensor, "batch embed"]:
+        return images.mean(dim=(1, 2, 3))[:, None] * (2 if preprocess == "release" else 1)
+
+
+def test_side_by_side_are_the_embedders_numbers_and_then_the_identity_models() -> None:
+    shown, both = images(), SideBySide(Brightness(), MeanColour())
+    for preprocess in ("consistent", "release"):
+        found = both.embed_images(shown, preprocess)
+        assert torch.equal(found[:, :1], Brightness().embed_images(shown, preprocess))
+        assert torch.equal(found[:, 1:], MeanColour().embed_images(shown))
+
+
+def test_a_search_looks_at_people_only_where_that_has_a_weight() -> None:
+    plain = Brightness()
+    assert eyes(plain, MeanColour(), 0.0) is plain and eyes(plain, None, 0.0) is plain
+    assert isinstance(eyes(plain, MeanColour(), 0.1), SideBySide)
+    with pytest.raises(ValueError, match="needs an identity model, found none"):
+        eyes(plain, None, 0.1)
 
 
 def test_a_saved_model_is_the_same_but_for_half_precision(

@@ -376,6 +376,36 @@ def test_the_identity_loss_is_part_of_the_loss_of_a_step(
     torch.testing.assert_close(found.loss, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_sources_seen_without_the_identity_model_are_refused(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    recipe = quick(identity_weight=1.0)
+    bank = random_latents(generator, range(10), truncation=1.0)
+    embedded = embedder.embed_images(generator.synthesis(bank), recipe.preprocess)
+    with pytest.raises(ValueError, match="found 12 and 15"):
+        run(generator, embedder, recipe, [0], source_embeddings=embedded, identity=Colours())
+
+
+def test_an_identity_search_goes_on_bit_for_bit_and_in_chunks(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    recipe, snapshots = quick(identity_weight=1.0), []
+    whole = run(
+        generator, embedder, recipe, [0, 1], identity=Colours(),
+        on_step=lambda progress: snapshots.append(progress.snapshot()),
+    )  # fmt: skip
+    resumed = run(generator, embedder, recipe, [0, 1], identity=Colours(), resume=snapshots[3])
+    assert torch.equal(resumed.directions, whole.directions)
+    chunked = run(generator, embedder, recipe, [0, 1], identity=Colours(), max_images=1)
+    assert torch.allclose(chunked.directions, whole.directions, atol=2e-4)
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_an_identity_weight_that_cannot_be_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match="expected an identity weight from 0 on"):
+        quick(identity_weight=weight)
+
+
 def test_an_identity_loss_without_a_model_is_refused(
     generator: StyleGAN2, embedder: ProjectionEmbedder
 ) -> None:

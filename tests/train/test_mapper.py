@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,8 @@ from data.dataset import load_pairs
 from data.targets import Target, open_targets, split_of
 from data.teach import SIGNALS, Stop, Stopped
 from predictor.mapper import load_mapper
+from targetclip.identity import identity_similarity
+from targetclip.sources import random_latents
 from train import mapper, mapper_loop
 from train.loop import CHECKPOINT, LOG
 from train.mapper import MAPPER, Config, make_scene, prepare, run
@@ -219,6 +221,78 @@ def test_the_scale_is_the_teachers_deviation_with_a_floor(
     without, _ = prepare(small(), Accelerator(), Stop())
     assert torch.equal(without.mapper.scale[0], without.mapper.scale[-1])
     assert 0 < float(without.mapper.centre.norm()) <= 1
+
+
+def test_a_mapper_of_a_rank_is_trained_as_one(small: Callable[..., Config]) -> None:
+    config = small(schedule=("transfer:2",), rank=3)
+    mapper = run(config)
+    assert load_mapper(config.out / "mapper.safetensors")[0].config.rank == 3
+    directions = mapper(torch.randn(20, mapper.config.embed_dim)).directions / mapper.scale
+    assert int(torch.linalg.matrix_rank(directions.flatten(1), rtol=1e-3)) <= 3
+
+
+# Identity
+
+
+@torch.no_grad()
+def kept(training: mapper_loop.Training) -> float:
+    """How much of other sources' identity is left by the mapper's answers to some targets."""
+    scene = training.objective.scene
+    targets = training.objective.target_embeddings(torch.Generator().manual_seed(1))
+    sources = random_latents(scene.generator, range(900, 916))
+    before = scene.generator.synthesis(sources)
+    each = [
+        identity_similarity(scene.identity, before, scene.generator.synthesis(sources + direction))
+        for direction in training.average(targets).directions
+    ]
+    return float(torch.stack(each).mean())
+
+
+def test_the_identity_loss_is_learned_and_said_in_the_record(
+    small: Callable[..., Config], who_world: Path
+) -> None:
+    found = {}
+    for weight in (0.0, 3.0):
+        config = small(
+            world=str(who_world), schedule=("transfer:25",), recipe="identity",
+            identity_weight=weight, checkpoint_seconds=1e9, learning_rate=0.03,
+        )  # fmt: skip
+        training, _ = prepare(replace(config, out=config.out / str(weight)), Accelerator(), Stop())
+        assert training.settings["recipe"]["identity_weight"] == weight
+        assert (training.settings["identity"] is None) == (weight == 0)
+        training.run(lambda: None)
+        found[weight] = kept(training)
+    assert found[3.0] > found[0.0] + 0.02
+
+
+def test_an_identity_loss_needs_a_world_with_the_model_and_a_stage_that_has_it(
+    small: Callable[..., Config],
+) -> None:
+    with pytest.raises(ValueError, match="needs an identity model, found none"):
+        run(small(recipe="identity"))
+    with pytest.raises(ValueError, match="--identity-weight: it is of the transfer term"):
+        run(small(identity_weight=0.1, schedule=("differences:2",)))
+
+
+def test_layers_computed_again_are_no_other_training(
+    small: Callable[..., Config], straight: Path
+) -> None:
+    config = small(checkpoint_layers=True)
+    training, _ = prepare(config, Accelerator(), Stop())
+    assert training.objective.scene.generator.checkpoint_layers
+    shutil.copytree(straight, config.out)
+    assert same(run(config).state_dict(), state_of(straight)["average"])
+
+
+def test_a_checkpoint_from_before_a_setting_was_there_is_gone_on_with(
+    small: Callable[..., Config], straight: Path
+) -> None:
+    config = small()
+    shutil.copytree(straight, config.out)
+    state = state_of(config.out)
+    del state["settings"]["recipe"]["identity_weight"], state["settings"]["rank"]
+    torch.save(state, config.out / CHECKPOINT)
+    assert same(run(config).state_dict(), state["average"])
 
 
 # Going on
