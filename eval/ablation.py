@@ -87,14 +87,14 @@ def trained_by(record: MapperRecord) -> dict[str, Any]:
         raise ValueError(
             f"expected a record with a schedule of stages NAME:STEPS, found {stages!r}"
         ) from error
-    recipe = trained_recipe(record)
+    recipe = trained_recipe(record) if said.get("recipe") else None
     return {
         "stages": stages,
         "steps": steps,
         "pairs": pairs,
         "noise": said.get("noise"),
-        "decay": recipe.weight_decay,
-        "identity_weight": recipe.identity_weight,
+        "decay": None if recipe is None else recipe.weight_decay,
+        "identity_weight": None if recipe is None else recipe.identity_weight,
     }
 
 

@@ -205,9 +205,8 @@ class EssenceTransfer:
         recipe = recipe or RECIPES["consistent"]
         if mode == "optimize":
             return self.optimize(target, recipe, seed, watch and watch("optimizer", recipe))
-        predicted = self.predict(target)
         if mode == "instant":
-            return predicted
+            return self.predict(target)
         gate = Gate.of(self.asked_mapper())
         refining = gate.refining(recipe, self.trained)
         # Not only once they are needed, when minutes may have been spent.
@@ -219,6 +218,7 @@ class EssenceTransfer:
             )
         if mode == "auto":
             eyes(self.embedder, self.identity, recipe.identity_weight)
+        predicted = self.predict(target)
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
         return self.checked(target, predicted, recipe, refining, gate, seed, watch)

@@ -75,7 +75,7 @@ class Losses:
 
 def losses_of(
     recipe: Recipe,
-    before: Float[Tensor, "batch sources seen"],
+    before: Float[Tensor, "batch sources known"],
     after: Float[Tensor, "batch sources seen"],
     targets: Float[Tensor, "batch embed"],
 ) -> Losses:

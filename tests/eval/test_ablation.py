@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.sketch import SIZE
 from eval import ablation
-from eval.ablation import Config, Course, run, scores_of_each, trained_by
+from eval.ablation import Config, Course, network_of, run, scores_of_each, trained_by
 from eval.recipes import HELD_OUT_SEED, draw_targets
 from eval.recipes import judge as study_judge
 from predictor.mapper import Mapper, Prediction, load_mapper, save_mapper
@@ -23,6 +23,7 @@ from predictor.mapper_record import MapperConfig, MapperRecord
 from predictor.transfer import EssenceTransfer
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.recipes import RECIPES
 from targetclip.world import load_parts, load_world
 
 TRAINED = {"schedule": ["pairs:600", "transfer+pairs:40"], "num_pairs": 50, "pairs": "1f"}
@@ -193,8 +194,8 @@ def test_the_table_has_a_row_a_mapper_in_the_order_given(
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
     heads, first, second = lines[0], lines[2], lines[3]
     assert [first[0], second[0]] == ["z", "a"] and len(lines) == 4
-    assert first[1:5] == ["pairs:600, transfer+pairs:40", "640", "50", "0.1"]
-    assert second[1:5] == [""] * 4
+    assert first[1:6] == ["8 x 1", "pairs:600, transfer+pairs:40", "640", "50", "0.1"]
+    assert second[1:8] == ["8 x 1", *[""] * 6]
     interval = rows["z"]["transfer"]
     expected = f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
     assert first[heads.index("transfer score")] == expected
@@ -219,7 +220,13 @@ def test_a_mapper_that_was_not_taught_what_to_expect_is_not_blamed(
 def test_a_training_without_pairs_used_none() -> None:
     recipe = {"schedule": ["transfer:4000"], "num_pairs": None, "pairs": None, "noise": 0.0}
     found = trained_by(MapperRecord(recipe, {}, "MIT", "nothing", "0"))
-    assert found == {"stages": ["transfer:4000"], "steps": 4000, "pairs": None, "noise": 0.0}
+    said = {"stages": ["transfer:4000"], "steps": 4000, "pairs": None, "noise": 0.0}
+    assert found == {**said, "decay": None, "identity_weight": None}
+    recipe["recipe"] = vars(RECIPES["identity"])
+    found = trained_by(MapperRecord(recipe, {}, "MIT", "nothing", "0"))
+    assert found == {**said, "decay": 2e-3, "identity_weight": 0.15}
+    config = MapperConfig(4, 2, 3, "g", "e", width=8, depth=2, rank=5)
+    assert network_of(config) == "8 x 2, rank 5"
 
 
 # Going on

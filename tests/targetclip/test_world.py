@@ -147,9 +147,9 @@ def test_a_world_has_an_identity_model_if_its_file_names_one(
     assert load_parts(load_world(str(tiny_world)), torch.device("cpu")).identity is None
     folder = tmp_path / "world"
     shutil.copytree(tiny_world.parent, folder)
-    world = load_world(written(folder, tiny_world.read_text() + 'identity = "who.safetensors"\n'))
-    assert world.identity == folder / "who.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"who\.safetensors"):
+    world = load_world(written(folder, tiny_world.read_text() + 'identity = "one.safetensors"\n'))
+    assert world.identity == folder / "one.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"one\.safetensors"):
         load_parts(world, torch.device("cpu"))
     save_identity(SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)), world.identity)
     identity = load_parts(world, torch.device("cpu")).identity
