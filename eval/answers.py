@@ -72,7 +72,7 @@ def settings_of(name: str, bench: Bench, targets: EvalSet) -> dict[str, Any]:
     if method.optimizes:
         precision = "bf16" if bench.half else "fp32"
         settings |= {"precision": precision, "seed": bench.seed, "max_steps": bench.max_steps}
-        settings |= {"truncation": essence.truncation}
+        settings |= {"truncation": essence.truncation, "recipe": bench.recipe}
     if method.per_source:
         settings |= {"sources": [SOURCE_SEED, len(bench.sources)]}
     return settings

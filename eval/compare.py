@@ -204,6 +204,7 @@ def make_bench(config: Config, world: World, device: torch.device) -> Bench:
         config.precision == "bf16" or (config.precision is None and has_bfloat16(device)),
         config.max_steps,
         config.seed,
+        world.recipe,
         digests,
     )
 

@@ -66,6 +66,8 @@ class Bench:
     max_steps: int | None = None
     """Cut every optimization to so many steps."""
     seed: int = 0
+    recipe: str = "consistent"
+    """Of the product's optimizer: the world's."""
     digests: Mapping[Part, str] = field(default_factory=dict)
     """Of the parts that are there: what a change of them is known by."""
 
@@ -116,7 +118,7 @@ def by_mapper(bench: Bench, targets: EvalSet) -> Answer:
 
 def by_auto(bench: Bench, targets: EvalSet) -> Answer:
     """As the product answers by default, one target after another; notes say by what."""
-    recipe = bench.cut(RECIPES["consistent"])
+    recipe = bench.cut(RECIPES[bench.recipe])
     found = [
         bench.essence.direction(picture, "auto", recipe, seed_of("compare", bench.seed, name))
         for picture, name in zip(targets.pictures, targets.ids, strict=True)

@@ -77,8 +77,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "raw differences": {"differences": "raw"},
     "release preprocessing": {"preprocess": "release"},
     "tied layers": {"tied_layers": True},
-    "identity 0.15": {"identity_weight": 0.15},
     "identity 0.5": {"identity_weight": 0.5},
+    "identity 0.15, decay 2e-3": {"identity_weight": 0.15, "weight_decay": 2e-3},
     "6 fixed sources, coefficients": {
         "sources": 6,
         "fresh_sources": False,

@@ -47,6 +47,9 @@ class Config:
     """Folder for checkpoint, log, target pictures and encoder.safetensors."""
     world: str = "sketch64"
     """Name of a bundled world, or the path of a world's .toml file."""
+    recipe: str | None = None
+    """Recipe whose losses are minimised: release, paper, consistent or identity. Default: the
+    world's."""
     start: Path | None = None
     """Inverter to start from. Default: the world's."""
     targets: tuple[str, ...] = ("drawn:6000@17", "wide:6000@17")
@@ -74,6 +77,8 @@ def check_config(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+    if config.recipe is not None and config.recipe not in RECIPES:
+        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}")
     if not config.targets:
         raise ValueError("--targets: expected some such as drawn:6000@17, found none")
     if not 0 < config.learning_rate < 1 or not 0 <= config.ema < 1:
@@ -95,7 +100,7 @@ def make_parts(config: Config) -> tuple[Scene, Inverter]:
             f"--start: expected an inverter's file, for world {world.name!r} names none of ours; "
             "make one with python -m train.inverter"
         )
-    recipe = RECIPES[world.recipe]
+    recipe = RECIPES[config.recipe or world.recipe]
     at_once = config.max_images or config.batch_size * recipe.sources
     scene = Scene(
         parts.generator, parts.embedder, recipe, world.truncation, at_once, parts.identity

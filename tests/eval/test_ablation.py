@@ -224,7 +224,7 @@ def test_a_training_without_pairs_used_none() -> None:
     assert found == {**said, "decay": None, "identity_weight": None}
     recipe["recipe"] = vars(RECIPES["identity"])
     found = trained_by(MapperRecord(recipe, {}, "MIT", "nothing", "0"))
-    assert found == {**said, "decay": 2e-3, "identity_weight": 0.15}
+    assert found == {**said, "decay": 1e-2, "identity_weight": 0.15}
     config = MapperConfig(4, 2, 3, "g", "e", width=8, depth=2, rank=5)
     assert network_of(config) == "8 x 2, rank 5"
 
