@@ -22,7 +22,7 @@ ABOUT = {
     FOLDER: "Pictures of your own",
 }
 MAIN = ("transfer", "consistency", "essence", "identity")
-BARS = ("mapper", "auto", "consistent", "ridge", DRAWN_ANSWER)
+BARS = ("mapper", "identity", "consistent", "ridge", DRAWN_ANSWER)
 RELEASED = {
     "semantic": "semantic",
     "second": "semantic, second judge",
