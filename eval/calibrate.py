@@ -4,9 +4,11 @@
 
 On validation targets, none of which anything was trained on, the mapper and its teacher answer,
 and refinements of the mapper's answers are tried. What comes out is a threshold for the score on
-the probe sources (`predictor.gate`), how refinements go, and how far the mapper's own expectation
-can be trusted. Sources that judge are neither the probe's nor the optimizer's. Writes the mapper
-with its calibration, report.json and reliability.png.
+the probe sources (`predictor.gate`), how refinements go, how far the mapper's own expectation can
+be trusted, and by how much its directions are stretched: weight decay, by which they were trained,
+leaves them shorter than the rest of its loss would have them. Sources that judge are neither the
+probe's nor the optimizer's. Writes the mapper with its calibration, report.json and
+reliability.png.
 """
 
 import json
@@ -48,6 +50,7 @@ from targetclip.world import load_world
 JUDGED_SEED = 1  # of the sources that judge: those that trainings validate on
 LENGTHS = (5, 10, 20, 30)  # steps of the refinements tried
 RATES = (0.01, 0.03)
+STRETCHES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -249,6 +252,17 @@ def searched(
 # The command
 
 
+def stretched(
+    judge: Judge, predicted: Float[Tensor, "targets num_ws w_dim"]
+) -> tuple[float, dict[float, float]]:
+    """The factor of the mapper's directions with the lowest mean loss, and the loss of each."""
+    losses = {
+        factor: float(judge.scores(factor * predicted)["loss"].mean())
+        for factor in tqdm(STRETCHES, "stretch", unit="factor")
+    }
+    return min(losses, key=lambda factor: losses[factor]), losses
+
+
 def refinements(
     judge: Judge,
     predicted: Float[Tensor, "targets num_ws w_dim"],
@@ -304,6 +318,8 @@ def reliability_picture(
 def run(config: Config) -> MapperRecord:
     """Calibrate, and return the record of the mapper that is written.
 
+    A mapper that is calibrated again is stretched again, from where it is.
+
     Raises:
         FileNotFoundError, ValueError: parts that are missing or do not fit; no targets.
     """
@@ -317,6 +333,8 @@ def run(config: Config) -> MapperRecord:
     recipe = RECIPES[world.recipe]
     targets = validation_targets(config, essence)
     judge = Judge.new(essence, targets, recipe, config)
+    stretch, by_stretch = stretched(judge, predictions(essence, mapper, targets)[0])
+    mapper.scale.mul_(stretch)
     predicted, expected = predictions(essence, mapper, targets)
     first = judge.scores(predicted)
     taught = judge.scores(teacher_answers(judge, config))
@@ -328,7 +346,7 @@ def run(config: Config) -> MapperRecord:
     trust = reliability(expected, first["transfer"])
     if mapper.record is None:
         raise ValueError(f"{config.mapper}: expected a mapper with a record, found none")
-    record = replace(mapper.record, calibration={**asdict(gate), **trust})
+    record = replace(mapper.record, calibration={**asdict(gate), **trust, "stretch": stretch})
     save_mapper(mapper, config.out / "mapper.safetensors", record, half=config.half)
     teacher_loss = float(taught["teacher_loss"].mean())
     report: dict[str, Any] = {
@@ -336,6 +354,7 @@ def run(config: Config) -> MapperRecord:
         "passing": means_by_set(targets, (first["probe"] >= threshold).float()),
         "mapper": {name: means_by_set(targets, each) for name, each in first.items()},
         "teacher": {name: means_by_set(targets, each) for name, each in taught.items()},
+        "loss_by_stretch": by_stretch,
         "loss_by_rate_and_steps": losses,
         "teacher_steps": recipe.steps,
         "steps_to_teachers_loss": {

@@ -42,11 +42,17 @@ def test_the_file_written_passes_the_gate_and_is_the_same_mapper(
     record = run(config_of(tiny_world, tiny_mapper, tmp_path / "out"))
     mapper, found = load_mapper(tmp_path / "out" / "mapper.safetensors")
     assert found == record and tiny_mapper.read_bytes() == before
-    assert mapper.fingerprint == load_mapper(tiny_mapper)[0].fingerprint
+    stretch, original = record.calibration["stretch"], load_mapper(tiny_mapper)[0]
+    original.scale.mul_(stretch)
+    assert mapper.fingerprint == original.fingerprint
     gate = Gate.of(mapper)
     assert gate.probes == 2 and gate.refine_steps in (1, 2) and gate.refine_rate == 0.01
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["calibration"] == record.calibration
+    by_stretch = {float(factor): loss for factor, loss in report["loss_by_stretch"].items()}
+    assert set(by_stretch) == set(calibrate.STRETCHES)
+    assert by_stretch[stretch] == min(by_stretch.values())
+    assert sum(report["each"]["mapper_loss"]) / 4 == pytest.approx(by_stretch[stretch], rel=1e-4)
     each = report["each"]
     assert each["set"] == ["drawn:60@29"] * 2 + ["generated:60@29"] * 2
     passing = [score >= gate.threshold for score in each["mapper_probe"]]
