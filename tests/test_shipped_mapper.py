@@ -16,6 +16,7 @@ from predictor.direction import mixed
 from predictor.load import load_essence
 from targetclip import load_world
 from targetclip.editing import layer_weights
+from targetclip.identity import identity_similarity
 
 COUNT = 12  # sources
 OFF = ("hat", "beard", "glasses", "moustache", "lipstick", "blush", "face_paint")
@@ -123,8 +124,12 @@ def test_coarse_layers_carry_shapes_and_fine_ones_do_not(
 def test_an_identity_floor_is_kept_by_less_strength(essence: EssenceTransfer) -> None:
     sources = essence.generated_sources(COUNT, seed=3)
     vector = essence.predict(draw(BEARDED)).vector
-    found = [essence.strength_at_identity(sources, vector, floor) for floor in (0.3, 0.6, 0.9)]
-    assert 0 < found[2] < found[1] < found[0] <= 1
+    assert essence.identity is not None
+    before, after = essence.edit(sources, vector, 0.0), essence.edit(sources, vector)
+    whole = float(identity_similarity(essence.identity, before, after).mean())
+    floors = (whole - 0.1, (whole + 1) / 2, (whole + 3) / 4)
+    found = [essence.strength_at_identity(sources, vector, floor) for floor in floors]
+    assert 0 < found[2] < found[1] < found[0] == 1
 
 
 def test_words_bring_what_they_say(essence: EssenceTransfer, read: Read) -> None:
