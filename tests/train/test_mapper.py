@@ -255,7 +255,7 @@ def test_the_identity_loss_is_learned_and_said_in_the_record(
     for weight in (0.0, 3.0):
         config = small(
             world=str(who_world), schedule=("transfer:25",), recipe="identity",
-            identity_weight=weight, checkpoint_seconds=1e9, learning_rate=0.03,
+            identity_weight=weight, direction_decay=0.0, checkpoint_seconds=1e9, learning_rate=0.03,
         )  # fmt: skip
         training, _ = prepare(replace(config, out=config.out / str(weight)), Accelerator(), Stop())
         assert training.settings["recipe"]["identity_weight"] == weight
