@@ -1,6 +1,6 @@
 """Every command once at full size, without anybody's weights; and what a step holds in memory.
 
-    python -m eval.full_size --out runs/full              # by estimate 30 to 45 minutes
+    python -m eval.full_size --out runs/full              # an hour and more of one core
     python -m eval.full_size --out runs/full --memory     # two minutes on two idle cores
 
 Makes seeded weights in the layouts of the public checkpoints (2 GB), and runs the project's own
