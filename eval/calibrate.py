@@ -4,11 +4,11 @@
 
 On validation targets, none of which anything was trained on, the mapper and its teacher answer,
 and refinements of the mapper's answers are tried. What comes out is a threshold for the score on
-the probe sources (`predictor.gate`), how refinements go, how far the mapper's own expectation can
-be trusted, and by how much its directions are stretched: weight decay, by which they were trained,
-leaves them shorter than the rest of its loss would have them. Sources that judge are neither the
-probe's nor the optimizer's. Writes the mapper with its calibration, report.json and
-reliability.png.
+the probe sources (`predictor.gate`), how refinements go, and by how much its directions are
+stretched: weight decay, by which they were trained, leaves them shorter than the rest of its loss
+would have them. The score that the mapper expects is fitted anew (`eval.expectation`), and judged.
+Sources that judge are neither the probe's nor the optimizer's. Writes the mapper with its
+calibration, report.json and reliability.png.
 """
 
 import json
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from data.targets import BadTarget, Target, open_targets, split_of
 from eval.calibration import choose_refinement, reliability, steps_to_teacher, threshold_of
 from eval.charts import COLOURS, Series, chart
+from eval.expectation import fit_expectation
 from predictor.cli import choose_device
 from predictor.gate import Gate
 from predictor.load import load_essence
@@ -64,10 +65,13 @@ class Config:
     world: str = "sketch64"
     """Name of a bundled world, or the path of a world's .toml file."""
     targets: tuple[str, ...] = ("drawn:2000@29", "wide:2000@29")
-    """Where validation targets are from, as data.build takes them: sets that are calibrated for
-    apart. Only those of the validation split are used."""
+    """Where targets are from, as data.build takes them: sets that are calibrated for apart. Those
+    of the validation split judge; the expected score is fitted on those of the training split, so
+    give others than the mapper was trained on."""
     count: int = 32
-    """Targets of each set, at most."""
+    """Targets of each set that judge, at most."""
+    fitted: int = 2000
+    """Targets of each set that the expected score is fitted on, at most; 0 leaves it as it is."""
     sources: int = 16
     """Sources that judge."""
     probes: int = 8
@@ -90,6 +94,8 @@ class Config:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag}: expected 1 or more, found {getattr(self, name)}")
+        if self.fitted < 0:
+            raise ValueError(f"--fitted: expected 0 or more, found {self.fitted}")
         if self.sources < 2:
             raise ValueError("--sources: expected 2 or more, which can be consistent, found 1")
 
@@ -210,7 +216,8 @@ def predictions(
     """The mapper's directions, and the transfer scores it expects."""
     recipe = trained_recipe(mapper.record)
     wanted = embed_targets(essence.generator, essence.embedder, targets.pictures, recipe)
-    prediction = essence.predict_embeddings(wanted)
+    with torch.no_grad():
+        prediction = mapper(wanted)
     return prediction.directions, prediction.expected.cpu()
 
 
@@ -335,6 +342,7 @@ def run(config: Config) -> MapperRecord:
     judge = Judge.new(essence, targets, recipe, config)
     stretch, by_stretch = stretched(judge, predictions(essence, mapper, targets)[0])
     mapper.scale.mul_(stretch)
+    fitted = fit_expectation(essence, mapper, config.targets, config.fitted, config.seed)
     predicted, expected = predictions(essence, mapper, targets)
     first = judge.scores(predicted)
     taught = judge.scores(teacher_answers(judge, config))
@@ -346,7 +354,9 @@ def run(config: Config) -> MapperRecord:
     trust = reliability(expected, first["transfer"])
     if mapper.record is None:
         raise ValueError(f"{config.mapper}: expected a mapper with a record, found none")
-    record = replace(mapper.record, calibration={**asdict(gate), **trust, "stretch": stretch})
+    figures = {**asdict(gate), **trust, "fitted": fitted, "stretch": stretch}
+    told_of = {**mapper.record.recipe, "expects": True} if fitted else mapper.record.recipe
+    record = replace(mapper.record, recipe=told_of, calibration=figures)
     save_mapper(mapper, config.out / "mapper.safetensors", record, half=config.half)
     teacher_loss = float(taught["teacher_loss"].mean())
     report: dict[str, Any] = {

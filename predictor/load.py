@@ -10,6 +10,7 @@ import torch
 from predictor.mapper import load_mapper
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer
+from targetclip.recipes import RECIPES
 from targetclip.world import World, load_parts
 
 
@@ -42,4 +43,5 @@ def load_essence(
         parts.identity,
         world.truncation,
         max_images,
+        recipe=RECIPES[world.recipe],
     )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predictor.mapper_record import (
+    FIRST_FORMAT,
     FORMAT,
     GET_AGAIN,
     TRAIN_ONE,
@@ -105,6 +106,10 @@ class Mapper(nn.Module):
             nn.init.normal_(self.basis.weight, std=1 / math.sqrt(heads))
         nn.init.zeros_(self.direction.bias)
         nn.init.zeros_(self.linear.weight)
+        # As the direction has: features keep what directions need, which is not all that tells
+        # how hard a target is.
+        self.score_linear = nn.Linear(config.embed_dim, 1, bias=False)
+        nn.init.zeros_(self.score_linear.weight)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -126,6 +131,12 @@ class Mapper(nn.Module):
         """What the network reads of differences between unit embeddings."""
         white: Tensor = differences.float() @ self.whitening
         return white
+
+    def whitened_targets(
+        self, embeddings: Float[Tensor, "batch embed"]
+    ) -> Float[Tensor, "batch embed"]:
+        """What the network reads of targets, from their embeddings: raw ones or unit ones."""
+        return self.whitened(F.normalize(embeddings.float(), dim=1) - self.centre)
 
     def features(self, white: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch width"]:
         """What both heads read, of whitened differences."""
@@ -164,13 +175,11 @@ class Mapper(nn.Module):
             ValueError: embeddings of another size.
         """
         self.check_size(embeddings)
-        embeddings = embeddings.float()
-        # As F.normalize does, in a third of its time where caches are cold.
-        length = torch.linalg.vector_norm(embeddings, dim=1, keepdim=True).clamp_min(1e-12)
-        white = self.whitened(embeddings / length - self.centre)
+        white = self.whitened_targets(embeddings)
         features = self.features(white)
         # Detached: knowing the score must never cost the direction.
-        expected = torch.tanh(self.score(features.detach()).float()).squeeze(1)
+        score = self.score(features.detach()) + self.score_linear(white)
+        expected = torch.tanh(score.float()).squeeze(1)
         return Prediction(self.directions_of(white, features), expected)
 
     @classmethod
@@ -311,12 +320,15 @@ def load_mapper(
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, found {error}") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, FIRST_FORMAT):
         raise ValueError(
-            f"{path}: expected format {FORMAT}, found {metadata.get('format')}: {TRAIN_ONE}"
+            f"{path}: expected format {FORMAT} or {FIRST_FORMAT}, found "
+            f"{metadata.get('format')}: {TRAIN_ONE}"
         )
     config, record = parse_metadata(metadata, path)
     check_made_for(config, generator, embedder, str(path))
+    if metadata["format"] == FIRST_FORMAT and "score_linear.weight" not in state:
+        state["score_linear.weight"] = torch.zeros(1, config.embed_dim)  # scores read features
     mapper = build_mapper(config, state, path)
     mapper.record = record
     return mapper.eval().requires_grad_(False), record

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCardData
 
 from targetclip.recipes import RECIPES, Recipe, stored_recipe
 
-FORMAT = "targetclip-mapper/1"
+FORMAT = "targetclip-mapper/2"
+FIRST_FORMAT = "targetclip-mapper/1"  # is read as well
 TRAIN_ONE = "train a mapper for it: python -m train.mapper --help"
 GET_AGAIN = "get the file again"
 # Names the Hub knows; the card calls anything else "other" and quotes the record.
@@ -62,7 +63,8 @@ class MapperRecord:
     """Where a mapper comes from and what may be done with it."""
 
     recipe: dict[str, Any]
-    """Name and settings of the objective it was trained by; anything JSON holds."""
+    """Name and settings of the objective it was trained by; anything JSON holds. `expects` says
+    whether its expected score was ever taught, by the transfer term or by calibration."""
     calibration: dict[str, float]
     """Figures that say what its expected score is worth, such as a threshold; may be empty."""
     licence: str

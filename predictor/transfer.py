@@ -23,6 +23,7 @@ from predictor.direction import (
     direction_so_far,
     optimized_direction,
 )
+from predictor.folded import FoldedMapper
 from predictor.gate import Gate
 from predictor.mapper import Mapper, Prediction
 from predictor.mapper_record import check_made_for, trained_recipe
@@ -60,6 +61,7 @@ class EssenceTransfer:
         max_images: rendered at once; bounds memory.
         aligner: cuts the face out of a target picture before it is inverted; None where pictures
             are inverted as they are. The embedder always sees the whole picture.
+        recipe: of the optimizer, where none is given; default "consistent".
 
     Raises:
         ValueError: a mapper of another generator or another embedder.
@@ -76,6 +78,7 @@ class EssenceTransfer:
         truncation: float = 0.7,
         max_images: int = 64,
         aligner: Callable[[Image.Image], Image.Image] | None = None,
+        recipe: Recipe = RECIPES["consistent"],
     ) -> None:
         self.generator = generator
         self.embedder = embedder
@@ -86,6 +89,7 @@ class EssenceTransfer:
         self.truncation = truncation
         self.max_images = max_images
         self.aligner = aligner
+        self.recipe = recipe
         self.seen: dict[tuple[Preprocess, bool], Tensor] = {}
         if mapper is not None:
             config = mapper.config
@@ -146,12 +150,15 @@ class EssenceTransfer:
         Raises:
             ValueError: a text, and no `texts` to make it a target.
         """
-        if isinstance(target, str):
-            if self.texts is None:
-                raise ValueError(f"{target!r} is a text, and this world says nothing of texts")
-            return self.texts.embed(target, self.source_embeddings())
-        wanted = recipe or RECIPES["consistent"]
-        return embed_targets(self.generator, self.embedder, [target], wanted)[0]
+        return self.embed_row(target, recipe or RECIPES["consistent"])[0]
+
+    def embed_row(self, target: Image.Image | str, recipe: Recipe) -> Float[Tensor, "1 embed"]:
+        """As `embed_target`, a batch of one."""
+        if not isinstance(target, str):
+            return embed_targets(self.generator, self.embedder, [target], recipe)
+        if self.texts is None:
+            raise ValueError(f"{target!r} is a text, and this world says nothing of texts")
+        return self.texts.embed(target, self.source_embeddings())[None]
 
     def initial(
         self, target: Image.Image | str, kind: Initial, seed: int
@@ -192,7 +199,7 @@ class EssenceTransfer:
         does too, runs the optimizer; "refine" always refines; "optimize" asks no mapper.
 
         Args:
-            recipe: of the optimizer; default "consistent".
+            recipe: of the optimizer; default: the one this was made with.
             seed: decides everything the optimizer draws.
             watch: told of every search.
 
@@ -202,7 +209,7 @@ class EssenceTransfer:
             FloatingPointError: the optimizer's loss stopped being finite.
             Interrupted: Ctrl-C during a search.
         """
-        recipe = recipe or RECIPES["consistent"]
+        recipe = recipe or self.recipe
         if mode == "optimize":
             return self.optimize(target, recipe, seed, watch and watch("optimizer", recipe))
         if mode == "instant":
@@ -234,10 +241,15 @@ class EssenceTransfer:
 
     def predict(self, target: Image.Image | str) -> Direction:
         """The mapper's answer, in one pass."""
-        self.asked_mapper()  # before anything is embedded
-        embedding = self.embed_target(target, self.trained)
-        prediction = self.predict_embeddings(embedding[None])
-        return Direction(prediction.directions[0], "mapper", float(prediction.expected[0]))
+        folded = self.folded  # before anything is embedded
+        vector, expected = folded(self.embed_row(target, self.trained))
+        return Direction(vector, "mapper", expected)
+
+    @cached_property
+    def folded(self) -> FoldedMapper:
+        """The mapper as `predict` asks it: as it was, and where, at the first answer. To change,
+        move or replace it after that, make another EssenceTransfer."""
+        return FoldedMapper(self.asked_mapper())
 
     def predict_embeddings(self, embeddings: Float[Tensor, "targets embed"]) -> Prediction:
         """The mapper's answers for embeddings of many targets, raw or unit."""

@@ -17,6 +17,7 @@ from predictor.load import load_essence
 from targetclip import load_world
 from targetclip.editing import layer_weights
 from targetclip.identity import identity_similarity
+from targetclip.recipes import RECIPES
 
 COUNT = 12  # sources
 OFF = ("hat", "beard", "glasses", "moustache", "lipstick", "blush", "face_paint")
@@ -67,11 +68,25 @@ def mean(readings: Tensor, name: str) -> float:
     return float(readings[:, column(name)].mean())
 
 
+def test_the_worlds_recipe_is_the_optimizers(essence: EssenceTransfer) -> None:
+    assert essence.recipe == RECIPES[load_world("sketch64").recipe] == RECIPES["identity"]
+
+
 def test_the_world_names_a_calibrated_mapper(essence: EssenceTransfer) -> None:
     direction = essence.direction(draw(SPECTACLED))
     assert direction.method == "mapper" and direction.steps == 0
     assert direction.probe is not None and direction.expected is not None
     assert abs(direction.probe - direction.expected) < 0.1
+
+
+def test_an_answer_to_one_target_is_that_to_many(essence: EssenceTransfer) -> None:
+    targets = [draw(SPECTACLED), draw(BEARDED), draw(HATTED)]
+    embeddings = torch.stack([essence.embed_target(each, essence.trained) for each in targets])
+    many = essence.predict_embeddings(embeddings)
+    for i, target in enumerate(targets):
+        one = essence.predict(target)
+        torch.testing.assert_close(one.vector, many.directions[i], rtol=1e-4, atol=1e-5)
+        assert one.expected == pytest.approx(float(many.expected[i]), abs=1e-5)
 
 
 def test_one_pass_brings_unseen_sources_to_the_target(essence: EssenceTransfer) -> None:

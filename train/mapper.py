@@ -288,7 +288,7 @@ def record_of(config: Config, settings: dict[str, Any], stages: tuple[Stage, ...
     if "differences" in used:
         trained_on += ["differences between samples of the generator"]
     return MapperRecord(
-        # The expected score is learned by the transfer term alone.
+        # In training the expected score is learned by the transfer term alone.
         recipe={**settings, "name": settings["recipe_name"], "expects": "transfer" in used},
         calibration={},
         licence=config.licence,

@@ -125,9 +125,16 @@ class Training:
                 f"{str(self.checkpoint)!r} is of other settings: {told}; give the same as before, "
                 "or another --out"
             )
-        self.mapper.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.mapper.load_state_dict(state["network"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{str(self.checkpoint)!r} is of another version of the mapper: {reason}; finish "
+                "it by that version, or give another --out"
+            ) from error
         self.step, self.running = state["step"], dict(state["running"])
 
     def take_step(self) -> None:

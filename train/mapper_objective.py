@@ -206,7 +206,8 @@ class Objective(nn.Module):
         loss = sum((self.draws.weights.get(k, 1.0) * v for k, v in found.items()), torch.zeros(()))
         # Processes that average gradients wait for every parameter's, and only one term has the
         # score's.
-        loss = loss + 0 * sum(p.sum() for p in self.mapper.score.parameters())
+        heads = (self.mapper.score, self.mapper.score_linear)
+        loss = loss + 0 * sum(p.sum() for head in heads for p in head.parameters())
         return {"loss": loss, **found}
 
 

@@ -10,9 +10,12 @@ import torch
 
 from eval import calibrate
 from eval.calibrate import Config, run
+from eval.expectation import fit_expectation
 from predictor.gate import Gate
+from predictor.load import load_essence
 from predictor.mapper import load_mapper, save_mapper
 from targetclip.recipes import RECIPES
+from targetclip.world import load_world
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +32,7 @@ def config_of(tiny_world: Path, mapper: Path, out: Path, **changes: object) -> C
     usual: dict[str, object] = {
         "targets": ("drawn:60@29", "generated:60@29"),
         "count": 2,
+        "fitted": 6,
         "sources": 2,
         "probes": 2,
     }
@@ -39,12 +43,22 @@ def test_the_file_written_passes_the_gate_and_is_the_same_mapper(
     tiny_world: Path, tiny_mapper: Path, tmp_path: Path
 ) -> None:
     before = tiny_mapper.read_bytes()
-    record = run(config_of(tiny_world, tiny_mapper, tmp_path / "out"))
+    config = config_of(tiny_world, tiny_mapper, tmp_path / "out")
+    record = run(config)
     mapper, found = load_mapper(tmp_path / "out" / "mapper.safetensors")
     assert found == record and tiny_mapper.read_bytes() == before
     stretch, original = record.calibration["stretch"], load_mapper(tiny_mapper)[0]
+    # What is fitted are the scores of the stretched directions.
+    essence = load_essence(load_world(str(tiny_world)), torch.device("cpu"), tiny_mapper, 96)
+    fitted = essence.asked_mapper()
+    fitted.scale.mul_(stretch)
+    fit_expectation(essence, fitted, config.targets, config.fitted, config.seed)
+    assert mapper.fingerprint == fitted.fingerprint
     original.scale.mul_(stretch)
-    assert mapper.fingerprint == original.fingerprint
+    heads = {"score.weight", "score.bias", "score_linear.weight"}
+    was, now = original.state_dict(), mapper.state_dict()
+    assert {name for name in now if not torch.equal(now[name], was[name])} == heads
+    assert record.calibration["fitted"] == 12 and record.recipe["expects"] is True
     gate = Gate.of(mapper)
     assert gate.probes == 2 and gate.refine_steps in (1, 2) and gate.refine_rate == 0.01
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -97,6 +111,17 @@ def test_calibrating_twice_gives_the_same(
     assert records[0] == records[1]
 
 
+def test_the_expected_score_stays_as_training_left_it_if_asked(
+    tiny_world: Path, tiny_mapper: Path, tmp_path: Path
+) -> None:
+    record = run(config_of(tiny_world, tiny_mapper, tmp_path / "out", fitted=0))
+    found, original = load_mapper(tmp_path / "out" / "mapper.safetensors")[0], tiny_mapper
+    was, now = load_mapper(original)[0].state_dict(), found.state_dict()
+    for name in ("score.weight", "score.bias", "score_linear.weight"):
+        assert torch.equal(now[name], was[name])
+    assert record.calibration["fitted"] == 0 and "expects" not in record.recipe
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -124,7 +149,7 @@ def test_what_cannot_be_calibrated_is_one_line(
 
 
 def test_numbers_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    for changes in ({"count": 0}, {"sources": 1}, {"probes": 0}):
+    for changes in ({"count": 0}, {"sources": 1}, {"probes": 0}, {"fitted": -1}):
         with pytest.raises(ValueError, match=f"--{next(iter(changes))}"):
             Config(mapper=tmp_path, out=tmp_path, **changes)
     assert torch.is_grad_enabled()

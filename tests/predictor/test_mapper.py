@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from predictor.mapper import Mapper, load_mapper, save_mapper
-from predictor.mapper_record import FORMAT, MapperConfig, MapperRecord, trained_recipe
+from predictor.mapper_record import (
+    FIRST_FORMAT,
+    FORMAT,
+    MapperConfig,
+    MapperRecord,
+    trained_recipe,
+)
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES
 
@@ -189,7 +195,7 @@ def test_the_same_embeddings_give_the_same_bits_in_training_too(mapper: Mapper) 
 def test_knowing_the_score_changes_nothing_but_its_own_head(mapper: Mapper) -> None:
     mapper(embeddings()).expected.sum().backward()
     moved = {name for name, weight in mapper.named_parameters() if weight.grad is not None}
-    assert moved == {"score.weight", "score.bias"}
+    assert moved == {"score.weight", "score.bias", "score_linear.weight"}
 
 
 def test_the_direction_changes_everything_but_the_scores_head(mapper: Mapper) -> None:
@@ -199,7 +205,7 @@ def test_the_direction_changes_everything_but_the_scores_head(mapper: Mapper) ->
         for name, weight in mapper.named_parameters()
         if weight.grad is None or not weight.grad.any()
     }
-    assert still == {"score.weight", "score.bias"}
+    assert still == {"score.weight", "score.bias", "score_linear.weight"}
 
 
 def test_embeddings_of_another_size_are_refused(mapper: Mapper) -> None:
@@ -366,6 +372,22 @@ def test_a_file_made_by_hand_is_read(mapper: Mapper, path: Path) -> None:
     assert load_mapper(path)[1] == RECORD
 
 
+def test_a_file_of_the_first_format_is_read_its_score_of_features_alone(
+    mapper: Mapper, path: Path
+) -> None:
+    state = dict(mapper.state_dict())
+    state.pop("score_linear.weight")
+    change(path, state, format=FIRST_FORMAT)
+    loaded, record = load_mapper(path)
+    with torch.no_grad():
+        mapper.score_linear.weight.zero_()
+    assert record == RECORD
+    assert torch.equal(loaded(embeddings()).expected, mapper(embeddings()).expected)
+    assert torch.equal(loaded(embeddings()).directions, mapper(embeddings()).directions)
+    change(path, state)
+    assert "weights do not fit" in error_of(path)
+
+
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
@@ -400,6 +422,7 @@ def test_a_file_that_is_not_a_mapper_is_refused(
 SPOILS: list[tuple[Spoil, str]] = [
     (lambda state: state.pop("enter.weight"), "weights do not fit"),
     (lambda state: state.pop("score.bias"), "weights do not fit"),
+    (lambda state: state.pop("score_linear.weight"), "weights do not fit"),
     (lambda state: state.pop("centre"), "weights do not fit"),
     (lambda state: state.pop("scale"), "weights do not fit"),
     (lambda state: state.update(more=torch.zeros(1)), "weights do not fit"),

@@ -388,6 +388,14 @@ def test_a_seed_gives_the_same_checked_answer_again(predicting: Predicting) -> N
     assert not torch.equal(first.vector, other.vector)
 
 
+def test_where_no_recipe_is_given_its_own_is_taken(parts: Parts) -> None:
+    own = EssenceTransfer(parts.generator, parts.embedder, parts.inverter, recipe=quick(steps=2))
+    found = own.direction(picture(), "optimize")
+    assert found.steps == 2
+    assert torch.equal(found.vector, own.optimize(picture(), quick(steps=2)).vector)
+    assert own.direction(picture(), "optimize", quick()).steps == 3
+
+
 # Texts
 
 

@@ -348,6 +348,11 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(
     with pytest.raises(ValueError, match=r"other settings: noise 0\.0 not 0\.1"):
         run(small(schedule=("differences:2",), noise=0.1))
     path = small().out / CHECKPOINT
+    state = state_of(small().out)
+    del state["network"]["score_linear.weight"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"another version of the mapper: .*score_linear"):
+        run(small(schedule=("differences:2",)))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
         run(small(schedule=("differences:2",)))
