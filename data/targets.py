@@ -86,6 +86,12 @@ def split_of(target_id: str) -> Literal["train", "validation", "test"]:
     return "validation" if percentile < 95 else "test"
 
 
+def of_split(targets: TargetSet, split: str, count: int) -> Iterator[Target]:
+    """The first so many targets of a split; those that cannot be used are left out."""
+    good = (each for each in targets if isinstance(each, Target) and split_of(each.id) == split)
+    return itertools.islice(good, count)
+
+
 def digest_of(*parts: object) -> str:
     """SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -15,7 +15,6 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.targets import BadTarget, Target, open_targets, split_of
+from data.targets import Target, of_split, open_targets
 from eval.calibration import choose_refinement, reliability, steps_to_teacher, threshold_of
 from eval.charts import COLOURS, Series, chart
 from eval.expectation import fit_expectation
@@ -127,13 +126,8 @@ def validation_targets(config: Config, essence: EssenceTransfer) -> Targets:
     found: list[tuple[str, Target]] = []
     for spec in config.targets:
         candidates = open_targets(spec, essence.generator, essence.truncation)
-        good = (
-            (spec, each)
-            for each in candidates
-            if not isinstance(each, BadTarget) and split_of(each.id) == "validation"
-        )
         before = len(found)
-        found += islice(good, config.count)
+        found += [(spec, each) for each in of_split(candidates, "validation", config.count)]
         if len(found) == before:
             raise ValueError(
                 f"--targets: expected pictures of the validation split (one in twenty), found none "

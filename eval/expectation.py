@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.targets import BadTarget, Target, open_targets, split_of
+from data.targets import Target, of_split, open_targets
 from predictor.mapper import Mapper
 from predictor.mapper_record import trained_recipe
 from predictor.transfer import EssenceTransfer
@@ -66,18 +66,11 @@ def ridge(
 def training_targets(
     specs: Sequence[str], count: int, essence: EssenceTransfer
 ) -> Iterator[Target]:
-    """The first so many targets of each set's training split; pictures that cannot be read are
-    left out."""
+    """The first so many targets of each set's training split."""
     for spec in specs:
-        found: Iterable[Target | BadTarget] = open_targets(
-            spec, essence.generator, essence.truncation
+        yield from of_split(
+            open_targets(spec, essence.generator, essence.truncation), "train", count
         )
-        good = (
-            each
-            for each in found
-            if not isinstance(each, BadTarget) and split_of(each.id) == "train"
-        )
-        yield from islice(good, count)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from data.targets import (
     Target,
     TargetSet,
     layer_thirds,
+    of_split,
     open_targets,
     split_of,
 )
@@ -104,6 +105,16 @@ def test_the_id_alone_decides_the_split() -> None:
     assert counts["train"] == pytest.approx(18_000, abs=200)
     assert counts["validation"] == pytest.approx(1000, abs=120)
     assert counts["test"] == pytest.approx(1000, abs=120)
+
+
+def test_the_first_targets_of_a_split_are_taken_and_bad_ones_left_out(faces: Path) -> None:
+    drawn = open_targets("drawn:60@29")
+    for split in ("train", "validation", "test"):
+        every = [each.id for each in good(drawn) if split_of(each.id) == split]
+        assert every and ids(of_split(drawn, split, 100)) == every
+        assert ids(of_split(drawn, split, 2)) == every[:2]
+    mixed = open_targets(str(faces))
+    assert bad(mixed) and not bad(of_split(mixed, "train", 100))
 
 
 # Folders
