@@ -13,7 +13,7 @@ from collections.abc import Callable
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from data.teach import Teacher
+from data.worker import Teacher
 from targetclip.optimize import Progress, optimize_directions
 
 CHUNK_SECONDS = 300.0  # what a chunk lasts at most, if more than one target is in it

@@ -35,7 +35,7 @@ from data.pairs import features
 from data.plan import RECORD, Plan, PlanTaken, check_settings, check_targets, load_plan, make_plan
 from data.publish import sha256_of
 from data.targets import TargetSet, open_targets
-from data.teach import Stop, Stopped, Teacher, Worker
+from data.worker import Stop, Stopped, Teacher, Worker
 from targetclip.optimize import Progress
 from targetclip.precision import plain_attention
 from targetclip.recipes import RECIPES, Initial, Recipe

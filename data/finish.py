@@ -18,7 +18,7 @@ from data.dataset import mean_scores, merge, verify
 from data.pairs import features
 from data.plan import RECORD, Plan, check_plan, load_plan
 from data.publish import replace_file
-from data.teach import chunk_name
+from data.worker import chunk_name
 
 REPORT = "report.json"
 PACKAGES = ("torch", "open_clip_torch", "accelerate", "datasets", "numpy", "pyarrow")

@@ -37,7 +37,7 @@ from data.pairs import Failure, Pair, chunk_bytes, features
 from data.plan import Plan, describe, make_plan
 from data.publish import publish_file, sync_folder
 from data.targets import FolderTargets, Target, one_line, open_folder, printable
-from data.teach import Teacher, chunk_name
+from data.worker import Teacher, chunk_name
 from targetclip.optimize import Optimized
 from targetclip.recipes import RECIPES
 from targetclip.released import released_direction

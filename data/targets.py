@@ -22,11 +22,11 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from data.faces import draw_parameters, draw_wide, faces_from_z, sample_z, wide_face
+from data.drawn.faces import draw_parameters, draw_wide, faces_from_z, sample_z, wide_face
+from data.drawn.sketch import Extras, Style
 from data.publish import sha256_of
-from data.sketch import Extras, Style
 from targetclip.generators import Generator
-from targetclip.images import decode_picture, read_picture, tensor_to_pictures
+from targetclip.media.images import decode_picture, read_picture, tensor_to_pictures
 from targetclip.sources import random_latents, seed_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

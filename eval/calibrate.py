@@ -33,13 +33,13 @@ from predictor.cli import choose_device
 from predictor.gate import Gate
 from predictor.load import load_essence
 from predictor.mapper import Mapper, save_mapper
-from predictor.mapper_record import MapperRecord, trained_recipe
+from predictor.mapper_file import MapperRecord, trained_recipe
 from predictor.report import make_folder, versions, write_file
 from predictor.transfer import EssenceTransfer
 from targetclip.editing import render
 from targetclip.embedder import EmbedsImages
-from targetclip.identity import eyes
-from targetclip.images import write_picture
+from targetclip.encoders.identity import eyes
+from targetclip.media.images import write_picture
 from targetclip.optimize import losses_of, optimize_directions
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe

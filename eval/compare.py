@@ -24,8 +24,6 @@ from tqdm import tqdm
 
 from data.publish import sha256_of
 from eval.answers import Run, run_of
-from eval.benchmark import machine
-from eval.blip import BlipEmbedder
 from eval.compare_judge import (
     DRAWN_ANSWER,
     RELEASED_SOURCES,
@@ -36,11 +34,11 @@ from eval.compare_judge import (
     sweep_report,
     write_grids,
 )
-from eval.compare_report import figures, report_text
 from eval.judging import Judges
 from eval.methods import LACKING, METHODS, Bench, Part, needs_of
 from eval.pair_methods import open_pair_table
 from eval.reader import load_reader
+from eval.report import figures, report_text
 from eval.sets import (
     ADVERSARIAL,
     IN_RANGE,
@@ -55,14 +53,16 @@ from eval.sets import (
     out_of_range,
     samples,
 )
+from eval.studies.benchmark import machine
 from predictor.cli import choose_device
 from predictor.gate import Gate
 from predictor.load import load_essence
 from predictor.mapper import load_mapper
 from predictor.report import make_folder, versions, write_file
 from targetclip.embedder import ClipEmbedder
-from targetclip.images import tensor_to_pictures, write_picture
-from targetclip.inverter import load_inverter
+from targetclip.encoders.blip import BlipEmbedder
+from targetclip.encoders.inverter import load_inverter
+from targetclip.media.images import tensor_to_pictures, write_picture
 from targetclip.sources import generated_sources
 from targetclip.world import World, load_world
 

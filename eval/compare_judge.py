@@ -20,7 +20,7 @@ from eval.methods import METHODS, Bench, drawn_answer
 from eval.metrics import transfer_scores
 from eval.sets import ADVERSARIAL, SOURCE_SEED, EvalSet
 from eval.summary import Trial, by_attribute, differences, means
-from targetclip.images import tensor_to_pictures, write_picture
+from targetclip.media.images import tensor_to_pictures, write_picture
 from targetclip.sources import generated_sources, random_latents, seed_of
 
 DRAWN_ANSWER = "drawn-answer"

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.targets import Target, of_split, open_targets
 from predictor.mapper import Mapper
-from predictor.mapper_record import trained_recipe
+from predictor.mapper_file import trained_recipe
 from predictor.transfer import EssenceTransfer
 from targetclip.optimize import embed_chunks
 from targetclip.sources import random_latents, seed_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eval.sets import EvalSet
 from eval.summary import Trial, by_rank
-from targetclip.images import labelled_grid, tensor_to_pictures
+from targetclip.media.images import labelled_grid, tensor_to_pictures
 
 SHOWN = 8  # sources in a row
 

@@ -30,10 +30,10 @@ from eval.reader import AttributeReader
 from eval.sets import EvalSet, Truth
 from targetclip.editing import render
 from targetclip.embedder import ImageEmbedder
+from targetclip.encoders.identity import IdentityModel
 from targetclip.generators import Generator
-from targetclip.identity import IdentityModel
-from targetclip.images import picture_to_tensor
 from targetclip.losses import consistency_loss
+from targetclip.media.images import picture_to_tensor
 
 # What each score is, in the order of tables; not every world has all.
 SCORES = {

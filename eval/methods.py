@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.faces import GROUPS, faces_from_z, to_images
-from data.sketch import ESSENCE, Face, draw
+from data.drawn.faces import GROUPS, faces_from_z, to_images
+from data.drawn.sketch import ESSENCE, Face, draw
 from eval.pair_methods import PENALTIES, PairTable
 from eval.sets import SOURCE_SEED, EvalSet, source_seeds
 from predictor.mapper import Mapper
-from predictor.mapper_record import trained_recipe
+from predictor.mapper_file import trained_recipe
 from predictor.transfer import EssenceTransfer
-from targetclip.images import picture_to_tensor
-from targetclip.inverter import Inverter
+from targetclip.encoders.inverter import Inverter
 from targetclip.losses import transfer_loss
+from targetclip.media.images import picture_to_tensor
 from targetclip.optimize import Progress, embed_chunks, learning_rate, optimize_directions
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from data.readings import READINGS
+from data.drawn.readings import READINGS
 from targetclip.losses import SHORTEST_DIFFERENCE
 
 KID_SUBSETS, KID_SUBSET = 10, 1000

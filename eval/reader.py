@@ -1,7 +1,7 @@
 """The attribute reader: a picture of the bundled world to what can be seen on it.
 
 An independent judge, used by evaluation alone and seen by no training loss: it says which essence
-an edit brought and which identity it kept, in the words of `data.readings` and without CLIP.
+an edit brought and which identity it kept, in the words of `data.drawn.readings` and without CLIP.
 """
 
 import json
@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data.readings import OUTPUTS, READINGS
-from data.sketch import SIZE
-from targetclip.inverter import PictureEncoder
+from data.drawn.readings import OUTPUTS, READINGS
+from data.drawn.sketch import SIZE
+from targetclip.encoders.inverter import PictureEncoder
 
 BUNDLED = Path(__file__).parent / "reader.safetensors"
 FORMAT = "targetclip-reader/1"
@@ -50,7 +50,7 @@ def load_reader(path: Path = BUNDLED) -> AttributeReader:
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no such reader file: make one with python -m train.reader"
+            f"{path}: no such reader file: make one with python -m train.drawn.reader"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -61,7 +61,8 @@ def load_reader(path: Path = BUNDLED) -> AttributeReader:
     names = json.dumps([reading.name for reading in READINGS])
     if metadata.get("format") != FORMAT or metadata.get("readings") != names:
         raise ValueError(
-            f"{path}: not a reader of this project's faces: make one with python -m train.reader"
+            f"{path}: not a reader of this project's faces: "
+            "make one with python -m train.drawn.reader"
         )
     reader = AttributeReader()
     try:

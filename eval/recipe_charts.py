@@ -1,6 +1,6 @@
 """Charts of a comparison of recipes: what is won in essence, and what it costs in identity.
 
-Knows the report of `eval.recipes`; nothing of how it came about.
+Knows the report of `eval.studies.teachers`; nothing of how it came about.
 """
 
 from collections.abc import Mapping

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.faces import faces_from_z, sample_z, wide_face
-from data.readings import READINGS, STEPPED, readings_of
-from data.sketch import Extras, Face, Style, draw
+from data.drawn.faces import faces_from_z, sample_z, wide_face
+from data.drawn.readings import READINGS, STEPPED, readings_of
+from data.drawn.sketch import Extras, Face, Style, draw
 from data.targets import (
     SKETCH_Z_DIM,
     Target,
@@ -28,7 +28,7 @@ from data.targets import (
     split_of,
 )
 from targetclip.generators import Generator
-from targetclip.images import center_square
+from targetclip.media.images import center_square
 from targetclip.sources import BANK, BANK_SEED, seed_of
 
 IN_RANGE, OUT_OF_RANGE, ADVERSARIAL, FOLDER = "in-range", "out-of-range", "adversarial", "folder"

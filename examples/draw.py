@@ -5,7 +5,7 @@ python examples/draw.py
 
 from pathlib import Path
 
-from data.sketch import NAMES, Extras, Face, Style, draw
+from data.drawn.sketch import NAMES, Extras, Face, Style, draw
 
 HERE = Path(__file__).parent
 SCALE = 4  # people look at them, and readers of pictures must cope with any size

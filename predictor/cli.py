@@ -36,16 +36,6 @@ from predictor.options import (
     applied,
     parse,
 )
-from predictor.photos import (
-    Generated,
-    Photos,
-    Sources,
-    check_inverting,
-    find_faces,
-    inverting,
-    may_invert_target,
-    prepare_inversion,
-)
 from predictor.report import (
     Found,
     Stopwatch,
@@ -59,11 +49,21 @@ from predictor.report import (
     write_grid,
     write_report,
 )
+from predictor.sources import (
+    Generated,
+    Photos,
+    Sources,
+    check_inverting,
+    find_faces,
+    inverting,
+    may_invert_target,
+    prepare_inversion,
+)
 from predictor.transfer import EssenceTransfer, Mode
 from targetclip.directions import direction_bytes, load_direction
 from targetclip.editing import layer_weights
-from targetclip.faces import FaceFinder
-from targetclip.images import read_picture, tensor_to_pictures
+from targetclip.media.faces import FaceFinder
+from targetclip.media.images import read_picture, tensor_to_pictures
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.released import SUFFIXES, released_direction

@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from predictor.photos import Edit, Rows, inverted, quad_in, rendered
+from predictor.sources import Edit, Rows, inverted, quad_in, rendered
 from predictor.transfer import EssenceTransfer
-from targetclip.alignment import align, paste_back
-from targetclip.faces import Face, FaceFinder
-from targetclip.frames import Frames, open_frames, smooth_latents, write_frames, write_video
-from targetclip.images import tensor_to_pictures
+from targetclip.media.alignment import align, paste_back
+from targetclip.media.faces import Face, FaceFinder
+from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
+from targetclip.media.images import tensor_to_pictures
 
-# What the containers that targetclip.frames reads are called.
+# What the containers that targetclip.media.frames reads are called.
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts"),
     *(".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp"),

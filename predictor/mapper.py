@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from predictor.mapper_record import (
+from predictor.mapper_file import (
     FIRST_FORMAT,
     FORMAT,
     GET_AGAIN,

@@ -19,7 +19,7 @@ from PIL import Image
 from predictor.direction import Direction
 from predictor.transfer import EssenceTransfer
 from targetclip.editing import Scores
-from targetclip.images import labelled_grid, write_picture
+from targetclip.media.images import labelled_grid, write_picture
 from targetclip.world import World
 
 

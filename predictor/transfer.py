@@ -26,14 +26,14 @@ from predictor.direction import (
 from predictor.folded import FoldedMapper
 from predictor.gate import Gate
 from predictor.mapper import Mapper, Prediction
-from predictor.mapper_record import check_made_for, trained_recipe
+from predictor.mapper_file import check_made_for, trained_recipe
 from predictor.strength import strength_at_floor
 from predictor.text import TextTargets
 from targetclip.editing import Scores, apply_direction, render, score_edit
 from targetclip.embedder import ImageEmbedder, Preprocess
+from targetclip.encoders.identity import IdentityModel, eyes, identity_similarity
+from targetclip.encoders.inverter import LatentInverter
 from targetclip.generators import Generator
-from targetclip.identity import IdentityModel, eyes, identity_similarity
-from targetclip.inverter import LatentInverter
 from targetclip.optimize import Progress, embed_chunks, optimize_directions
 from targetclip.recipes import RECIPES, Initial, Recipe
 from targetclip.sources import BANK, generated_sources, random_latents, seed_of, source_bank

@@ -125,7 +125,7 @@ def preprocess_images(
     if height != width:
         raise ValueError(
             f"expected square images, found {height} x {width}; crop them first "
-            "(targetclip.images.center_square)"
+            "(targetclip.media.images.center_square)"
         )
     if preprocess == "release":
         resize: Resize = "area"
@@ -369,7 +369,7 @@ class ClipEmbedder(nn.Module):
         if modes != {"RGB"}:
             raise ValueError(
                 f"expected one or more RGB pictures, found {len(pictures)} of modes "
-                f"{sorted(modes)}; use targetclip.images.read_picture"
+                f"{sorted(modes)}; use targetclip.media.images.read_picture"
             )
         inputs = torch.stack([self.transform(picture) for picture in pictures]).to(self.device)
         embeddings: Tensor = self.clip.encode_image(inputs, normalize=False)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from targetclip.embedder import EmbedsImages, ImageEmbedder, Preprocess
+from targetclip.encoders.identity import IdentityModel, eyes
 from targetclip.generators import Generator
-from targetclip.identity import IdentityModel, eyes
 from targetclip.losses import consistency_loss, identity_loss, transfer_loss
 from targetclip.recipes import Recipe
 

@@ -11,9 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from targetclip.embedder import ImageEmbedder
+from targetclip.encoders.inverter import LatentInverter
 from targetclip.generators import Generator
-from targetclip.images import picture_to_tensor
-from targetclip.inverter import LatentInverter
+from targetclip.media.images import picture_to_tensor
 from targetclip.recipes import Initial, Recipe
 from targetclip.sources import random_latents
 

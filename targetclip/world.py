@@ -13,13 +13,13 @@ from typing import Literal
 
 import torch
 
-from targetclip.arcface import load_arcface
-from targetclip.e4e import load_e4e
 from targetclip.embedder import HUB, LOCAL_DIR, WEIGHT_SUFFIXES, ClipEmbedder
+from targetclip.encoders.arcface import load_arcface
+from targetclip.encoders.e4e import load_e4e
+from targetclip.encoders.identity import IdentityModel, load_identity
+from targetclip.encoders.inverter import LatentInverter, load_inverter
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2
-from targetclip.identity import IdentityModel, load_identity
-from targetclip.inverter import LatentInverter, load_inverter
 from targetclip.recipes import RECIPES
 from targetclip.world_files import Facts, WorldFile, home, parse_facts, require
 
@@ -251,7 +251,7 @@ def load_any_inverter(path: Path, generator: StyleGAN2, device: torch.device) ->
     if path.suffix == ".pt":
         return load_e4e(path, generator.num_ws, generator.w_dim).to(device)
     raise ValueError(
-        f"{path}: expected an inverter ending in .safetensors (train.inverter) or .pt (e4e), "
+        f"{path}: expected an inverter ending in .safetensors (train.drawn.inverter) or .pt (e4e), "
         f"found {path.suffix or 'no suffix'}"
     )
 
@@ -263,8 +263,8 @@ def load_any_identity(path: Path, device: torch.device) -> IdentityModel:
     if path.suffix in (".pth", ".pt"):
         return load_arcface(path).to(device)
     raise ValueError(
-        f"{path}: expected an identity model ending in .safetensors (train.identity), .pth or .pt "
-        f"(ArcFace), found {path.suffix or 'no suffix'}"
+        f"{path}: expected an identity model ending in .safetensors (train.drawn.identity), "
+        f".pth or .pt (ArcFace), found {path.suffix or 'no suffix'}"
     )
 
 

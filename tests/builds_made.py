@@ -9,7 +9,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
 from data.build import Config
-from data.faces import draw_wide
+from data.drawn.faces import draw_wide
 
 
 def config(world: Path, out: Path, **changes: Any) -> Config:

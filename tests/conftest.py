@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from predictor.mapper import Mapper, save_mapper
-from predictor.mapper_record import MapperConfig, MapperRecord
+from predictor.mapper_file import MapperConfig, MapperRecord
+from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
+from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.identity import IdentityConfig, SketchIdentity, save_identity
-from targetclip.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.world import load_parts, load_world
 
 TINY_CLIP = {

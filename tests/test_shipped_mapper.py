@@ -8,15 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from data.readings import READINGS
-from data.sketch import NAMES, Face, draw
+from data.drawn.readings import READINGS
+from data.drawn.sketch import NAMES, Face, draw
 from eval.reader import AttributeReader, load_reader
 from predictor import EssenceTransfer
 from predictor.direction import mixed
 from predictor.load import load_essence
 from targetclip import load_world
 from targetclip.editing import layer_weights
-from targetclip.identity import identity_similarity
+from targetclip.encoders.identity import identity_similarity
 from targetclip.recipes import RECIPES
 
 COUNT = 12  # sources

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from data.sketch import NAMES, Face, draw
+from data.drawn.sketch import NAMES, Face, draw
 from predictor import EssenceTransfer
 from targetclip import RECIPES, load_parts, load_world
 from targetclip.optimize import optimize_directions

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from data.targets import TargetSet, digest_of, open_targets
 from targetclip.editing import render, score_edit
-from targetclip.images import center_square, picture_to_tensor
-from targetclip.inverter import Inverter, load_inverter, save_inverter
+from targetclip.encoders.inverter import Inverter, load_inverter, save_inverter
+from targetclip.media.images import center_square, picture_to_tensor
 from targetclip.optimize import draw_sources, losses_of
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES
@@ -98,7 +98,7 @@ def make_parts(config: Config) -> tuple[Scene, Inverter]:
     if encoder is None:
         raise ValueError(
             f"--start: expected an inverter's file, for world {world.name!r} names none of ours; "
-            "make one with python -m train.inverter"
+            "make one with python -m train.drawn.inverter"
         )
     recipe = RECIPES[config.recipe or world.recipe]
     at_once = config.max_images or config.batch_size * recipe.sources

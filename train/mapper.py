@@ -31,12 +31,12 @@ from numpy import ndarray
 from tqdm import tqdm
 
 from data.targets import digest_of
-from data.teach import Stop, Stopped
+from data.worker import Stop, Stopped
 from predictor.mapper import Mapper, save_mapper
-from predictor.mapper_record import MapperConfig, MapperRecord
+from predictor.mapper_file import MapperConfig, MapperRecord
 from predictor.report import versions
-from targetclip.identity import eyes
-from targetclip.images import write_picture
+from targetclip.encoders.identity import eyes
+from targetclip.media.images import write_picture
 from targetclip.recipes import RECIPES
 from targetclip.sources import seed_of
 from targetclip.world import load_parts, load_world

@@ -26,8 +26,8 @@ from data.pairs import dimensions
 from data.publish import sha256_of
 from data.targets import BadTarget, TargetSet, digest_of, open_targets, split_of
 from targetclip.embedder import ImageEmbedder
+from targetclip.encoders.identity import IdentityModel, eyes
 from targetclip.generators import Generator
-from targetclip.identity import IdentityModel, eyes
 from targetclip.optimize import embed_chunks
 from targetclip.recipes import Recipe
 from targetclip.sources import random_latents, seed_of, source_bank

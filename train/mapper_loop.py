@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from data.build import in_precision
-from data.teach import Stop, Stopped
+from data.worker import Stop, Stopped
 from predictor.mapper import Mapper
 from targetclip.recipes import with_defaults
 from targetclip.sources import seed_of

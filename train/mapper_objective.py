@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from data.targets import Target, open_targets
 from predictor.mapper import Mapper, Prediction
 from targetclip.editing import render
-from targetclip.identity import eyes
-from targetclip.images import labelled_grid, tensor_to_pictures
+from targetclip.encoders.identity import eyes
 from targetclip.losses import consistency_loss, identity_loss, transfer_loss
+from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.optimize import draw_sources, embed_chunks, losses_of
 from targetclip.sources import generated_sources, random_latents, seed_of
 from train.mapper_data import Pairs, Scene

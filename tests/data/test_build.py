@@ -25,10 +25,10 @@ from data import build, finish
 from data.build import Config, run
 from data.claims import Claim, create
 from data.dataset import verify
-from data.faces import draw_wide
+from data.drawn.faces import draw_wide
 from data.targets import open_targets, split_of
-from data.teach import SIGNALS, Stop
-from targetclip.identity import IdentityConfig, SketchIdentity, save_identity
+from data.worker import SIGNALS, Stop
+from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.optimize import optimize_directions
 from targetclip.sources import source_bank
 from targetclip.world import load_parts, load_world
@@ -526,7 +526,7 @@ def test_a_build_that_asks_to_end_saves_its_work_and_says_how_to_go_on(
 
     flags = arguments(config(tiny_world, tmp_path))
     with monkeypatch.context() as patched:
-        patched.setattr("data.teach.fault_point", terminate)
+        patched.setattr("data.worker.fault_point", terminate)
         assert command(flags) == (130, "stopped; the same command goes on from here\n")
     work = tmp_path / ".build"
     assert steps == ["in-chunk", "in-chunk", "after-checkpoint"]

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from data import plan as module
-from data.faces import draw_wide
+from data.drawn.faces import draw_wide
 from data.plan import Plan, PlanTaken, check_plan, check_settings, check_targets, load_plan
 from data.targets import BadTarget, FolderTargets, Target, TargetSet, open_targets, split_of
 from targetclip.sources import seed_of

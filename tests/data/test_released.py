@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.proof.damage import flip_bit, rows_of
 from torch.nn import functional as F
 
 from data import released
 from data.build import HELD_OUT_SEED
 from data.build import Config as BuildConfig
 from data.build import run as build_run
-from data.damage import flip_bit, rows_of
 from data.dataset import load_pairs, verify
-from data.faces import draw_wide
+from data.drawn.faces import draw_wide
 from data.finish import verify_build
 from data.pairs import SPLITS
 from data.released import Config, import_released

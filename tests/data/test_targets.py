@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import data.targets
-from data.faces import GROUP_OF_LAYER, draw_wide, wide_face
-from data.sketch import Extras, Style
+from data.drawn.faces import GROUP_OF_LAYER, draw_wide, wide_face
+from data.drawn.sketch import Extras, Style
 from data.targets import (
     BadTarget,
     DatasetTargets,

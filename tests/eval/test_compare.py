@@ -14,19 +14,19 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.readings import READINGS
+from data.drawn.readings import READINGS
 from data.targets import split_of
 from eval import answers, compare, compare_judge, methods
 from eval.charts import Series, bars, chart
 from eval.compare import Config, run
-from eval.compare_report import report_text
 from eval.judging import Judges, edited_images, goal_of, judge, released_scores, scores_of
 from eval.metrics import released_score
+from eval.report import report_text
 from eval.sets import ADVERSARIAL, IN_RANGE, OUT_OF_RANGE, EvalSet, samples
 from eval.summary import Trial, by_rank, differences, means
 from predictor.load import load_essence
 from predictor.mapper import Mapper, save_mapper
-from predictor.mapper_record import MapperConfig, MapperRecord
+from predictor.mapper_file import MapperConfig, MapperRecord
 from targetclip.sources import generated_sources
 from targetclip.world import load_parts, load_world
 

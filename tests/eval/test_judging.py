@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.sketch import SIZE
+from data.drawn.sketch import SIZE
 from eval.judging import Judges, edited_images, judge
 from eval.reader import load_reader
 from targetclip.sources import random_latents

@@ -15,19 +15,19 @@ from torch.nn import functional as F
 
 from data.card import DatasetInfo
 from data.dataset import merge
-from data.faces import faces_from_z
+from data.drawn.faces import faces_from_z
+from data.drawn.sketch import Face
 from data.pairs import Pair, chunk_bytes, features
-from data.sketch import Face
 from eval import methods
 from eval.methods import LACKING, METHODS, Answer, Bench, drawn_answer, needs_of
 from eval.pair_methods import PairTable, open_pair_table
 from eval.sets import SOURCE_SEED, EvalSet, in_range, source_seeds
 from predictor import transfer
 from predictor.mapper import Mapper
-from predictor.mapper_record import MapperConfig, MapperRecord
+from predictor.mapper_file import MapperConfig, MapperRecord
 from predictor.transfer import EssenceTransfer
-from targetclip.identity import IdentityConfig, SketchIdentity
-from targetclip.images import picture_to_tensor
+from targetclip.encoders.identity import IdentityConfig, SketchIdentity
+from targetclip.media.images import picture_to_tensor
 from targetclip.recipes import RECIPES
 from targetclip.sources import generated_sources
 from targetclip.world import Parts, load_parts, load_world

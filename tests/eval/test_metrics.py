@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.readings import OUTPUTS, READINGS
+from data.drawn.readings import OUTPUTS, READINGS
 from eval.metrics import (
     additivity,
     bootstrap_interval,

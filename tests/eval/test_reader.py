@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.readings import OUTPUTS, READINGS
+from data.drawn.readings import OUTPUTS, READINGS
 from eval.reader import FORMAT, AttributeReader, agreement, load_reader, mean_errors, save_reader
-from targetclip.inverter import Inverter, InverterConfig, save_inverter
+from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 
 NAMES = json.dumps([reading.name for reading in READINGS])
 

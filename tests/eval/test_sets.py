@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.readings import READINGS, readings_of
-from data.sketch import NAMES, Extras, Face, Style
+from data.drawn.readings import READINGS, readings_of
+from data.drawn.sketch import NAMES, Extras, Face, Style
 from data.targets import Target, open_targets, picture_id, split_of, wide_indices
 from eval.sets import (
     ADVERSARIES,

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data.faces import draw_wide
-from predictor import cli, photos
+from data.drawn.faces import draw_wide
+from predictor import cli
+from predictor import sources as photos
 from predictor.load import load_essence
 from predictor.transfer import EssenceTransfer
 from targetclip.directions import direction_bytes
-from targetclip.faces import Face, FaceFinder
+from targetclip.media.faces import Face, FaceFinder
 from targetclip.world import load_parts, load_world
 
 Run = Callable[..., int]

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load
 
-from data.faces import draw_wide
+from data.drawn.faces import draw_wide
 from predictor import cli
 from predictor import report as reporting
 from predictor.load import load_essence
@@ -28,9 +28,9 @@ from predictor.mapper import load_mapper, save_mapper
 from predictor.report import write_file
 from predictor.transfer import Direction, EssenceTransfer
 from targetclip.directions import direction_bytes, load_direction
+from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.identity import IdentityConfig, SketchIdentity, save_identity
-from targetclip.images import read_picture, tensor_to_pictures
+from targetclip.media.images import read_picture, tensor_to_pictures
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES
 from targetclip.world import load_parts, load_world

@@ -15,9 +15,9 @@ from predictor import cli, clips
 from predictor.clips import Clip, evenly_spaced, find_track
 from predictor.transfer import EssenceTransfer
 from targetclip.directions import load_direction
-from targetclip.faces import FaceFinder
-from targetclip.frames import open_frames, write_video
-from targetclip.images import read_picture, tensor_to_pictures
+from targetclip.media.faces import FaceFinder
+from targetclip.media.frames import open_frames, write_video
+from targetclip.media.images import read_picture, tensor_to_pictures
 
 Run = Callable[..., int]
 Seen = list[tuple[float, float, int]]

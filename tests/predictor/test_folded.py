@@ -8,7 +8,7 @@ from torch import Tensor
 
 from predictor.folded import FoldedMapper
 from predictor.mapper import Mapper
-from predictor.mapper_record import MapperConfig
+from predictor.mapper_file import MapperConfig
 from targetclip.precision import in_bfloat16
 
 CONFIG = MapperConfig(12, 6, 8, "a" * 64, "e" * 64, width=16, depth=2)

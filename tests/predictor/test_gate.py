@@ -8,7 +8,7 @@ import torch
 
 from predictor.gate import Gate
 from predictor.mapper import Mapper
-from predictor.mapper_record import MapperConfig, MapperRecord
+from predictor.mapper_file import MapperConfig, MapperRecord
 from targetclip.recipes import RECIPES
 
 CALIBRATION = {"threshold": 0.8, "probes": 6.0, "refine_steps": 30.0, "refine_rate": 0.02}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from predictor.mapper import Mapper, load_mapper, save_mapper
-from predictor.mapper_record import (
+from predictor.mapper_file import (
     FIRST_FORMAT,
     FORMAT,
     MapperConfig,

@@ -15,8 +15,8 @@ from predictor.direction import Direction, Interrupted, Method
 from predictor.mapper import load_mapper
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer, Mode, WatchStep
-from targetclip.identity import IdentityConfig, SketchIdentity, identity_similarity
-from targetclip.images import picture_to_tensor
+from targetclip.encoders.identity import IdentityConfig, SketchIdentity, identity_similarity
+from targetclip.media.images import picture_to_tensor
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe
 from targetclip.sources import source_bank

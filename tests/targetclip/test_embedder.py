@@ -20,7 +20,7 @@ from targetclip.embedder import (
     preprocess_images,
     resolve_weights,
 )
-from targetclip.images import picture_to_tensor, tensor_to_pictures
+from targetclip.media.images import picture_to_tensor, tensor_to_pictures
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "clip_input.npz"
 PLAIN_224 = EncoderInput(224, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic")

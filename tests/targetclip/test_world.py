@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from targetclip.identity import IdentityConfig, IdentityModel, SketchIdentity, save_identity
+from targetclip.encoders.identity import (
+    IdentityConfig,
+    IdentityModel,
+    SketchIdentity,
+    save_identity,
+)
 from targetclip.world import BUNDLED, World, load_parts, load_world, world_names
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "worlds").glob("*.toml"))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from data.targets import Target, open_targets, split_of
-from targetclip.images import picture_to_tensor
-from targetclip.inverter import Inverter, load_inverter, save_inverter
+from targetclip.encoders.inverter import Inverter, load_inverter, save_inverter
+from targetclip.media.images import picture_to_tensor
 from targetclip.world import load_parts, load_world
 from train import encoder
 from train.encoder import (

@@ -25,9 +25,9 @@ from torch import Tensor
 from data import build
 from data.dataset import load_pairs
 from data.targets import Target, open_targets, split_of
-from data.teach import SIGNALS, Stop, Stopped
+from data.worker import SIGNALS, Stop, Stopped
 from predictor.mapper import load_mapper
-from targetclip.identity import identity_similarity
+from targetclip.encoders.identity import identity_similarity
 from targetclip.sources import random_latents
 from train import mapper, mapper_loop
 from train.loop import CHECKPOINT, LOG

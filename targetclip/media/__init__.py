@@ -1,0 +1,1 @@
+"""Pictures and clips: reading and writing them, and the faces in them."""

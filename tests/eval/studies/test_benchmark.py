@@ -1,0 +1,93 @@
+"""The benchmark at a size that takes a second: what it counts and reports, never how fast it is."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from eval.studies.benchmark import Config, count_operations, run
+
+
+@pytest.fixture
+def tiny(clip_dir: Path) -> Config:
+    return Config(
+        steps=2,
+        sources=2,
+        resolution=32,
+        channels=(8, 8, 6, 4),
+        w_dim=8,
+        mapping_layers=1,
+        clip=f"local-dir:{clip_dir}",
+        matrix_sizes=(32, 64),
+    )
+
+
+def test_the_report_says_how_fast_each_precision_was(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(dataclasses.replace(tiny, out=tmp_path / "new"))
+    assert [found["precision"] for found in report["runs"]] == ["fp32", "bf16"]
+    for found in report["runs"]:
+        assert len(found["seconds"]) == tiny.steps
+        assert min(found["seconds"]) > 0
+        median = sum(found["seconds"]) / 2
+        assert found["steps_per_second"] == pytest.approx(1 / median)
+        assert found["gflops"] == pytest.approx(report["gflop_per_step"] / median)
+        assert found["fraction"] == pytest.approx(found["gflops"] / found["matrix_gflops"])
+        assert found["peak_gigabytes"] > 0
+    assert report["released_seconds"] is None
+    assert report["machine"]["threads"] >= 1
+    assert {"python", "torch", "open_clip_torch"} <= set(report["machine"]["versions"])
+
+    written = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert written == json.loads(json.dumps(report))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("fp32", "bf16", "GFLOP a step", "fraction"))
+
+
+def test_without_a_folder_nothing_is_written(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(dataclasses.replace(tiny, precisions=("fp32",)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_released_step_is_timed_when_asked_for(
+    tiny: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = run(dataclasses.replace(tiny, precisions=("fp32",), compare_released=True))
+    assert report["released_seconds"] > 0
+    assert "released loop" in capsys.readouterr().out
+
+
+def test_twice_the_sources_are_twice_the_operations(tiny: Config) -> None:
+    more = dataclasses.replace(tiny, sources=4)
+    assert count_operations(more) == 2 * count_operations(tiny)
+
+
+def test_chunks_render_once_more_in_the_backward_pass(tiny: Config) -> None:
+    chunked = count_operations(dataclasses.replace(tiny, max_images=1))
+    assert chunked / count_operations(tiny) == pytest.approx(1.5, abs=0.1)
+
+
+def test_a_step_at_full_size_is_about_790_gflop() -> None:
+    assert count_operations(Config()) / 1e9 == pytest.approx(790, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "--steps"),
+        ({"resolution": 16, "compare_released": True}, "--resolution 32"),
+    ],
+)
+def test_settings_that_time_nothing_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**change)
+
+
+def test_an_unknown_encoder_is_refused(tiny: Config) -> None:
+    with pytest.raises(ValueError, match="--clip"):
+        count_operations(dataclasses.replace(tiny, clip="ViT-B-33"))

@@ -1,0 +1,220 @@
+"""Full size, small: the files and every command once at 64 px, and what is counted and measured."""
+
+import dataclasses
+import importlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from eval.studies import full_size
+from eval.studies.benchmark import Precision
+from eval.studies.full_size import (
+    Config,
+    kept_bytes,
+    network_sizes,
+    networks,
+    run,
+    run_command,
+    seeded_generator,
+)
+from eval.studies.scale import FFHQ_CHANNELS
+from targetclip.directions import load_direction
+from targetclip.generators import load_generator
+from targetclip.optimize import embed_chunks
+from targetclip.precision import in_bfloat16
+from targetclip.sources import random_latents
+
+Called = list[list[str]]  # the arguments of commands
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, clip_dir: Path) -> Config:
+    return Config(out=tmp_path / "full", resolution=64, width=8, clip=clip_dir)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """What commands listen to is given back."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
+def run_here(words: list[str], log: Path) -> float:
+    """In this process, whose imports are done."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", words[1:])
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(words[1]).main()
+    assert not ended.value.code
+    return 0.5
+
+
+def pretend(called: Called, peak: float = 0.5) -> Callable[[list[str], Path], float]:
+    """A runner that only leaves a step's last file."""
+
+    def run_command(words: list[str], log: Path) -> float:
+        called.append(words)
+        folder = Path(words[-1])
+        folder.mkdir(exist_ok=True)
+        (folder / full_size.LAST.get(folder.name, "report.json")).touch()
+        return peak
+
+    return run_command
+
+
+def without_weights(patch: pytest.MonkeyPatch) -> None:
+    def alone(function: object, config: Config) -> float:
+        return pretend([])([str(config.out / "weights")], config.out)
+
+    patch.setattr(full_size, "alone", alone)
+
+
+# The road
+
+
+@pytest.mark.parametrize("resolution", [64, 256])
+def test_every_step_from_files_to_an_edit_works(
+    tiny: Config, resolution: int, monkeypatch: pytest.MonkeyPatch, handlers: None
+) -> None:
+    tiny = dataclasses.replace(tiny, resolution=resolution)
+    monkeypatch.setattr(full_size, "alone", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(full_size, "run_command", run_here)
+    report = run(tiny)
+    assert list(report["steps"]) == list(full_size.STEPS)
+    judged = json.loads((tiny.out / "compare" / "report.json").read_text())
+    assert "mapper" in judged["sets"]["in-range"]["methods"]
+    generator = load_generator(tiny.out / "weights" / "stylegan2.pt")
+    found = load_direction(tiny.out / "transfer" / "direction.safetensors", generator)
+    assert found.direction.shape == ({64: 10, 256: 14}[resolution], 8)
+    pictures = [tiny.out / "weights" / "0.png", *(tiny.out / "edit").glob("*.png")]
+    assert len(pictures) > 2
+    assert all(np.asarray(Image.open(path)).std() > 1 for path in pictures)
+
+
+def test_what_is_done_is_not_done_again(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: Called = []
+    without_weights(monkeypatch)
+    monkeypatch.setattr(full_size, "run_command", pretend(called))
+    run(tiny)
+    assert [words[-1] for words in called] == [
+        str(tiny.out / name) for name in full_size.STEPS if name != "weights"
+    ]
+    (tiny.out / "edit" / "report.json").unlink()
+    run(tiny)
+    assert called[6:] == [called[4]]
+    assert "| compare |" in (tiny.out / "report.md").read_text()
+
+
+def test_a_step_that_holds_too_much_is_named(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_weights(monkeypatch)
+    monkeypatch.setattr(full_size, "run_command", pretend([], peak=20.5))
+    for _ in range(2):  # it does not pass by being done
+        with pytest.raises(RuntimeError, match=r"step transfer: expected 20 GiB at most.*20\.50"):
+            run(tiny)
+
+
+def test_a_folder_of_other_settings_is_refused(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_weights(monkeypatch)
+    monkeypatch.setattr(full_size, "run_command", pretend([]))
+    run(tiny)
+    with pytest.raises(ValueError, match=r"'seed': 0.*another folder"):
+        run(dataclasses.replace(tiny, seed=1))
+
+
+@pytest.mark.parametrize(
+    "change", [{"resolution": 16}, {"resolution": 100}, {"width": 0}, {"limit": 0.0}]
+)
+def test_settings_that_cannot_be_are_refused(tiny: Config, change: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"resolution|--width"):
+        run(dataclasses.replace(tiny, **change))
+    assert not tiny.out.exists()
+
+
+def test_the_peak_is_that_of_the_command(tmp_path: Path) -> None:
+    # A process begins with the peak of the one that started it.
+    least = run_command(["-c", "pass"], tmp_path / "log.txt")
+    size = int((least + 0.3) * 2**30)
+    peak = run_command(["-c", f"b'x' * {size}"], tmp_path / "log.txt")
+    assert least + 0.29 < peak < least + 0.5
+
+
+def test_a_command_that_fails_is_told_by_its_last_line(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"code 3, see .*log\.txt: no luck"):
+        run_command(["-c", "print('no luck'); raise SystemExit(3)"], tmp_path / "log.txt")
+    assert (tmp_path / "log.txt").read_text().startswith("\n$ python -c ")
+
+
+# Weights
+
+
+def test_full_size_is_config_f() -> None:
+    sizes = network_sizes(Config(out=Path("unused")))
+    assert (sizes.num_ws, sizes.w_dim, sizes.channels) == (18, 512, FFHQ_CHANNELS)
+
+
+def test_images_of_seeded_weights_are_tame_and_differ_with_the_latent(tiny: Config) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        generator = seeded_generator(dataclasses.replace(tiny, resolution=256, width=16))
+        one, two = generator.synthesis(random_latents(generator, [1, 2]))
+    assert one.shape == (3, 256, 256)
+    assert 0.1 < one.std() < 1.5
+    assert (one - two).std() > 0.1
+
+
+# Memory
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_counted_is_what_a_step_keeps(tiny: Config, precision: Precision) -> None:
+    generator, embedder = networks(tiny)
+    kept = kept_bytes(generator, embedder, 2, precision)
+    del kept["outputs"]
+    real: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        real[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ws = torch.zeros(2, generator.num_ws, generator.w_dim, requires_grad=True)
+    half = in_bfloat16(ws.device) if precision == "bf16" else nullcontext()
+    with half, saved_tensors_hooks(pack, lambda tensor: tensor):
+        embeddings = embed_chunks(generator, embedder, ws, "release", 2)
+    assert embeddings.isfinite().all()  # no matrix without numbers is left behind
+    assert kept.total() == pytest.approx(sum(real.values()), rel=0.01)
+
+
+def test_the_tables_say_what_fits(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_size, "alone", lambda function, *arguments: function(*arguments))
+    memory = run(dataclasses.replace(tiny, resolution=32, memory=True))["memory"]
+    assert len(memory["measured"]) == len(full_size.DTYPES) * len(full_size.MEASURED) == 12
+    for row in memory["measured"].values():
+        assert 0 < row["before"] < row["peak"] + 0.01  # the system counts in batches
+    count = memory["counted"]
+    assert count["bf16"] < count["fp32"]
+    assert count["fp32, layers again"] < count["fp32"]
+    a_source, *most = memory["fits"]["fp32, counted"]
+    assert a_source == round(count["fp32"], 3)
+    assert most == sorted(most)
+    assert most[-1] == int((0.9 * 80 - count["weights"]) / count["fp32"])
+    text = (tiny.out / "report.md").read_text()
+    assert "| bf16, 4 sources, 1 at once |" in text
+    assert "| fp32, measured |" in text
+    assert "| bf16, 4 sources, 4 at once, layers again |" in text
+    assert memory["fits"]["fp32, layers again, counted"][1:] >= most

@@ -1,0 +1,329 @@
+"""Texts against pictures at a size that takes seconds: what is wanted, said and refused."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from data.drawn.captions import OPENINGS, present_phrases
+from data.drawn.readings import READINGS
+from data.drawn.sketch import ESSENCE, NAMES, SIZE, THRESHOLDS, Face
+from data.targets import DEFAULT_SEED
+from eval import sets
+from eval.metrics import reading_columns
+from eval.studies import teachers as recipes
+from eval.studies import texts
+from eval.studies import world_quality as world
+from eval.studies.texts import (
+    BRIEF,
+    COMPLETE,
+    FACE,
+    PHRASE,
+    PHRASES,
+    PICTURE,
+    RAW,
+    TEXT,
+    Config,
+    Faces,
+    Stage,
+    run,
+    tried,
+    wanted_by_phrases,
+)
+from predictor import transfer
+from predictor.mapper import Mapper, save_mapper
+from predictor.mapper_file import MapperConfig, MapperRecord
+from targetclip.generators.rosinality import save_safetensors
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.world import load_parts, load_world
+
+NEUTRAL = 'neutral = ["a face", "a person"]\n'
+ABSENT = ("a bare head", "a shaven chin")  # what captions say beside "no ..."
+TEXT_KINDS = [(kind, way) for kind in (COMPLETE, BRIEF, PHRASE) for way in (TEXT, RAW)]
+KINDS = [(FACE, PICTURE), *TEXT_KINDS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_bank() -> Iterator[None]:
+    """A bank of eight sources, for all of it is embedded first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfer, "BANK", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the tiny world, of the size that the reader of faces reads, and with neutral texts."""
+    folder = tmp_path_factory.mktemp("tiny64")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = StyleGAN2(StyleGAN2Config(SIZE, 16, 16, 2, (8, 8, 8, 8, 8)))
+    save_safetensors(generator, folder / "generator.safetensors")
+    path = folder / "world.toml"
+    content = tiny_world.read_text().replace('inverter = "inverter.safetensors"\n', "")
+    path.write_text(content + NEUTRAL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mapper(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of random weights; answers differ from target to target."""
+    parts = load_parts(load_world(str(small_world)), torch.device("cpu"))
+    generator, embedder = parts.generator, parts.embedder
+    sizes = (embedder.embed_dim, generator.num_ws, generator.w_dim)
+    prints = (generator.fingerprint, embedder.fingerprint)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Mapper(MapperConfig(*sizes, *prints, width=8, depth=1))
+        torch.nn.init.normal_(made.direction.weight)
+    path = tmp_path_factory.mktemp("mapper") / "mapper.safetensors"
+    save_mapper(made, path, MapperRecord({}, {}, "MIT", "nothing", "0"))
+    return path
+
+
+def configured(world: Path, mapper: Path | None, out: Path, **changes: Any) -> Config:
+    """Two faces and two sources."""
+    usual: dict[str, Any] = {"count": 2, "sources": 2}
+    return Config(**{"out": out, "world": str(world), "mapper": mapper, **usual, **changes})
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A comparison, its rows by kind and way, and what it printed."""
+
+    out: Path
+    rows: dict[tuple[str, str], dict[str, Any]]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def finished(small_world: Path, mapper: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    config = configured(small_world, mapper, tmp_path_factory.mktemp("texts") / "out")
+    with redirect_stdout(StringIO()) as printed:
+        rows = run(config)
+    found = {(row["kind"], row["way"]): row for row in rows}
+    return Finished(config.out, found, printed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def stage(small_world: Path, mapper: Path) -> Stage:
+    return Stage.of(configured(small_world, mapper, Path()), load_world(str(small_world)))
+
+
+# What is wanted
+
+
+def test_phrases_are_counted_by_what_they_name_and_nothing_else() -> None:
+    wanted = wanted_by_phrases()
+    assert not (wanted.counted & ~reading_columns(essence=True)).any()
+    for place, parameters in enumerate(PHRASES.values()):
+        counted = {r.name for r in READINGS if wanted.counted[place, r.span].all()}
+        touched = {r.name for r in READINGS if wanted.counted[place, r.span].any()}
+        assert counted == touched == set(parameters) <= set(ESSENCE)
+    readings = dict(zip(PHRASES, wanted.readings, strict=True))
+    at = {reading.name: reading.span for reading in READINGS}
+    green = torch.tensor((46, 170, 84)) / 255
+    torch.testing.assert_close(readings["green hair"][at["hair_colour"]], green)
+    red = torch.tensor((206, 44, 48)) / 255
+    torch.testing.assert_close(readings["a red hat"][at["hat_colour"]], red)
+    assert readings["a red hat"][at["hat"]] == readings["sunglasses"][at["lens"]] == 1
+    assert readings["round glasses"][at["glasses_shape"]] == 0
+    assert readings["square gold glasses"][at["glasses_shape"]] == 1
+    assert readings["a blue top hat"][at["hat_shape"]] == 1
+    assert 0.75 < float(readings["a long beard"][at["beard"]]) < 1
+    assert float(readings["a big open smile"][at["smile"]]) > 0.95
+
+
+def spoken(face: Face) -> set[str]:
+    """Every word that captions have for a face, at the first choice or the last, at any length."""
+    phrases = [
+        *present_phrases(face, lambda words: words[0], brief=True),
+        *present_phrases(face, lambda words: words[0], brief=False),
+        *present_phrases(face, lambda words: words[-1], brief=False),
+    ]
+    return set(" ".join(phrases).split())
+
+
+@pytest.mark.parametrize("phrase", PHRASES)
+def test_captions_say_of_a_face_what_the_phrase_says(phrase: str) -> None:
+    bare = {**dict.fromkeys(NAMES, 0.5), **dict.fromkeys(THRESHOLDS, 0.0), "hair_colour": 0.0}
+    face = Face(**{**bare, **PHRASES[phrase]})
+    assert set(phrase.split()) - {"a", "and"} <= spoken(face) - spoken(Face(**bare)) | {"hair"}
+
+
+def test_faces_are_plain_and_of_this_evaluation_alone() -> None:
+    used = {recipes.TARGET_SEED, sets.TARGET_SEED, world.SEED, DEFAULT_SEED}
+    assert texts.FACE_SEED not in used
+    faces, few = Faces.draw(3, seed=5), Faces.draw(2, seed=5)
+    assert [p.tobytes() for p in faces.pictures[:2]] == [p.tobytes() for p in few.pictures]
+    assert {kind: found[:2] for kind, found in faces.captions.items()} == few.captions
+    assert len({picture.tobytes() for picture in faces.pictures}) == 3
+    assert torch.equal(faces.wanted.readings[:2], few.wanted.readings)
+
+
+def test_the_seed_words_the_captions_and_leaves_the_faces() -> None:
+    one, other = Faces.draw(4, seed=5), Faces.draw(4, seed=6)
+    assert [p.tobytes() for p in one.pictures] == [p.tobytes() for p in other.pictures]
+    assert one.captions[COMPLETE] != other.captions[COMPLETE]
+    assert one.captions[BRIEF] != other.captions[BRIEF]
+    assert torch.equal(one.wanted.readings, other.wanted.readings)
+
+
+def listed(said: str) -> list[str]:
+    """What a caption says is there."""
+    kept = said.split(" with ", 1)[-1] if said.startswith(tuple(OPENINGS)) else said
+    phrases = kept.replace(" and ", ", ").split(", ")
+    return [p for p in phrases if not p.startswith("no ") and p not in ABSENT]
+
+
+def test_complete_captions_name_all_that_is_there_and_brief_ones_less() -> None:
+    faces = Faces.draw(6, seed=5)
+    shown = [texts.wide_face(texts.FACE_SEED, i, styled=0, extra=0)[0] for i in range(6)]
+    there = [len(present_phrases(face, lambda words: words[0], False)) for face in shown]
+    complete, brief = ([len(listed(said)) for said in faces.captions[k]] for k in (COMPLETE, BRIEF))
+    assert complete == there
+    assert all(few <= all_ for few, all_ in zip(brief, there, strict=True))
+    assert sum(brief) < sum(there)
+
+
+# What is said
+
+
+def test_every_kind_and_way_has_its_row(finished: Finished) -> None:
+    rows = finished.rows
+    assert list(rows) == KINDS
+    for (kind, _), row in rows.items():
+        assert row["count"] == (len(PHRASES) if kind == PHRASE else 2) == len(row["targets"])
+        expected = {"essence", "identity"} | (set() if kind == PHRASE else {"transfer", "cosine"})
+        assert set(row["scores"]) == set(row["each"]) == expected
+        assert row["length"] > 0
+        for name, values in row["each"].items():
+            assert row["scores"][name]["mean"] == pytest.approx(float(np.mean(values)), abs=1e-5)
+    report = json.loads((finished.out / "report.json").read_text())
+    assert report["rows"] == list(rows.values()) and report["count"] == 2 and report["seed"] == 5
+    captions = Faces.draw(2, seed=5).captions
+    assert {kind: rows[kind, RAW]["targets"] for kind in captions} == captions
+
+
+def test_a_text_is_taken_as_the_product_takes_it_and_raw(stage: Stage, finished: Finished) -> None:
+    rows, faces = finished.rows, Faces.draw(2, seed=5)
+    seen = F.normalize(stage.essence.embedder.embed_pictures(faces.pictures), dim=1)
+    said = faces.captions[COMPLETE]
+    product = torch.stack([stage.essence.embed_target(text) for text in said])
+    raw = F.normalize(stage.texts.embedder.embed_texts(said), dim=1)
+    for way, embeddings in {PICTURE: seen, TEXT: product, RAW: raw}.items():
+        row = rows[FACE if way == PICTURE else COMPLETE, way]
+        expected = (embeddings * seen).sum(dim=1).tolist()
+        assert row["each"]["cosine"] == pytest.approx(expected, abs=1e-5)
+        directions = stage.essence.predict_embeddings(embeddings).directions
+        length = float(directions.flatten(1).norm(dim=1).mean())
+        assert row["length"] == pytest.approx(length, rel=1e-4)
+    assert rows[FACE, PICTURE]["each"]["cosine"] == pytest.approx([1, 1], abs=1e-5)
+    lengths = {row["length"] for (kind, _), row in rows.items() if kind in (FACE, COMPLETE)}
+    assert len(lengths) == 3
+
+
+def test_a_direction_of_nothing_brings_nothing_and_changes_nobody(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapper = stage.essence.asked_mapper()
+    silent = Mapper(mapper.config).eval().requires_grad_(False)
+    torch.nn.init.zeros_(silent.direction.weight)
+    monkeypatch.setattr(stage.essence, "mapper", silent)
+    phrases = list(PHRASES)
+    _, scores = tried(stage, stage.embed(phrases), wanted_by_phrases(), [])
+    assert scores["essence"].abs().max() < 1e-5
+    torch.testing.assert_close(scores["identity"], torch.ones(len(phrases)))
+
+
+def test_the_tables_have_the_numbers_of_the_report(finished: Finished) -> None:
+    rows, text = finished.rows, (finished.out / "report.md").read_text()
+    lines = text.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    found = {(row[0], row[1]): row for row in cells if (row[0], row[1]) in rows}
+    assert list(found) == KINDS
+    for kind, row in found.items():
+        essence = rows[kind]["scores"]["essence"]
+        expected = f"{essence['mean']:.3f} [{essence['low']:.3f}, {essence['high']:.3f}]"
+        assert row[3] == expected and (row[5] == "") == (kind[0] == PHRASE)
+    single = {row[0]: row[1:] for row in cells if row[0] in PHRASES}
+    for place, phrase in enumerate(PHRASES):
+        expected_cells = [
+            f"{rows[PHRASE, way]['each'][name][place]:.3f}"
+            for way in (TEXT, RAW)
+            for name in ("essence", "identity")
+        ]
+        assert single[phrase] == expected_cells
+    assert finished.printed.strip() in text
+
+
+def test_the_grid_has_a_row_a_text(finished: Finished) -> None:
+    with Image.open(finished.out / "grid.png") as grid:
+        rows = 1 + 3 * 2 + len(PHRASES)  # sources, two faces three times, phrases
+        assert grid.height // rows > 128 and grid.height // (rows + 1) < 165
+        assert len(grid.convert("RGB").getcolors(1 << 22) or ()) > 100
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 0}, "--count: expected 1 or more, found 0"),
+        ({"sources": 1}, "--sources: expected 2 or more, found 1"),
+        ({"mapper": None}, "--mapper: expected a mapper's file, for world 'tiny' names none"),
+        ({"mapper": Path("nowhere.safetensors")}, "nowhere.safetensors: no such mapper file"),
+        ({"world": "nowhere"}, "unknown world 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    changes: dict[str, Any], message: str, small_world: Path, mapper: Path, tmp_path: Path
+) -> None:
+    config = configured(small_world, mapper, tmp_path / "out")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        run(replace(config, **changes))
+    assert "\n" not in str(caught.value) and not config.out.exists()
+
+
+def test_a_world_without_neutral_texts_is_refused(
+    small_world: Path, mapper: Path, tmp_path: Path
+) -> None:
+    bare = small_world.with_name("bare.toml")
+    bare.write_text(small_world.read_text().replace(NEUTRAL, ""))
+    with pytest.raises(ValueError, match="--world: expected a world with neutral texts"):
+        run(configured(bare, mapper, tmp_path / "out"))
+
+
+def test_a_world_whose_pictures_the_reader_does_not_know_is_refused(
+    tiny_world: Path, tiny_mapper: Path, tmp_path: Path
+) -> None:
+    other = tiny_world.with_name("neutral.toml")
+    other.write_text(tiny_world.read_text() + NEUTRAL)
+    with pytest.raises(ValueError, match=r"--world: expected .* of 64 px"):
+        run(configured(other, tiny_mapper, tmp_path / "out"))
+
+
+def test_an_error_is_one_line_and_exit_code_one(
+    small_world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--out", str(tmp_path / "out"), "--world", str(small_world)]
+    monkeypatch.setattr(sys, "argv", ["texts", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        texts.main()
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --mapper") and error.count("\n") == 1

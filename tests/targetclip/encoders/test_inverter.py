@@ -1,0 +1,139 @@
+"""The inverter's network and its file."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from targetclip.encoders.inverter import (
+    FORMAT,
+    Inverter,
+    InverterConfig,
+    load_inverter,
+    save_inverter,
+)
+
+CONFIG = InverterConfig(16, 6, 8, "a" * 64, (8, 16), 12)
+
+
+@pytest.fixture
+def inverter() -> Inverter:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Inverter(CONFIG)
+        network.mean_w.copy_(torch.randn(8))
+    return network.requires_grad_(False)
+
+
+def images(count: int = 3) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def error_of(path: Path, generator: str = CONFIG.generator) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load_inverter(path, generator)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+def test_a_picture_becomes_an_offset_from_the_mean_for_every_layer(inverter: Inverter) -> None:
+    ws = inverter(images())
+    assert ws.shape == (3, 6, 8)
+    mean = inverter.mean_w.clone()
+    inverter.mean_w.zero_()
+    torch.testing.assert_close(ws, inverter(images()) + mean)
+
+
+def test_a_picture_gives_the_same_latents_alone_and_among_others(inverter: Inverter) -> None:
+    together = inverter(images())
+    for i in range(3):
+        torch.testing.assert_close(inverter(images()[i : i + 1])[0], together[i])
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 16, 8)])
+def test_images_of_another_shape_are_refused(inverter: Inverter, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\[batch, 3, 16, 16\]"):
+        inverter(torch.zeros(shape))
+
+
+def test_a_saved_inverter_is_the_same_but_for_half_precision(
+    inverter: Inverter, tmp_path: Path
+) -> None:
+    path = tmp_path / "inverter.safetensors"
+    save_inverter(inverter, path)
+    loaded = load_inverter(path, CONFIG.generator)
+    assert loaded.config == CONFIG and not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    torch.testing.assert_close(loaded(images()), inverter(images()), rtol=1e-2, atol=5e-3)
+    for name, tensor in inverter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
+
+
+def test_an_inverter_of_another_generator_is_refused(inverter: Inverter, tmp_path: Path) -> None:
+    path = tmp_path / "inverter.safetensors"
+    save_inverter(inverter, path)
+    message = error_of(path, "b" * 64)
+    assert "a" * 12 in message and "b" * 12 in message
+
+
+def change(path: Path, state: dict[str, Tensor], **metadata: str | None) -> None:
+    """Write a file like an inverter's, with other metadata; None leaves an entry out."""
+    whole: dict[str, str | None] = {"format": FORMAT, "config": json.dumps(asdict(CONFIG))}
+    whole |= metadata
+    save_file(state, path, {key: value for key, value in whole.items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"format": "another/1"}, "found another/1"),
+        ({"format": None}, "found None"),
+        ({"config": None}, "config is damaged"),
+        ({"config": "{"}, "config is damaged"),
+        ({"config": "[]"}, "config is damaged"),
+        ({"config": json.dumps({**asdict(CONFIG), "colour": 1})}, "config is damaged"),
+        ({"config": json.dumps({**asdict(CONFIG), "hidden": 13})}, "weights do not fit"),
+        ({"config": json.dumps({**asdict(CONFIG), "channels": [8]})}, "weights do not fit"),
+    ],
+)
+def test_a_file_that_is_not_an_inverter_is_refused(
+    inverter: Inverter, tmp_path: Path, metadata: dict[str, str | None], said: str
+) -> None:
+    path = tmp_path / "inverter.safetensors"
+    change(path, inverter.state_dict(), **metadata)
+    assert said in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda state: state.pop("mean_w"), "weights do not fit"),
+        (lambda state: state.update(more=torch.zeros(1)), "weights do not fit"),
+        (lambda state: state.update(mean_w=torch.full((8,), float("nan"))), "NaN"),
+    ],
+)
+def test_spoilt_weights_are_refused(
+    inverter: Inverter, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], object], said: str
+) -> None:
+    state = dict(inverter.state_dict())
+    spoil(state)
+    path = tmp_path / "inverter.safetensors"
+    change(path, state)
+    assert said in error_of(path)
+
+
+def test_missing_cut_and_foreign_files_are_refused(inverter: Inverter, tmp_path: Path) -> None:
+    path = tmp_path / "inverter.safetensors"
+    assert "no such" in error_of(path)
+    save_inverter(inverter, path)
+    whole = path.read_bytes()
+    for content in (b"", whole[:100], whole[:-4], b"not safetensors at all"):
+        path.write_bytes(content)
+        assert "safetensors" in error_of(path)

@@ -1,0 +1,547 @@
+"""Clips: frames in order with their time, audio beside them, and files whole or not there."""
+
+import math
+import resource
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
+
+NTSC = Fraction(30000, 1001)
+COUNT = 16
+GREYS = [10 + 14 * i for i in range(COUNT)]
+SAMPLES = 44100
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+IDENTITY = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+
+
+def plain(grey: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.new("RGB", size, (grey,) * 3)
+
+
+def sine(codec_rate: int) -> Any:
+    """Audio as long as the clip."""
+    av = pytest.importorskip("av")
+    times = np.arange(int(COUNT / NTSC * codec_rate)) / codec_rate
+    wave = (9000 * np.sin(2 * np.pi * 440 * times)).astype(np.int16)
+    frame = av.AudioFrame.from_ndarray(np.repeat(wave, 2)[None], format="s16", layout="stereo")
+    frame.sample_rate, frame.pts = codec_rate, 0
+    return frame
+
+
+def make_clip(
+    path: Path,
+    pictures: Iterable[Image.Image] | None = None,
+    video: str | None = "libx264",
+    audio: str | None = "aac",
+    start: int = 0,
+    options: dict[str, str] | None = None,
+) -> Path:
+    """A clip of its own making, so that reading is tested apart from writing."""
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as output:
+        # Both streams must be there before the first packet.
+        if video:
+            moving = output.add_stream(video, rate=NTSC, options=options or {})
+            moving.width = moving.height = 64
+            moving.pix_fmt = "yuv420p"
+        if audio:
+            sound = output.add_stream(audio, rate=SAMPLES, layout="stereo")
+        output.start_encoding()
+        if video:
+            for i, picture in enumerate(
+                [plain(g) for g in GREYS] if pictures is None else pictures
+            ):
+                frame = av.VideoFrame.from_image(picture)
+                frame.pts, frame.time_base = start + i, 1 / NTSC
+                output.mux(moving.encode(frame))
+            output.mux(moving.encode(None))
+        if audio:
+            output.mux(sound.encode(sine(SAMPLES)))
+            output.mux(sound.encode(None))
+    return path
+
+
+def packets(path: Path, kind: str) -> list[tuple[int, int]]:
+    """Where in the file the packets of a stream lie: position and size."""
+    av = pytest.importorskip("av")
+    with av.open(str(path)) as file:
+        return [(p.pos, p.size) for p in file.demux(**{kind: 0}) if p.size]
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """Of each kind of stream: codec, first time and length in seconds, its packets' bytes."""
+    av = pytest.importorskip("av")
+    found = {}
+    for kind in ("video", "audio"):
+        with av.open(str(path)) as file:
+            if not getattr(file.streams, kind):
+                continue
+            content = [p for p in file.demux(**{kind: 0}) if p.size]
+            start = min(p.pts * p.time_base for p in content)
+            found[kind] = {
+                "codec": getattr(file.streams, kind)[0].codec_context.name,
+                "start": start,
+                "seconds": max((p.pts + p.duration) * p.time_base for p in content) - start,
+                "bytes": [bytes(p) for p in content],
+            }
+    return found
+
+
+def greys(pictures: Iterable[Image.Image]) -> list[int]:
+    return [round(float(np.asarray(picture).mean())) for picture in pictures]
+
+
+def close(found: list[int], expected: list[int]) -> bool:
+    return len(found) == len(expected) and all(
+        abs(a - b) <= 3 for a, b in zip(found, expected, strict=True)
+    )
+
+
+def error_of(path: Path) -> str:
+    """What is said of a clip that cannot be read to its end."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        list(open_frames(path))
+    message = str(caught.value)
+    assert "\n" not in message and path.name in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.ts", "strange: 100%d #1.mp4"])
+def test_frames_come_in_order_and_exactly_as_many_as_there_are(tmp_path: Path, name: str) -> None:
+    frames = open_frames(make_clip(tmp_path / name))
+    assert frames.rate == NTSC and frames.count in (COUNT, None)
+    assert [picture.mode for picture in frames] == ["RGB"] * COUNT
+    assert close(greys(frames), GREYS)
+    assert close(greys(frames), GREYS)  # again from the start
+
+
+def test_a_reader_that_stops_early_lets_go_of_the_file(tmp_path: Path) -> None:
+    path = make_clip(tmp_path / "a.mp4")
+    pictures = iter(open_frames(path))
+
+    def is_open() -> bool:
+        return str(path) in [file.path for file in psutil.Process().open_files()]
+
+    assert close(greys([next(pictures)]), GREYS[:1]) and is_open()
+    del pictures
+    assert not is_open()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "side"),
+    [
+        ((1, 0, 0, 1), "left"),
+        ((0, 1, -1, 0), "top"),  # a quarter clockwise, as phones held upright write
+        ((-1, 0, 0, -1), "right"),
+        ((0, -1, 1, 0), "bottom"),
+    ],
+)
+def test_a_clip_of_a_turned_phone_comes_upright(
+    tmp_path: Path, matrix: tuple[int, int, int, int], side: str
+) -> None:
+    picture = Image.new("RGB", (64, 64), BLUE)
+    picture.paste(RED, (0, 0, 32, 64))
+    path = make_clip(tmp_path / "a.mp4", [picture] * 2)
+    content = path.read_bytes()
+    a, b, c, d = (value << 16 for value in matrix)
+    place = content.index(IDENTITY, content.index(b"tkhd"))  # of the first stream, the video
+    turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content[:place] + turned + content[place + len(turned) :])
+    shown = np.asarray(next(iter(open_frames(path))))[..., 0]  # how red
+    halves = {
+        "left": shown[:, :28],
+        "right": shown[:, 36:],
+        "top": shown[:28],
+        "bottom": shown[36:],
+    }
+    assert [name for name, half in halves.items() if half.min() > 200] == [side]
+
+
+def test_a_folder_is_read_in_natural_order_without_pyav(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    for number in range(COUNT):
+        plain(GREYS[number]).save(tmp_path / f"frame_{number}.png")
+    plain(255).save(tmp_path / "._frame_3.png")  # as macOS leaves them
+    (tmp_path / "notes.txt").write_text("not a frame")
+    frames = open_frames(tmp_path)
+    assert frames.rate == 25 and frames.count == COUNT
+    assert greys(frames) == GREYS
+
+
+def test_names_of_numbers_and_words_can_be_ordered_together(tmp_path: Path) -> None:
+    names = ["1.png", "2.PNG", "2b.png", "10.png", "a2b1.png", "a2b03.png", "a10.png", "B.png"]
+    for grey, name in reversed(list(enumerate(names))):
+        plain(grey).save(tmp_path / name)
+    assert [names[grey] for grey in greys(open_frames(tmp_path))] == names
+
+
+def test_a_damaged_picture_in_a_folder_is_named_by_its_number(tmp_path: Path) -> None:
+    write_frames(tmp_path / "frames", [plain(grey) for grey in GREYS[:4]])
+    (tmp_path / "frames" / "frame_000002.png").write_bytes(b"not a picture")
+    frames = iter(open_frames(tmp_path / "frames"))
+    assert greys([next(frames), next(frames)]) == GREYS[:2]
+    with pytest.raises(ValueError, match=r"^frame 2: .*frame_000002\.png"):
+        next(frames)
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not a frame")
+    assert "no frames" in error_of(tmp_path)
+
+
+def test_what_is_no_video_is_refused_in_one_line(tmp_path: Path) -> None:
+    clip = make_clip(tmp_path / "a.mp4")
+    empty, text, cut = (tmp_path / name for name in ("empty.mp4", "text.txt", "cut.mp4"))
+    empty.write_bytes(b"")
+    text.write_text("not a video\n" * 50)
+    cut.write_bytes(clip.read_bytes()[:-600])
+    picture = tmp_path / "a.png"
+    plain(9).save(picture)
+    assert "check the path" in error_of(tmp_path / "nobody.mp4")
+    for path in (empty, text, cut, picture):
+        assert "not a video" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    [
+        "ffconcat version 1.0\nfile a.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\na.ts\n#EXT-X-ENDLIST\n",
+    ],
+)
+def test_a_playlist_opens_no_other_file(tmp_path: Path, playlist: str) -> None:
+    make_clip(tmp_path / "a.mp4")
+    make_clip(tmp_path / "a.ts")
+    path = tmp_path / "list.mp4"
+    path.write_text(playlist)
+    assert "not a video" in error_of(path)
+
+
+def test_a_file_without_a_video_stream_is_refused(tmp_path: Path) -> None:
+    assert "no video stream" in error_of(make_clip(tmp_path / "a.mp4", video=None))
+    unknown = make_clip(tmp_path / "b.mp4")
+    unknown.write_bytes(unknown.read_bytes().replace(b"avc1", b"zzzz"))
+    assert "no video stream" in error_of(unknown)
+
+
+def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as output:
+        cover = output.add_stream("png", width=64, height=64, pix_fmt="rgb24")
+        cover.disposition = av.stream.Disposition.attached_pic.value
+        sound = output.add_stream("aac", rate=SAMPLES, layout="stereo")
+        output.mux(cover.encode(av.VideoFrame.from_image(plain(9))))
+        output.mux(cover.encode(None))
+        output.mux(sound.encode(sine(SAMPLES)))
+        output.mux(sound.encode(None))
+    with av.open(str(path)) as file:
+        assert len(file.streams.video) == 1  # FFmpeg takes it for one
+    assert "no video stream" in error_of(path)
+
+
+def test_a_clip_of_no_frames_is_refused(tmp_path: Path) -> None:
+    assert "no frames" in error_of(make_clip(tmp_path / "a.avi", [], audio=None))
+
+
+@pytest.mark.parametrize("options", [{}, {"bf": "0"}])
+@pytest.mark.parametrize("position", [0, 5, COUNT - 1])
+def test_a_frame_that_cannot_be_decoded_is_named_by_its_number(
+    tmp_path: Path, position: int, options: dict[str, str]
+) -> None:
+    av = pytest.importorskip("av")
+    path = make_clip(tmp_path / "a.mp4", options=options)
+    with av.open(str(path)) as file:
+        times = [p.pts for p in file.demux(video=0) if p.size]
+    number = sorted(times).index(times[position])
+    place, size = packets(path, "video")[position]
+    content = path.read_bytes()
+    path.write_bytes(content[: place + 4] + bytes(size - 4) + content[place + size :])
+    assert f"frame {number} of" in error_of(path)
+
+
+def test_a_frame_of_which_parts_are_missing_is_not_passed_on(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (COUNT, 64, 64, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(pixels) for pixels in noise]
+    path = make_clip(tmp_path / "a.mp4", pictures, options={"bf": "0"})
+    place, size = packets(path, "video")[5]
+    content, half = path.read_bytes(), size // 2
+    path.write_bytes(content[: place + half] + bytes(size - half) + content[place + size :])
+    message = error_of(path)
+    assert "frame 5 of" in message and "missing" in message
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "strange: 100%d #1.mov", "a.MKV"])
+def test_a_written_clip_keeps_frames_and_rate_and_leaves_nothing_else(
+    tmp_path: Path, name: str
+) -> None:
+    write_video(tmp_path / name, (plain(grey) for grey in GREYS), NTSC, None)
+    frames = open_frames(tmp_path / name)
+    assert frames.rate == NTSC and close(greys(frames), GREYS)
+    found = facts(tmp_path / name)
+    assert found.keys() == {"video"} and found["video"]["codec"] == "h264"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_file_name_is_never_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_clip(tmp_path / "a.mp4").rename("http:a.mp4")
+    write_video("http:b.mp4", open_frames("http:a.mp4"), NTSC, Path("http:a.mp4"))
+    assert close(greys(open_frames("http:b.mp4")), GREYS)
+
+
+@pytest.mark.parametrize("rate", [Fraction(1, 3), Fraction(24), Fraction(1000003, 33367)])
+def test_any_rate_is_kept(tmp_path: Path, rate: Fraction) -> None:
+    write_video(tmp_path / "a.mp4", [plain(grey) for grey in GREYS[:3]], rate, None)
+    assert open_frames(tmp_path / "a.mp4").rate == rate
+
+
+@pytest.mark.parametrize("color", [RED, BLUE, (0, 255, 0), (200, 120, 80)])
+def test_colors_survive_writing_and_reading(tmp_path: Path, color: tuple[int, int, int]) -> None:
+    write_video(tmp_path / "a.mp4", [Image.new("RGB", (64, 64), color)] * 2, NTSC, None)
+    for picture in open_frames(tmp_path / "a.mp4"):
+        assert np.abs(np.asarray(picture).astype(int) - color).max() <= 4
+
+
+def test_odd_sides_become_even_without_moving_a_pixel(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (33, 47), BLUE)
+    picture.paste(RED, (0, 0, 16, 47))
+    write_video(tmp_path / "a.mp4", [picture], NTSC, None)
+    [found] = open_frames(tmp_path / "a.mp4")
+    assert found.size == (34, 48)
+    difference = np.asarray(found.crop((0, 0, 33, 47))).astype(int) - np.asarray(picture)
+    assert np.abs(difference).mean() < 8
+    # What is added looks like what it lies beside.
+    assert np.asarray(found)[:, 33, 2].min() > 200 and np.asarray(found)[47, :, 1].max() < 60
+
+
+def test_without_x264_the_clip_is_mpeg4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    av = pytest.importorskip("av")
+    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
+    # Of more ticks a second than MPEG-4 can count.
+    rate = Fraction(1000003, 33367)
+    write_video(tmp_path / "a.mp4", [plain(grey) for grey in GREYS], rate, None)
+    assert facts(tmp_path / "a.mp4")["video"]["codec"] == "mpeg4"
+    frames = open_frames(tmp_path / "a.mp4")
+    assert close(greys(frames), GREYS) and abs(frames.rate / rate - 1) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("s.mp4", "a.mp4"), ("s.mkv", "a.mov"), ("s.mov", "a.mkv")]
+)
+def test_audio_is_copied_bit_for_bit(tmp_path: Path, source: str, name: str) -> None:
+    clip = make_clip(tmp_path / source)
+    frames = open_frames(clip)
+    write_video(tmp_path / name, frames, frames.rate, clip)
+    before, after = facts(clip), facts(tmp_path / name)
+    assert after["audio"]["bytes"] == before["audio"]["bytes"]
+    assert abs(after["audio"]["seconds"] - before["audio"]["seconds"]) < 1 / NTSC
+    assert abs(after["video"]["seconds"] - COUNT / NTSC) < Fraction(1, 1000)
+    assert close(greys(open_frames(tmp_path / name)), GREYS)
+
+
+# Of the second one MP4 takes the header, and fails at the first packet.
+@pytest.mark.parametrize(("source", "audio"), [("s.avi", "adpcm_ms"), ("s.mkv", "pcm_s16le")])
+def test_audio_that_the_container_does_not_take_is_encoded_again(
+    tmp_path: Path, source: str, audio: str
+) -> None:
+    clip = make_clip(tmp_path / source, audio=audio)
+    write_video(tmp_path / "a.mp4", open_frames(clip), NTSC, clip)
+    after = facts(tmp_path / "a.mp4")["audio"]
+    assert after["codec"] == "aac"
+    # An encoder adds a block before and fills the last one; what it adds is not played.
+    assert abs(after["seconds"] - COUNT / NTSC) < 3 * Fraction(1024, 48000)
+
+
+@pytest.mark.parametrize("audio", ["pcm_s16le", "aac"])
+def test_audio_keeps_its_place_in_time(tmp_path: Path, audio: str) -> None:
+    clip = make_clip(tmp_path / "s.mkv", audio=audio, start=30)  # a second of sound before it
+    before = facts(clip)
+    ahead = before["video"]["start"] - before["audio"]["start"]
+    assert ahead > Fraction(9, 10)
+    write_video(tmp_path / "a.mkv", open_frames(clip), NTSC, clip)
+    after = facts(tmp_path / "a.mkv")
+    assert abs(after["video"]["start"] - after["audio"]["start"] - ahead) < Fraction(1, 100)
+
+
+def test_a_clip_without_audio_gives_a_clip_without(tmp_path: Path) -> None:
+    clip = make_clip(tmp_path / "s.mp4", audio=None)
+    write_video(tmp_path / "a.mp4", open_frames(clip), NTSC, clip)
+    assert facts(tmp_path / "a.mp4").keys() == {"video"}
+
+
+def interrupted(after: int, error: BaseException) -> Iterator[Image.Image]:
+    for grey in range(after):
+        yield plain(grey)
+    raise error
+
+
+@pytest.mark.parametrize("after", [0, 1, 9, 90])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("frame 7: damaged")])
+def test_interrupted_writing_leaves_what_was_there(
+    tmp_path: Path, after: int, error: BaseException
+) -> None:
+    clip = make_clip(tmp_path / "s.mp4")
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"an older one")
+    with pytest.raises(type(error)) as caught:
+        write_video(path, interrupted(after, error), NTSC, clip)
+    assert caught.value is error
+    assert path.read_bytes() == b"an older one"
+    with pytest.raises(type(error)):
+        write_frames(tmp_path / "frames", interrupted(after, error))
+    assert {entry.name for entry in tmp_path.iterdir()} == {"s.mp4", "a.mp4"}
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    noise = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(pixels) for pixels in noise]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+    try:
+        with pytest.raises(OSError, match=r"^'.*a\.mp4' cannot be written \(File too large\)$"):
+            write_video(tmp_path / "a.mp4", pictures, NTSC, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_writing_refuses_what_gives_no_clip(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    one = [plain(1)]
+    with pytest.raises(ValueError, match=r"\.mp4.*a\.gif"):
+        write_video(tmp_path / "a.gif", one, NTSC, None)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_video(tmp_path / "nowhere" / "a.mp4", one, NTSC, None)
+    with pytest.raises(ValueError, match="found none"):
+        write_video(tmp_path / "a.mp4", [], NTSC, None)
+    with pytest.raises(ValueError, match="rate"):
+        write_video(tmp_path / "a.mp4", one, Fraction(0), None)
+    with pytest.raises(ValueError, match="number 1 to be 32 x 64"):
+        write_video(tmp_path / "a.mp4", [plain(1), plain(1, (32, 64))], NTSC, None)
+    with pytest.raises(FileNotFoundError, match=r"sound\.mp4"):
+        write_video(tmp_path / "a.mp4", one, NTSC, tmp_path / "sound.mp4")
+    with pytest.raises(ValueError, match="folder"):
+        write_video(tmp_path / "a.mp4", one, NTSC, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_pyav_a_video_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "a.mp4").write_bytes(b"a video")
+    install = r'^[^\n]*pip install "targetclip\[video\]"[^\n]*$'
+    with pytest.raises(ValueError, match=install):
+        open_frames(tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match=install):
+        write_video(tmp_path / "b.mp4", [plain(1)], NTSC, None)
+
+
+def test_written_frames_are_read_back_exactly(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 8, 6, 3), dtype=np.uint8)
+    (tmp_path / "frames").mkdir()  # an empty folder is as good as none
+    write_frames(tmp_path / "frames", (Image.fromarray(pixels) for pixels in noise))
+    found = [np.asarray(picture) for picture in open_frames(tmp_path / "frames")]
+    np.testing.assert_array_equal(np.stack(found), noise)
+    assert (tmp_path / "frames" / "frame_000011.png").is_file()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["frames"]
+
+
+def test_frames_do_not_mix_with_what_a_folder_holds(tmp_path: Path) -> None:
+    plain(1).save(tmp_path / "frame_000099.png")
+    with pytest.raises(FileExistsError, match="empty folder"):
+        write_frames(tmp_path, [plain(2)])
+    with pytest.raises(ValueError, match="found none"):
+        write_frames(tmp_path / "new", [])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_frames(tmp_path / "nowhere" / "frames", [plain(2)])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["frame_000099.png"]
+
+
+def test_pictures_are_taken_one_at_a_time(tmp_path: Path) -> None:
+    """A clip of any length needs the memory of a few frames: the reader never runs ahead."""
+    frames = open_frames(make_clip(tmp_path / "s.mp4"))
+    taken: list[int] = []
+
+    def watched(frames: Frames) -> Iterator[Image.Image]:
+        for number, picture in enumerate(frames):
+            taken.append(number)
+            yield picture
+
+    edited = watched(frames)
+    next(edited)
+    assert taken == [0]
+    write_video(tmp_path / "a.mp4", edited, NTSC, None)
+    assert taken == list(range(COUNT))
+
+
+def walk(frames: int, seed: int = 0) -> Tensor:
+    """Latents that drift and jitter."""
+    return torch.randn(frames, 2, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_window_of_one_changes_nothing() -> None:
+    assert torch.equal(smooth_latents(walk(9), 1), walk(9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 15).map(lambda n: 2 * n + 1), st.integers(0, 99))
+def test_smoothing_keeps_constants_order_and_bounds(frames: int, window: int, seed: int) -> None:
+    ws = walk(frames, seed)
+    constant = ws[:1].expand(frames, -1, -1)
+    assert torch.equal(smooth_latents(constant, window), constant)
+    smooth = smooth_latents(ws, window)
+    assert smooth.shape == ws.shape
+    # A mean of frames, weighted the same towards past and future.
+    assert (smooth <= ws.amax(dim=0) + 1e-5).all() and (smooth >= ws.amin(dim=0) - 1e-5).all()
+    torch.testing.assert_close(smooth_latents(ws.flip(0), window), smooth.flip(0))
+    torch.testing.assert_close(smooth_latents(ws + 5, window), smooth + 5)
+
+
+def test_the_weights_are_a_gaussian_of_the_deviation_stated() -> None:
+    impulse = torch.zeros(21, 1, 1)
+    impulse[10] = 1
+    weights = smooth_latents(impulse, 9).flatten()
+    assert weights.count_nonzero() == 9 and float(weights.sum()) == pytest.approx(1)
+    for offset in range(5):
+        ratio = float(weights[10 + offset] / weights[10])
+        assert ratio == pytest.approx(math.exp(-0.5 * (offset / 2) ** 2))  # (9 - 1) / 4 frames
+
+
+def test_at_the_ends_only_the_frames_that_exist_are_weighed() -> None:
+    weight = math.exp(-0.5 * (1 / 0.5) ** 2)  # (3 - 1) / 4 frames
+    ws = walk(5)
+    smooth = smooth_latents(ws, 3)
+    torch.testing.assert_close(smooth[0], (ws[0] + weight * ws[1]) / (1 + weight))
+    torch.testing.assert_close(smooth[-1], (ws[-1] + weight * ws[-2]) / (1 + weight))
+
+
+def test_smoothing_takes_jitter_and_leaves_slow_movement() -> None:
+    times = torch.linspace(0, 1, 200)[:, None, None]
+    slow = torch.sin(2 * torch.pi * times).expand(-1, 2, 3)
+    smooth = smooth_latents(slow + 0.1 * walk(200), 9)
+    assert (smooth - slow).square().mean() < 0.3 * 0.1**2
+
+
+@pytest.mark.parametrize("window", [0, -3, 4])
+def test_a_window_without_a_middle_is_refused(window: int) -> None:
+    with pytest.raises(ValueError, match="odd"):
+        smooth_latents(walk(5), window)

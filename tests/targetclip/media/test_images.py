@@ -1,0 +1,359 @@
+"""Reading what people have on disk, and the one image convention."""
+
+import io
+import logging
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from targetclip.media import images
+from targetclip.media.images import (
+    center_square,
+    labelled_grid,
+    picture_to_tensor,
+    read_picture,
+    tensor_to_pictures,
+    write_picture,
+)
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+ORIENTATION = 0x0112
+
+
+def ramp(width: int = 24, height: int = 16) -> Image.Image:
+    """A picture whose every pixel differs, so that turning or clipping it shows."""
+    y, x = np.mgrid[:height, :width]
+    channels = (x * 255 / width, y * 255 / height, (x + y) * 3)
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def encoded(picture: Image.Image, format_name: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, format=format_name, **options)
+    return stream.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that only promises its pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 100)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
+
+
+def error_of(path: Path) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        read_picture(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "WEBP", "BMP"])
+def test_a_lossless_picture_is_read_as_it_was(tmp_path: Path, format_name: str) -> None:
+    path = tmp_path / "picture"  # the content decides, not the name
+    path.write_bytes(encoded(ramp(), format_name, lossless=True))
+    picture = read_picture(path)
+    assert picture.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(ramp()))
+
+
+def test_sixteen_bit_grey_is_rescaled_not_clipped(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    path = tmp_path / "grey.png"
+    path.write_bytes(encoded(Image.fromarray(values), "PNG"))
+    found = np.asarray(read_picture(path))
+    np.testing.assert_array_equal(found, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
+
+
+def test_transparency_of_every_kind_shows_white(tmp_path: Path) -> None:
+    seen = Image.new("RGBA", (8, 8), (*RED, 255))
+    seen.paste((0, 0, 255, 0), (0, 0, 4, 8))  # left half: invisible blue
+    palette = seen.convert("RGB").quantize(4)
+    blue = palette.getpixel((0, 0))
+    contents = {
+        "rgba": encoded(seen, "PNG"),
+        "webp": encoded(seen, "WEBP", lossless=True),
+        "palette": encoded(palette, "PNG", transparency=blue),
+        "palette bytes": encoded(
+            palette, "PNG", transparency=bytes([0 if i == blue else 255 for i in range(4)])
+        ),
+        "gif": encoded(palette, "GIF", transparency=blue),
+        "rgb colour key": encoded(seen.convert("RGB"), "PNG", transparency=(0, 0, 255)),
+    }
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        picture = read_picture(path)
+        assert (picture.getpixel((1, 4)), picture.getpixel((6, 4))) == (WHITE, RED), name
+
+
+def test_half_transparent_grey_is_blended_with_white(tmp_path: Path) -> None:
+    path = tmp_path / "la.png"
+    path.write_bytes(encoded(Image.new("LA", (4, 4), (0, 128)), "PNG"))
+    assert read_picture(path).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P"])
+def test_grey_black_and_white_and_palette_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "picture.png"
+    stored = ramp().convert(mode)
+    path.write_bytes(encoded(stored, "PNG"))
+    expected = np.asarray(stored.convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(read_picture(path)), expected)
+
+
+def test_a_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
+    path = tmp_path / "print.jpg"
+    path.write_bytes(encoded(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=95))
+    found = np.asarray(read_picture(path), dtype=int)
+    assert abs(found - np.array(RED)).max() < 8
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_as_its_exif_says(tmp_path: Path, orientation: int) -> None:
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = ramp().transpose(undo[orientation]) if orientation > 1 else ramp()
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded(stored, "PNG", exif=exif))
+    np.testing.assert_array_equal(np.asarray(read_picture(path)), np.asarray(ramp()))
+
+
+def test_broken_exif_does_not_lose_the_picture(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(encoded(ramp(), "JPEG", exif=b"Exif\0\0not a tiff header at all"))
+    assert read_picture(path).size == ramp().size
+
+
+@pytest.mark.parametrize("format_name", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_is_taken_and_said(
+    tmp_path: Path, format_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [Image.new("RGB", (8, 8), color) for color in (RED, (0, 0, 255), (0, 255, 0))]
+    path = tmp_path / "moving"
+    path.write_bytes(encoded(frames[0], format_name, save_all=True, append_images=frames[1:]))
+    with caplog.at_level(logging.WARNING):
+        found = np.asarray(read_picture(path), dtype=int)
+    assert abs(found - np.array(RED)).max() < 8
+    assert "animated" in caplog.text and str(path) in caplog.text
+
+
+def test_a_photo_with_a_preview_is_not_called_an_animation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "phone.jpg"
+    small = ramp().resize((6, 4))
+    path.write_bytes(encoded(ramp(), "MPO", save_all=True, append_images=[small]))
+    assert read_picture(path).size == ramp().size
+    assert not caplog.records
+
+
+def test_paths_that_are_no_picture_are_refused_in_one_line(tmp_path: Path) -> None:
+    empty, text, script = (tmp_path / name for name in ("empty.png", "notes.png", "drawing.eps"))
+    empty.write_bytes(b"")
+    text.write_text("not a picture")
+    script.write_bytes(encoded(ramp(), "EPS"))
+    assert "check the path" in error_of(tmp_path / "nobody.png")
+    assert "folder" in error_of(tmp_path)
+    assert "empty" in error_of(empty)
+    assert "PNG, JPEG" in error_of(text)
+    assert "convert it to PNG" in error_of(script)
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_a_cut_file_is_refused(tmp_path: Path, format_name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    content = encoded(Image.fromarray(noise), format_name)
+    path = tmp_path / "cut"
+    path.write_bytes(content[: len(content) // 2])
+    assert "damaged" in error_of(path)
+
+
+def test_a_file_of_too_many_bytes_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 1_000_000)
+    path = tmp_path / "big.png"
+    path.write_bytes(b"\x89PNG" + b"\0" * 1_000_000)
+    assert "larger than 1 MB" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(8193, 8), (8, 8193), (9500, 9500), (60000, 60000), (2**31 - 1, 1)]
+)
+def test_a_picture_of_too_many_pixels_is_refused_undecoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, height: int
+) -> None:
+    def decode(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(Image.Image, "load", decode)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(width, height))
+    assert "make it smaller" in error_of(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP"]), st.data())
+def test_any_damage_gives_a_picture_or_one_clear_line(
+    tmp_path_factory: pytest.TempPathFactory, format_name: str, data: st.DataObject
+) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    content = bytearray(encoded(ramp(), format_name, exif=exif))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(content)
+    try:
+        assert read_picture(path).mode == "RGB"
+    except ValueError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+
+
+def test_pictures_survive_the_way_to_tensors_and_back_exactly() -> None:
+    picture = ramp(16, 16)
+    tensor = picture_to_tensor(picture, 16)
+    assert tensor.shape == (1, 3, 16, 16) and tensor.dtype == torch.float32
+    np.testing.assert_array_equal(np.asarray(tensor_to_pictures(tensor)[0]), np.asarray(picture))
+
+
+def test_black_is_minus_one_and_white_is_one() -> None:
+    picture = Image.new("RGB", (4, 4), WHITE)
+    picture.paste((0, 0, 0), (0, 0, 2, 4))
+    tensor = picture_to_tensor(picture, 4)
+    assert tensor[..., :2].eq(-1).all() and tensor[..., 2:].eq(1).all()
+
+
+def test_only_the_middle_square_is_kept() -> None:
+    picture = Image.new("RGB", (30, 10), WHITE)
+    picture.paste(RED, (10, 0, 20, 10))
+    square = center_square(picture)
+    assert square.size == (10, 10) and square.getcolors() == [(100, RED)]
+    assert center_square(picture.transpose(Image.Transpose.ROTATE_90)).getcolors() == [(100, RED)]
+    assert picture_to_tensor(picture, 5)[0, 1].eq(-1).all()  # no green: no white
+
+
+def test_shrinking_is_antialiased() -> None:
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    tensor = picture_to_tensor(Image.fromarray(stripes), 8)
+    assert tensor.abs().max() < 0.1  # grey, not stripes of another width
+
+
+def test_values_out_of_range_are_clamped_and_nan_is_refused() -> None:
+    [picture] = tensor_to_pictures(torch.tensor([-5.0, 0.0, 5.0]).view(1, 3, 1, 1))
+    assert picture.getpixel((0, 0)) == (0, 128, 255)
+    with pytest.raises(ValueError, match="NaN"):
+        tensor_to_pictures(torch.full((1, 3, 2, 2), float("nan")))
+
+
+def test_a_tensor_wants_an_rgb_picture() -> None:
+    with pytest.raises(ValueError, match="read_picture"):
+        picture_to_tensor(Image.new("RGBA", (4, 4)), 4)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.JPG", "a.jpeg", "a.webp"])
+def test_a_written_picture_can_be_read_and_nothing_else_is_left(tmp_path: Path, name: str) -> None:
+    write_picture(ramp(64, 64), tmp_path / name)
+    difference = np.asarray(read_picture(tmp_path / name), dtype=int) - np.asarray(ramp(64, 64))
+    assert abs(difference).mean() < 3
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_failed_write_leaves_the_old_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    write_picture(ramp(), path)
+    before = path.read_bytes()
+
+    def fail(self: Image.Image, file: Path, **_: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_picture(Image.new("RGB", (4, 4)), path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_writing_asks_for_a_known_suffix_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\.png.*'.*a\.tga'"):
+        write_picture(ramp(), tmp_path / "a.tga")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_picture(ramp(), tmp_path / "nowhere" / "a.png")
+
+
+def column_of(picture: Image.Image, x: int) -> set[tuple[int, int, int]]:
+    return {tuple(color) for color in np.asarray(picture)[:, x].tolist()}
+
+
+@pytest.mark.parametrize("side", [16, 128, 700])
+def test_the_grid_shows_target_and_rows_at_a_visible_size(side: int) -> None:
+    def plain(color: tuple[int, int, int]) -> Image.Image:
+        return Image.new("RGB", (side, side), color)
+
+    blue, green, gold = (0, 0, 255), (0, 255, 0), (255, 200, 0)
+    grid = labelled_grid(
+        plain(RED), {"sources": [plain(blue)] * 3, "results": [plain(green), plain(gold)]}
+    )
+    tile = min(max(side, 128), 512)
+    counts = {color: count for count, color in grid.getcolors(grid.width * grid.height) or []}
+    assert counts[RED] == tile**2 and counts[blue] == 3 * tile**2
+    assert counts[green] == counts[gold] == tile**2
+    left = 12 + tile // 2  # middle of the target's column, then of the first two pairs
+    first, second = left + tile + 12, left + 2 * (tile + 12)
+    assert RED in column_of(grid, left)
+    assert {blue, green} <= column_of(grid, first) and {blue, gold} <= column_of(grid, second)
+    assert any(max(color) < 60 for color in counts)  # black letters
+
+
+def test_a_long_label_is_not_cut() -> None:
+    tile = Image.new("RGB", (128, 128), RED)
+
+    def darkest(label: str) -> int:
+        grid = np.asarray(labelled_grid(tile, {label: [tile]}))
+        return int((grid.max(axis=2) < 60).any(axis=0).nonzero()[0].max())
+
+    # The last letter of the longer label lies further right, and inside the picture.
+    assert (
+        darkest("results, strength 1.2, by the optimizer") > darkest("results, strength 1.2") + 50
+    )
+
+
+def test_a_grid_without_pictures_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one picture"):
+        labelled_grid(ramp(), {"sources": [], "results": []})
+
+
+@pytest.mark.parametrize("mode", ["I", "I;16B"])
+def test_other_sixteen_bit_modes_are_rescaled_too(
+    mode: str,
+) -> None:
+    stored = Image.new(mode, (2, 2), 65535)
+    make: Callable[[Image.Image], Image.Image] = images.eight_bit
+    assert make(stored).getcolors() == [(4, 255)]

@@ -1,0 +1,1 @@
+"""The bundled world's networks: the jobs that train them."""

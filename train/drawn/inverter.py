@@ -1,0 +1,90 @@
+"""Train the inverter of the bundled world: pictures back to W+ latents of its generator.
+
+Learns from the generator's own samples, whose latents are known, and from drawn faces, whose
+renderings must look like them.
+
+    python -m train.drawn.inverter --generator G --out runs/inverter
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+from data.drawn.faces import psnr, sample_z, to_images, ws_from_z
+from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
+from targetclip.generators import load_generator
+from train.drawn.generator import HELD_OUT_SEED, face_bank, save_pairs
+from train.loop import Schedule, train, write_atomically
+
+
+@dataclass(frozen=True)
+class Config:
+    generator: Path
+    out: Path
+    """Folder for checkpoint, log, pictures and inverter.safetensors."""
+    faces: int = 150_000
+    """Size of the bank of drawn faces (that of the generator is used again)."""
+    steps: int = 6000
+    batch_size: int = 32
+    """Half of it samples of the generator, half drawn faces."""
+    learning_rate: float = 1e-3
+    latent_weight: float = 0.05
+    """Of the squared error of the latent, beside that of the picture."""
+    seed: int = 0
+    evaluate_every: int = 500
+
+
+def run(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    generator = load_generator(config.generator)
+    inverter = Inverter(
+        InverterConfig(
+            generator.resolution, generator.num_ws, generator.w_dim, generator.fingerprint
+        )
+    )
+    inverter.mean_w.copy_(generator.mean_w)
+    banks = config.out.parent
+    _, pictures = face_bank(banks, config.faces, config.seed, generator.w_dim)
+    _, held_pictures = face_bank(banks, 512, HELD_OUT_SEED, generator.w_dim)
+    held = to_images(held_pictures[:])
+    half = config.batch_size // 2
+
+    def loss_at(step: int) -> Tensor:
+        seed = config.seed * 1_000_000_007 + step
+        random = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            ws = ws_from_z(generator, sample_z(half, generator.z_dim, seed))
+            samples = generator.synthesis(ws).clamp(-1, 1)
+        chosen = torch.randint(len(pictures), (half,), generator=random)
+        truth = torch.cat([samples, to_images(pictures[chosen.numpy()])])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = inverter(truth).float()
+            images = generator.synthesis(found)
+        error = images - truth
+        picture = (error.square() + 0.3 * error.abs()).mean()
+        loss: Tensor = picture + config.latent_weight * (found[:half] - ws).square().mean()
+        return loss
+
+    def evaluate(average: Inverter) -> dict[str, float]:
+        average.eval()
+        with torch.no_grad():
+            images = torch.cat([generator.synthesis(average(part)) for part in held.split(64)])
+        save_pairs(held[:32], images[:32], config.out / "grid.png")
+        return {"psnr": psnr(images, held)}
+
+    schedule = Schedule(
+        config.steps, config.learning_rate, ema=0.998, evaluate_every=config.evaluate_every
+    )
+    average = train(inverter, loss_at, config.out, schedule, evaluate)
+    write_atomically(config.out / "inverter.safetensors", lambda path: save_inverter(average, path))
+
+
+def main() -> None:
+    run(tyro.cli(Config, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()
