@@ -39,7 +39,8 @@ from data.worker import Stop, Stopped, Teacher, Worker
 from targetclip.optimize import Progress
 from targetclip.precision import plain_attention
 from targetclip.recipes import RECIPES, Initial, Recipe
-from targetclip.sources import BANK, generated_sources, source_bank
+from targetclip.sources import generated_sources, source_bank
+from targetclip.seeds import BANK
 from targetclip.world import Parts, World, load_parts, load_world
 
 logger = logging.getLogger(__name__)

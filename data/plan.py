@@ -27,7 +27,7 @@ from data.pairs import Failure
 from data.publish import fault_point, full_disk_explained, replace_file, sha256_of, sync_folder
 from data.targets import BadTarget, DatasetTargets, FolderTargets, Target, TargetSet, split_of
 from targetclip.recipes import with_defaults
-from targetclip.sources import seed_of
+from targetclip.seeds import seed_of
 
 FORMAT = "targetclip-plan/1"
 RECORD = "plan.json"

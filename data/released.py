@@ -274,7 +274,7 @@ def fill(
         ValueError: no pair came of it, or the folder is not what was written.
     """
     accelerator = Accelerator()
-    parts = load_parts(world, accelerator.device)
+    parts = load_scene(world, accelerator.device)
     teacher = make_teacher(config, world, parts, accelerator)
     settings = settings_of(config, world, parts, directions, accelerator.mixed_precision)
     work = folder / build.WORK

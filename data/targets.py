@@ -27,7 +27,8 @@ from data.drawn.sketch import Extras, Style
 from data.publish import sha256_of
 from targetclip.generators import Generator
 from targetclip.media.images import decode_picture, read_picture, tensor_to_pictures
-from targetclip.sources import random_latents, seed_of
+from targetclip.scene import random_latents
+from targetclip.seeds import seed_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DEFAULT_SEED = 4_000_037  # differs from every seed used to train or judge the world's networks

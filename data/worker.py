@@ -35,7 +35,7 @@ from targetclip.encoders.identity import IdentityModel
 from targetclip.encoders.inverter import LatentInverter
 from targetclip.generators import Generator
 from targetclip.losses import consistency_loss, transfer_loss
-from targetclip.optimize import Optimized, Progress, embed_chunks, optimize_directions
+from targetclip.optimize import Optimized, Progress, embed_latents, optimize_directions
 from targetclip.recipes import Recipe
 from targetclip.targets import embed_targets, initial_directions
 
@@ -154,7 +154,7 @@ class Teacher:
         at_once = self.images_at_once(len(directions))
 
         def embed(ws: Tensor) -> Tensor:
-            return embed_chunks(self.generator, self.embedder, ws, self.recipe.preprocess, at_once)
+            return embed_latents(self.generator, self.embedder, ws, self.recipe.preprocess, at_once)
 
         with self.autocast():
             before = embed(self.held_out)

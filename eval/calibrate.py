@@ -38,12 +38,13 @@ from predictor.report import make_folder, versions, write_file
 from predictor.transfer import EssenceTransfer
 from targetclip.editing import render
 from targetclip.embedder import EmbedsImages
-from targetclip.encoders.identity import eyes
+from targetclip.encoders.identity import feature_model
 from targetclip.media.images import write_picture
 from targetclip.optimize import losses_of, optimize_directions
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.sources import BANK, generated_sources, seed_of, source_bank
+from targetclip.sources import generated_sources, source_bank
+from targetclip.seeds import BANK, seed_of
 from targetclip.targets import embed_targets, initial_directions
 from targetclip.world import load_world
 
@@ -167,22 +168,22 @@ class Judge:
         )
         truncation = essence.truncation
         sources = generated_sources(essence.generator, truncation, config.sources, JUDGED_SEED)
-        seeing = Judge.eyes(essence, teacher, refined)
+        seeing = Judge.feature_model(essence, teacher, refined)
         with torch.no_grad():
             before = seeing.embed_images(render(essence.generator, sources, essence.max_images))
         return Judge(essence, sources, before, targets, config.probes, teacher, refined)
 
     @staticmethod
-    def eyes(essence: EssenceTransfer, *recipes: Recipe) -> EmbedsImages:
+    def feature_model(essence: EssenceTransfer, *recipes: Recipe) -> EmbedsImages:
         """What sees all that any of the recipes looks at."""
         weight = max(recipe.identity_weight for recipe in recipes)
-        return eyes(essence.embedder, essence.identity, weight)
+        return feature_model(essence.embedder, essence.identity, weight)
 
     def scores(self, vectors: Float[Tensor, "targets num_ws w_dim"]) -> dict[str, Tensor]:
         """Each [targets]: transfer score, the loss of refinements and that of the teacher, transfer
         score on the probe."""
         essence, found = self.essence, []
-        seeing = Judge.eyes(essence, self.teacher, self.refined)
+        seeing = Judge.feature_model(essence, self.teacher, self.refined)
         for vector in vectors:
             images = render(essence.generator, self.sources + vector, essence.max_images)
             with torch.no_grad():

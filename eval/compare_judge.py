@@ -21,7 +21,9 @@ from eval.metrics import transfer_scores
 from eval.sets import ADVERSARIAL, SOURCE_SEED, EvalSet
 from eval.summary import Trial, by_attribute, differences, means
 from targetclip.media.images import tensor_to_pictures, write_picture
-from targetclip.sources import generated_sources, random_latents, seed_of
+from targetclip.sources import generated_sources
+from targetclip.scene import random_latents
+from targetclip.seeds import seed_of
 
 DRAWN_ANSWER = "drawn-answer"
 REFERENCE = "mapper"  # what the others are compared with, where it was run

@@ -18,8 +18,9 @@ from data.targets import Target, of_split, open_targets
 from predictor.mapper import Mapper
 from predictor.mapper_file import trained_recipe
 from predictor.transfer import EssenceTransfer
-from targetclip.optimize import embed_chunks
-from targetclip.sources import random_latents, seed_of
+from targetclip.optimize import embed_latents
+from targetclip.scene import random_latents
+from targetclip.seeds import seed_of
 from targetclip.targets import embed_targets
 
 SOURCES = 4  # edited for each target
@@ -92,7 +93,7 @@ def scores_reached(
         judged = essence.embedder.embed_pictures(pictures)
         seeds = [seed_of("expectation", seed, each.id, i) for each in some for i in range(SOURCES)]
         sources = random_latents(essence.generator, seeds, essence.truncation)
-        edited = embed_chunks(
+        edited = embed_latents(
             essence.generator,
             essence.embedder,
             sources + mapper(given).directions.repeat_interleave(SOURCES, dim=0),

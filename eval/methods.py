@@ -27,10 +27,11 @@ from predictor.transfer import EssenceTransfer
 from targetclip.encoders.inverter import Inverter
 from targetclip.losses import transfer_loss
 from targetclip.media.images import picture_to_tensor
-from targetclip.optimize import Progress, embed_chunks, learning_rate, optimize_directions
+from targetclip.optimize import Progress, embed_latents, learning_rate, optimize_directions
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.sources import BANK, seed_of, source_bank
+from targetclip.sources import source_bank
+from targetclip.seeds import BANK, seed_of
 from targetclip.targets import embed_targets, initial_directions
 
 Part = Literal["mapper", "calibration", "pairs", "inverter", "differences", "encoder", "identity"]
@@ -203,7 +204,7 @@ def by_clip_blending(bench: Bench, targets: EvalSet) -> Answer:
     """
     essence, sources = bench.essence, bench.sources
     with torch.no_grad():
-        found = embed_chunks(
+        found = embed_latents(
             essence.generator, essence.embedder, sources, "consistent", essence.max_images
         )
     judged = F.normalize(bench.embed(targets, RECIPES["consistent"]), dim=1)

@@ -29,7 +29,7 @@ from data.targets import (
 )
 from targetclip.generators import Generator
 from targetclip.media.images import center_square
-from targetclip.sources import BANK, BANK_SEED, seed_of
+from targetclip.seeds import BANK, BANK_SEED, seed_of
 
 IN_RANGE, OUT_OF_RANGE, ADVERSARIAL, FOLDER = "in-range", "out-of-range", "adversarial", "folder"
 TARGET_SEED = 5_000_011  # of this evaluation alone

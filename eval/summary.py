@@ -18,7 +18,7 @@ from eval.metrics import (
     identity_by_attribute,
     kernel_distance,
 )
-from targetclip.sources import seed_of
+from targetclip.seeds import seed_of
 
 
 @dataclass(frozen=True)

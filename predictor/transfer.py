@@ -30,13 +30,16 @@ from predictor.mapper_file import check_made_for, trained_recipe
 from predictor.strength import strength_at_floor
 from predictor.text import TextTargets
 from targetclip.editing import Scores, apply_direction, render, score_edit
-from targetclip.embedder import ImageEmbedder, Preprocess
-from targetclip.encoders.identity import IdentityModel, eyes, identity_similarity
+from targetclip.embedder import ImageEmbedder
+from targetclip.recipes import Preprocess
+from targetclip.encoders.identity import IdentityModel, feature_model, identity_similarity
 from targetclip.encoders.inverter import LatentInverter
 from targetclip.generators import Generator
-from targetclip.optimize import Progress, embed_chunks, optimize_directions
+from targetclip.optimize import Progress, embed_latents, optimize_directions
 from targetclip.recipes import RECIPES, Initial, Recipe
-from targetclip.sources import BANK, generated_sources, random_latents, seed_of, source_bank
+from targetclip.sources import generated_sources, source_bank
+from targetclip.scene import random_latents
+from targetclip.seeds import BANK, seed_of
 from targetclip.targets import embed_targets, initial_directions, invert
 
 Mode = Literal["instant", "auto", "refine", "optimize"]
@@ -130,13 +133,13 @@ class EssenceTransfer:
     def seen_sources(
         self, preprocess: Preprocess, identity_weight: float
     ) -> Float[Tensor, "bank seen"]:
-        """What a search of such a weight sees of the bank's sources (`eyes`), made once."""
+        """What a search of such a weight sees of the bank's sources (`feature_model`), made once."""
         known = (preprocess, bool(identity_weight))
         if known not in self.seen:
             bank = source_bank(self.generator, self.truncation, BANK)
-            seeing = eyes(self.embedder, self.identity, identity_weight)
+            seeing = feature_model(self.embedder, self.identity, identity_weight)
             with torch.no_grad():
-                self.seen[known] = embed_chunks(
+                self.seen[known] = embed_latents(
                     self.generator, seeing, bank, preprocess, self.max_images
                 )
         return self.seen[known]
@@ -224,7 +227,7 @@ class EssenceTransfer:
                 "unchecked (--mode instant)"
             )
         if mode == "auto":
-            eyes(self.embedder, self.identity, recipe.identity_weight)
+            feature_model(self.embedder, self.identity, recipe.identity_weight)
         predicted = self.predict(target)
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
@@ -309,7 +312,7 @@ class EssenceTransfer:
         seeds = [seed_of("probe", i) for i in range(probes)]
         ws = random_latents(self.generator, seeds, self.truncation)
         with torch.no_grad():
-            edited = embed_chunks(
+            edited = embed_latents(
                 self.generator, self.embedder, ws + vector, "consistent", self.max_images
             )
         return float(F.cosine_similarity(edited, embedding[None]).mean())
@@ -367,7 +370,7 @@ class EssenceTransfer:
                 [seed_of("target", seed)],
                 remember,
                 self.max_images,
-                source_embeddings=self.seen_sources(recipe.preprocess, recipe.identity_weight)
+                bank_features=self.seen_sources(recipe.preprocess, recipe.identity_weight)
                 if recipe.fresh_sources
                 else None,
                 identity=self.identity,

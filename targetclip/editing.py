@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from targetclip.embedder import ImageEmbedder, Preprocess
+from targetclip.embedder import ImageEmbedder
 from targetclip.generators import Generator
 from targetclip.losses import consistency_loss
+from targetclip.recipes import Preprocess
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Preprocess = Literal["release", "consistent"]
+from targetclip.recipes import Preprocess
+
 Resize = Literal["area", "bilinear", "bicubic"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy")

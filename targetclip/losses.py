@@ -5,14 +5,12 @@ All functions take raw embeddings, run over leading `batch` targets at once and 
 target, so the caller decides how targets are summed.
 """
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-Differences = Literal["unit", "raw"]
+from targetclip.recipes import Differences
 
 # A difference shorter than this part of its source embedding is rounding noise: renderings of one
 # picture in batches of different sizes differ by 1e-6 or so. Its unit vector would be random, and
@@ -23,6 +21,15 @@ SHORTEST_DIFFERENCE = 1e-3
 def at_least_float32(embeddings: Tensor) -> Tensor:
     """Half precision cannot hold the difference of two near embeddings."""
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+
+
+def unit_cosines(
+    one: Float[Tensor, "*batch size"], other: Float[Tensor, "*others size"]
+) -> Float[Tensor, "*both"]:
+    """Return the cosines of vectors, in at least float32; leading axes broadcast."""
+    one = F.normalize(at_least_float32(one), dim=-1)
+    other = F.normalize(at_least_float32(other), dim=-1)
+    return (one * other).sum(dim=-1)
 
 
 def unit_differences(

@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from targetclip.embedder import EmbedsImages, ImageEmbedder, Preprocess
-from targetclip.encoders.identity import IdentityModel, eyes
+from targetclip.embedder import EmbedsImages, ImageEmbedder
+from targetclip.encoders.identity import IdentityModel, feature_model
 from targetclip.generators import Generator
 from targetclip.losses import consistency_loss, identity_loss, transfer_loss
-from targetclip.recipes import Recipe
+from targetclip.recipes import Preprocess, Recipe
 
 COEFFICIENT_RATE = 0.2  # the release steps its coefficients at this rate, whatever the schedule
 COEFFICIENT_DECAY = 0.01
@@ -79,7 +79,7 @@ def losses_of(
     after: Float[Tensor, "batch sources seen"],
     targets: Float[Tensor, "batch embed"],
 ) -> Losses:
-    """The recipe's losses between what its `eyes` see of sources and of their edits.
+    """The recipe's losses between what its `feature_model` see of sources and of their edits.
 
     Raises:
         ValueError: one of them was seen with an identity model, and the other without.
@@ -107,7 +107,7 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
     return highest * down * min(1.0, t / 0.005)
 
 
-def embed_chunks(
+def embed_latents(
     generator: Generator,
     embedder: EmbedsImages,
     ws: Float[Tensor, "images num_ws w_dim"],
@@ -327,7 +327,7 @@ def optimize_directions(
     on_step: Callable[[Progress], None] | None = None,
     max_images: int = 64,
     resume: Mapping[str, Any] | None = None,
-    source_embeddings: Float[Tensor, "given seen"] | None = None,
+    bank_features: Float[Tensor, "given seen"] | None = None,
     identity: IdentityModel | None = None,
 ) -> Optimized:
     """Find the direction that gives any source each target's essence (paper section 3).
@@ -349,7 +349,7 @@ def optimize_directions(
         max_images: images rendered at once; bounds memory.
         resume: `Progress.snapshot()` of an earlier run with the same arguments: goes on after it,
             to the same bits as a run that was never stopped.
-        source_embeddings: what the recipe's `eyes` see of the bank's sources unedited, in its
+        bank_features: what the recipe's `feature_model` see of the bank's sources unedited, in its
             preprocessing, from a caller that searches more than once; None: it is made here.
         identity: needed by recipes with an identity weight.
 
@@ -362,17 +362,17 @@ def optimize_directions(
     batch, count = len(target_embeddings), recipe.sources
     check_arguments(generator, recipe, batch, len(source_ws), initial, len(seeds))
     bank = source_ws if recipe.fresh_sources else source_ws[:count]
-    seeing = eyes(embedder, identity, recipe.identity_weight)
-    if source_embeddings is None:
+    seeing = feature_model(embedder, identity, recipe.identity_weight)
+    if bank_features is None:
         with torch.no_grad():
-            bank_seen = embed_chunks(generator, seeing, bank, recipe.preprocess, max_images)
-    elif len(source_embeddings) != len(source_ws):
+            bank_seen = embed_latents(generator, seeing, bank, recipe.preprocess, max_images)
+    elif len(bank_features) != len(source_ws):
         raise ValueError(
             f"expected embeddings of the bank's {len(source_ws)} sources, "
-            f"found {len(source_embeddings)}"
+            f"found {len(bank_features)}"
         )
     else:
-        bank_seen = source_embeddings[: len(bank)]
+        bank_seen = bank_features[: len(bank)]
     search = Search.new(recipe, initial, seeds)
     if resume is not None:
         search.restore(resume)
@@ -385,7 +385,7 @@ def optimize_directions(
         chosen = chosen.to(initial.device)[rows]
         edits = search.coefficients[rows, :, None, None] * search.vectors[rows, None]
         ws = (bank[chosen] + edits).flatten(0, 1)
-        seen = embed_chunks(generator, seeing, ws, recipe.preprocess, max_images)
+        seen = embed_latents(generator, seeing, ws, recipe.preprocess, max_images)
         seen = seen.unflatten(0, (len(rows), count))
         found = losses_of(recipe, bank_seen[chosen], seen, target_embeddings[rows])
 

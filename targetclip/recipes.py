@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
-from targetclip.embedder import Preprocess
-from targetclip.losses import Differences
-
+Preprocess = Literal["release", "consistent"]
+"""How generated images reach the encoder: as the release shows them, or as it was trained."""
+Differences = Literal["unit", "raw"]
+"""Consistency compares differences of unit or of raw embeddings."""
 Initial = Literal["inversion", "random", "zero"]
 
 

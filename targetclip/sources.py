@@ -1,37 +1,11 @@
-"""Sources: latents of the generator's own samples, each named by a seed.
+"""Shim."""
 
-Every source depends on its own seed alone, so a bank is the same whatever its size, its order, the
-batch or the machine's number of processes. Knows nothing of what is done with them.
-"""
-
-import hashlib
-from collections.abc import Sequence
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from targetclip.generators import Generator
-
-BANK = 256  # sources a recipe with fresh sources draws from
-BANK_SEED = 1 << 40  # far from the small seeds people choose for sources of their own
-
-
-def seed_of(*parts: object) -> int:
-    """A seed that depends on all parts and nothing else, the same on every machine."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
-def random_latents(
-    generator: Generator, seeds: Sequence[int], truncation: float = 0.7
-) -> Float[Tensor, "batch num_ws w_dim"]:
-    """One truncated latent for each seed; seeds alone decide, not their order or number."""
-    z = torch.stack(
-        [torch.randn(generator.z_dim, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    )
-    with torch.no_grad():
-        return generator.mapping(z.to(generator.mean_w.device), truncation)
+from targetclip.scene import random_latents
+from targetclip.seeds import BANK, BANK_SEED, seed_of
 
 
 def source_bank(

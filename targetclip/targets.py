@@ -15,7 +15,7 @@ from targetclip.encoders.inverter import LatentInverter
 from targetclip.generators import Generator
 from targetclip.media.images import picture_to_tensor
 from targetclip.recipes import Initial, Recipe
-from targetclip.sources import random_latents
+from targetclip.scene import random_latents
 
 
 def embed_targets(

@@ -21,6 +21,7 @@ from targetclip.encoders.inverter import LatentInverter, load_inverter
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2
 from targetclip.recipes import RECIPES
+from targetclip.scene import Scene
 from targetclip.world_files import Facts, WorldFile, home, parse_facts, require
 
 BUNDLED = Path(__file__).parent / "worlds"
@@ -37,7 +38,7 @@ def is_bundled(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class World:
-    """What a world file says. `load_parts` reads the networks it names."""
+    """What a world file says. `load_scene` reads the networks it names."""
 
     path: Path
     """The world file itself."""
@@ -74,16 +75,6 @@ class World:
     def given(self) -> str:
         """What to give as --world to get it."""
         return self.path.parent.name if is_bundled(self.path) else str(self.path)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The loaded networks of a world, on one device."""
-
-    generator: StyleGAN2
-    embedder: ClipEmbedder
-    inverter: LatentInverter | None
-    identity: IdentityModel | None
 
 
 def world_names() -> list[str]:
@@ -268,8 +259,19 @@ def load_any_identity(path: Path, device: torch.device) -> IdentityModel:
     )
 
 
-def load_parts(world: World, device: torch.device, checkpoint_layers: bool = False) -> Parts:
-    """Load the networks of a world; see `StyleGAN2` for `checkpoint_layers`.
+def load_scene(
+    world: World,
+    device: torch.device | None = None,
+    *,
+    max_images: int | None = None,
+    checkpoint_layers: bool = False,
+) -> Scene:
+    """Load the networks of a world.
+
+    Args:
+        device: None: torch's default.
+        max_images: see `Scene`.
+        checkpoint_layers: see `StyleGAN2`.
 
     Raises:
         FileNotFoundError: a file is not there; the message says where to get it.
@@ -279,6 +281,7 @@ def load_parts(world: World, device: torch.device, checkpoint_layers: bool = Fal
         # Another mapper may be given instead; ClipEmbedder knows more of what an embedder can be.
         if file.role not in ("mapper", "embedder"):
             require(file, world.given)
+    device = device or torch.get_default_device()
     generator = load_generator(world.generator).to(device)
     generator.checkpoint_layers = checkpoint_layers
     inverter = identity = None
@@ -286,9 +289,11 @@ def load_parts(world: World, device: torch.device, checkpoint_layers: bool = Fal
         inverter = load_any_inverter(world.inverter, generator, device)
     if world.identity is not None:
         identity = load_any_identity(world.identity, device)
-    return Parts(
+    return Scene(
         generator=generator,
         embedder=ClipEmbedder.load(world.embedder, world.pretrained).to(device),
         inverter=inverter,
         identity=identity,
+        truncation=world.truncation,
+        max_images=max_images,
     )

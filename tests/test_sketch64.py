@@ -8,7 +8,7 @@ from data.drawn.sketch import NAMES, Face, draw
 from predictor import EssenceTransfer
 from targetclip import RECIPES, load_parts, load_world
 from targetclip.optimize import optimize_directions
-from targetclip.sources import random_latents
+from targetclip.scene import random_latents
 
 
 def test_a_few_steps_bring_unseen_sources_to_the_target() -> None:

@@ -32,7 +32,8 @@ from targetclip.media.images import center_square, picture_to_tensor
 from targetclip.optimize import draw_sources, losses_of
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES
-from targetclip.sources import random_latents, seed_of
+from targetclip.scene import random_latents
+from targetclip.seeds import seed_of
 from targetclip.world import load_parts, load_world
 from train.loop import Schedule, train, write_atomically
 from train.mapper_data import Scene, Skipped, training_pictures

@@ -35,10 +35,10 @@ from data.worker import Stop, Stopped
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from predictor.report import versions
-from targetclip.encoders.identity import eyes
+from targetclip.encoders.identity import feature_model
 from targetclip.media.images import write_picture
 from targetclip.recipes import RECIPES
-from targetclip.sources import seed_of
+from targetclip.seeds import seed_of
 from targetclip.world import load_parts, load_world
 from train.loop import LOG, write_atomically
 from train.mapper_data import (
@@ -192,7 +192,7 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Scene]:
         weight_decay=decay,
         identity_weight=weight,
     )
-    eyes(parts.embedder, parts.identity, weight)  # before hours are spent
+    feature_model(parts.embedder, parts.identity, weight)  # before hours are spent
     at_once = config.max_images or config.batch_size * recipe.sources
     return name, Scene(
         parts.generator, parts.embedder, recipe, world.truncation, at_once, parts.identity

@@ -26,11 +26,13 @@ from data.pairs import dimensions
 from data.publish import sha256_of
 from data.targets import BadTarget, TargetSet, digest_of, open_targets, split_of
 from targetclip.embedder import ImageEmbedder
-from targetclip.encoders.identity import IdentityModel, eyes
+from targetclip.encoders.identity import IdentityModel, feature_model
 from targetclip.generators import Generator
-from targetclip.optimize import embed_chunks
+from targetclip.optimize import embed_latents
 from targetclip.recipes import Recipe
-from targetclip.sources import random_latents, seed_of, source_bank
+from targetclip.sources import source_bank
+from targetclip.scene import random_latents
+from targetclip.seeds import seed_of
 from targetclip.targets import embed_targets
 
 logger = logging.getLogger(__name__)
@@ -62,12 +64,12 @@ class Scene:
     ) -> Float[Tensor, "images embed"]:
         """Raw embeddings of renderings; differentiable."""
         preprocess = self.recipe.preprocess
-        return embed_chunks(self.generator, self.embedder, ws, preprocess, self.max_images)
+        return embed_latents(self.generator, self.embedder, ws, preprocess, self.max_images)
 
     def see_latents(self, ws: Float[Tensor, "images num_ws w_dim"]) -> Float[Tensor, "images seen"]:
-        """What the recipe's `eyes` see of renderings; differentiable."""
-        seeing = eyes(self.embedder, self.identity, self.recipe.identity_weight)
-        return embed_chunks(self.generator, seeing, ws, self.recipe.preprocess, self.max_images)
+        """What the recipe's `feature_model` see of renderings; differentiable."""
+        seeing = feature_model(self.embedder, self.identity, self.recipe.identity_weight)
+        return embed_latents(self.generator, seeing, ws, self.recipe.preprocess, self.max_images)
 
     def embed_targets(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "targets embed"]:
         """Unit embeddings of target pictures, as the recipe wants them preprocessed."""

@@ -22,7 +22,7 @@ from data.build import in_precision
 from data.worker import Stop, Stopped
 from predictor.mapper import Mapper
 from targetclip.recipes import with_defaults
-from targetclip.sources import seed_of
+from targetclip.seeds import seed_of
 from train.loop import CHECKPOINT, save_checkpoint, update_average, write_atomically
 from train.mapper_objective import Stage, stage_at
 

@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from data.targets import Target, open_targets
 from predictor.mapper import Mapper, Prediction
 from targetclip.editing import render
-from targetclip.encoders.identity import eyes
+from targetclip.encoders.identity import feature_model
 from targetclip.losses import consistency_loss, identity_loss, transfer_loss
 from targetclip.media.images import labelled_grid, tensor_to_pictures
-from targetclip.optimize import draw_sources, embed_chunks, losses_of
-from targetclip.sources import generated_sources, random_latents, seed_of
+from targetclip.optimize import draw_sources, embed_latents, losses_of
+from targetclip.sources import generated_sources
+from targetclip.scene import random_latents
+from targetclip.seeds import seed_of
 from train.mapper_data import Pairs, Scene
 
 TERMS = ("transfer", "pairs", "differences")
@@ -261,11 +263,11 @@ class Validation:
         scene = self.scene
         prediction = mapper(self.embeddings)
 
-        seeing = eyes(scene.embedder, scene.identity, float(scene.identity is not None))
+        seeing = feature_model(scene.embedder, scene.identity, float(scene.identity is not None))
 
         def see(ws: Tensor) -> Tensor:
             # As scores are always made, whatever the recipe's preprocessing.
-            return embed_chunks(scene.generator, seeing, ws, "consistent", scene.max_images)
+            return embed_latents(scene.generator, seeing, ws, "consistent", scene.max_images)
 
         shape, embed = (len(self.pictures), len(self.sources)), scene.embedder.embed_dim
         edited = (self.sources[None] + prediction.directions[:, None]).flatten(0, 1)

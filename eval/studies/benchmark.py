@@ -43,10 +43,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from targetclip.embedder import ClipEmbedder, EncoderInput
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.losses import consistency_loss, transfer_loss
-from targetclip.optimize import Progress, embed_chunks, optimize_directions
+from targetclip.optimize import Progress, embed_latents, optimize_directions
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.sources import random_latents
+from targetclip.scene import random_latents
 
 Precision = Literal["fp32", "bf16"]
 
@@ -147,7 +147,7 @@ def count_operations(config: Config) -> int:
         ws = torch.zeros(config.sources, generator.num_ws, generator.w_dim, requires_grad=True)
         with FlopCounterMode(display=False) as counter:
             preprocess = config.recipe.preprocess
-            embed_chunks(generator, embedder, ws, preprocess, config.max_images).sum().backward()
+            embed_latents(generator, embedder, ws, preprocess, config.max_images).sum().backward()
     return int(counter.get_total_flops())
 
 

@@ -51,10 +51,10 @@ from targetclip.encoders.e4e import Encoder4Editing
 from targetclip.generators.rosinality import rosinality_state
 from targetclip.generators.stylegan2 import StyledConv, StyleGAN2, StyleGAN2Config
 from targetclip.media.images import tensor_to_pictures, write_picture
-from targetclip.optimize import embed_chunks, optimize_directions
+from targetclip.optimize import embed_latents, optimize_directions
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES
-from targetclip.sources import random_latents
+from targetclip.scene import random_latents
 
 GIB = 2**30
 CLIP = "ViT-B-32"
@@ -296,7 +296,7 @@ def kept_bytes(
     half = in_bfloat16(torch.device("cpu")) if precision == "bf16" else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), half, saved_tensors_hooks(pack, lambda t: t):
         ws = torch.zeros(sources, generator.num_ws, generator.w_dim, requires_grad=True)
-        embed_chunks(generator, embedder, ws, RECIPES["release"].preprocess, sources)
+        embed_latents(generator, embedder, ws, RECIPES["release"].preprocess, sources)
     resize_matrix.cache_clear()  # of a matrix without numbers
     for hook in hooks:
         hook.remove()

@@ -40,7 +40,8 @@ from targetclip.media.images import labelled_grid, tensor_to_pictures, write_pic
 from targetclip.optimize import Optimized, optimize_directions
 from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES, Recipe, stored_recipe
-from targetclip.sources import BANK, generated_sources, seed_of
+from targetclip.sources import generated_sources
+from targetclip.seeds import BANK, seed_of
 from targetclip.world import load_parts, load_world
 
 HELD_OUT_SEED = 1  # of the sources that judge, as in trainings

@@ -41,7 +41,7 @@ from predictor.report import make_folder, versions, write_file
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer
 from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
-from targetclip.sources import seed_of
+from targetclip.seeds import seed_of
 from targetclip.world import World, load_world
 
 FACE_SEED = 6_000_011  # of this evaluation alone

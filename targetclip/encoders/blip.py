@@ -14,7 +14,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from targetclip.embedder import EncoderInput, Preprocess, preprocess_images
+from targetclip.embedder import EncoderInput, preprocess_images
+from targetclip.recipes import Preprocess
 
 
 class BlipEmbedder(nn.Module):

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from targetclip.embedder import EmbedsImages, EncoderInput, Preprocess, preprocess_images
+from targetclip.embedder import EmbedsImages, EncoderInput, preprocess_images
 from targetclip.encoders.inverter import PictureEncoder
+from targetclip.recipes import Preprocess
 
 FORMAT = "targetclip-identity/1"
 
@@ -59,7 +60,7 @@ def identity_similarity(
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class EmbedderWithIdentity:
     """An embedder and an identity model that look at the same renderings, made once."""
 
     embedder: EmbedsImages
@@ -73,7 +74,7 @@ class SideBySide:
         return torch.cat([seen.float(), self.identity.embed_images(images).float()], dim=1)
 
 
-def eyes(
+def feature_model(
     embedder: EmbedsImages, identity: IdentityModel | None, identity_weight: float
 ) -> EmbedsImages:
     """What a search looks through: an embedder, beside an identity model where that has a weight.
@@ -88,7 +89,7 @@ def eyes(
             f"an identity loss of weight {identity_weight:g} needs an identity model, found none: "
             "name one in the world's file (identity), or do without that loss"
         )
-    return SideBySide(embedder, identity)
+    return EmbedderWithIdentity(embedder, identity)
 
 
 @dataclass(frozen=True)

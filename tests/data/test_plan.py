@@ -21,7 +21,7 @@ from data import plan as module
 from data.drawn.faces import draw_wide
 from data.plan import Plan, PlanTaken, check_plan, check_settings, check_targets, load_plan
 from data.targets import BadTarget, FolderTargets, Target, TargetSet, open_targets, split_of
-from targetclip.sources import seed_of
+from targetclip.seeds import seed_of
 
 SETTINGS = {"recipe_name": "consistent", "recipe": {"steps": 3, "initial": "zero"}, "seed": 4}
 

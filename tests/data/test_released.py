@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests.proof.damage import flip_bit, rows_of
 from torch.nn import functional as F
 
 from data import released
@@ -28,6 +27,7 @@ from targetclip.recipes import RECIPES
 from targetclip.sources import generated_sources
 from targetclip.targets import embed_targets
 from targetclip.world import load_parts, load_world
+from tests.proof.damage import flip_bit, rows_of
 
 NUM_WS, W_DIM = 6, 8  # of the tiny world's generator
 PAIRED = ("joker", "elsa", "keanu")

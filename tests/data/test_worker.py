@@ -28,7 +28,7 @@ from data.pairs import Failure, features, read_chunk
 from data.plan import Plan, make_plan
 from data.targets import open_targets
 from data.worker import SIGNALS, Stop, Stopped, Teacher, Worker
-from targetclip.optimize import Optimized, Progress, embed_chunks, optimize_directions
+from targetclip.optimize import Optimized, Progress, embed_latents, optimize_directions
 from targetclip.recipes import RECIPES
 from targetclip.world import load_parts, load_world
 
@@ -154,7 +154,7 @@ def test_held_out_scores_are_cosines_of_sources_that_are_not_in_the_bank(
 
     def embed(ws: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            found = embed_chunks(teacher.generator, teacher.embedder, ws, "consistent", 64)
+            found = embed_latents(teacher.generator, teacher.embedder, ws, "consistent", 64)
         return F.normalize(found, dim=-1)
 
     before, after = embed(teacher.held_out), embed(teacher.held_out + direction)

@@ -9,7 +9,7 @@ from torch import Tensor
 from data.drawn.sketch import SIZE
 from eval.judging import Judges, edited_images, judge
 from eval.reader import load_reader
-from targetclip.sources import random_latents
+from targetclip.scene import random_latents
 from targetclip.world import load_parts, load_world
 
 

@@ -23,13 +23,13 @@ from threading import RLock
 from typing import Any
 
 import tyro
-from tests.proof.damage import KINDS, check_damages, flip_bit, rows_of, truncate, unequal_rows
-from tests.proof.forked import DISK, Fault, Folder, Stage, Worker, make_world, start
 from tqdm import tqdm
 
 from data.claims import create, remove_only
 from data.plan import PICTURES, load_plan
 from data.worker import chunk_name
+from tests.proof.damage import KINDS, check_damages, flip_bit, rows_of, truncate, unequal_rows
+from tests.proof.forked import DISK, Fault, Folder, Stage, Worker, make_world, start
 
 STAGES: tuple[Stage, ...] = ("plan", "run", "merge")
 PATIENCE = 600.0  # seconds after which a worker that should end counts as hanging

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from pairs_made import FEATURES, NUM_WS, W_DIM, name_of, pair, split_of_index
-from tests.proof import damage
-from tests.proof.damage import KINDS, check_damages, flip_bit, rows_of, truncate, unequal_rows
 
 from data.card import DatasetInfo
 from data.dataset import merge
 from data.pairs import SPLITS, chunk_bytes
 from data.publish import publish_file
+from tests.proof import damage
+from tests.proof.damage import KINDS, check_damages, flip_bit, rows_of, truncate, unequal_rows
 
 ROWS = 20
 IDS = {name_of(i): split_of_index(i) for i in range(ROWS)}

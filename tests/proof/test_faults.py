@@ -14,13 +14,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from pairs_made import FEATURES, pair
-from tests.proof import faults
-from tests.proof.damage import KINDS
-from tests.proof.faults import STAGES, Config, Trial, judge, main
 from tqdm import tqdm
 
 from data.pairs import Pair, chunk_bytes
 from data.publish import FAULT
+from tests.proof import faults
+from tests.proof.damage import KINDS
+from tests.proof.faults import STAGES, Config, Trial, judge, main
 
 ROOT = Path(__file__).parents[2]
 TARGETS, KILLS, SPOILS = 8, 6, 1

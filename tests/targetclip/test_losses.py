@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from targetclip.losses import Differences, consistency_loss, identity_loss, transfer_loss
+from targetclip.losses import consistency_loss, identity_loss, transfer_loss
+from targetclip.recipes import Differences
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "losses.npz"
 DIFFERENCES: tuple[Differences, ...] = ("unit", "raw")

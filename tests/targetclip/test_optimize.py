@@ -16,7 +16,7 @@ from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.optimize import Optimized, Progress, learning_rate, optimize_directions
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.sources import random_latents
+from targetclip.scene import random_latents
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -154,13 +154,13 @@ def test_embeddings_of_the_bank_given_are_used_in_place_of_its_own(
     initial = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(4))
 
     def found(given: Tensor | None) -> Optimized:
-        return run(generator, embedder, recipe, [0, 1], initial, source_embeddings=given)
+        return run(generator, embedder, recipe, [0, 1], initial, bank_features=given)
 
     own, given, other = (found(each) for each in (None, embedded, embedded.roll(1, dims=0)))
     torch.testing.assert_close(own.consistency, given.consistency, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(own.consistency, other.consistency, atol=1e-3)
     with pytest.raises(ValueError, match="10 sources, found 4"):
-        run(generator, embedder, recipe, [0], source_embeddings=embedded[:4])
+        run(generator, embedder, recipe, [0], bank_features=embedded[:4])
 
 
 def test_a_batch_of_targets_equals_each_target_alone(embedder: ProjectionEmbedder) -> None:
@@ -383,7 +383,7 @@ def test_sources_seen_without_the_identity_model_are_refused(
     bank = random_latents(generator, range(10), truncation=1.0)
     embedded = embedder.embed_images(generator.synthesis(bank), recipe.preprocess)
     with pytest.raises(ValueError, match="found 12 and 15"):
-        run(generator, embedder, recipe, [0], source_embeddings=embedded, identity=Colours())
+        run(generator, embedder, recipe, [0], bank_features=embedded, identity=Colours())
 
 
 def test_an_identity_search_goes_on_bit_for_bit_and_in_chunks(

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.sources import BANK, generated_sources, random_latents, seed_of, source_bank
+from targetclip.sources import generated_sources, source_bank
+from targetclip.scene import random_latents
+from targetclip.seeds import BANK, seed_of
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from data.targets import Target, open_targets, split_of
 from data.worker import SIGNALS, Stop, Stopped
 from predictor.mapper import load_mapper
 from targetclip.encoders.identity import identity_similarity
-from targetclip.sources import random_latents
+from targetclip.scene import random_latents
 from train import mapper, mapper_loop
 from train.loop import CHECKPOINT, LOG
 from train.mapper import MAPPER, Config, make_scene, prepare, run

@@ -30,9 +30,9 @@ from eval.studies.full_size import (
 from eval.studies.scale import FFHQ_CHANNELS
 from targetclip.directions import load_direction
 from targetclip.generators import load_generator
-from targetclip.optimize import embed_chunks
+from targetclip.optimize import embed_latents
 from targetclip.precision import in_bfloat16
-from targetclip.sources import random_latents
+from targetclip.scene import random_latents
 
 Called = list[list[str]]  # the arguments of commands
 
@@ -195,7 +195,7 @@ def test_what_is_counted_is_what_a_step_keeps(tiny: Config, precision: Precision
     ws = torch.zeros(2, generator.num_ws, generator.w_dim, requires_grad=True)
     half = in_bfloat16(ws.device) if precision == "bf16" else nullcontext()
     with half, saved_tensors_hooks(pack, lambda tensor: tensor):
-        embeddings = embed_chunks(generator, embedder, ws, "release", 2)
+        embeddings = embed_latents(generator, embedder, ws, "release", 2)
     assert embeddings.isfinite().all()  # no matrix without numbers is left behind
     assert kept.total() == pytest.approx(sum(real.values()), rel=0.01)
 

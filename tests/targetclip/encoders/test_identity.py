@@ -16,9 +16,9 @@ from targetclip.encoders.identity import (
     FORMAT,
     IdentityConfig,
     IdentityModel,
-    SideBySide,
+    EmbedderWithIdentity,
     SketchIdentity,
-    eyes,
+    feature_model,
     identity_similarity,
     load_identity,
     save_identity,
@@ -108,7 +108,7 @@ class Brightness:
 
 
 def test_side_by_side_are_the_embedders_numbers_and_then_the_identity_models() -> None:
-    shown, both = images(), SideBySide(Brightness(), MeanColour())
+    shown, both = images(), EmbedderWithIdentity(Brightness(), MeanColour())
     for preprocess in ("consistent", "release"):
         found = both.embed_images(shown, preprocess)
         assert torch.equal(found[:, :1], Brightness().embed_images(shown, preprocess))
@@ -117,10 +117,10 @@ def test_side_by_side_are_the_embedders_numbers_and_then_the_identity_models() -
 
 def test_a_search_looks_at_people_only_where_that_has_a_weight() -> None:
     plain = Brightness()
-    assert eyes(plain, MeanColour(), 0.0) is plain and eyes(plain, None, 0.0) is plain
-    assert isinstance(eyes(plain, MeanColour(), 0.1), SideBySide)
+    assert feature_model(plain, MeanColour(), 0.0) is plain and feature_model(plain, None, 0.0) is plain
+    assert isinstance(feature_model(plain, MeanColour(), 0.1), EmbedderWithIdentity)
     with pytest.raises(ValueError, match="needs an identity model, found none"):
-        eyes(plain, None, 0.1)
+        feature_model(plain, None, 0.1)
 
 
 def test_a_saved_model_is_the_same_but_for_half_precision(

@@ -12,7 +12,7 @@ from targetclip.encoders.inversion import (
     pixel_loss,
 )
 from targetclip.encoders.inverter import LatentInverter
-from targetclip.sources import random_latents
+from targetclip.scene import random_latents
 from targetclip.world import Parts, load_parts, load_world
 
 SHORT = InversionConfig(steps=12, learning_rate=0.2)

@@ -1,0 +1,365 @@
+"""Scene: the frozen networks of a world, and the verbs that use them.
+
+Everything else holds a Scene: the product is a Scene and a mapper, a worker of a build is a Scene
+and a folder, judges are a Scene and readers. Knows latents, directions, embeddings and scores;
+nothing of files, commands or mappers.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from targetclip.command import Precision, in_precision
+from targetclip.embedder import EmbedsImages, ImageEmbedder
+from targetclip.encoders.identity import IdentityModel, feature_model
+from targetclip.encoders.inverter import LatentInverter
+from targetclip.generators import Generator
+from targetclip.losses import consistency_loss, unit_cosines
+from targetclip.media.images import picture_to_tensor
+from targetclip.optimize import Optimized, Progress, embed_latents, optimize_directions
+from targetclip.recipes import Differences, Initial, Preprocess, Recipe
+from targetclip.seeds import BANK, BANK_SEED, source_seeds
+
+MAX_IMAGES = 64  # rendered at once without gradients, where nobody says how many
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How edits did, by the embedder and the identity model. Cosines of unedited and edited images.
+
+    Leading axes are those of the targets: none for a single target.
+    """
+
+    target_before: Float[Tensor, "*targets sources"]
+    """Unedited sources to the target."""
+    target_after: Float[Tensor, "*targets sources"]
+    """Edited sources to the target."""
+    source_after: Float[Tensor, "*targets sources"]
+    """Edited sources to themselves before the edit."""
+    consistency: Float[Tensor, "*targets"]
+    """1 - consistency loss: mean agreement of the shifts of two sources."""
+    identity: Float[Tensor, "*targets sources"] | None = None
+    """Edited sources to themselves by the identity model; None where it was not asked."""
+
+    @property
+    def transfer(self) -> Float[Tensor, "*targets"]:
+        """The transfer score: the mean cosine of edited sources to the target."""
+        return self.target_after.mean(dim=-1)
+
+
+def score_features(
+    targets: Float[Tensor, "targets embed"],
+    before: Float[Tensor, "targets sources features"],
+    after: Float[Tensor, "targets sources features"],
+    differences: Differences = "unit",
+) -> Scores:
+    """Score edits by the features of images: an embedding, then identity features if there are any.
+
+    Args:
+        targets: embeddings of the targets, raw or unit.
+        before, after: features of the unedited and of the edited images.
+    """
+    embed = targets.shape[-1]
+    old, new = before[..., :embed], after[..., :embed]
+    people = before[..., embed:], after[..., embed:]
+    return Scores(
+        target_before=unit_cosines(old, targets[:, None]),
+        target_after=unit_cosines(new, targets[:, None]),
+        source_after=unit_cosines(old, new),
+        consistency=1 - consistency_loss(old, new, differences),
+        identity=unit_cosines(*people) if people[0].shape[-1] else None,
+    )
+
+
+def random_latents(
+    generator: Generator, seeds: Sequence[int], truncation: float = 0.7
+) -> Float[Tensor, "batch num_ws w_dim"]:
+    """Return one truncated latent for each seed, whatever the order or number of the seeds."""
+    z = torch.stack(
+        [torch.randn(generator.z_dim, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    )
+    with torch.no_grad():
+        return generator.mapping(z.to(generator.mean_w.device), truncation)
+
+
+def layer_weights(
+    num_ws: int, coarse: float = 1.0, middle: float = 1.0, fine: float = 1.0
+) -> Float[Tensor, " {num_ws}"]:
+    """Return a factor for each layer of W+: coarse for layers of 4 and 8 px, middle for 16 and
+    32 px, fine from 64 px on (the groups of the StyleGAN paper: layers 0 to 3, 4 to 7, the rest).
+    """
+    rest = max(num_ws - 8, 0)
+    return torch.tensor([coarse] * 4 + [middle] * 4 + [fine] * rest)[:num_ws]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """The frozen networks of a world, on one device."""
+
+    generator: Generator
+    embedder: ImageEmbedder
+    inverter: LatentInverter | None = None
+    """From pictures to latents; None where there is none."""
+    identity: IdentityModel | None = None
+    """Says who is on an image; None where there is none."""
+    truncation: float = 0.7
+    """Of generated sources: 1 is the generator's full variety."""
+    max_images: int | None = None
+    """Images rendered at once. None: `MAX_IMAGES`, or all of a step that needs gradients."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.generator.mean_w.device
+
+    def with_max_images(self, max_images: int | None) -> "Scene":
+        """Return this scene with another number of images at once."""
+        return replace(self, max_images=max_images)
+
+    # Sources
+
+    def latents(self, seeds: Sequence[int]) -> Float[Tensor, "sources num_ws w_dim"]:
+        """Return one source for each seed."""
+        return random_latents(self.generator, seeds, self.truncation)
+
+    def sources(self, count: int, seed: int = 0) -> Float[Tensor, "sources num_ws w_dim"]:
+        """Return generated sources, none of which is in the bank; source i of a seed is always the
+        same."""
+        return self.latents(source_seeds(seed, count))
+
+    def bank(self, count: int = BANK) -> Float[Tensor, "bank num_ws w_dim"]:
+        """Return the first sources of the bank, on which directions are optimized."""
+        return self.latents(range(BANK_SEED, BANK_SEED + count))
+
+    def bank_of(self, recipe: Recipe) -> Float[Tensor, "bank num_ws w_dim"]:
+        """Return the sources that a recipe draws from."""
+        return self.bank(BANK if recipe.fresh_sources else recipe.sources)
+
+    def images_of(
+        self, pictures: Sequence[Image.Image]
+    ) -> Float[Tensor, "pictures 3 height width"]:
+        """Return RGB pictures at the generator's size, as images in [-1, 1]."""
+        size = self.generator.resolution
+        return torch.cat([picture_to_tensor(p, size) for p in pictures]).to(self.device)
+
+    @torch.no_grad()
+    def invert(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "pictures num_ws w_dim"]:
+        """Return the latents of RGB pictures.
+
+        Raises:
+            ValueError: there is no inverter.
+        """
+        if self.inverter is None:
+            raise ValueError(
+                "this world has no inverter, so pictures have no latents: "
+                "use generated sources (--num-sources), and a recipe that does not invert"
+            )
+        return self.inverter(self.images_of(pictures))
+
+    # Targets
+
+    def embed_targets(
+        self, pictures: Sequence[Image.Image], recipe: Recipe
+    ) -> Float[Tensor, "targets embed"]:
+        """Return raw embeddings of RGB target pictures, preprocessed as the recipe wants them."""
+        if recipe.target_preprocess == "encoder":
+            return self.embedder.embed_pictures(pictures)
+        with torch.no_grad():
+            return self.embedder.embed_images(self.images_of(pictures), recipe.preprocess)
+
+    def initial(
+        self, pictures: Sequence[Image.Image], kind: Initial, seeds: Sequence[int]
+    ) -> Float[Tensor, "targets num_ws w_dim"]:
+        """Return where searches start, one seed a target (release: absolute latents, not offsets).
+
+        Raises:
+            ValueError: the inversion is wanted and there is no inverter.
+        """
+        if kind == "inversion":
+            return self.invert(pictures)
+        if kind == "random":
+            return random_latents(self.generator, seeds)
+        zero = torch.zeros_like(self.generator.mean_w)
+        return zero.repeat(len(pictures), self.generator.num_ws, 1)
+
+    # Embeddings of renderings
+
+    def feature_model(self, identity_weight: float) -> EmbedsImages:
+        """Return the embedder, joined with the identity model where that has a weight.
+
+        Raises:
+            ValueError: it has a weight, and there is no identity model.
+        """
+        return feature_model(self.embedder, self.identity, identity_weight)
+
+    def features(
+        self,
+        ws: Float[Tensor, "images num_ws w_dim"],
+        preprocess: Preprocess = "consistent",
+        identity_weight: float = 0.0,
+    ) -> Float[Tensor, "images features"]:
+        """Return what `feature_model` makes of renderings; differentiable.
+
+        Raises:
+            ValueError: as `feature_model`.
+        """
+        at_once = self.max_images or (len(ws) if ws.requires_grad else MAX_IMAGES)
+        model = self.feature_model(identity_weight)
+        return embed_latents(self.generator, model, ws, preprocess, at_once)
+
+    # Searching
+
+    def search(
+        self,
+        embeddings: Float[Tensor, "targets embed"],
+        recipe: Recipe,
+        initial: Float[Tensor, "targets num_ws w_dim"],
+        seeds: Sequence[int],
+        *,
+        bank: Float[Tensor, "bank num_ws w_dim"] | None = None,
+        bank_features: Float[Tensor, "bank features"] | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+        resume: Mapping[str, Any] | None = None,
+    ) -> Optimized:
+        """Find the directions of targets by the optimizer; see `optimize_directions`.
+
+        Args:
+            bank: sources to edit. None: those of `bank_of`.
+        """
+        return optimize_directions(
+            self.generator,
+            self.embedder,
+            embeddings,
+            self.bank_of(recipe) if bank is None else bank,
+            recipe,
+            initial,
+            seeds,
+            on_step=on_step,
+            max_images=self.max_images or len(embeddings) * recipe.sources,
+            resume=resume,
+            bank_features=bank_features,
+            identity=self.identity,
+        )
+
+    def search_in_batches(
+        self,
+        embeddings: Float[Tensor, "targets embed"],
+        recipe: Recipe,
+        initial: Float[Tensor, "targets num_ws w_dim"],
+        seeds: Sequence[int],
+        *,
+        label: str,
+        precision: Precision = "fp32",
+        bank: Float[Tensor, "bank num_ws w_dim"] | None = None,
+    ) -> tuple[Float[Tensor, "targets num_ws w_dim"], list[str | None]]:
+        """Find directions with a progress bar, as many targets at once as `max_images` allows.
+
+        Returns:
+            The directions, and why each failed; None where it did not.
+        """
+        at_once = max(1, (self.max_images or MAX_IMAGES) // recipe.sources)
+        directions, failures = [], list[str | None]()
+        with tqdm(total=len(seeds) * recipe.steps, desc=label, unit="step", leave=False) as bar:
+            for start in range(0, len(seeds), at_once):
+                part = slice(start, start + at_once)
+                rows = len(seeds[part])
+
+                def on_step(progress: Progress, rows: int = rows) -> None:
+                    bar.update(rows)
+
+                with in_precision(self.device, precision):
+                    result = self.search(
+                        embeddings[part],
+                        recipe,
+                        initial[part],
+                        seeds[part],
+                        bank=bank,
+                        on_step=on_step,
+                    )
+                directions.append(result.directions)
+                failures += result.failures
+        return torch.cat(directions), failures
+
+    # Editing and scoring
+
+    @torch.no_grad()
+    def render(
+        self, ws: Float[Tensor, "images num_ws w_dim"]
+    ) -> Float[Tensor, "images 3 height width"]:
+        """Return images in [-1, 1] of latents, without gradients."""
+        parts = ws.split(self.max_images or MAX_IMAGES)
+        return torch.cat([self.generator.synthesis(part) for part in parts])
+
+    def edit(
+        self,
+        sources: Float[Tensor, "sources num_ws w_dim"],
+        direction: Float[Tensor, "*sources num_ws w_dim"],
+        strength: float = 1.0,
+    ) -> Float[Tensor, "sources 3 height width"]:
+        """Return images in [-1, 1] of sources moved along a direction: w + strength b.
+
+        Args:
+            direction: one for all sources, or an offset for each.
+
+        Raises:
+            ValueError: the direction is not of this generator's W+.
+        """
+        if direction.shape[-2:] != sources.shape[1:]:
+            raise ValueError(
+                f"expected a direction of shape {list(sources.shape[1:])}, found "
+                f"{list(direction.shape)}: it belongs to another generator"
+            )
+        return self.render(sources + strength * direction)
+
+    @torch.no_grad()
+    def score(
+        self,
+        targets: Float[Tensor, "targets embed"],
+        sources: Float[Tensor, "*targets sources num_ws w_dim"],
+        edits: Float[Tensor, "targets *sources num_ws w_dim"],
+        *,
+        preprocess: Preprocess = "consistent",
+        differences: Differences = "unit",
+        with_identity: bool = False,
+    ) -> Scores:
+        """Edit sources, and score each target's edits. Rows of a batch never meet.
+
+        Args:
+            targets: embeddings, raw or unit.
+            sources: the same for all targets, or some for each.
+            edits: a direction for each target, or an offset for each of its sources.
+            preprocess: how images reach the embedder; scores are comparable within one.
+            with_identity: score by the identity model as well, if there is one.
+        """
+        weight = float(with_identity and self.identity is not None)
+
+        def look(ws: Tensor) -> Tensor:
+            return self.features(ws.flatten(0, -3), preprocess, weight).unflatten(0, ws.shape[:-2])
+
+        per_source = edits if edits.ndim == 4 else edits[:, None]
+        after = look(sources + per_source)
+        return score_features(targets, look(sources).expand_as(after), after, differences)
+
+    @torch.no_grad()
+    def score_images(
+        self,
+        target: Float[Tensor, " embed"],
+        before: Float[Tensor, "sources 3 height width"],
+        after: Float[Tensor, "sources 3 height width"],
+    ) -> Scores:
+        """Score edited against unedited images of one target, by the identity model too if there
+        is one."""
+        model = self.feature_model(float(self.identity is not None))
+
+        def look(images: Tensor) -> Tensor:
+            parts = images.split(self.max_images or MAX_IMAGES)
+            return torch.cat([model.embed_images(part, "consistent") for part in parts])[None]
+
+        scores = score_features(target[None], look(before), look(after))
+        return Scores(**{k: None if v is None else v[0] for k, v in vars(scores).items()})
