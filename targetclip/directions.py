@@ -1,27 +1,43 @@
-"""Direction files: one direction and where it comes from, as safetensors.
+"""Files of directions: the project's own, and those of TargetCLIP's release.
 
-Knows the file and the checks a reader must make; nothing of how directions are found.
+Knows containers, shapes and what a reader must check; nothing of how directions are found.
+
+A direction file is safetensors: one direction, the fingerprint of its generator, and a record.
+
+Files of the release are `.npy` and `.pt`. They carry no fingerprint: only their size says which
+generator they could be of.
+
+- dirs/*.npy, and the direction0.npy that a run of the released code leaves: one direction
+  [1, num_ws, w_dim]. The release learns a coefficient for each of its own sources and saves the
+  direction without any, so the direction read here has strength 1. The release edits with strength
+  1.2, its first version with 0.5 to 1. Its search may start at an absolute latent (|w+| about 50),
+  but uses its result (6 to 14) as an offset all the same: nothing is subtracted here.
+- opt_latents.pt [4, 18, 512], celebs.pt and w_plus.npy [68, 18, 512]: latents of faces, absolute
+  and not offsets from the mean w. A file of a single latent cannot be told from a direction.
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from targetclip.generators import Generator
+from targetclip.weights import read_tensors, tensor_bytes
 
 FORMAT = "targetclip-direction/1"
+MAKE = "make one with targetclip optimize"
+RELEASED_SUFFIXES = (".npy", ".pt")
 
 
 @dataclass(frozen=True)
 class DirectionFile:
-    """A direction and its record: method, recipe, seed, fingerprints and what else was noted."""
+    """A direction and its record: method, recipe, seed, fingerprints and other notes."""
 
     direction: Float[Tensor, "num_ws w_dim"]
     record: dict[str, Any]
@@ -30,19 +46,17 @@ class DirectionFile:
 def direction_bytes(
     direction: Float[Tensor, "num_ws w_dim"], generator: Generator, record: dict[str, Any]
 ) -> bytes:
-    """Content of a direction file: float32, the generator's fingerprint, and `record` as JSON."""
+    """Return the content of a direction file: float32, with `record` as JSON."""
     metadata = {
         "format": FORMAT,
         "generator": generator.fingerprint,
         "record": json.dumps(record, sort_keys=True),
     }
-    tensor = direction.detach().float().cpu().contiguous()
-    content: bytes = save({"direction": tensor}, metadata)
-    return content
+    return tensor_bytes({"direction": direction.detach().float()}, metadata)
 
 
 def parse_record(text: str, path: Path) -> dict[str, Any]:
-    """The record of a direction file."""
+    """Return the record of a direction file; ValueError for any other text."""
     try:
         record = json.loads(text)
     except (json.JSONDecodeError, RecursionError):
@@ -61,19 +75,9 @@ def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
             are not finite.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such direction file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, found {error}") from error
-    if metadata.get("format") != FORMAT or "direction" not in tensors:
-        raise ValueError(
-            f"{path}: expected format {FORMAT}, found {metadata.get('format')}: "
-            "make one with targetclip optimize"
-        )
+    metadata, tensors = read_tensors(path, "direction", [FORMAT], MAKE)
+    if "direction" not in tensors:
+        raise ValueError(f"{path}: expected a direction as in {FORMAT}, found none: {MAKE}")
     direction = tensors["direction"]
     expected = (generator.num_ws, generator.w_dim)
     if direction.shape != expected or metadata.get("generator") != generator.fingerprint:
@@ -89,3 +93,138 @@ def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
             "find the direction again"
         )
     return DirectionFile(direction, parse_record(metadata.get("record", "{}"), path))
+
+
+# Files of the release
+
+
+def load_content(path: Path) -> Any:
+    """Load the content of a file without running code from it; a damaged file raises anything."""
+    # Both libraries warn of oddities in files; the array is either read or refused.
+    with path.open("rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if path.suffix == ".npy":
+            return np.load(file, allow_pickle=False)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def arrays_in(content: Any) -> list[Any]:
+    """Return the arrays of a file: its only one, those of a list, or the only tensor of a dict.
+
+    Raises:
+        ValueError: a dict with no tensor or several, an empty list.
+    """
+    if isinstance(content, dict):
+        tensors = [value for value in content.values() if isinstance(value, Tensor)]
+        if len(tensors) != 1:
+            raise ValueError(
+                f"expected one tensor, found a dict with {len(tensors)}; save one of them alone"
+            )
+        return tensors
+    if not isinstance(content, list | tuple):
+        return [content]
+    if not content:
+        raise ValueError("expected tensors, found an empty list")
+    return list(content)
+
+
+def as_items(array: Any) -> Float[Tensor, "items num_ws w_dim"]:
+    """Return an array [num_ws, w_dim], or one with axes before these, as float32.
+
+    Raises:
+        ValueError: no floating-point numbers; more than one axis before the last two that is longer
+            than 1.
+    """
+    if isinstance(array, np.ndarray) and array.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # a number too large becomes infinity, which is refused
+            tensor = torch.from_numpy(array.astype(np.float32))
+    elif (
+        isinstance(array, Tensor)
+        and array.is_floating_point()
+        and array.layout is torch.strided  # sparse, meta and nested tensors hold no plain numbers
+        and not (array.is_meta or array.is_nested)
+    ):
+        tensor = array.detach().float()
+    else:
+        kind = f"{type(array).__name__} {getattr(array, 'dtype', '')}".strip()
+        raise ValueError(f"expected an array of floating-point numbers, found {kind}")
+    long_axes = [size for size in tensor.shape[:-2] if size != 1]
+    if tensor.ndim < 2 or len(long_axes) > 1 or not tensor.numel():
+        raise ValueError(
+            "expected an array [num_ws, w_dim] or [items, num_ws, w_dim], "
+            f"found {list(tensor.shape)}"
+        )
+    return tensor.reshape(-1, *tensor.shape[-2:])
+
+
+def read_released(path: str | Path) -> Float[Tensor, "items num_ws w_dim"]:
+    """Read directions or latents from a `.npy` or a `.pt` file, as float32 on the CPU.
+
+    A `.pt` may hold a tensor, a list or tuple of them, or a dict with one. Arrays are [num_ws,
+    w_dim] or [items, num_ws, w_dim], with any further axes of length 1.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another suffix, a damaged file, one that asks to run code, other shapes, numbers
+            that are not floating-point or not finite.
+    """
+    path = Path(path)
+    if path.suffix not in RELEASED_SUFFIXES:
+        raise ValueError(
+            f"{str(path)!r}: expected a file name ending in {' or '.join(RELEASED_SUFFIXES)}, "
+            f"found {path.suffix!r}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {str(path)!r}; check the path")
+    try:
+        content = load_content(path)
+    except PermissionError:
+        raise
+    except Exception as error:  # damaged bytes raise nearly anything
+        raise ValueError(
+            f"{str(path)!r}: expected an array that is read without running code, found a file "
+            f"that is not ({type(error).__name__}): it is damaged, or asks to run code"
+        ) from error
+    try:
+        parts = [as_items(array) for array in arrays_in(content)]
+        if len(sizes := {tuple(part.shape[1:]) for part in parts}) > 1:
+            raise ValueError(f"expected tensors of one size, found {sorted(map(list, sizes))}")
+        items = torch.cat(parts)
+        if not items.isfinite().all():
+            raise ValueError("expected finite float32 numbers, found NaN or infinity")
+        return items
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
+
+
+def released_latents(
+    path: str | Path, num_ws: int, w_dim: int
+) -> Float[Tensor, "items num_ws w_dim"]:
+    """Read the latents of a released file: absolute in W+, as a generator takes them.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_released`; another size than the generator's.
+    """
+    items = read_released(path)
+    if tuple(items.shape[1:]) != (num_ws, w_dim):
+        raise ValueError(
+            f"{str(path)!r}: expected [{num_ws}, {w_dim}], the generator's W+, found "
+            f"{list(items.shape[1:])}; give a file made with this generator"
+        )
+    return items
+
+
+def released_direction(path: str | Path, num_ws: int, w_dim: int) -> Float[Tensor, "num_ws w_dim"]:
+    """Read the direction of a released file, of strength 1: no coefficient is in it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `released_latents`; several items, which are latents or
+            the starts of several searches.
+    """
+    items = released_latents(path, num_ws, w_dim)
+    if len(items) != 1:
+        raise ValueError(
+            f"{str(path)!r}: expected one direction, found {len(items)} items; "
+            "a file of several holds latents, or is to be split"
+        )
+    return items[0]

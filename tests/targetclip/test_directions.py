@@ -1,9 +1,14 @@
-"""Direction files: what is written is read again, and nothing else is."""
+"""Direction files and files of the release: each kind is read, and every other file is refused."""
 
+import io
 import json
+import pickle
+from collections import OrderedDict
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +16,18 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from targetclip.directions import FORMAT, direction_bytes, load_direction
+from targetclip.directions import (
+    FORMAT,
+    direction_bytes,
+    load_direction,
+    read_released,
+    released_direction,
+    released_latents,
+)
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+NUM_WS, W_DIM = 6, 8
 
 RECORD = {"method": "optimizer", "recipe": "release", "seed": 3, "settings": {"steps": 5}}
 
@@ -25,8 +40,8 @@ def generator(seed: int = 0, resolution: int = 16) -> StyleGAN2:
         return StyleGAN2(StyleGAN2Config(resolution, 8, 8, 1, widths))
 
 
-def numbers(seed: int = 0) -> Tensor:
-    return torch.randn(6, 8, generator=torch.Generator().manual_seed(seed))
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*(shape or (NUM_WS, W_DIM)), generator=torch.Generator().manual_seed(seed))
 
 
 def error_of(path: Path, of: StyleGAN2) -> str:
@@ -120,3 +135,235 @@ def test_any_damage_gives_a_direction_or_one_clear_line(
         assert load_direction(path, generator()).direction.isfinite().all()
     except ValueError as error:
         assert "\n" not in str(error) and str(path) in str(error)
+
+
+# Files of the release
+
+
+def saved(folder: Path, content: Any, name: str = "joker") -> Path:
+    """A file as the release saves it: arrays as .npy, all else as .pt."""
+    path = folder / f"{name}{'.npy' if isinstance(content, np.ndarray) else '.pt'}"
+    if isinstance(content, np.ndarray):
+        np.save(path, content, allow_pickle=True)
+    else:
+        torch.save(content, path)
+    return path
+
+
+def released_error(path: Path) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        read_released(path)
+    message = str(caught.value)
+    assert "\n" not in message and repr(str(path)) in message
+    return message
+
+
+# Files of the release that are read
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1), (4,), (4, 1), (1, 4)])
+@pytest.mark.parametrize("suffix", ["npy", "pt"])
+def test_axes_before_the_last_two_become_one(
+    tmp_path: Path, lead: tuple[int, ...], suffix: str
+) -> None:
+    tensor = numbers(*lead, NUM_WS, W_DIM)
+    found = read_released(saved(tmp_path, tensor.numpy() if suffix == "npy" else tensor))
+    assert torch.equal(found, tensor.reshape(-1, NUM_WS, W_DIM))
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f8", "<f2", "longdouble"])
+def test_numpy_numbers_of_any_width_and_byte_order_become_float32(
+    tmp_path: Path, dtype: str
+) -> None:
+    array = numbers(1, NUM_WS, W_DIM).numpy().astype(dtype)
+    found = read_released(saved(tmp_path, array))
+    assert found.dtype == torch.float32
+    np.testing.assert_array_equal(found.numpy(), array.astype(np.float32))
+
+
+def test_an_array_in_the_order_of_fortran_keeps_its_axes(tmp_path: Path) -> None:
+    array = numbers(NUM_WS, W_DIM).numpy()
+    found = read_released(saved(tmp_path, np.asfortranarray(array)))
+    np.testing.assert_array_equal(found[0].numpy(), array)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_tensors_of_any_width_become_float32_without_a_gradient(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    tensor = numbers(1, NUM_WS, W_DIM).to(dtype).requires_grad_(True)
+    found = read_released(saved(tmp_path, tensor))
+    assert found.dtype == torch.float32 and not found.requires_grad
+    assert torch.equal(found, tensor.detach().float())
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_the_tensors_of_a_list_are_its_items_in_order(tmp_path: Path, kind: type) -> None:
+    tensors = [numbers(1, NUM_WS, W_DIM), numbers(NUM_WS, W_DIM, seed=1)]
+    found = read_released(saved(tmp_path, kind(tensors)))
+    assert torch.equal(found, torch.stack([tensors[0][0], tensors[1]]))
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_the_only_tensor_of_a_dict_is_read(tmp_path: Path, kind: type) -> None:
+    tensor = numbers(1, NUM_WS, W_DIM)
+    path = saved(tmp_path, kind(direction=tensor, steps=1000, target="joker"))
+    assert torch.equal(read_released(path), tensor)
+
+
+def test_a_parameter_is_a_tensor(tmp_path: Path) -> None:
+    tensor = numbers(NUM_WS, W_DIM)
+    assert torch.equal(read_released(saved(tmp_path, torch.nn.Parameter(tensor)))[0], tensor)
+
+
+def test_the_direction_a_released_run_saved_is_read_as_it_was(tmp_path: Path) -> None:
+    with np.load(FIXTURES / "official_trajectory.npz") as arrays:
+        array = arrays["saved_direction"]
+    found = released_direction(saved(tmp_path, array), 8, 512)
+    np.testing.assert_array_equal(found.numpy(), array[0])
+
+
+def test_latents_are_read_however_many(tmp_path: Path) -> None:
+    for count in (1, 4):
+        latents = numbers(count, NUM_WS, W_DIM)
+        assert torch.equal(released_latents(saved(tmp_path, latents), NUM_WS, W_DIM), latents)
+
+
+# Files that are refused
+
+
+@pytest.mark.parametrize("read", [released_direction, released_latents])
+@pytest.mark.parametrize("size", [(NUM_WS, W_DIM + 1), (NUM_WS - 1, W_DIM), (W_DIM, NUM_WS)])
+def test_another_size_than_the_generators_is_refused(
+    tmp_path: Path, read: Any, size: tuple[int, int]
+) -> None:
+    path = saved(tmp_path, numbers(1, *size).numpy())
+    with pytest.raises(ValueError) as caught:
+        read(path, NUM_WS, W_DIM)
+    message = str(caught.value)
+    assert f"[{NUM_WS}, {W_DIM}]" in message and str(list(size)) in message
+    assert "\n" not in message and repr(str(path)) in message
+
+
+def test_a_file_of_several_is_no_direction(tmp_path: Path) -> None:
+    path = saved(tmp_path, numbers(4, NUM_WS, W_DIM))
+    with pytest.raises(ValueError, match="expected one direction, found 4"):
+        released_direction(path, NUM_WS, W_DIM)
+
+
+@pytest.mark.parametrize(
+    "shape", [(), (8,), (2, 3, 6, 8), (2, 1, 3, 6, 8), (0, 6, 8), (1, 0, 8), (1, 6, 0)]
+)
+@pytest.mark.parametrize("suffix", ["npy", "pt"])
+def test_other_shapes_are_refused(tmp_path: Path, shape: tuple[int, ...], suffix: str) -> None:
+    tensor = torch.zeros(shape)
+    path = saved(tmp_path, tensor.numpy() if suffix == "npy" else tensor)
+    assert f"found {list(shape)}" in released_error(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize("suffix", ["npy", "pt"])
+def test_numbers_that_are_no_finite_float32_are_refused(
+    tmp_path: Path, value: float, suffix: str
+) -> None:
+    tensor = numbers(1, NUM_WS, W_DIM).double()
+    tensor[0, 2, 3] = value
+    path = saved(tmp_path, tensor.numpy() if suffix == "npy" else tensor)
+    assert "NaN or infinity" in released_error(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        np.zeros((6, 8), np.int64),
+        np.zeros((6, 8), np.complex64),
+        np.full((6, 8), "text"),
+        np.zeros((6, 8), [("direction", "f4")]),
+        torch.zeros(6, 8, dtype=torch.int32),
+        torch.zeros(6, 8, dtype=torch.complex64),
+        torch.zeros(6, 8).to_sparse(),
+        torch.zeros(6, 8, device="meta"),
+        [torch.zeros(6, 8), 3],
+        [[torch.zeros(6, 8)]],
+        "text",
+        None,
+    ],
+)
+def test_what_is_no_array_of_floating_point_numbers_is_refused(
+    tmp_path: Path, content: Any
+) -> None:
+    assert "expected an array of floating-point numbers" in released_error(saved(tmp_path, content))
+
+
+def test_dicts_and_lists_that_leave_a_choice_are_refused(tmp_path: Path) -> None:
+    tensor = numbers(NUM_WS, W_DIM)
+    assert "with 2" in released_error(saved(tmp_path, {"direction": tensor, "target": tensor}))
+    assert "with 0" in released_error(saved(tmp_path, {"steps": 1000}))
+    assert "empty list" in released_error(saved(tmp_path, []))
+    unequal = released_error(saved(tmp_path, [tensor, numbers(5, W_DIM)]))
+    assert "[5, 8], [6, 8]" in unequal
+
+
+class Trap:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_files_that_ask_to_run_code_are_refused_and_run_none(tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    trap = Trap(sprung)
+    boxed = np.array([trap], dtype=object)
+    for content in (boxed, trap, [numbers(NUM_WS, W_DIM), trap]):
+        assert "asks to run code" in released_error(saved(tmp_path, content))
+    path = tmp_path / "pickled.npy"
+    path.write_bytes(pickle.dumps(trap))
+    assert "asks to run code" in released_error(path)
+    assert not sprung.exists()
+
+
+def test_files_that_are_not_there_or_of_another_kind_are_refused(tmp_path: Path) -> None:
+    assert "no file at" in released_error(tmp_path / "joker.npy")
+    (tmp_path / "folder.pt").mkdir()
+    assert "no file at" in released_error(tmp_path / "folder.pt")
+    for name in ("joker.safetensors", "joker.npz", "joker", "joker.png"):
+        (tmp_path / name).write_bytes(b"anything")
+        assert ".npy or .pt" in released_error(tmp_path / name)
+    archive = io.BytesIO()
+    np.savez(archive, direction=numbers(NUM_WS, W_DIM).numpy())
+    for content in (b"", b"\0" * 64, b"no array", b"\x93NUMPY"):
+        for suffix in ("npy", "pt"):
+            path = tmp_path / f"damaged.{suffix}"
+            path.write_bytes(content)
+            assert "damaged" in released_error(path)
+    path = tmp_path / "renamed.npy"
+    path.write_bytes(archive.getvalue())
+    assert "floating-point" in released_error(path)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "pt"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_damage_gives_finite_items_or_one_clear_line(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, data: st.DataObject
+) -> None:
+    tensor = numbers(1, NUM_WS, W_DIM)
+    folder = tmp_path_factory.getbasetemp()
+    path = saved(folder, tensor.numpy() if suffix == "npy" else tensor, "damaged")
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content)))]
+    # Of the header, mostly: numbers can hardly be told to be wrong.
+    for _ in range(data.draw(st.integers(0, 3)) if content else 0):
+        content[data.draw(st.integers(0, min(len(content), 160) - 1))] = data.draw(
+            st.integers(0, 255)
+        )
+    path.write_bytes(content)
+    try:
+        assert read_released(path).isfinite().all()
+    except ValueError as error:
+        assert "\n" not in str(error) and repr(str(path)) in str(error)
