@@ -6,13 +6,14 @@ images is on the processor.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.drawn.sketch import SIZE
 from eval.metrics import (
     Spread,
     additivity,
@@ -26,7 +27,7 @@ from eval.metrics import (
     released_score,
     transfer_scores,
 )
-from eval.reader import AttributeReader
+from eval.reader import AttributeReader, load_reader
 from eval.sets import EvalSet, Truth
 from targetclip.editing import render
 from targetclip.embedder import ImageEmbedder
@@ -34,6 +35,7 @@ from targetclip.encoders.identity import IdentityModel
 from targetclip.generators import Generator
 from targetclip.losses import consistency_loss
 from targetclip.media.images import picture_to_tensor
+from targetclip.scene import Scene
 
 # What each score is, in the order of tables; not every world has all.
 SCORES = {
@@ -287,3 +289,22 @@ def released_scores(
     distances = torch.tensor([frechet_distance(each, references) for each in look.features])
     deviation = float(distances.std(correction=0))
     return scores | {"fid": Spread(float(distances.mean()), deviation)}
+
+
+# Of the studies
+
+
+def face_judges(scene: Scene) -> Judges:
+    """Return the embedder and the attribute reader as judges of drawn faces.
+
+    Raises:
+        ValueError: the generator's pictures are not of the size that the reader knows.
+    """
+    if scene.generator.resolution != SIZE:
+        raise ValueError(
+            f"--world: expected a world of drawn faces of {SIZE} px, which the attribute reader "
+            f"knows, found one of {scene.generator.resolution} px"
+        )
+    return Judges(
+        scene=replace(scene, identity=None), reader=load_reader().to(scene.device), second=None
+    )

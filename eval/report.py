@@ -3,16 +3,29 @@
 Knows numbers by their names; nothing of how they were found.
 """
 
+import json
+import os
+import platform
+import resource
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
 from eval.charts import COLOURS, Colour, Series, bars, chart
 from eval.compare_judge import DRAWN_ANSWER, REFERENCE
 from eval.judging import RELEASED_STRENGTH, SCORES
 from eval.methods import METHODS
-from eval.sets import ADVERSARIAL, FOLDER, IN_RANGE, OUT_OF_RANGE
+from eval.sets import ADVERSARIAL, FOLDER, IN_RANGE, OUT_OF_RANGE, EvalSet
+from targetclip.command import versions
+from targetclip.media.images import labelled_grid, tensor_to_pictures
+from targetclip.scene import Scene
+from targetclip.seeds import VALIDATION_SOURCES
 
 COLOUR_OF: dict[str, Colour] = dict(zip((*METHODS, DRAWN_ANSWER), COLOURS, strict=True))
 ABOUT = {
@@ -21,6 +34,7 @@ ABOUT = {
     ADVERSARIAL: "Pictures that bring no essence, or none that a source lacks",
     FOLDER: "Pictures of your own",
 }
+MEMORY_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
 MAIN = ("transfer", "consistency", "essence", "identity")
 BARS = ("mapper", "identity", "consistent", "ridge", DRAWN_ANSWER)
 RELEASED = {
@@ -276,3 +290,58 @@ def figures(report: Mapping[str, Any]) -> dict[str, Image.Image]:
         pictures |= attribute_figures(name, each)
         pictures |= {} if shown is None else {f"{name} seconds": shown}
     return pictures
+
+
+# Of the studies
+
+
+def sheet(
+    scene: Scene, targets: EvalSet, directions: Float[Tensor, "targets num_ws w_dim"]
+) -> Image.Image:
+    """Return nine sources, then for each target a row: its picture, and the sources edited."""
+    sources = scene.sources(9, VALIDATION_SOURCES)
+    unedited = tensor_to_pictures(scene.render(sources))
+    rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
+    for i, (picture, direction) in enumerate(zip(targets.pictures, directions, strict=True)):
+        edited = tensor_to_pictures(scene.edit(sources, direction))
+        rows[f"target {i} and sources with its essence"] = [picture, *edited]
+    return labelled_grid(None, rows)
+
+
+def earlier_report(path: Path, comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an earlier run of the same comparison reported, or a report of nothing yet.
+
+    Raises:
+        ValueError: the file is of another comparison, or damaged.
+    """
+    same = json.loads(json.dumps(comparison))  # tuples become lists, as in the file
+    if not path.exists():
+        return {"comparison": same}
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--out: {str(path)!r} is damaged ({error}): delete it") from error
+    if report.get("comparison") != same:
+        raise ValueError(
+            f"--out: {str(path)!r} is of another comparison: expected {same}, found "
+            f"{report.get('comparison')}; give the same options, or another folder"
+        )
+    return report
+
+
+def machine() -> dict[str, Any]:
+    """Return the machine that timings belong to: processor, threads, memory settings, versions."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_settings": {key: os.environ[key] for key in MEMORY_SETTINGS if key in os.environ},
+        "versions": versions(),
+    }
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -29,7 +29,7 @@ from data.targets import (
 )
 from targetclip.generators import Generator
 from targetclip.media.images import center_square
-from targetclip.seeds import BANK, BANK_SEED, seed_of
+from targetclip.seeds import BANK, BANK_SEED, STUDY_TARGETS, seed_of
 
 IN_RANGE, OUT_OF_RANGE, ADVERSARIAL, FOLDER = "in-range", "out-of-range", "adversarial", "folder"
 TARGET_SEED = 5_000_011  # of this evaluation alone
@@ -295,3 +295,28 @@ def check_sources(seed: int, count: int) -> None:
                 f"expected test sources of their own, found {len(common)} of {name}: "
                 f"choose another seed than {seed}"
             )
+
+
+# Of the studies
+
+
+def study_set(count: int, seed: int = STUDY_TARGETS) -> EvalSet:
+    """Return validation faces: every second one, from the first on, is in the generator's range.
+
+    The others have another style and something that the generator never draws. Readings that a
+    style hides count as well.
+    """
+    triples = [wide_face(seed, i, styled=i % 2, extra=i % 2) for i in range(count)]
+    values, seen = zip(*(readings_of(face) for face, _, _ in triples), strict=True)
+    names = tuple(f"study:{i}@{seed}" for i in range(count))
+    return EvalSet(
+        name="study",
+        ids=names,
+        origins=names,
+        pictures=tuple(draw(*triple) for triple in triples),
+        truth=Truth(
+            faces=tuple(face for face, _, _ in triples),
+            readings=torch.from_numpy(np.stack(values)).float(),
+            seen=torch.from_numpy(np.stack(seen)),
+        ),
+    )
