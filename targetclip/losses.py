@@ -1,8 +1,7 @@
 """The two losses of TargetCLIP and one for identity, as pure functions of image embeddings.
 
-Knows embeddings only: not the images they came from, not the encoder, not the direction sought.
-All functions take raw embeddings, run over leading `batch` targets at once and return one value a
-target, so the caller decides how targets are summed.
+Knows embeddings only: no images, encoders or directions. All functions take raw embeddings of
+`batch` targets at once and return one value for each target, so the caller decides how to sum.
 """
 
 import torch
@@ -12,14 +11,14 @@ from torch.nn import functional as F
 
 from targetclip.recipes import Differences
 
-# A difference shorter than this part of its source embedding is rounding noise: renderings of one
-# picture in batches of different sizes differ by 1e-6 or so. Its unit vector would be random, and
-# its gradient, which grows as one over the length, would drown every other one.
+# A difference shorter than this part of its source embedding is rounding noise: one picture rendered
+# in batches of different sizes differs by about 1e-6. Its unit vector would be random, and its
+# gradient, which grows as one over the length, would be larger than all others.
 SHORTEST_DIFFERENCE = 1e-3
 
 
 def at_least_float32(embeddings: Tensor) -> Tensor:
-    """Half precision cannot hold the difference of two near embeddings."""
+    """Return float32 for half precision, which cannot hold the difference of near embeddings."""
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
 
@@ -37,9 +36,9 @@ def unit_differences(
     edited: Float[Tensor, "batch sources embed"],
     differences: Differences,
 ) -> Float[Tensor, "batch sources embed"]:
-    """d_i: which way each edit moved in embedding space, as unit vectors.
+    """Return d_i, the direction in which each edit moved in embedding space, as unit vectors.
 
-    Below `SHORTEST_DIFFERENCE` of the source's length d_i is zero, without a gradient.
+    An edit shorter than `SHORTEST_DIFFERENCE` of the source's length has d_i = 0 and no gradient.
     """
     if differences == "unit":
         source, edited = F.normalize(source, dim=-1), F.normalize(edited, dim=-1)
@@ -56,16 +55,13 @@ def unit_differences(
 def transfer_loss(
     edited: Float[Tensor, "batch sources embed"], target: Float[Tensor, "batch embed"]
 ) -> Float[Tensor, " batch"]:
-    """How far the edited images are from showing the target's essence, in [0, 2].
+    """Return the paper's transfer loss, in [0, 2]: 0 where every edit has the target's embedding.
 
         L_transfer = 1 - 1/N sum_i cos(e'_i, t)
 
-    with e'_i the embedding of edited source i of N and t that of the target: the paper's transfer
-    loss.
+    with e'_i the embedding of edited source i of N, and t that of the target.
     """
-    edited = F.normalize(at_least_float32(edited), dim=-1)
-    target = F.normalize(at_least_float32(target), dim=-1)
-    return 1 - (edited * target[:, None]).sum(dim=-1).mean(dim=-1)
+    return 1 - unit_cosines(edited, target[:, None]).mean(dim=-1)
 
 
 def consistency_loss(
@@ -73,16 +69,15 @@ def consistency_loss(
     edited: Float[Tensor, "batch sources embed"],
     differences: Differences,
 ) -> Float[Tensor, " batch"]:
-    """How much the edit depends on the source it is made to, in [0, 2]: the same edit gives 0.
+    """Return the paper's consistency loss, in [0, 2]: 0 where every source moves the same way.
 
         L_consistency = 1/(N^2 - N) sum_{i != j} (1 - cos(d_i, d_j))
         "unit":  d_i = unit(unit(e_i) - unit(e'_i))     the released optimizer
         "raw":   d_i = unit(e_i - e'_i)                 the first version of the paper
 
-    with e_i, e'_i the embeddings of source i before and after the edit: the paper's consistency
-    loss. An edit that does nothing has no d_i: it agrees with none (its pairs count 1) and passes
-    no gradient on, as at the first step of a direction started at zero. One source has no pairs:
-    its loss is 0.
+    with e_i, e'_i the embeddings of source i before and after the edit. An edit that does nothing,
+    as at the first step of a direction that starts at zero, has d_i = 0: its pairs count 1 and pass
+    no gradient. The loss of a single source, which has no pairs, is 0.
     """
     d = unit_differences(at_least_float32(source), at_least_float32(edited), differences)
     count = d.shape[1]
@@ -95,10 +90,12 @@ def consistency_loss(
 def identity_loss(
     source: Float[Tensor, "batch sources features"], edited: Float[Tensor, "batch sources features"]
 ) -> Float[Tensor, " batch"]:
-    """How little is left of who the sources are, in [0, 2]: 1 - 1/N sum_i cos(p_i, p'_i).
+    """Return the identity loss, in [0, 2]: 0 where every edited source is the same person.
 
-    With p_i, p'_i what an identity model makes of source i before and after its edit. Not in the
-    paper; StyleCLIP trains its mapper by it (Patashnik et al. 2021, equation 2).
+        L_identity = 1 - 1/N sum_i cos(p_i, p'_i)
+
+    with p_i, p'_i the identity features of source i before and after the edit. Not in the paper;
+    StyleCLIP trains its mapper by it (Patashnik et al. 2021, equation 2).
     """
     source, edited = at_least_float32(source), at_least_float32(edited)
     return 1 - F.cosine_similarity(source, edited, dim=-1).mean(dim=-1)

@@ -1,7 +1,7 @@
-"""The teacher: find a direction in W+ by optimization, for many targets at once.
+"""The optimizer (teacher): find directions in W+ for many targets at once (paper, section 3).
 
-Knows the method; nothing of files, launchers or printing. Arrays in, arrays out. Rows of a batch
-never meet: a batch of targets gives what each target gives alone.
+Knows the method; nothing of files, launchers or printing. Rows of a batch are independent: a batch
+of targets gives the same directions as each target alone.
 """
 
 import copy
@@ -25,9 +25,9 @@ COEFFICIENT_RATE = 0.2  # the release steps its coefficients at this rate, whate
 COEFFICIENT_DECAY = 0.01
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a step found, for a callback; losses are those before the step's update."""
+    """The state after a step, for a callback. Losses were measured before the step's update."""
 
     step: int
     steps: int
@@ -36,25 +36,22 @@ class Progress:
     transfer: Float[Tensor, " batch"]
     consistency: Float[Tensor, " batch"]
     directions: Float[Tensor, "batch num_ws w_dim"]
-    """After the step's update."""
     coefficients: Float[Tensor, "batch sources"]
-    """After the step's update."""
     kept_directions: Float[Tensor, "batch num_ws w_dim"]
-    """What would be returned if the run ended now."""
+    """The directions that would be returned if the search ended now, and their losses:"""
     kept_transfer: Float[Tensor, " batch"]
     kept_consistency: Float[Tensor, " batch"]
-    """Losses of these."""
     snapshot: Callable[[], dict[str, Any]]
-    """Makes a copy of all the run needs to go on from here (`resume`)."""
+    """Return a copy of the whole state, for `resume`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimized:
-    """Directions and how they were reached, a row a target."""
+    """Directions, their losses and how long they took: a row for each target."""
 
     directions: Float[Tensor, "batch num_ws w_dim"]
     coefficients: Float[Tensor, "batch sources"]
-    """Factor of the direction for each source; ones unless the recipe learns them."""
+    """Factor of the direction for each source; 1 unless the recipe learns them."""
     loss: Float[Tensor, " batch"]
     transfer: Float[Tensor, " batch"]
     consistency: Float[Tensor, " batch"]
@@ -66,7 +63,7 @@ class Optimized:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a recipe minimises, and its parts before their weights."""
+    """The loss of a recipe, and its parts before their weights."""
 
     loss: Float[Tensor, " batch"]
     transfer: Float[Tensor, " batch"]
@@ -75,21 +72,24 @@ class Losses:
 
 def losses_of(
     recipe: Recipe,
-    before: Float[Tensor, "batch sources known"],
-    after: Float[Tensor, "batch sources seen"],
+    before: Float[Tensor, "batch sources _"],
+    after: Float[Tensor, "batch sources _"],
     targets: Float[Tensor, "batch embed"],
 ) -> Losses:
-    """The recipe's losses between what its `feature_model` see of sources and of their edits.
+    """Return a recipe's losses from the features of sources before and after their edits.
+
+    Args:
+        before, after: embeddings, followed by identity features where the recipe weighs identity.
 
     Raises:
-        ValueError: one of them was seen with an identity model, and the other without.
+        ValueError: `before` and `after` differ in size.
     """
     embed = targets.shape[1]
     if before.shape != after.shape:
         raise ValueError(
-            f"expected as many numbers of an unedited source as of an edited one, found "
-            f"{before.shape[-1]} and {after.shape[-1]}: embeddings alone are {embed}, and recipes "
-            "with an identity weight see more"
+            f"expected features of one size before and after, found {before.shape[-1]} and "
+            f"{after.shape[-1]}: embeddings have {embed}, identity features follow where the "
+            "recipe has an identity weight"
         )
     transfer = transfer_loss(after[..., :embed], targets)
     consistency = consistency_loss(before[..., :embed], after[..., :embed], recipe.differences)
@@ -101,7 +101,8 @@ def losses_of(
 
 
 def learning_rate(step: int, steps: int, highest: float) -> float:
-    """The StyleGAN projector's: up for 0.5 % of the steps, cosine down over the last 75 %."""
+    """Return the rate of a step, as StyleGAN's projector has it: a linear rise over 0.5 % of the
+    steps, a cosine fall over the last 75 %."""
     t = step / steps
     down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.75))
     return highest * down * min(1.0, t / 0.005)
@@ -114,10 +115,10 @@ def embed_latents(
     preprocess: Preprocess,
     max_images: int,
 ) -> Float[Tensor, "images embed"]:
-    """Embeddings of rendered latents, at most `max_images` at a time.
+    """Render latents and embed the images, at most `max_images` at a time.
 
-    With gradients, several chunks are each rendered again in the backward pass, so memory holds
-    one chunk whatever the number of images.
+    With gradients, each of several chunks is rendered again in the backward pass, so that memory
+    holds one chunk.
     """
 
     def embed(part: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def embed_latents(
 def draw_sources(
     bank: int, count: int, fresh: bool, draws: list[torch.Generator]
 ) -> Int[Tensor, "batch sources"]:
-    """Which sources of the bank each target edits at this step."""
+    """Return the indices of the bank's sources that each target edits at this step."""
     if not fresh:
         return torch.arange(count).expand(len(draws), -1)
     return torch.stack([torch.randperm(bank, generator=draw)[:count] for draw in draws])
@@ -141,7 +142,8 @@ def draw_sources(
 def step_coefficients(
     coefficients: Float[Tensor, "batch sources"], gradient: Float[Tensor, "batch sources"]
 ) -> Float[Tensor, "batch sources"]:
-    """The first step of a new Adam, all that the released code's ever make: by the sign alone."""
+    """Return coefficients after the first step of a new Adam, which is what the released code takes
+    at every step: it moves by the sign of the gradient."""
     gradient = gradient + COEFFICIENT_DECAY * coefficients
     return coefficients - COEFFICIENT_RATE * gradient / (gradient.abs() + 1e-8)
 
@@ -149,7 +151,7 @@ def step_coefficients(
 def scatter_rows(
     values: Float[Tensor, "kinds active"], rows: Int[Tensor, " active"], batch: int
 ) -> Float[Tensor, "kinds batch"]:
-    """Values of the running targets at their places in the batch; NaN where a target has ended."""
+    """Return values of the active targets at their places in the batch; NaN for all others."""
     scattered = values.new_full((len(values), batch), math.nan)
     scattered[:, rows] = values.detach()
     return scattered
@@ -157,7 +159,7 @@ def scatter_rows(
 
 @dataclass
 class Patience:
-    """How long each target's loss has gone without improving, smoothed against fresh sources."""
+    """Number of steps in which each target's smoothed loss has not improved."""
 
     smooth: Float[Tensor, " batch"]
     lowest: Float[Tensor, " batch"]
@@ -172,7 +174,7 @@ class Patience:
         )
 
     def exhausted(self, loss: Float[Tensor, " batch"], patience: int) -> Bool[Tensor, " batch"]:
-        """Take in a step's losses; true where nothing got better for `patience` steps."""
+        """Add a step's losses; return true where nothing improved for `patience` steps."""
         self.smooth = torch.where(self.smooth.isnan(), loss, 0.9 * self.smooth + 0.1 * loss)
         improved = self.smooth < self.lowest - 1e-3
         self.lowest = torch.where(improved, self.smooth, self.lowest)
@@ -182,12 +184,12 @@ class Patience:
 
 @dataclass
 class Search:
-    """Where an optimization stands: all that changes from step to step, a row a target."""
+    """The state of a search: everything that changes from step to step, a row for each target."""
 
     step: int
-    """The next one to take."""
+    """Number of the next step."""
     vectors: Float[Tensor, "batch layers w_dim"]
-    """The directions; one layer where the recipe ties them."""
+    """The directions; a single layer where the recipe ties layers."""
     coefficients: Float[Tensor, "batch sources"]
     adam: torch.optim.Adam
     draws: list[torch.Generator]
@@ -197,7 +199,7 @@ class Search:
     kept_vectors: Float[Tensor, "batch layers w_dim"]
     kept_coefficients: Float[Tensor, "batch sources"]
     kept_losses: Float[Tensor, "kinds batch"]
-    """Loss, transfer loss and consistency loss of what is kept."""
+    """Loss, transfer loss and consistency loss of the kept directions."""
     patience: Patience
 
     @staticmethod
@@ -225,7 +227,7 @@ class Search:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor but those of Adam, by name; not copies."""
+        """Return every tensor but those of Adam by its name, without copying."""
         kept = (self.kept_vectors, self.kept_coefficients, self.kept_losses)
         named = dict(zip(("kept_vectors", "kept_coefficients", "kept_losses"), kept, strict=True))
         named |= {"vectors": self.vectors, "coefficients": self.coefficients}
@@ -233,7 +235,7 @@ class Search:
         return named | {f"patience.{name}": value for name, value in vars(self.patience).items()}
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of everything, for `torch.save`; `torch.load(weights_only=True)` reads it."""
+        """Return a copy of the state that `torch.load(weights_only=True)` can read."""
         return {
             "step": self.step,
             "failures": list(self.failures),
@@ -243,22 +245,21 @@ class Search:
         }
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Take over a snapshot of the same recipe and targets: it goes on bit for bit.
+        """Continue from a snapshot of the same recipe and targets, to the same bits.
 
         Raises:
-            ValueError: the snapshot is of other sizes.
+            ValueError: the snapshot has other shapes.
         """
-        saved = snapshot["tensors"]
-        mine = self.tensors()
-        found = {name: list(value.shape) for name, value in saved.items()}
-        expected = {name: list(value.shape) for name, value in mine.items()}
-        if found != expected:
+        saved, tensors = snapshot["tensors"], self.tensors()
+        shapes = {name: list(value.shape) for name, value in saved.items()}
+        expected = {name: list(value.shape) for name, value in tensors.items()}
+        if shapes != expected:
             raise ValueError(
                 f"a snapshot of other targets or of another recipe: expected {expected}, "
-                f"found {found}"
+                f"found {shapes}"
             )
         with torch.no_grad():
-            for name, value in mine.items():
+            for name, value in tensors.items():
                 value.copy_(saved[name])
         self.adam.load_state_dict(snapshot["adam"])
         for draw, state in zip(self.draws, snapshot["draws"], strict=True):
@@ -273,7 +274,7 @@ class Search:
         gradients: Sequence[Tensor],
         losses: Float[Tensor, "kinds batch"],
     ) -> None:
-        """One step of Adam; rows that ended keep what they have."""
+        """Take one step of Adam; rows that have ended do not change."""
         finite = losses[0][rows].isfinite() & gradients[0][rows].flatten(1).isfinite().all(dim=1)
         for row in rows[~finite].tolist():
             self.failures[row] = f"the loss of step {self.step} is not finite"
@@ -290,7 +291,7 @@ class Search:
                 self.coefficients[self.active] = stepped[self.active]
             self.steps_taken[self.active] += 1
 
-            # The release keeps the updated direction of the lowest loss measured before an update.
+            # The release keeps the direction after the update whose loss before it was lowest.
             better = self.active & ((losses[0] < self.kept_losses[0]) | (recipe.keep == "last"))
             self.kept_vectors[better] = self.vectors[better]
             self.kept_coefficients[better] = self.coefficients[better]
@@ -303,7 +304,7 @@ class Search:
 def check_arguments(
     generator: Generator, recipe: Recipe, targets: int, bank: int, initial: Tensor, seeds: int
 ) -> None:
-    """Raise a ValueError where the arguments of `optimize_directions` do not fit each other."""
+    """Raise a ValueError if the arguments of `optimize_directions` do not fit each other."""
     if bank < recipe.sources:
         raise ValueError(
             f"the recipe edits {recipe.sources} sources a step, found a bank of {bank}"
@@ -327,99 +328,96 @@ def optimize_directions(
     on_step: Callable[[Progress], None] | None = None,
     max_images: int = 64,
     resume: Mapping[str, Any] | None = None,
-    bank_features: Float[Tensor, "given seen"] | None = None,
+    bank_features: Float[Tensor, "bank features"] | None = None,
     identity: IdentityModel | None = None,
 ) -> Optimized:
-    """Find the direction that gives any source each target's essence (paper section 3).
+    """Find the direction that gives any source each target's essence (paper, section 3).
 
-    Minimises, for each target on its own, over the direction b,
+    For each target on its own, minimise over the direction b
 
-        transfer_weight L_transfer + consistency_weight L_consistency,
+        transfer_weight L_transfer + consistency_weight L_consistency + identity_weight L_identity
 
-    between the embeddings of G(w_i) and G(w_i + a_i b), with a_i = 1 but in the release recipe; and
-    identity_weight L_identity, which is 0 in the paper's recipes.
+    between the images G(w_i) and G(w_i + a_i b) of sources w_i. The factors a_i are 1 except in the
+    release recipe; the identity weight is 0 in the paper's recipes. A target whose loss becomes
+    NaN or infinite ends there and is named in `failures`; the others go on.
 
     Args:
         target_embeddings: raw or unit.
-        source_ws: the bank of sources: their latents. Without `recipe.fresh_sources` its first
-            `recipe.sources` are used. Each is rendered unedited once.
-        initial: where the directions start. `recipe.initial` says what it should be.
-        seeds: one a target: decides which fresh sources it meets.
+        source_ws: latents of the bank. Without `recipe.fresh_sources` its first `recipe.sources`
+            are used.
+        initial: where the directions start; `recipe.initial` says what it should be.
+        seeds: one for each target: decides which fresh sources it edits.
         on_step: called after every step.
         max_images: images rendered at once; bounds memory.
-        resume: `Progress.snapshot()` of an earlier run with the same arguments: goes on after it,
-            to the same bits as a run that was never stopped.
-        bank_features: what the recipe's `feature_model` see of the bank's sources unedited, in its
-            preprocessing, from a caller that searches more than once; None: it is made here.
-        identity: needed by recipes with an identity weight.
+        resume: `Progress.snapshot()` of an earlier run with the same arguments. The search goes on
+            after it, to the same bits as one that was never stopped.
+        bank_features: features of the unedited bank, by the recipe's `feature_model` and
+            preprocessing, to share between searches. None: computed here.
+        identity: the model of the identity loss.
 
     Raises:
-        ValueError: shapes disagree, the bank is smaller than `recipe.sources`, or an identity
-            model is needed.
-
-    A target whose loss stops being finite ends there, named in `failures`; others go on.
+        ValueError: shapes disagree, the bank is smaller than `recipe.sources`, or the recipe has an
+            identity weight and there is no identity model.
     """
     batch, count = len(target_embeddings), recipe.sources
     check_arguments(generator, recipe, batch, len(source_ws), initial, len(seeds))
     bank = source_ws if recipe.fresh_sources else source_ws[:count]
-    seeing = feature_model(embedder, identity, recipe.identity_weight)
+    model = feature_model(embedder, identity, recipe.identity_weight)
     if bank_features is None:
         with torch.no_grad():
-            bank_seen = embed_latents(generator, seeing, bank, recipe.preprocess, max_images)
+            before = embed_latents(generator, model, bank, recipe.preprocess, max_images)
     elif len(bank_features) != len(source_ws):
         raise ValueError(
-            f"expected embeddings of the bank's {len(source_ws)} sources, "
-            f"found {len(bank_features)}"
+            f"expected features of the bank's {len(source_ws)} sources, found {len(bank_features)}"
         )
     else:
-        bank_seen = bank_features[: len(bank)]
+        before = bank_features[: len(bank)]
     search = Search.new(recipe, initial, seeds)
     if resume is not None:
         search.restore(resume)
-    everywhere = initial.shape
+    shape = initial.shape  # of directions, whose vectors may have a single layer
 
     while search.step < recipe.steps and search.active.any():
-        # Losses, of the targets that still run
+        # Losses of the active targets
         rows = search.active.nonzero()[:, 0]
         chosen = draw_sources(len(bank), count, recipe.fresh_sources, search.draws)
         chosen = chosen.to(initial.device)[rows]
         edits = search.coefficients[rows, :, None, None] * search.vectors[rows, None]
         ws = (bank[chosen] + edits).flatten(0, 1)
-        seen = embed_latents(generator, seeing, ws, recipe.preprocess, max_images)
-        seen = seen.unflatten(0, (len(rows), count))
-        found = losses_of(recipe, bank_seen[chosen], seen, target_embeddings[rows])
+        after = embed_latents(generator, model, ws, recipe.preprocess, max_images)
+        after = after.unflatten(0, (len(rows), count))
+        parts = losses_of(recipe, before[chosen], after, target_embeddings[rows])
 
-        # A sum, not a mean: the gradient of a row, and so what weight decay is to it, must not
-        # depend on how many rows there are.
+        # A sum, not a mean: the gradient of a row, compared with its weight decay, must not depend
+        # on the number of rows.
         leaves = [search.vectors, search.coefficients][: 1 + recipe.coefficients]
-        gradients = torch.autograd.grad(found.loss.sum(), leaves)
-        measured = torch.stack([found.loss, found.transfer, found.consistency])
-        measured = measured.to(initial.dtype)
-        losses = scatter_rows(measured, rows, batch)
+        gradients = torch.autograd.grad(parts.loss.sum(), leaves)
+        measured = torch.stack([parts.loss, parts.transfer, parts.consistency])
+        losses = scatter_rows(measured.to(initial.dtype), rows, batch)
         rate = learning_rate(search.step, recipe.steps, recipe.learning_rate)
         search.update(recipe, rate, rows, gradients, losses)
 
         if on_step is not None:
             on_step(
                 Progress(
-                    search.step - 1,
-                    recipe.steps,
-                    rate,
+                    step=search.step - 1,
+                    steps=recipe.steps,
+                    learning_rate=rate,
                     loss=losses[0],
                     transfer=losses[1],
                     consistency=losses[2],
-                    directions=search.vectors.detach().expand(everywhere).clone(),
+                    directions=search.vectors.detach().expand(shape).clone(),
                     coefficients=search.coefficients.detach().clone(),
-                    kept_directions=search.kept_vectors.expand(everywhere).clone(),
+                    kept_directions=search.kept_vectors.expand(shape).clone(),
                     kept_transfer=search.kept_losses[1].clone(),
                     kept_consistency=search.kept_losses[2].clone(),
                     snapshot=search.snapshot,
                 )
-            )  # fmt: skip
+            )
 
     return Optimized(
-        search.kept_vectors.expand(everywhere).clone(),
-        search.kept_coefficients,
+        directions=search.kept_vectors.expand(shape).clone(),
+        coefficients=search.kept_coefficients,
         loss=search.kept_losses[0],
         transfer=search.kept_losses[1],
         consistency=search.kept_losses[2],

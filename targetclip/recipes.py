@@ -1,4 +1,7 @@
-"""Recipes: the settings of the optimizer, those of the paper and of its release among them."""
+"""Recipes: named settings of the optimizer, among them those of the paper and of its release.
+
+Knows settings only, and imports no torch.
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,45 +9,44 @@ from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
 Preprocess = Literal["release", "consistent"]
-"""How generated images reach the encoder: as the release shows them, or as it was trained."""
+"""How images are resized and normalised for the encoder; see `targetclip.embedder`."""
 Differences = Literal["unit", "raw"]
-"""Consistency compares differences of unit or of raw embeddings."""
+"""Whether consistency compares differences of unit or of raw embeddings."""
 Initial = Literal["inversion", "random", "zero"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what a direction comes out as, but for the seed and the sources."""
+    """All settings of a search, except the seed and the bank of sources."""
 
     sources: int
     """Sources edited at every step."""
     fresh_sources: bool
-    """Draw them anew from the bank at every step, or keep its first ones throughout."""
+    """Draw sources from the bank anew at every step. False: use its first ones throughout."""
     steps: int
     learning_rate: float
-    """Of Adam, at its highest (see `learning_rate`)."""
+    """Highest rate of Adam; `optimize.learning_rate` gives the schedule."""
     transfer_weight: float
     consistency_weight: float
     differences: Differences
-    """Consistency between differences of unit or of raw embeddings."""
     weight_decay: float
-    """Of Adam: the gradient of weight_decay/2 |direction|^2, added inside it."""
+    """Of Adam: adds the gradient of weight_decay/2 |direction|^2."""
     preprocess: Preprocess
-    """How generated images reach the encoder."""
+    """Of generated images."""
     target_preprocess: Literal["encoder", "same"]
-    """How the target reaches it: as the encoder's own library does, or as generated images do."""
+    """Of the target: as the encoder's own library does it, or the same as of generated images."""
     initial: Initial
-    """What the direction starts from."""
+    """Where the direction starts: the target's latent, a random latent, or zero."""
     coefficients: bool = False
     """Scale the direction by a learned factor for each source (release)."""
     keep: Literal["best", "last"] = "last"
     """Return the direction of the lowest loss, or the last one."""
     identity_weight: float = 0.0
-    """Of the identity loss, which is ours and needs an identity model."""
+    """Of the identity loss, which is not in the paper and needs an identity model."""
     tied_layers: bool = False
-    """One w_dim vector for all layers (a direction in W) instead of one each (W+)."""
+    """Search one w_dim vector for all layers (a direction in W) instead of one for each (W+)."""
     patience: int | None = None
-    """Stop a target whose smoothed loss has not improved by 0.001 for so many steps."""
+    """Stop a target whose smoothed loss has not improved by 0.001 for this number of steps."""
 
     def __post_init__(self) -> None:
         if self.coefficients and self.fresh_sources:
@@ -58,17 +60,16 @@ class Recipe:
 
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file says of a recipe; what it does not say was not there to be chosen, and is as it
-    is by default."""
-    defaults = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
-    return {**settings, **{name: v for name, v in defaults.items() if name not in settings}}
+    """Return the settings of a file, with defaults for settings that are newer than the file."""
+    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
+    return {**settings, **{k: v for k, v in defaults.items() if k not in settings}}
 
 
 def stored_recipe(settings: Mapping[str, Any]) -> Recipe:
-    """A recipe from what a file says of it, with defaults for what it does not.
+    """Return the recipe of a file's settings, with defaults for settings it does not have.
 
     Raises:
-        ValueError: settings that are unknown here, or that cannot be.
+        ValueError: a setting is unknown or has an impossible value.
     """
     try:
         return Recipe(**settings)
@@ -109,10 +110,9 @@ RECIPES: dict[str, Recipe] = {
         initial="random",
         keep="best",
     ),
-    # Ours: every step meets fresh sources, target and images are preprocessed alike, the start is
-    # neutral. Decay decides between essence and identity: a third of it brings more of both the
-    # target and its background. A heavy consistency loss asks for long edits, in which the
-    # differences between sources vanish, and identity with them (CHANGELOG).
+    # Not in the paper: every step edits fresh sources, target and images are preprocessed alike, and
+    # the start is neutral. A smaller decay brings more essence and loses more identity. A larger
+    # consistency weight makes edits longer, until sources look alike (CHANGELOG).
     "consistent": Recipe(
         sources=6,
         fresh_sources=True,
@@ -127,7 +127,7 @@ RECIPES: dict[str, Recipe] = {
         initial="zero",
     ),
 }
-# Ours too: a loss that looks at who is on the picture, as StyleCLIP's mapper has one, keeps twice
-# the identity for the same essence. With less decay the transfer score still rises, but what the
-# attribute reader sees hardly does, and identity is lost (docs/teacher.md).
+# With an identity loss, as StyleCLIP's mapper has one, twice the identity is kept for the same
+# essence. A smaller decay raises the transfer score, hardly the essence, and loses identity
+# (docs/teacher.md).
 RECIPES["identity"] = replace(RECIPES["consistent"], identity_weight=0.15)

@@ -1,0 +1,231 @@
+"""Commands: exit codes, one-line errors, signals, whole files, precision."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from targetclip.command import (
+    FAILED,
+    STOPPED,
+    Stop,
+    Stopped,
+    choose_device,
+    choose_precision,
+    full_disk_explained,
+    guarded,
+    in_precision,
+    main,
+    make_folder,
+    whole_file,
+    write_file,
+    write_json,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Config:
+    number: int = 3
+
+
+# Errors and exit codes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ValueError("expected\n  1, found 2"), FAILED, "prog: error: expected 1, found 2"),
+        (FileNotFoundError(2, "No such file", "x"), FAILED, "No such file"),
+        (FloatingPointError("loss is nan"), FAILED, "loss is nan"),
+        (torch.OutOfMemoryError("CUDA"), FAILED, "out of memory: lower --batch-size"),
+        (MemoryError(), FAILED, "out of memory"),
+        (KeyboardInterrupt(), STOPPED, "stopped"),
+        (Stopped(), STOPPED, "stopped"),
+    ],
+)
+def test_an_error_that_a_user_can_mend_is_one_line(
+    error: BaseException, code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> int:
+        raise error
+
+    assert guarded(fail, "prog") == code
+    message = capsys.readouterr().err
+    assert says in message and message.count("\n") == 1
+
+
+def test_an_error_of_the_program_keeps_its_traceback() -> None:
+    with pytest.raises(KeyError):
+        guarded(lambda: {}["missing"], "prog")
+
+
+def test_what_a_command_returns_is_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["prog", "--number", "7"])
+    for result, code in ((None, 0), (5, 5), ("a report", 0), (True, 0)):
+        with pytest.raises(SystemExit) as ended:
+            main(lambda config, result=result: result, Config, "", "prog")
+        assert ended.value.code == code
+
+
+def test_a_usage_error_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prog", "--number", "many"])
+    with pytest.raises(SystemExit) as ended:
+        main(lambda config: None, Config, "", "prog")
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("prog: ") and message.count("\n") == 1 and "many" in message
+
+
+def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        'if __name__ == "__main__":\n'
+        "    from targetclip.command import start\n\n"
+        '    start("slow")\n'
+        'import time\nprint("importing", flush=True)\ntime.sleep(60)\n'
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slow"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == STOPPED
+    assert "Traceback" not in message and "stopped" in message
+
+
+def test_importing_a_command_does_not_import_torch() -> None:
+    code = "import sys, targetclip.command, targetclip.recipes; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# Signals
+
+
+def test_the_first_signal_asks_and_a_second_ctrl_c_ends() -> None:
+    stop = Stop()
+    stop.check()
+    stop.ask(signal.SIGINT, None)
+    with pytest.raises(Stopped):
+        stop.check()
+    with pytest.raises(KeyboardInterrupt):
+        stop.ask(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_listener_outlives_signals_that_end_a_process(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in (number, signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = Stop()
+        stop.listen()
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        assert stop.signal == number
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+# Precision and device
+
+
+@pytest.mark.parametrize(
+    ("launched", "asked", "precision"),
+    [
+        (None, None, "fp32"),
+        ("no", None, "fp32"),
+        ("bf16", None, "bf16"),
+        ("BF16", None, "bf16"),
+        ("bf16", "fp32", "fp32"),
+        (None, "bf16", "bf16"),
+    ],
+)
+def test_precision_is_the_one_asked_for_or_that_of_the_launcher(
+    launched: str | None, asked: str | None, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert choose_precision(asked) == precision  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("launched", ["fp16", "fp8", "bananas"])
+def test_a_precision_that_is_not_computed_here_is_refused(
+    launched: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    with pytest.raises(ValueError, match=f"expected no or bf16, found '{launched}'"):
+        choose_precision()
+
+
+def test_bfloat16_computes_products_alone_in_half() -> None:
+    cpu = torch.device("cpu")
+    with in_precision(cpu, "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with in_precision(cpu, "fp32"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_a_device_that_cannot_compute_is_named() -> None:
+    assert choose_device("cpu").type == "cpu"
+    for name in ("gpu", "meta"):
+        with pytest.raises(ValueError, match=f"--device: '{name}' cannot be used"):
+            choose_device(name)
+
+
+# Files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_file(path, b"old")
+    with pytest.raises(RuntimeError), whole_file(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    write_file(path, "neu: ü")
+    assert path.read_text("utf-8") == "neu: ü"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="create it first"):
+        write_file(tmp_path / "no" / "file", b"")
+
+
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"room for the 5 bytes of .*free some space"),
+        full_disk_explained(tmp_path / "f", 5),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_json_is_for_people_and_takes_paths(tmp_path: Path) -> None:
+    write_json(tmp_path / "f.json", {"path": Path("a/b"), "n": 1})
+    text = (tmp_path / "f.json").read_text()
+    assert json.loads(text) == {"path": "a/b", "n": 1} and text.endswith("}\n")
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="--out: cannot write into"):
+        make_folder(tmp_path / "file" / "out")
+    make_folder(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
