@@ -1,11 +1,12 @@
 """Scores of edits, as pure functions of embeddings, readings, features and images.
 
-Knows numbers only: what made them and where they go is the callers'.
+Knows numbers only. Cosines to targets, consistency and identity are `targetclip.scene`'s.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,32 +18,26 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from data.drawn.readings import READINGS
 from targetclip.losses import SHORTEST_DIFFERENCE
+from targetclip.seeds import seed_of
 
 KID_SUBSETS, KID_SUBSET = 10, 1000
 
 # In embedding space
 
 
-def transfer_scores(
-    edited: Float[Tensor, "targets sources embed"], target: Float[Tensor, "targets embed"]
-) -> Float[Tensor, "targets sources"]:
-    """Cosine of every edited source to its target, in [-1, 1]."""
-    return (F.normalize(edited, dim=-1) * F.normalize(target, dim=-1)[:, None]).sum(dim=-1)
-
-
 def additivity(
     source: Float[Tensor, "sources embed"], edited: Float[Tensor, "targets sources embed"]
 ) -> Float[Tensor, " targets"]:
-    """How much of the shift that an edit makes in embedding space is the same for every source.
+    """Return the part of the shift in embedding space that is the same for every source.
 
-    With s_i = unit(e'_i) - unit(e_i), the shift of source i,
+    With s_i = unit(e'_i) - unit(e_i), the shift of source i:
 
-        mean over i != j of s_i . s_j  /  mean over i of |s_i|^2,
+        mean over i != j of s_i . s_j  /  mean over i of |s_i|^2
 
-    which is 1 - (spread of the shifts around their mean) / (their mean square), freed of its bias
-    for few sources. 1: a direction that is added in latent space adds one vector in embedding
-    space, as the paper asks. 0: shifts that know nothing of each other, or none at all. It is at
-    most 1. Consistency is the same for shifts of length 1: it says nothing of how far each went.
+    It equals 1 - (spread of the shifts around their mean) / (their mean square), corrected for the
+    bias of few sources. At most 1, where all sources are shifted by one vector, as the paper asks.
+    0 for unrelated shifts, or for none. Consistency is the same measure for shifts scaled to
+    length 1, so it ignores how far each source was shifted.
     """
     shift = F.normalize(edited, dim=-1) - F.normalize(source, dim=-1)
     count = shift.shape[1]
@@ -56,7 +51,7 @@ def additivity(
 
 
 def reading_columns(essence: bool) -> Bool[Tensor, " outputs"]:
-    """Which outputs of the attribute reader are essence, or identity."""
+    """Return a mask of the attribute reader's outputs: its essence, or else its identity."""
     columns = [reading.essence == essence for reading in READINGS for _ in range(reading.size)]
     return torch.tensor(columns)
 
@@ -67,10 +62,10 @@ def essence_acquired(
     target: Float[Tensor, "targets outputs"],
     seen: Bool[Tensor, "targets outputs"],
 ) -> Float[Tensor, " targets"]:
-    """How much of the way from source to target the essence went: 0 nothing, 1 all of it.
+    """Return the part of the way from sources to their target that the essence readings went.
 
     1 - |edited - target| / |source - target|, both summed over sources and over the essence
-    readings that the target shows (`seen`). Below 0 the edit led away from the target.
+    readings that the target shows (`seen`). 1 is all of the way. Below 0 the edit led away.
     """
     chosen = (seen & reading_columns(essence=True))[:, None, :]
     left = ((edited - target[:, None]).abs() * chosen).sum(dim=(1, 2))
@@ -84,10 +79,10 @@ def essence_by_attribute(
     target: Float[Tensor, "targets outputs"],
     seen: Bool[Tensor, "targets outputs"],
 ) -> dict[str, float]:
-    """`essence_acquired` of each essence attribute, over all targets that show it.
+    """Return `essence_acquired` of each essence attribute, over all targets that show it.
 
-    Sums go over targets as well, so that a target counts as much as its sources lack what it has.
-    An attribute that no target shows is left out.
+    Sums go over targets as well: a target far from its sources counts more than a near one. An
+    attribute that no target shows is left out.
     """
     left = (edited - target[:, None]).abs().sum(dim=1) * seen
     whole = (source[None] - target[:, None]).abs().sum(dim=1) * seen
@@ -99,7 +94,7 @@ def essence_by_attribute(
 
 
 def distance_apart(source: Float[Tensor, "sources readings"]) -> Float[Tensor, " readings"]:
-    """Mean absolute difference of two different sources, for each reading."""
+    """Return the mean absolute difference of two different sources, for each reading."""
     count = len(source)
     return (source[:, None] - source[None]).abs().sum(dim=(0, 1)) / (count * (count - 1))
 
@@ -107,7 +102,7 @@ def distance_apart(source: Float[Tensor, "sources readings"]) -> Float[Tensor, "
 def identity_kept(
     edited: Float[Tensor, "targets sources outputs"], source: Float[Tensor, "sources outputs"]
 ) -> Float[Tensor, " targets"]:
-    """How much of the sources' identity is left: 1 all of it, 0 as little as between two sources.
+    """Return the part of the sources' identity that is left: 1 all, 0 as between two sources.
 
     1 - |edited - source| / |source - another source|, both averaged over the identity readings.
     """
@@ -119,7 +114,7 @@ def identity_kept(
 def identity_by_attribute(
     edited: Float[Tensor, "targets sources outputs"], source: Float[Tensor, "sources outputs"]
 ) -> dict[str, float]:
-    """`identity_kept` of each identity attribute, over all targets."""
+    """Return `identity_kept` of each identity attribute, over all targets."""
     changed = (edited - source[None]).abs().mean(dim=(0, 1))
     apart = distance_apart(source)
     return {
@@ -135,10 +130,10 @@ def identity_by_attribute(
 def outside_change(
     before: Float[Tensor, "images 3 height width"], after: Float[Tensor, "images 3 height width"]
 ) -> Float[Tensor, " images"]:
-    """Mean absolute change at the picture's left and right border, a sixteenth of its width each.
+    """Return the mean absolute change of the left and right border, a sixteenth of the width each.
 
-    In [0, 1], of the range of values. On drawn faces that is background, where no essence is ever
-    drawn: the widest hat ends before it. On photographs long hair may reach it.
+    A fraction of the range of values, in [0, 1]. On drawn faces the border is background: the
+    widest hat ends before it. On photographs long hair may reach it.
     """
     width = border_width(before)
     change = (after.clamp(-1, 1) - before.clamp(-1, 1)).abs() / 2
@@ -146,14 +141,14 @@ def outside_change(
 
 
 def border_width(images: Float[Tensor, "images 3 height width"]) -> int:
-    """Columns at either side where no essence is ever drawn."""
+    """Return the columns at either side where no essence is drawn."""
     return max(1, images.shape[-1] // 16)
 
 
 def outside_alone(
     before: Float[Tensor, "images 3 height width"], after: Float[Tensor, "images 3 height width"]
 ) -> Float[Tensor, "images 3 height width"]:
-    """Unedited pictures that have taken on what an edit did to the outside, and nothing else."""
+    """Return the unedited images with the borders of the edited ones."""
     width, mixed = border_width(before), before.clone()
     mixed[..., :width], mixed[..., -width:] = after[..., :width], after[..., -width:]
     return mixed
@@ -162,11 +157,11 @@ def outside_alone(
 def perceptual_distance(
     a: Sequence[Float[Tensor, "images _ _ _"]], b: Sequence[Float[Tensor, "images _ _ _"]]
 ) -> Float[Tensor, " images"]:
-    """How differently a network sees two pictures, from 0 on: LPIPS without its learned weights.
+    """Return the LPIPS distance of two images without its learned weights, from 0 on.
 
-    The mean over levels of the mean over places of |unit(a) - unit(b)|^2, with a and b what a level
-    of a convolutional network says of a place (Zhang et al. 2018, equation 1, with all weights 1
-    and a mean over levels for its sum).
+    The mean over levels of the mean over places of |unit(a) - unit(b)|^2, where a and b are the
+    channels of a level of a convolutional network at a place (Zhang et al. 2018, equation 1, with
+    all weights 1 and a mean over levels in place of the sum).
     """
     levels = [
         (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(dim=1).mean(dim=(1, 2))
@@ -178,8 +173,8 @@ def perceptual_distance(
 # Of distributions
 
 
-class Given(nn.Module):
-    """Hands on what it is given: torchmetrics asks for a network, and the judges have looked."""
+class PassThrough(nn.Module):
+    """Return features as they are: torchmetrics wants a network, and features are known already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -194,33 +189,34 @@ class Given(nn.Module):
 def check_samples(name: str, *samples: Float[Tensor, "_ _"]) -> None:
     """Raise a ValueError for fewer than two images in a sample."""
     if min(map(len, samples)) < 2:
-        found = " and ".join(str(len(sample)) for sample in samples)
-        raise ValueError(f"{name} needs two images or more of each kind, found {found}")
+        sizes = " and ".join(str(len(sample)) for sample in samples)
+        raise ValueError(f"{name} needs two images or more of each kind, found {sizes}")
 
 
 def frechet_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features"]) -> float:
-    """FID: the Frechet distance of two Gaussians with the means and covariances of two samples.
+    """Return the FID: the Frechet distance of two Gaussians fitted to two samples.
 
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), by torchmetrics in float64, for any
     features. Small samples make it too large, by an amount that depends on their size: compare
-    only what was computed from as many images.
+    values of equally many images only.
 
     Raises:
         ValueError: fewer than two rows in a sample.
     """
     check_samples("FID", a, b)
-    fid = FrechetInceptionDistance(feature=Given(a.shape[1]))
+    fid = FrechetInceptionDistance(feature=PassThrough(a.shape[1]))
     fid.update(a.double(), real=True)
     fid.update(b.double(), real=False)
     return float(fid.compute())
 
 
 def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features"]) -> float:
-    """KID: the squared maximum mean discrepancy of two samples, unbiased, by torchmetrics.
+    """Return the KID: the unbiased squared maximum mean discrepancy of two samples.
 
-    With the kernel (x . y / features + 1)^3, in float64; the mean over 10 draws of as many of each
-    sample as the smaller one has, at most 1,000, always the same. 0 is expected of two samples of
-    one distribution, whatever their size; a single value may fall below it.
+    By torchmetrics in float64, with the kernel (x . y / features + 1)^3. The mean over 10 draws,
+    always the same, of as many rows of each sample as the smaller one has, at most 1,000. Two
+    samples of one distribution have an expected value of 0, whatever their size; a single value
+    may be below 0.
 
     Raises:
         ValueError: fewer than two rows in a sample.
@@ -229,10 +225,12 @@ def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")
         size = min(len(a), len(b), KID_SUBSET)
-        kid = KernelInceptionDistance(Given(a.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        kid = KernelInceptionDistance(
+            PassThrough(a.shape[1]), subsets=KID_SUBSETS, subset_size=size
+        )
     kid.update(a.double(), real=True)
     kid.update(b.double(), real=False)
-    # It draws from torch's own numbers, which are the caller's.
+    # torchmetrics draws from torch's global generator, whose state is the caller's.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return float(kid.compute()[0])
@@ -241,56 +239,48 @@ def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features
 # Over targets
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean over targets and how sure it is."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    """Bounds that hold 95 % of resampled means; None of a single target."""
-    count: int
-    """Targets."""
-
-
-def bootstrap_interval(
+def interval(
     values: Float[Tensor, " targets"], seed: int, resamples: int = 10_000
-) -> Interval:
-    """Mean over targets with a 95 % percentile bootstrap interval.
+) -> dict[str, Any]:
+    """Return the mean over targets with a 95 % percentile bootstrap interval.
 
     Targets are drawn anew, with replacement; their sources stay with them. For a paired comparison
-    give the differences of two methods' scores, target by target. The seed alone decides the draws.
+    give the differences of two methods' scores, target by target. The seed and the number of
+    targets alone decide the draws.
+
+    Returns:
+        `mean`; `low` and `high`, the bounds of 95 % of the resampled means, None for a single
+        target; `count` of targets.
     """
-    found = values.double().numpy()
-    count = len(found)
+    numbers = values.double().numpy()
+    count, mean = len(numbers), float(numbers.mean())
     if count < 2:
-        return Interval(float(found.mean()), None, None, count)
-    chosen = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    low, high = np.quantile(found[chosen].mean(axis=1), (0.025, 0.975))
-    return Interval(float(found.mean()), float(low), float(high), count)
+        return {"mean": mean, "low": None, "high": None, "count": count}
+    random = np.random.default_rng(seed_of("bootstrap", seed, count))
+    chosen = random.integers(count, size=(resamples, count))
+    low, high = np.quantile(numbers[chosen].mean(axis=1), (0.025, 0.975))
+    return {"mean": mean, "low": float(low), "high": float(high), "count": count}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A score as the released evaluation gives it."""
+    """A score in the format of the released evaluation."""
 
     mean: float
     """Over sources, then over targets, times 100."""
     deviation: float
-    """Of the targets' means, times 100."""
+    """Standard deviation of the targets' means, times 100."""
 
 
 def released_score(
     results: Float[Tensor, "targets sources features"],
-    wanted: Float[Tensor, "#targets #sources features"],
+    references: Float[Tensor, "#targets #sources features"],
 ) -> Spread:
-    """A score of the released evaluation: 100 times the cosine of results to what is wanted.
+    """Return a score of the released evaluation: 100 times the cosines of results to references.
 
     Mean over sources, then mean and deviation over targets. Its semantic score compares embeddings
-    of results with those of targets [targets, 1, features]; its identity score compares what an
-    identity model makes of results and of sources [1, sources, features]. The fault it has there
-    is in what that model is shown, which is the caller's.
+    of results with those of targets [targets, 1, features]; its identity score compares identity
+    features of results with those of sources [1, sources, features].
     """
-    cosine = F.cosine_similarity(results, wanted, dim=-1)
-    means = 100 * cosine.mean(dim=1)
+    means = 100 * F.cosine_similarity(results, references, dim=-1).mean(dim=1)
     return Spread(float(means.mean()), float(means.std(correction=0)))

@@ -1,7 +1,8 @@
-"""The attribute reader: a picture of the bundled world to what can be seen on it.
+"""The attribute reader: images of the bundled world to readings of what they show.
 
-An independent judge, used by evaluation alone and seen by no training loss: it says which essence
-an edit brought and which identity it kept, in the words of `data.drawn.readings` and without CLIP.
+An independent judge, which evaluation alone uses and no training loss sees. It measures which
+essence an edit brought and which identity it kept, by the readings of `data.drawn.readings` and
+without CLIP.
 """
 
 import json
@@ -9,16 +10,16 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.drawn.readings import OUTPUTS, READINGS
 from data.drawn.sketch import SIZE
 from targetclip.encoders.inverter import PictureEncoder
+from targetclip.weights import load_weights, read_tensors, save_half
 
 BUNDLED = Path(__file__).parent / "reader.safetensors"
 FORMAT = "targetclip-reader/1"
+MAKE = "make one with python -m train.drawn.reader"
 
 
 class AttributeReader(nn.Module):
@@ -34,62 +35,50 @@ class AttributeReader(nn.Module):
         return torch.sigmoid(self.encoder(images))
 
 
+def names_of_readings() -> str:
+    """Return the names of the readings, as a reader's file records them."""
+    return json.dumps([reading.name for reading in READINGS])
+
+
 def save_reader(reader: AttributeReader, path: Path) -> None:
-    """Write the reader as safetensors in half precision, with the names of what it reads."""
-    half = {name: t.detach().half().contiguous() for name, t in reader.state_dict().items()}
-    names = [reading.name for reading in READINGS]
-    save_file(half, path, {"format": FORMAT, "readings": json.dumps(names)})
+    """Write the reader as safetensors in half precision, with the names of its readings."""
+    save_half(path, reader, {"format": FORMAT, "readings": names_of_readings()})
 
 
 def load_reader(path: Path = BUNDLED) -> AttributeReader:
-    """Read the reader's weights.
+    """Load a reader from its file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a reader's file, a damaged one, or one that reads other attributes.
+        ValueError: not a reader's file, a damaged one, or one with other readings.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such reader file: make one with python -m train.drawn.reader"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, found {error}") from error
-    names = json.dumps([reading.name for reading in READINGS])
-    if metadata.get("format") != FORMAT or metadata.get("readings") != names:
-        raise ValueError(
-            f"{path}: not a reader of this project's faces: "
-            "make one with python -m train.drawn.reader"
-        )
+    metadata, state = read_tensors(path, "reader", [FORMAT], MAKE)
+    if metadata.get("readings") != names_of_readings():
+        raise ValueError(f"{path}: not a reader of this project's faces: {MAKE}")
     reader = AttributeReader()
-    try:
-        reader.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit a reader: get the file again") from error
+    load_weights(reader, state, path)
     return reader.eval().requires_grad_(False)
 
 
 def mean_errors(
-    found: Float[Tensor, "batch outputs"],
+    readings: Float[Tensor, "batch outputs"],
     truth: Float[Tensor, "batch outputs"],
-    seen: Bool[Tensor, "batch outputs"],
+    shown: Bool[Tensor, "batch outputs"],
 ) -> dict[str, float]:
-    """Mean absolute error of each reading, over the faces that show it."""
+    """Return the mean absolute error of each reading, over the faces that show it."""
     errors = {}
     for reading in READINGS:
-        where = seen[:, reading.start]
-        error = (found[where, reading.span] - truth[where, reading.span]).abs().mean()
+        rows = shown[:, reading.start]
+        error = (readings[rows, reading.span] - truth[rows, reading.span]).abs().mean()
         errors[reading.name] = float(error)
     return errors
 
 
 def agreement(
-    found: Float[Tensor, "batch outputs"], truth: Float[Tensor, "batch outputs"], name: str
+    readings: Float[Tensor, "batch outputs"], truth: Float[Tensor, "batch outputs"], name: str
 ) -> float:
-    """How often two readings agree on whether glasses, a hat or a beard is there."""
-    at = next(reading.start for reading in READINGS if reading.name == name)
-    limit = 0.25 if name == "beard" else 0.5  # presence is half of the beard's scale
-    return float(((found[:, at] > limit) == (truth[:, at] > limit)).float().mean())
+    """Return how often two readings agree that glasses, a hat or a beard is there, in [0, 1]."""
+    column = next(reading.start for reading in READINGS if reading.name == name)
+    limit = 0.25 if name == "beard" else 0.5  # a beard is there from half of its scale on
+    agree = (readings[:, column] > limit) == (truth[:, column] > limit)
+    return float(agree.float().mean())

@@ -1,8 +1,8 @@
 """Test sets: fixed, named, seeded targets and sources that nothing of this project learned from.
 
-Every target is named as `data.targets` names pictures, and only names of the test split are taken:
-whatever a trainer is told to train on, it leaves these out. Knows pictures, their names and what
-drawn ones show; nothing of methods or scores.
+Targets have the ids of `data.targets`, and only ids of the test split are taken, which every
+trainer leaves out. Knows pictures, their ids and the content of drawn ones; nothing of methods or
+scores.
 """
 
 import itertools
@@ -19,21 +19,22 @@ from torch import Tensor
 from data.drawn.faces import faces_from_z, sample_z, wide_face
 from data.drawn.readings import READINGS, STEPPED, readings_of
 from data.drawn.sketch import Extras, Face, Style, draw
-from data.targets import (
-    SKETCH_Z_DIM,
-    Target,
-    digest_of,
-    open_folder,
-    render_sample,
-    split_of,
-)
+from data.targets import SKETCH_Z_DIM, Target, digest_of, open_folder, render_sample, split_of
 from targetclip.generators import Generator
 from targetclip.media.images import center_square
-from targetclip.seeds import BANK, BANK_SEED, STUDY_TARGETS, seed_of
+from targetclip.seeds import (
+    BANK,
+    BANK_SEED,
+    PAIR_SOURCES,
+    STUDY_TARGETS,
+    TEST_TARGETS,
+    VALIDATION_SOURCES,
+    probe_seeds,
+    seed_of,
+    source_seeds,
+)
 
 IN_RANGE, OUT_OF_RANGE, ADVERSARIAL, FOLDER = "in-range", "out-of-range", "adversarial", "folder"
-TARGET_SEED = 5_000_011  # of this evaluation alone
-SOURCE_SEED = 3  # trainings validate on the sources of seed 1, pairs are scored on those of seed 2
 RESERVED = 4096  # sources of each kind that the test sources must not be
 TEXTS = ("GREEN HAIR", "BIG HAT", "RED LIPS", "GLASSES", "A BEARD", "WHITE FACE")
 BEHIND_A_MASK = ("glasses", "glasses_shape", "lens", "glasses_colour")
@@ -41,35 +42,41 @@ BEHIND_A_MASK = ("glasses", "glasses_shape", "lens", "glasses_colour")
 
 @dataclass(frozen=True)
 class Truth:
-    """What drawn targets show."""
+    """The content of drawn targets."""
 
     faces: tuple[Face, ...]
     readings: Float[Tensor, "targets outputs"]
     seen: Bool[Tensor, "targets outputs"]
-    """Which readings a picture shows at all."""
+    """Whether a picture shows a reading at all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """Targets under a name."""
+    """A named set of targets."""
 
     name: str
     ids: tuple[str, ...]
     origins: tuple[str, ...]
-    """What each picture is, in words."""
+    """A description of each picture."""
     pictures: tuple[Image.Image, ...]
     truth: Truth | None = None
-    """None where nobody knows what the pictures show."""
+    """None where the content of the pictures is not known."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def part(self, start: int, stop: int) -> "EvalSet":
-        """Targets from `start` up to `stop`."""
+        """Return the targets from `start` up to `stop`."""
         span, truth = slice(start, stop), self.truth
         if truth is not None:
             truth = Truth(truth.faces[span], truth.readings[span], truth.seen[span])
-        return EvalSet(self.name, self.ids[span], self.origins[span], self.pictures[span], truth)
+        return EvalSet(
+            name=self.name,
+            ids=self.ids[span],
+            origins=self.origins[span],
+            pictures=self.pictures[span],
+            truth=truth,
+        )
 
 
 # Drawn faces, and samples of a generator
@@ -78,75 +85,102 @@ class EvalSet:
 def held_out(
     named_by: Sequence[str | int | float], indices: Iterable[int], count: int
 ) -> dict[int, str]:
-    """The first `count` of some indices whose picture is of the test split, with their ids."""
+    """Return the first `count` indices whose picture is of the test split, with their ids."""
     named = ((i, digest_of(*named_by, i)[:16]) for i in indices)
     return dict(itertools.islice((pair for pair in named if split_of(pair[1]) == "test"), count))
 
 
 def drawn_face(seed: int, index: int) -> Face:
-    """The face that drawn:N@SEED draws at an index."""
+    """Return the face that drawn:N@SEED draws at an index."""
     z = sample_z(2, SKETCH_Z_DIM, seed_of("drawn", seed, index))[index % 2][None]
     return Face(*faces_from_z(z)[0].tolist())
 
 
-def seen_through(extras: Extras, style: Style) -> Bool[Tensor, " outputs"]:
-    """Which readings extras and style leave visible."""
+def visible_readings(extras: Extras, style: Style) -> Bool[Tensor, " outputs"]:
+    """Return which readings extras and style leave visible."""
     hidden = set(BEHIND_A_MASK) if extras.mask else set()
     if style.grey:
         hidden |= set(STEPPED)
-    shown = [reading.name not in hidden for reading in READINGS for _ in range(reading.size)]
-    return torch.tensor(shown)
+    visible = [reading.name not in hidden for reading in READINGS for _ in range(reading.size)]
+    return torch.tensor(visible)
 
 
 def drawn_set(
-    name: str, origins: dict[str, str], triples: Sequence[tuple[Face, Extras, Style]]
+    name: str,
+    origins: dict[str, str],
+    triples: Sequence[tuple[Face, Extras, Style]],
+    *,
+    hide: bool = True,
 ) -> EvalSet:
-    """A set of drawn faces; `origins` names them by their ids, in order."""
+    """Draw a set of faces.
+
+    Args:
+        origins: their ids and origins, in order.
+        hide: leave readings out of `Truth.seen` that extras or a style hide.
+    """
     values, seen = zip(*(readings_of(face) for face, _, _ in triples), strict=True)
-    visible = torch.stack([seen_through(extras, style) for _, extras, style in triples])
+    shown = torch.from_numpy(np.stack(seen))
+    if hide:
+        shown &= torch.stack([visible_readings(extras, style) for _, extras, style in triples])
     return EvalSet(
-        name,
-        tuple(origins),
-        tuple(origins.values()),
-        tuple(draw(*triple) for triple in triples),
-        Truth(
-            tuple(face for face, _, _ in triples),
-            torch.from_numpy(np.stack(values)).float(),
-            torch.from_numpy(np.stack(seen)) & visible,
+        name=name,
+        ids=tuple(origins),
+        origins=tuple(origins.values()),
+        pictures=tuple(draw(*triple) for triple in triples),
+        truth=Truth(
+            faces=tuple(face for face, _, _ in triples),
+            readings=torch.from_numpy(np.stack(values)).float(),
+            seen=shown,
         ),
     )
 
 
 def in_range(count: int) -> EvalSet:
-    """Faces that the bundled generator can show: those of drawn:N@SEED."""
-    found = held_out(("drawn", TARGET_SEED), itertools.count(), count)
-    origins = {name: f"drawn:{i}@{TARGET_SEED}" for i, name in found.items()}
-    plain = [(drawn_face(TARGET_SEED, i), Extras(), Style()) for i in found]
+    """Return faces that the bundled generator can show: those of drawn:N@SEED."""
+    ids = held_out(("drawn", TEST_TARGETS), itertools.count(), count)
+    origins = {name: f"drawn:{i}@{TEST_TARGETS}" for i, name in ids.items()}
+    plain = [(drawn_face(TEST_TARGETS, i), Extras(), Style()) for i in ids]
     return drawn_set(IN_RANGE, origins, plain)
 
 
 def outside_indices() -> Iterator[int]:
-    """Indices of wide:N@SEED that have both another style and something never drawn."""
+    """Yield indices of wide:N@SEED that have both another style and something never drawn."""
     for index in itertools.count():
-        _, extras, style = wide_face(TARGET_SEED, index)
+        _, extras, style = wide_face(TEST_TARGETS, index)
         if extras != Extras() and style != Style():
             yield index
 
 
 def out_of_range(count: int) -> EvalSet:
-    """Faces that the bundled generator cannot show: those of wide:N@SEED that are so twice."""
-    found = held_out(("wide", TARGET_SEED), outside_indices(), count)
-    origins = {name: f"wide:{i}@{TARGET_SEED}" for i, name in found.items()}
-    return drawn_set(OUT_OF_RANGE, origins, [wide_face(TARGET_SEED, i) for i in found])
+    """Return faces that the bundled generator cannot show, by style and by content: those of
+    wide:N@SEED that have both."""
+    ids = held_out(("wide", TEST_TARGETS), outside_indices(), count)
+    origins = {name: f"wide:{i}@{TEST_TARGETS}" for i, name in ids.items()}
+    return drawn_set(OUT_OF_RANGE, origins, [wide_face(TEST_TARGETS, i) for i in ids])
 
 
 def samples(generator: Generator, truncation: float, count: int) -> EvalSet:
-    """A generator's own samples, in range by definition: those of generated:N@SEED."""
-    named_by = ("generated", TARGET_SEED, generator.fingerprint, float(truncation))
-    found = held_out(named_by, itertools.count(), count)
-    pictures = [render_sample(generator, truncation, "generated", TARGET_SEED, i) for i in found]
-    origins = tuple(f"generated:{i}@{TARGET_SEED}" for i in found)
-    return EvalSet(IN_RANGE, tuple(found.values()), origins, tuple(pictures))
+    """Return a generator's own samples, in range by definition: those of generated:N@SEED."""
+    named_by = ("generated", TEST_TARGETS, generator.fingerprint, float(truncation))
+    ids = held_out(named_by, itertools.count(), count)
+    pictures = [render_sample(generator, truncation, "generated", TEST_TARGETS, i) for i in ids]
+    return EvalSet(
+        name=IN_RANGE,
+        ids=tuple(ids.values()),
+        origins=tuple(f"generated:{i}@{TEST_TARGETS}" for i in ids),
+        pictures=tuple(pictures),
+    )
+
+
+def study_set(count: int, seed: int = STUDY_TARGETS) -> EvalSet:
+    """Return validation faces for studies, of which every second one is in the generator's range.
+
+    The others have another style and something that the generator never draws. Readings that a
+    style hides count as well.
+    """
+    triples = [wide_face(seed, i, styled=i % 2, extra=i % 2) for i in range(count)]
+    origins = {f"study:{i}@{seed}": f"study:{i}@{seed}" for i in range(count)}
+    return drawn_set("study", origins, triples, hide=False)
 
 
 # Pictures that have no essence, or none that sources lack
@@ -164,7 +198,7 @@ def blank(random: np.random.Generator, side: int, sources: Sequence[Image.Image]
 
 
 def text(random: np.random.Generator, side: int, sources: Sequence[Image.Image]) -> Image.Image:
-    """Words alone: an embedder that reads them may take the word for the thing."""
+    """Draw words alone: an embedder that reads them may take the word for the thing."""
     words = TEXTS[int(random.integers(len(TEXTS)))].replace(" ", "\n")
     picture = Image.new("RGB", (side, side), "white")
     font = ImageFont.load_default(size=max(8, side // 5))
@@ -204,25 +238,29 @@ ADVERSARIES: dict[str, Paint] = {
 
 
 def adversarial(count: int, side: int, sources: Sequence[Image.Image]) -> EvalSet:
-    """Targets to trip over, one kind after the other, of so many pixels a side.
+    """Return pictures without an essence, of each kind of ADVERSARIES in turn.
 
-    `sources` are pictures of the test sources: one of them is a target itself, another one is
-    turned upside down.
+    Args:
+        side: pixels.
+        sources: pictures of the test sources; some of them are targets, as they are or turned
+            upside down.
     """
     ids, origins, pictures = [], [], []
     for number in range(count):
         kind = list(ADVERSARIES)[number % len(ADVERSARIES)]
-        named_by = ("adversarial", TARGET_SEED, kind, number)
+        named_by = ("adversarial", TEST_TARGETS, kind, number)
         ((variant, name),) = held_out(named_by, itertools.count(), 1).items()
         random = np.random.default_rng(seed_of(*named_by, variant))
         ids.append(name)
         origins.append(kind)
         pictures.append(ADVERSARIES[kind](random, side, sources))
-    return EvalSet(ADVERSARIAL, tuple(ids), tuple(origins), tuple(pictures))
+    return EvalSet(
+        name=ADVERSARIAL, ids=tuple(ids), origins=tuple(origins), pictures=tuple(pictures)
+    )
 
 
 def folder_set(path: Path, count: int, trusted: bool) -> EvalSet:
-    """The first `count` pictures of a folder whose ids are of the test split, or any if `trusted`.
+    """Return the first `count` pictures of a folder that are of the test split, or any `trusted`.
 
     Raises:
         ValueError: no folder, or no picture of it can be used.
@@ -231,19 +269,19 @@ def folder_set(path: Path, count: int, trusted: bool) -> EvalSet:
     if not path.is_dir():
         raise ValueError(f"--folder: expected a folder of pictures, found none at {str(path)!r}")
     opened = open_folder(str(path))
-    found = {target.id: target for target in opened if isinstance(target, Target)}
-    good = [t for t in found.values() if trusted or split_of(t.id) == "test"][:count]
-    if not good:
+    readable = {target.id: target for target in opened if isinstance(target, Target)}
+    chosen = [t for t in readable.values() if trusted or split_of(t.id) == "test"][:count]
+    if not chosen:
         raise ValueError(
             f"--folder: expected pictures of the test split in {str(path)!r}, found none among "
-            f"{len(found)} that can be read; give more, or --trust-folder if nothing was ever "
+            f"{len(readable)} that can be read; give more, or --trust-folder if nothing was ever "
             "trained on them"
         )
     return EvalSet(
-        FOLDER,
-        tuple(target.id for target in good),
-        tuple(target.origin for target in good),
-        tuple(target.picture for target in good),
+        name=FOLDER,
+        ids=tuple(target.id for target in chosen),
+        origins=tuple(target.origin for target in chosen),
+        pictures=tuple(target.picture for target in chosen),
     )
 
 
@@ -255,7 +293,7 @@ def check_unseen(sets: Sequence[EvalSet], trained: Collection[str], trusted: boo
 
     Args:
         trained: ids of the pairs of the train split.
-        trusted: whether the user vouches for a folder; what is in `trained` is refused anyway.
+        trusted: whether the user vouches for a folder; ids in `trained` are refused anyway.
     """
     for targets in sets:
         for name, origin in zip(targets.ids, targets.origins, strict=True):
@@ -271,52 +309,22 @@ def check_unseen(sets: Sequence[EvalSet], trained: Collection[str], trusted: boo
                 )
 
 
-def source_seeds(seed: int, count: int) -> list[int]:
-    """The seed of each generated source's latent."""
-    return [seed_of("source", seed, i) for i in range(count)]
-
-
 def check_sources(seed: int, count: int) -> None:
     """Raise a ValueError where a test source is one that directions are found or chosen by.
 
     Those are the optimizer's bank, the probe sources of the gate, the sources trainings validate
-    on and those that score pairs. What trainings draw has names of its own.
+    on and those that score pairs. Sources that trainings draw have other names.
     """
     others = {
         "the optimizer's bank": range(BANK_SEED, BANK_SEED + BANK),
-        "the probe sources": [seed_of("probe", i) for i in range(RESERVED)],
-        "sources that trainings validate on": source_seeds(1, RESERVED),
-        "sources that score pairs": source_seeds(2, RESERVED),
+        "the probe sources": probe_seeds(RESERVED),
+        "sources that trainings validate on": source_seeds(VALIDATION_SOURCES, RESERVED),
+        "sources that score pairs": source_seeds(PAIR_SOURCES, RESERVED),
     }
-    wanted = set(source_seeds(seed, count))
+    test_sources = set(source_seeds(seed, count))
     for name, seeds in others.items():
-        if common := wanted.intersection(seeds):
+        if common := test_sources.intersection(seeds):
             raise ValueError(
                 f"expected test sources of their own, found {len(common)} of {name}: "
                 f"choose another seed than {seed}"
             )
-
-
-# Of the studies
-
-
-def study_set(count: int, seed: int = STUDY_TARGETS) -> EvalSet:
-    """Return validation faces: every second one, from the first on, is in the generator's range.
-
-    The others have another style and something that the generator never draws. Readings that a
-    style hides count as well.
-    """
-    triples = [wide_face(seed, i, styled=i % 2, extra=i % 2) for i in range(count)]
-    values, seen = zip(*(readings_of(face) for face, _, _ in triples), strict=True)
-    names = tuple(f"study:{i}@{seed}" for i in range(count))
-    return EvalSet(
-        name="study",
-        ids=names,
-        origins=names,
-        pictures=tuple(draw(*triple) for triple in triples),
-        truth=Truth(
-            faces=tuple(face for face, _, _ in triples),
-            readings=torch.from_numpy(np.stack(values)).float(),
-            seen=torch.from_numpy(np.stack(seen)),
-        ),
-    )
