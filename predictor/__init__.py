@@ -1,7 +1,28 @@
-"""The product: essence transfer as people use it, in Python and on the command line."""
+"""The product: essence transfer as people use it, in Python and on the command line.
 
-from predictor.direction import Direction, mixed
-from predictor.load import load_essence
-from predictor.transfer import EssenceTransfer
+Names are imported when they are asked for, so that a command answers before torch is there.
+"""
 
-__all__ = ["Direction", "EssenceTransfer", "load_essence", "mixed"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from predictor.direction import Direction, mixed
+    from predictor.transfer import EssenceTransfer, load_essence
+
+Mode = Literal["instant", "auto", "refine", "optimize"]
+"""How a direction is found; see `EssenceTransfer.direction`."""
+
+EXPORTS = {
+    "Direction": "direction",
+    "EssenceTransfer": "transfer",
+    "load_essence": "transfer",
+    "mixed": "direction",
+}
+__all__ = ["Direction", "EssenceTransfer", "Mode", "load_essence", "mixed"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{EXPORTS[name]}"), name)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from predictor.clips import WINDOW, Clip, check_clip, clips_among
 from predictor.direction import Direction, Interrupted, Method, mixed
-from predictor.gate import Gate
-from predictor.load import load_essence
+from predictor.direction import Gate
+from predictor.transfer import load_essence
 from predictor.options import (
     OF_OPTIMIZER,
     Asked,

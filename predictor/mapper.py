@@ -1,53 +1,44 @@
-"""The mapper: a target's embedding to its direction, in one pass.
+"""The mapper: from a target's embedding to its direction, in one pass.
 
-Knows one network, its file and how the Hub keeps such files; nothing of how it is trained, of
-sources, or of what is done where its answer is not good enough.
+Knows the network, a faster form of it for single targets, and its file; nothing of training,
+sources, or what is done where an answer is not good enough.
 """
 
-import hashlib
 import math
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predictor.mapper_file import (
     FIRST_FORMAT,
     FORMAT,
-    GET_AGAIN,
     TRAIN_ONE,
     MapperConfig,
     MapperRecord,
+    OnTheHub,
     check_made_for,
     metadata_of,
-    model_card,
-    one_line,
     parse_metadata,
 )
+from targetclip.command import write_file
+from targetclip.weights import digest_of_weights, load_weights, read_tensors, tensor_bytes
 
-WEIGHTS = "model.safetensors"
-CARD = "README.md"
 BUFFERS = ("centre", "whitening", "scale")  # kept in full precision
 START = 0.01  # deviation of fresh directions, as a part of scale
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a mapper says of a batch of targets."""
+    """A mapper's answers to a batch of targets."""
 
     directions: Float[Tensor, "batch num_ws w_dim"]
     expected: Float[Tensor, " batch"]
-    """Transfer score each direction is expected to reach, in [-1, 1]."""
+    """Transfer score that each direction is expected to reach, in [-1, 1]."""
 
 
 class ResidualBlock(nn.Module):
@@ -66,18 +57,18 @@ class ResidualBlock(nn.Module):
         return changed
 
 
-class Mapper(nn.Module):
+class Mapper(OnTheHub, nn.Module):
     """Embeddings [batch, embed_dim] to directions [batch, num_ws, w_dim] and expected scores.
 
-    Buffers: `centre` [embed_dim], the mean unit embedding of sources, which carries no essence
-    (zeros until set); `whitening` [embed_dim, embed_dim], which brings targets to unit variance in
-    every direction (until set: unit vectors to coordinates of about 1); `scale` [num_ws, w_dim],
-    the deviation of directions (ones until set).
-    `record` says where it comes from; None until set or loaded.
+    `record` says where the weights come from; None until set or loaded. Buffers:
+
+    - `centre` [embed_dim]: the mean unit embedding of sources, which carries no essence; zeros
+      until set.
+    - `whitening` [embed_dim, embed_dim]: brings targets to unit variance in every direction; until
+      set it brings unit vectors to coordinates of about 1.
+    - `scale` [num_ws, w_dim]: the deviation of directions; ones until set.
     """
 
-    # The Hub's own mixin wants a config.json, loads what lacks weights without a word and writes
-    # in place; its three methods are kept by their names alone.
     centre: Tensor
     whitening: Tensor
     scale: Tensor
@@ -91,14 +82,14 @@ class Mapper(nn.Module):
         self.register_buffer("scale", torch.ones(config.num_ws, config.w_dim))
         size = config.num_ws * config.w_dim
         heads = size if config.rank is None else config.rank
-        # Most of the way from an embedding to its direction is linear; blocks learn what is not.
+        # Most of the way from an embedding to its direction is linear; blocks learn the rest.
         self.linear = nn.Linear(config.embed_dim, heads, bias=False)
         self.enter = nn.Linear(config.embed_dim, config.width)
         self.blocks = nn.ModuleList(ResidualBlock(config.width) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
         self.direction = nn.Linear(config.width, heads)
-        # Targets differ in far fewer ways than a direction has numbers, and the matrix of the last
-        # layer is what a single answer waits for.
+        # Targets differ in far fewer ways than a direction has numbers, and the last matrix takes
+        # most of the time of a single answer.
         self.basis = None if config.rank is None else nn.Linear(heads, size, bias=False)
         self.score = nn.Linear(config.width, 1)
         nn.init.normal_(self.direction.weight, std=START / math.sqrt(config.width))
@@ -106,20 +97,17 @@ class Mapper(nn.Module):
             nn.init.normal_(self.basis.weight, std=1 / math.sqrt(heads))
         nn.init.zeros_(self.direction.bias)
         nn.init.zeros_(self.linear.weight)
-        # As the direction has: features keep what directions need, which is not all that tells
-        # how hard a target is.
+        # Features keep what directions need. How hard a target is shows in the embedding as well.
         self.score_linear = nn.Linear(config.embed_dim, 1, bias=False)
         nn.init.zeros_(self.score_linear.weight)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights; computed once, so do not change them after reading it."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 of the weights. Computed once: do not change weights after reading it."""
+        return digest_of_weights("", self.state_dict())
 
     def check_size(self, embeddings: Float[Tensor, "batch embed"]) -> None:
+        """Raise a ValueError for embeddings of another size."""
         size = self.config.embed_dim
         if embeddings.shape[1] != size:
             raise ValueError(
@@ -127,19 +115,15 @@ class Mapper(nn.Module):
                 f"this mapper reads those of embedder {self.config.embedder[:12]}"
             )
 
-    def whitened(self, differences: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch embed"]:
-        """What the network reads of differences between unit embeddings."""
-        white: Tensor = differences.float() @ self.whitening
-        return white
-
     def whitened_targets(
         self, embeddings: Float[Tensor, "batch embed"]
     ) -> Float[Tensor, "batch embed"]:
-        """What the network reads of targets, from their embeddings: raw ones or unit ones."""
-        return self.whitened(F.normalize(embeddings.float(), dim=1) - self.centre)
+        """Return targets' embeddings, raw or unit, as the network reads them."""
+        white: Tensor = (F.normalize(embeddings.float(), dim=1) - self.centre) @ self.whitening
+        return white
 
     def features(self, white: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch width"]:
-        """What both heads read, of whitened differences."""
+        """Return the input of both heads."""
         x = self.enter(white)
         for block in self.blocks:
             x = block(x)
@@ -149,6 +133,7 @@ class Mapper(nn.Module):
     def directions_of(
         self, white: Float[Tensor, "batch embed"], features: Float[Tensor, "batch width"]
     ) -> Float[Tensor, "batch num_ws w_dim"]:
+        """Return the directions of whitened differences and their features."""
         out = self.direction(features) + self.linear(white)
         if self.basis is not None:
             out = self.basis(out)
@@ -159,17 +144,17 @@ class Mapper(nn.Module):
     def directions_of_differences(
         self, differences: Float[Tensor, "batch embed"]
     ) -> Float[Tensor, "batch num_ws w_dim"]:
-        """Directions of differences between unit embeddings, from what is to what is wanted.
+        """Return the directions of differences between unit embeddings: target less source.
 
         Raises:
             ValueError: embeddings of another size.
         """
         self.check_size(differences)
-        white = self.whitened(differences)
+        white = differences.float() @ self.whitening
         return self.directions_of(white, self.features(white))
 
     def forward(self, embeddings: Float[Tensor, "batch embed"]) -> Prediction:
-        """Directions of targets, from their embeddings: raw ones or unit ones.
+        """Return the directions of targets from their embeddings, raw or unit.
 
         Raises:
             ValueError: embeddings of another size.
@@ -177,134 +162,114 @@ class Mapper(nn.Module):
         self.check_size(embeddings)
         white = self.whitened_targets(embeddings)
         features = self.features(white)
-        # Detached: knowing the score must never cost the direction.
+        # Detached: the score must not be learned at the cost of the direction.
         score = self.score(features.detach()) + self.score_linear(white)
         expected = torch.tanh(score.float()).squeeze(1)
         return Prediction(self.directions_of(white, features), expected)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        generator: str | None = None,
-        embedder: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> "Mapper":
-        """A mapper from a folder, a file or a repository of the Hub; always strict, as load_mapper.
-
-        Raises:
-            FileNotFoundError: the folder has no weights, or the repository cannot be had.
-            ValueError: see load_mapper.
-        """
-        path, name = Path(name_or_path), str(name_or_path)
-        if path.is_dir():
-            path = path / WEIGHTS
-        elif not path.is_file():
-            try:
-                path = Path(hf_hub_download(name, WEIGHTS, revision=revision, token=token))
-            except (OSError, HFValidationError) as error:
-                raise FileNotFoundError(
-                    f"{name}: expected a folder with {WEIGHTS} or a repository of the Hub, found "
-                    f"{type(error).__name__}: {one_line(error)}: check the name and the network"
-                ) from error
+    def from_file(cls, path: Path, generator: str | None, embedder: str | None) -> "Mapper":
         return load_mapper(path, generator, embedder)[0]
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write the weights' file and a card, over those that are there; other files stay.
+    def to_file(self, path: Path, record: MapperRecord) -> None:
+        save_mapper(self, path, record)
+
+
+class FoldedMapper:
+    """A copy of a mapper that answers one target at a time, in as few operations as it takes.
+
+    A single answer spends its time on starting operations, not on arithmetic. So linear layers in a
+    row become one matrix: the whitening with the layers that read it, the heads side by side, and
+    the scale with the matrix before it. Later changes of the mapper do not reach the copy.
+    """
+
+    def __init__(self, mapper: Mapper) -> None:
+        def tensors_of(module: nn.Module) -> list[Tensor]:
+            return [parameter.detach().clone() for parameter in module.parameters()]
+
+        config = mapper.config
+        self.check_size = mapper.check_size
+        self.width, self.shape = config.width, (config.num_ws, config.w_dim)
+        with torch.no_grad():
+            reads = (mapper.enter.weight, mapper.linear.weight, mapper.score_linear.weight)
+            first = torch.cat(reads) @ mapper.whitening.T
+            added = (mapper.enter.bias, mapper.direction.bias, mapper.score.bias)
+            offset = torch.cat(added) - first @ mapper.centre
+            last = torch.cat((mapper.direction.weight, mapper.score.weight))
+            scale = mapper.scale.flatten()
+            if mapper.basis is None:
+                first[self.width : -1] *= scale[:, None]
+                offset[self.width : -1] *= scale
+                last[:-1] *= scale[:, None]
+                self.basis = None
+            else:
+                # A row of zeros leaves out the score, the last of the heads.
+                self.basis = F.pad((mapper.basis.weight * scale[:, None]).T, (0, 0, 0, 1))
+            self.first, self.offset, self.last = first.T, offset, last.T.contiguous()
+        # Plain tensors: a module finds its parameters by name at every call, which takes time here.
+        self.blocks = [tensors_of(block) for block in mapper.blocks]
+        self.norm, self.norm_bias = tensors_of(mapper.norm)
+
+    def __call__(
+        self, embedding: Float[Tensor, "1 embed"]
+    ) -> tuple[Float[Tensor, "num_ws w_dim"], float]:
+        """Return the direction of a target and its expected transfer score, from its embedding,
+        raw or unit. They equal the mapper's but for rounding.
 
         Raises:
-            ValueError: no record is set, or see save_mapper.
+            ValueError: an embedding of another size, or one that is not finite.
         """
-        if self.record is None:
-            raise ValueError("expected a mapper with a record, found none: set mapper.record")
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".unfinished-", dir=folder) as temporary:
-            save_mapper(self, Path(temporary) / WEIGHTS, self.record)
-            (Path(temporary) / CARD).write_text(model_card(self.config, self.record), "utf-8")
-            for name in (WEIGHTS, CARD):
-                os.replace(Path(temporary) / name, folder / name)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Push mapper",
-        private: bool | None = None,
-        token: str | None = None,
-    ) -> str:
-        """Upload the weights' file and a card to the Hub; the address of the commit.
-
-        Raises:
-            ValueError: no record is set, or see save_mapper.
-            OSError: the Hub cannot be reached or refuses.
-        """
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            api = HfApi(token=token)
-            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            commit = api.upload_folder(
-                repo_id=name, folder_path=folder, commit_message=commit_message
-            )
-        return str(commit)
+        self.check_size(embedding)
+        embedding = embedding.detach().float()
+        length = math.sqrt(float(embedding @ embedding.T))
+        if not math.isfinite(length):
+            raise ValueError(f"expected an embedding of finite length, found one of {length}")
+        factor = 1 / max(length, 1e-12)
+        entered = torch.addmm(self.offset, embedding, self.first, alpha=factor)
+        x, size = entered[:, : self.width], (self.width,)
+        for norm, norm_bias, inner, inner_bias, outer, outer_bias in self.blocks:
+            hidden = F.silu(F.linear(F.layer_norm(x, size, norm, norm_bias), inner, inner_bias))
+            x = x + F.linear(hidden, outer, outer_bias)
+        features = F.layer_norm(x, size, self.norm, self.norm_bias)
+        heads = torch.addmm(entered[:, self.width :], features, self.last)
+        direction = heads[:, :-1] if self.basis is None else heads @ self.basis
+        return direction.float().view(self.shape), math.tanh(float(heads[0, -1]))
 
 
 def save_mapper(
     mapper: Mapper, path: str | Path, record: MapperRecord, *, half: bool = False
 ) -> None:
-    """Write a mapper as one safetensors file that appears whole or not at all.
+    """Write a mapper as one safetensors file, whole or not at all; make its folder if missing.
 
-    With `half` the weights, not the buffers, are rounded to half precision.
+    Args:
+        half: round the weights, not the buffers, to half precision.
 
     Raises:
-        ValueError: weights that are not finite (in half precision, if asked), or a record that
-            JSON cannot hold. Nothing is written.
+        ValueError: weights that are not finite (after rounding), or a record that JSON cannot
+            hold. Nothing is written.
     """
-    path = Path(path)
-    tensors: dict[str, Tensor] = {}
+    path, tensors = Path(path), dict[str, Tensor]()
     for name, value in mapper.state_dict().items():
-        dtype = torch.float16 if half and name not in BUFFERS else torch.float32
-        tensor = tensors[name] = value.detach().to("cpu", dtype).contiguous()
-        if not tensor.isfinite().all():
+        tensors[name] = value.to(torch.float16 if half and name not in BUFFERS else torch.float32)
+        if not tensors[name].isfinite().all():
             raise ValueError(
                 f"{path}: expected finite weights, found NaN or infinity in {name}: not written"
             )
-    content = save(tensors, metadata_of(mapper.config, record))
+    content = tensor_bytes(tensors, metadata_of(mapper.config, record))
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def build_mapper(config: MapperConfig, state: dict[str, Tensor], path: Path) -> Mapper:
-    """A mapper with every weight from a file."""
-    # No memory and no random numbers are spent on weights that are replaced at once.
-    with torch.device("meta"):
-        mapper = Mapper(config)
-    try:
-        if any(tensor.dtype not in (torch.float32, torch.float16) for tensor in state.values()):
-            raise ValueError("expected floats")
-        floats = {name: t.to(torch.float32, copy=True) for name, t in state.items()}
-        mapper.load_state_dict(floats, strict=True, assign=True)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: the weights do not fit the config: {GET_AGAIN}") from error
-    if not all(tensor.isfinite().all() for tensor in floats.values()):
-        raise ValueError(f"{path}: the weights hold NaN or infinity: {GET_AGAIN}")
-    return mapper
+    write_file(path, content)
 
 
 def load_mapper(
     path: str | Path, generator: str | None = None, embedder: str | None = None
 ) -> tuple[Mapper, MapperRecord]:
-    """Read a mapper, for inference, and check that it belongs to a generator and an embedder.
+    """Read a mapper and check that it belongs to a generator and an embedder.
 
-    `generator` and `embedder` are fingerprints; None leaves a check out. The mapper is on the
-    processor, in float32, its parameters frozen.
+    Args:
+        generator, embedder: fingerprints; None: not checked.
+
+    Returns:
+        The mapper, for inference, on the processor, in float32, its parameters frozen; its record.
 
     Raises:
         FileNotFoundError: no such file.
@@ -312,23 +277,14 @@ def load_mapper(
             another embedder.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such mapper file: {TRAIN_ONE}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, found {error}") from error
-    if metadata.get("format") not in (FORMAT, FIRST_FORMAT):
-        raise ValueError(
-            f"{path}: expected format {FORMAT} or {FIRST_FORMAT}, found "
-            f"{metadata.get('format')}: {TRAIN_ONE}"
-        )
+    metadata, state = read_tensors(path, "mapper", (FORMAT, FIRST_FORMAT), TRAIN_ONE)
     config, record = parse_metadata(metadata, path)
     check_made_for(config, generator, embedder, str(path))
     if metadata["format"] == FIRST_FORMAT and "score_linear.weight" not in state:
         state["score_linear.weight"] = torch.zeros(1, config.embed_dim)  # scores read features
-    mapper = build_mapper(config, state, path)
+    # No memory and no random numbers are spent on weights that are replaced at once.
+    with torch.device("meta"):
+        mapper = Mapper(config)
+    load_weights(mapper, state, path)
     mapper.record = record
     return mapper.eval().requires_grad_(False), record

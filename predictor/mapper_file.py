@@ -1,29 +1,30 @@
-"""What is said of a mapper beside its weights: sizes, what it belongs to, where it comes from.
+"""What goes with a mapper's weights: sizes, the networks it belongs to, its origin, the Hub.
 
-Knows the metadata of a mapper's file and the card that the Hub shows; no network and no weights.
+Knows the metadata of a mapper's file, the card of a repository and how to reach the Hub; nothing of
+the network or its weights.
 """
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import HfApi, ModelCardData, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 
+from targetclip.command import one_line, write_file
 from targetclip.recipes import RECIPES, Recipe, stored_recipe
+from targetclip.weights import GET_AGAIN
 
 FORMAT = "targetclip-mapper/2"
-FIRST_FORMAT = "targetclip-mapper/1"  # is read as well
+FIRST_FORMAT = "targetclip-mapper/1"  # read as well
 TRAIN_ONE = "train a mapper for it: python -m train.mapper --help"
-GET_AGAIN = "get the file again"
-# Names the Hub knows; the card calls anything else "other" and quotes the record.
+WEIGHTS, CARD = "model.safetensors", "README.md"  # files of a repository
+# Names that the Hub knows. For any other licence the card says "other" and quotes the record.
 HUB_LICENCES = ("mit", "apache-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0")
-
-
-def one_line(error: Exception) -> str:
-    """An error's words without line breaks."""
-    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,16 @@ class MapperConfig:
     """Sizes of a mapper, and the two networks it belongs to.
 
     Raises:
-        ValueError: a size that is not a whole number from 1 on, or no fingerprint.
+        ValueError: a size that is not a whole number from 1 on, or a missing fingerprint.
     """
 
     embed_dim: int
     num_ws: int
     w_dim: int
     generator: str
-    """Fingerprint of the generator its directions are for."""
+    """Fingerprint of the generator that directions are for."""
     embedder: str
-    """Fingerprint of the embedder whose embeddings it reads."""
+    """Fingerprint of the embedder whose embeddings are read."""
     width: int = 512
     depth: int = 3
     """Residual blocks."""
@@ -63,10 +64,10 @@ class MapperRecord:
     """Where a mapper comes from and what may be done with it."""
 
     recipe: dict[str, Any]
-    """Name and settings of the objective it was trained by; anything JSON holds. `expects` says
-    whether its expected score was ever taught, by the transfer term or by calibration."""
+    """Name and settings of the training objective: anything that JSON holds. `expects` says
+    whether the expected score was trained, by the transfer term or by calibration."""
     calibration: dict[str, float]
-    """Figures that say what its expected score is worth, such as a threshold; may be empty."""
+    """Figures of the expected score's worth, such as a threshold; may be empty."""
     licence: str
     trained_on: str
     version: str
@@ -75,7 +76,11 @@ class MapperRecord:
 def check_made_for(
     config: MapperConfig, generator: str | None, embedder: str | None, name: str
 ) -> None:
-    """Raise a ValueError where a mapper belongs to others than these fingerprints; None: any."""
+    """Check that a mapper belongs to a generator and an embedder; a fingerprint of None fits.
+
+    Raises:
+        ValueError: it belongs to others. The message names the mapper as `name`.
+    """
     for part, fingerprint in (("generator", generator), ("embedder", embedder)):
         if fingerprint is not None and fingerprint != getattr(config, part):
             raise ValueError(
@@ -86,16 +91,16 @@ def check_made_for(
 
 
 def trained_recipe(record: MapperRecord | None) -> Recipe:
-    """The recipe whose objective a mapper was trained by, and so what its targets look like.
+    """Return the recipe of a mapper's training objective, which says how targets are preprocessed.
 
-    That of `train.mapper` is in its record; another mapper is taken for one of `consistent`.
+    `train.mapper` writes it into the record. A mapper without it counts as one of `consistent`.
 
     Raises:
-        ValueError: the record's recipe is none.
+        ValueError: the record holds something else.
     """
-    found = {} if record is None else record.recipe.get("recipe", {})
+    settings = {} if record is None else record.recipe.get("recipe", {})
     try:
-        return stored_recipe(found) if found else RECIPES["consistent"]
+        return stored_recipe(settings) if settings else RECIPES["consistent"]
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"the mapper was trained by a recipe unknown here ({one_line(error)}): {TRAIN_ONE}"
@@ -103,7 +108,7 @@ def trained_recipe(record: MapperRecord | None) -> Recipe:
 
 
 def model_card(config: MapperConfig, record: MapperRecord) -> str:
-    """README.md of a repository: what the mapper is, what it belongs to and how to load it."""
+    """Return the README.md of a repository: the mapper, its networks, and how to load it."""
     licence = record.licence.lower() if record.licence.lower() in HUB_LICENCES else "other"
     data = ModelCardData(license=licence, library_name="targetclip")
     return f"""---
@@ -139,7 +144,11 @@ How it was trained, and what its expected score is worth:
 
 
 def metadata_of(config: MapperConfig, record: MapperRecord) -> dict[str, str]:
-    """What a mapper's file says beside its weights."""
+    """Return the metadata of a mapper's file.
+
+    Raises:
+        ValueError: JSON cannot hold the record.
+    """
     objects = {"config": asdict(config), "recipe": record.recipe, "calibration": record.calibration}
     try:
         settings = {key: json.dumps(value, allow_nan=False) for key, value in objects.items()}
@@ -151,8 +160,12 @@ def metadata_of(config: MapperConfig, record: MapperRecord) -> dict[str, str]:
     return {"format": FORMAT, **settings, **texts}
 
 
-def parse_metadata(metadata: dict[str, str], path: Path) -> tuple[MapperConfig, MapperRecord]:
-    """Config and record, from what a mapper's file says beside its weights."""
+def parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[MapperConfig, MapperRecord]:
+    """Return config and record from the metadata of a mapper's file.
+
+    Raises:
+        ValueError: an entry is missing or damaged.
+    """
     try:
         config, recipe, calibration = (
             json.loads(metadata[name]) for name in ("config", "recipe", "calibration")
@@ -162,9 +175,93 @@ def parse_metadata(metadata: dict[str, str], path: Path) -> tuple[MapperConfig, 
         for name, figure in calibration.items():
             if type(figure) not in (int, float) or not math.isfinite(figure):
                 raise ValueError(f"calibration {name} is {figure!r}")
-        texts = (metadata[name] for name in ("licence", "trained_on", "version"))
-        return MapperConfig(**config), MapperRecord(recipe, calibration, *texts)
+        texts = {name: metadata[name] for name in ("licence", "trained_on", "version")}
+        record = MapperRecord(recipe=recipe, calibration=calibration, **texts)
+        return MapperConfig(**config), record
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{path}: the metadata is damaged ({one_line(error)}): {GET_AGAIN}"
         ) from error
+
+
+class OnTheHub:
+    """The three methods by which models are kept in folders and on the Hub, for a mapper.
+
+    The Hub's own mixin needs a config.json, ignores missing weights and writes in place.
+    """
+
+    config: MapperConfig
+    record: MapperRecord | None
+
+    @classmethod
+    def from_file(cls, path: Path, generator: str | None, embedder: str | None) -> Self:
+        """Load the weights' file; the mapper knows how."""
+        raise NotImplementedError
+
+    def to_file(self, path: Path, record: MapperRecord) -> None:
+        """Write the weights' file; the mapper knows how."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        generator: str | None = None,
+        embedder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Self:
+        """Load a mapper from a folder, a file or a repository of the Hub, checked as load_mapper.
+
+        Raises:
+            FileNotFoundError: the folder has no weights, or the repository cannot be had.
+            ValueError: see load_mapper.
+        """
+        path, name = Path(name_or_path), str(name_or_path)
+        if path.is_dir():
+            path = path / WEIGHTS
+        elif not path.is_file():
+            try:
+                path = Path(hf_hub_download(name, WEIGHTS, revision=revision, token=token))
+            except (OSError, HFValidationError) as error:
+                raise FileNotFoundError(
+                    f"{name}: expected a folder with {WEIGHTS} or a repository of the Hub, found "
+                    f"{type(error).__name__}: {one_line(error)}: check the name and the network"
+                ) from error
+        return cls.from_file(path, generator, embedder)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the weights' file and a card into a folder; other files in it stay.
+
+        Raises:
+            ValueError: no record is set, or see save_mapper.
+        """
+        if self.record is None:
+            raise ValueError("expected a mapper with a record, found none: set mapper.record")
+        folder = Path(save_directory)
+        self.to_file(folder / WEIGHTS, self.record)
+        write_file(folder / CARD, model_card(self.config, self.record))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Push mapper",
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the weights' file and a card to the Hub; return the address of the commit.
+
+        Raises:
+            ValueError: no record is set, or see save_mapper.
+            OSError: the Hub cannot be reached or refuses.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api = HfApi(token=token)
+            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = api.upload_folder(
+                repo_id=name, folder_path=folder, commit_message=commit_message
+            )
+        return str(commit)

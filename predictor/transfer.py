@@ -1,13 +1,13 @@
 """EssenceTransfer: a target in, a direction out, edits of any source.
 
-Knows how the parts work together: mapper, optimizer, embedder, generator and inverter, all passed
-in. Every direction says which method made it. Files and printing are the command line's.
+Knows how a scene, a mapper and the optimizer work together. Every direction carries the method that
+made it. Files and printing belong to the command line.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -15,56 +15,41 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from predictor import Mode
 from predictor.direction import (
     Direction,
+    Gate,
     Interrupted,
     Method,
-    better,
+    WatchSearch,
+    WatchStep,
     direction_so_far,
     optimized_direction,
+    strength_at_floor,
 )
-from predictor.folded import FoldedMapper
-from predictor.gate import Gate
-from predictor.mapper import Mapper, Prediction
+from predictor.mapper import FoldedMapper, Mapper, Prediction, load_mapper
 from predictor.mapper_file import check_made_for, trained_recipe
-from predictor.strength import strength_at_floor
-from predictor.text import TextTargets
-from targetclip.editing import Scores, apply_direction, render, score_edit
-from targetclip.embedder import ImageEmbedder
-from targetclip.recipes import Preprocess
-from targetclip.encoders.identity import IdentityModel, feature_model, identity_similarity
-from targetclip.encoders.inverter import LatentInverter
-from targetclip.generators import Generator
-from targetclip.optimize import Progress, embed_latents, optimize_directions
-from targetclip.recipes import RECIPES, Initial, Recipe
-from targetclip.sources import generated_sources, source_bank
-from targetclip.scene import random_latents
-from targetclip.seeds import BANK, seed_of
-from targetclip.targets import embed_targets, initial_directions, invert
+from predictor.text import TextEmbedder, TextTargets
+from targetclip.encoders.identity import identity_similarity
+from targetclip.optimize import Progress
+from targetclip.recipes import RECIPES, Initial, Preprocess, Recipe
+from targetclip.scene import Scene, Scores
+from targetclip.seeds import probe_seeds, seed_of
+from targetclip.world import World, load_scene, load_world
 
-Mode = Literal["instant", "auto", "refine", "optimize"]
-WatchStep = Callable[[Progress], None]
-WatchSearch = Callable[[Method, Recipe], WatchStep]
-"""Called as a search begins; what it returns is called after every step."""
+PictureOrText = Image.Image | str
+"""A target: a picture, or a text where the world has neutral texts."""
 
 
 class EssenceTransfer:
-    """Gives sources a target's essence.
-
-    A target is a picture, or a text where `texts` is given.
+    """Gives sources a target's essence: a scene and a mapper.
 
     Args:
-        generator, embedder: any that keep the protocols.
-        inverter: from pictures to latents; None where there is none.
-        mapper: trained for this generator and this embedder; None leaves mode "optimize" alone.
-        texts: how a text becomes a target.
-        identity: says how much of a source is left, for `strength_at_identity` and for recipes
-            with an identity loss.
-        truncation: of generated sources; 1 is the generator's full variety.
-        max_images: rendered at once; bounds memory.
-        aligner: cuts the face out of a target picture before it is inverted; None where pictures
-            are inverted as they are. The embedder always sees the whole picture.
-        recipe: of the optimizer, where none is given; default "consistent".
+        mapper: trained for the generator and the embedder of the scene; None: only mode "optimize".
+        texts: how a text becomes a target; None: texts are refused.
+        aligner: cuts the face out of a target picture before the picture is inverted; None:
+            pictures are inverted whole. The embedder always gets the whole picture.
+        recipe: of the optimizer, where none is given.
 
     Raises:
         ValueError: a mapper of another generator or another embedder.
@@ -72,124 +57,97 @@ class EssenceTransfer:
 
     def __init__(
         self,
-        generator: Generator,
-        embedder: ImageEmbedder,
-        inverter: LatentInverter | None = None,
+        scene: Scene,
         mapper: Mapper | None = None,
+        *,
         texts: TextTargets | None = None,
-        identity: IdentityModel | None = None,
-        truncation: float = 0.7,
-        max_images: int = 64,
         aligner: Callable[[Image.Image], Image.Image] | None = None,
         recipe: Recipe = RECIPES["consistent"],
     ) -> None:
-        self.generator = generator
-        self.embedder = embedder
-        self.inverter = inverter
+        self.scene = scene
         self.mapper = mapper
         self.texts = texts
-        self.identity = identity
-        self.truncation = truncation
-        self.max_images = max_images
         self.aligner = aligner
         self.recipe = recipe
-        self.seen: dict[tuple[Preprocess, bool], Tensor] = {}
+        self.bank_features: dict[tuple[Preprocess, bool], Tensor] = {}
         if mapper is not None:
-            config = mapper.config
-            check_made_for(config, generator.fingerprint, embedder.fingerprint, "the mapper")
+            fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
+            check_made_for(mapper.config, *fingerprints, "the mapper")
 
     @cached_property
     def trained(self) -> Recipe:
-        """What the mapper was trained by, and so how targets are shown to it.
-
-        Raises:
-            ValueError: a recipe that is unknown here.
-        """
+        """The recipe that the mapper was trained by; its targets need the same preprocessing."""
         return trained_recipe(None if self.mapper is None else self.mapper.record)
 
-    # Sources and targets
+    @cached_property
+    def folded(self) -> FoldedMapper:
+        """The mapper's faster form, made at the first answer."""
+        return FoldedMapper(self.asked_mapper())
 
-    def invert(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "sources num_ws w_dim"]:
-        """Latents of pictures.
+    def asked_mapper(self) -> Mapper:
+        """Return the mapper; raise a ValueError where there is none."""
+        if self.mapper is None:
+            raise ValueError(
+                "there is no mapper, so the optimizer alone finds directions (--mode optimize); "
+                "train one: python -m train.mapper --help"
+            )
+        return self.mapper
 
-        Raises:
-            ValueError: there is no inverter.
-        """
-        return invert(self.generator, self.inverter, pictures)
-
-    def generated_sources(self, count: int, seed: int = 0) -> Float[Tensor, "sources num_ws w_dim"]:
-        """Latents of the generator's own samples; source i of a seed is always the same."""
-        return generated_sources(self.generator, self.truncation, count, seed)
+    # Targets
 
     def source_embeddings(
         self, preprocess: Preprocess = "consistent"
     ) -> Float[Tensor, "bank embed"]:
-        """Embeddings of the bank's sources: what pictures without a wanted essence look like.
+        """Return the embeddings of the bank's sources, computed once for each preprocessing."""
+        return self.source_features(preprocess, 0.0)
 
-        Made once for each preprocessing.
-        """
-        return self.seen_sources(preprocess, 0.0)
-
-    def seen_sources(
+    def source_features(
         self, preprocess: Preprocess, identity_weight: float
-    ) -> Float[Tensor, "bank seen"]:
-        """What a search of such a weight sees of the bank's sources (`feature_model`), made once."""
-        known = (preprocess, bool(identity_weight))
-        if known not in self.seen:
-            bank = source_bank(self.generator, self.truncation, BANK)
-            seeing = feature_model(self.embedder, self.identity, identity_weight)
+    ) -> Float[Tensor, "bank features"]:
+        """Return the features of the bank's sources (see `Scene.features`), computed once."""
+        key = (preprocess, bool(identity_weight))
+        if key not in self.bank_features:
             with torch.no_grad():
-                self.seen[known] = embed_latents(
-                    self.generator, seeing, bank, preprocess, self.max_images
+                self.bank_features[key] = self.scene.features(
+                    self.scene.bank(), preprocess, identity_weight
                 )
-        return self.seen[known]
+        return self.bank_features[key]
 
     def embed_target(
-        self, target: Image.Image | str, recipe: Recipe | None = None
+        self, target: PictureOrText, recipe: Recipe | None = None
     ) -> Float[Tensor, " embed"]:
-        """Embedding of a target, a picture preprocessed as a recipe wants it (default: as the
-        embedder's own library does).
-
-        Raises:
-            ValueError: a text, and no `texts` to make it a target.
+        """Return the embedding of a target, its picture preprocessed as the recipe wants it or, by
+        default, as the embedder's own library does. ValueError: a text, and there are no `texts`.
         """
-        return self.embed_row(target, recipe or RECIPES["consistent"])[0]
-
-    def embed_row(self, target: Image.Image | str, recipe: Recipe) -> Float[Tensor, "1 embed"]:
-        """As `embed_target`, a batch of one."""
         if not isinstance(target, str):
-            return embed_targets(self.generator, self.embedder, [target], recipe)
+            return self.scene.embed_targets([target], recipe or RECIPES["consistent"])[0]
         if self.texts is None:
-            raise ValueError(f"{target!r} is a text, and this world says nothing of texts")
-        return self.texts.embed(target, self.source_embeddings())[None]
+            raise ValueError(f"{target!r} is a text, and this world has no neutral texts")
+        return self.texts.embed(target, self.source_embeddings())
 
     def initial(
-        self, target: Image.Image | str, kind: Initial, seed: int
+        self, target: PictureOrText, kind: Initial, seed: int
     ) -> Float[Tensor, "num_ws w_dim"]:
-        """What an optimization starts from (release: absolute latents, not offsets).
+        """Return where an optimization starts (release: an absolute latent, not an offset).
 
         Raises:
-            ValueError: the inversion of a text, or where there is no inverter; as the aligner.
+            ValueError: the inversion of a text, or there is no inverter; or as the aligner.
         """
-        if isinstance(target, str):
-            if kind == "inversion":
-                raise ValueError(
-                    f"{target!r} is a text, which has no inversion to start from: "
-                    "start at zero or at a random latent"
-                )
-            pictures = [Image.new("RGB", (1, 1))]  # only its inversion would be looked at
-        elif kind == "inversion" and self.aligner is not None:
-            pictures = [self.aligner(target)]
-        else:
-            pictures = [target]
-        seeds = [seed_of("initial", seed)]
-        return initial_directions(self.generator, self.inverter, pictures, kind, seeds)[0]
+        picture = Image.new("RGB", (1, 1)) if isinstance(target, str) else target
+        if kind == "inversion" and isinstance(target, str):
+            raise ValueError(
+                f"{target!r} is a text, which has no inversion to start from: "
+                "start at zero or at a random latent"
+            )
+        if kind == "inversion" and self.aligner is not None:
+            picture = self.aligner(picture)
+        return self.scene.initial([picture], kind, [seed_of("initial", seed)])[0]
 
     # Directions
 
     def direction(
         self,
-        target: Image.Image | str,
+        target: PictureOrText,
         mode: Mode = "auto",
         recipe: Recipe | None = None,
         seed: int = 0,
@@ -197,19 +155,18 @@ class EssenceTransfer:
     ) -> Direction:
         """Find the direction of a target.
 
-        Modes: "instant" asks the mapper; "auto" as well, but checks its answer on the probe
-        sources and, where that falls short of the mapper's threshold, refines it, and where that
-        does too, runs the optimizer; "refine" always refines; "optimize" asks no mapper.
-
         Args:
-            recipe: of the optimizer; default: the one this was made with.
-            seed: decides everything the optimizer draws.
-            watch: told of every search.
+            mode: "instant": the mapper's answer. "auto": the mapper's answer, if its score on the
+                probe sources reaches the mapper's threshold; else a refinement, if that does; else
+                the optimizer's result; the best of the three where none does. "refine": the
+                mapper's answer, refined. "optimize": the optimizer's result, without a mapper.
+            recipe: of the optimizer. None: the one given at construction.
+            seed: of the optimizer's random numbers.
 
         Raises:
-            ValueError: the mode needs a mapper, or one that is calibrated; see `embed_target` and
-                `initial`.
-            FloatingPointError: the optimizer's loss stopped being finite.
+            ValueError: the mode needs a mapper, or a calibrated one, or an identity model; see
+                `embed_target` and `initial`.
+            FloatingPointError: the optimizer's loss is not finite.
             Interrupted: Ctrl-C during a search.
         """
         recipe = recipe or self.recipe
@@ -219,131 +176,71 @@ class EssenceTransfer:
             return self.predict(target)
         gate = Gate.of(self.asked_mapper())
         refining = gate.refining(recipe, self.trained)
-        # Not only once they are needed, when minutes may have been spent.
-        if refining.identity_weight and self.identity is None:
+        # Checked now, not after minutes of searching.
+        if refining.identity_weight and self.scene.identity is None:
             raise ValueError(
                 "the mapper was trained with an identity loss, and refining its answers needs an "
                 "identity model, found none: name one in the world's file, or ask the mapper "
                 "unchecked (--mode instant)"
             )
         if mode == "auto":
-            feature_model(self.embedder, self.identity, recipe.identity_weight)
+            self.scene.feature_model(recipe.identity_weight)
         predicted = self.predict(target)
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
-        return self.checked(target, predicted, recipe, refining, gate, seed, watch)
+        return gate.first_that_passes(
+            predicted,
+            (
+                lambda: self.refine(target, predicted, refining, seed, watch),
+                lambda: self.optimize(target, recipe, seed, watch and watch("optimizer", recipe)),
+            ),
+            partial(self.probe_score, self.embed_target(target), probes=gate.probes),
+        )
 
-    def asked_mapper(self) -> Mapper:
-        """The mapper; a ValueError where there is none."""
-        if self.mapper is None:
-            raise ValueError(
-                "there is no mapper, so the optimizer alone finds directions (--mode optimize); "
-                "train one: python -m train.mapper --help"
-            )
-        return self.mapper
-
-    def predict(self, target: Image.Image | str) -> Direction:
-        """The mapper's answer, in one pass."""
+    def predict(self, target: PictureOrText) -> Direction:
+        """Return the mapper's answer."""
         folded = self.folded  # before anything is embedded
-        vector, expected = folded(self.embed_row(target, self.trained))
-        return Direction(vector, "mapper", expected)
-
-    @cached_property
-    def folded(self) -> FoldedMapper:
-        """The mapper as `predict` asks it: as it was, and where, at the first answer. To change,
-        move or replace it after that, make another EssenceTransfer."""
-        return FoldedMapper(self.asked_mapper())
+        vector, expected = folded(self.embed_target(target, self.trained)[None])
+        return Direction(vector=vector, method="mapper", expected=expected)
 
     def predict_embeddings(self, embeddings: Float[Tensor, "targets embed"]) -> Prediction:
-        """The mapper's answers for embeddings of many targets, raw or unit."""
+        """Return the mapper's answers to embeddings, raw or unit."""
         with torch.no_grad():
             prediction: Prediction = self.asked_mapper()(embeddings)
         return prediction
 
-    def checked(
-        self,
-        target: Image.Image | str,
-        predicted: Direction,
-        recipe: Recipe,
-        refining: Recipe,
-        gate: Gate,
-        seed: int,
-        watch: WatchSearch | None,
-    ) -> Direction:
-        """The first of prediction, refinement and optimization that the gate lets pass, or the
-        best of them on the probe sources."""
-        embedding = self.embed_target(target)
-
-        def probed(direction: Direction) -> Direction:
-            score = self.probe_score(embedding, direction.vector, gate.probes)
-            return replace(direction, expected=predicted.expected, probe=score)
-
-        def refine() -> Direction:
-            return self.refine(target, predicted, refining, seed, watch)
-
-        def optimize() -> Direction:
-            return self.optimize(target, recipe, seed, watch and watch("optimizer", recipe))
-
-        best, steps = probed(predicted), 0
-        for search in (refine, optimize):
-            if best.probe is not None and gate.passes(best.probe):
-                break
-            try:
-                found = probed(search())
-            except Interrupted as stopped:
-                found = probed(stopped.direction)
-                best = replace(better(best, found), steps=steps + found.steps)
-                raise Interrupted(best) from None
-            except KeyboardInterrupt:  # before the search's first step
-                raise Interrupted(best) from None
-            except FloatingPointError:  # what there was is still there, and its score tells
-                continue
-            steps += found.steps
-            best = replace(better(best, found), steps=steps)
-        return best
-
     def probe_score(
-        self,
-        embedding: Float[Tensor, " embed"],
-        vector: Float[Tensor, "num_ws w_dim"],
-        probes: int,
+        self, embedding: Float[Tensor, " embed"], vector: Float[Tensor, "num_ws w_dim"], probes: int
     ) -> float:
-        """Transfer score on sources that are for probing alone: the first so many of them."""
-        seeds = [seed_of("probe", i) for i in range(probes)]
-        ws = random_latents(self.generator, seeds, self.truncation)
+        """Return the transfer score of a direction on the first so many probe sources."""
+        ws = self.scene.latents(probe_seeds(probes))
         with torch.no_grad():
-            edited = embed_latents(
-                self.generator, self.embedder, ws + vector, "consistent", self.max_images
-            )
+            edited = self.scene.features(ws + vector)
         return float(F.cosine_similarity(edited, embedding[None]).mean())
 
     def refine(
         self,
-        target: Image.Image | str,
+        target: PictureOrText,
         predicted: Direction,
         recipe: Recipe,
         seed: int = 0,
         watch: WatchSearch | None = None,
     ) -> Direction:
-        """The optimizer, started at a prediction."""
+        """Run the optimizer from a prediction; raises as `direction` does."""
         on_step = watch and watch("refined", recipe)
-        found = self.search(target, recipe, predicted.vector, "refined", seed, on_step)
-        return replace(found, expected=predicted.expected)
+        direction = self.search(target, recipe, predicted.vector, "refined", seed, on_step)
+        return replace(direction, expected=predicted.expected)
 
     def optimize(
-        self,
-        target: Image.Image | str,
-        recipe: Recipe,
-        seed: int = 0,
-        on_step: WatchStep | None = None,
+        self, target: PictureOrText, recipe: Recipe, seed: int = 0, on_step: WatchStep | None = None
     ) -> Direction:
-        """Find a direction by the iterative optimizer; raises as `direction` does."""
+        """Run the optimizer from the recipe's start; raises as `direction` does."""
         start = self.initial(target, recipe.initial, seed)
         return self.search(target, recipe, start, "optimizer", seed, on_step)
 
     def search(
         self,
-        target: Image.Image | str,
+        target: PictureOrText,
         recipe: Recipe,
         start: Float[Tensor, "num_ws w_dim"],
         method: Method,
@@ -351,37 +248,33 @@ class EssenceTransfer:
         on_step: WatchStep | None,
     ) -> Direction:
         """Run the optimizer from a start."""
-        latest: list[Progress] = []
+        latest: Progress | None = None
 
         def remember(progress: Progress) -> None:
-            latest[:] = [progress]
+            nonlocal latest
+            latest = progress
             if on_step is not None:
                 on_step(progress)
 
-        count = BANK if recipe.fresh_sources else recipe.sources
+        features = None
+        if recipe.fresh_sources:
+            features = self.source_features(recipe.preprocess, recipe.identity_weight)
         try:
-            found = optimize_directions(
-                self.generator,
-                self.embedder,
+            result = self.scene.search(
                 self.embed_target(target, recipe)[None],
-                source_bank(self.generator, self.truncation, count),
                 recipe,
                 start[None],
                 [seed_of("target", seed)],
-                remember,
-                self.max_images,
-                bank_features=self.seen_sources(recipe.preprocess, recipe.identity_weight)
-                if recipe.fresh_sources
-                else None,
-                identity=self.identity,
+                bank_features=features,
+                on_step=remember,
             )
         except KeyboardInterrupt:
-            if not latest:
+            if latest is None:
                 raise
-            raise Interrupted(direction_so_far(latest[0], method)) from None
-        if found.failures[0] is not None:
-            raise FloatingPointError(f"no direction found: {found.failures[0]}")
-        return optimized_direction(found, method)
+            raise Interrupted(direction_so_far(latest, method)) from None
+        if result.failures[0] is not None:
+            raise FloatingPointError(f"no direction found: {result.failures[0]}")
+        return optimized_direction(result, method)
 
     # Edits
 
@@ -391,9 +284,8 @@ class EssenceTransfer:
         direction: Float[Tensor, "num_ws w_dim"],
         strength: float = 1.0,
     ) -> Float[Tensor, "sources 3 height width"]:
-        """Render sources moved along a direction: images in [-1, 1]."""
-        edited = apply_direction(source_ws, direction, strength)
-        return render(self.generator, edited, self.max_images)
+        """Return images in [-1, 1] of sources moved along a direction."""
+        return self.scene.edit(source_ws, direction, strength)
 
     def strength_at_identity(
         self,
@@ -402,15 +294,12 @@ class EssenceTransfer:
         floor: float,
         highest: float = 1.0,
     ) -> float:
-        """The largest strength up to which sources keep, on average, an identity similarity of
-        `floor`, in [-1, 1].
-
-        Raises:
-            ValueError: there is no identity model.
-        """
-        if self.identity is None:
+        """Return the largest strength up to which sources keep a mean identity similarity of
+        `floor`, in [-1, 1]. ValueError: there is no identity model."""
+        model = self.scene.identity
+        if model is None:
             raise ValueError("there is no identity model to hold a floor by: choose a strength")
-        model, before = self.identity, self.edit(source_ws, direction, 0.0)
+        before = self.edit(source_ws, direction, 0.0)
 
         def identity_at(strength: float) -> float:
             edited = self.edit(source_ws, direction, strength)
@@ -420,10 +309,50 @@ class EssenceTransfer:
 
     def score(
         self,
-        target: Image.Image | str,
+        target: PictureOrText,
         sources: Float[Tensor, "sources 3 height width"],
         edited: Float[Tensor, "sources 3 height width"],
     ) -> Scores:
-        """Score edits; always through the embedder's own preprocessing, whatever the recipe."""
-        embedding = self.embed_target(target)
-        return score_edit(self.embedder, embedding, sources, edited, max_images=self.max_images)
+        """Score edits, through the embedder's own preprocessing whatever the recipe."""
+        return self.scene.score_images(self.embed_target(target), sources, edited)
+
+
+def essence_of(
+    scene: Scene,
+    world: World,
+    mapper: Path | None = None,
+    aligner: Callable[[Image.Image], Image.Image] | None = None,
+) -> EssenceTransfer:
+    """Join a scene of a world with a mapper, loaded as by `load_mapper`; None: the world's."""
+    loaded = texts = None
+    if path := mapper or world.mapper:
+        loaded, _ = load_mapper(path, scene.generator.fingerprint, scene.embedder.fingerprint)
+        loaded.to(scene.device)
+    if world.neutral and isinstance(scene.embedder, TextEmbedder):
+        texts = TextTargets(scene.embedder, world.neutral)
+    return EssenceTransfer(
+        scene, loaded, texts=texts, aligner=aligner, recipe=RECIPES[world.recipe]
+    )
+
+
+def load_essence(
+    world: World | str,
+    device: torch.device | None = None,
+    mapper: Path | None = None,
+    *,
+    max_images: int | None = None,
+    checkpoint_layers: bool = False,
+) -> EssenceTransfer:
+    """Load a world's networks and its mapper, or another mapper.
+
+    Args:
+        world: a world, its name or the path of its file.
+        device, max_images, checkpoint_layers: see `load_scene`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_world`, `load_scene` and `load_mapper`.
+    """
+    if isinstance(world, str):
+        world = load_world(world)
+    scene = load_scene(world, device, max_images=max_images, checkpoint_layers=checkpoint_layers)
+    return essence_of(scene, world, mapper)
