@@ -18,75 +18,49 @@ every step, gradients for the generator's weights, images enlarged seven times b
 averaged. It keeps this project's convolutions, where the released ones are grouped and slower.
 """
 
-import contextlib
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("eval.studies.benchmark")
+
 import dataclasses
 import itertools
-import json
-import os
-import platform
-import resource
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
-from targetclip.embedder import ClipEmbedder, EncoderInput
-from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from eval.report import machine, peak_bytes
+from eval.studies.networks import Sizes, count_operations, random_networks
+from targetclip import command
+from targetclip.command import Precision, in_precision
+from targetclip.embedder import ClipEmbedder
+from targetclip.generators.stylegan2 import StyleGAN2
 from targetclip.losses import consistency_loss, transfer_loss
-from targetclip.optimize import Progress, embed_latents, optimize_directions
-from targetclip.precision import in_bfloat16
+from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.scene import random_latents
-
-Precision = Literal["fp32", "bf16"]
+from targetclip.scene import Scene, random_latents
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MEMORY_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Sizes):
     out: Path | None = None
     """Folder for report.json; none is written without it."""
     precisions: tuple[Precision, ...] = ("fp32", "bf16")
     steps: int = 5
     """Steps timed in each precision, after one that is not."""
-    sources: int = RECIPES["release"].sources
-    max_images: int = 64
-    """Images rendered at once; fewer than `sources` bounds memory and renders twice."""
-    resolution: int = 256
-    channels: tuple[int, ...] = (512, 512, 512, 512, 512, 256, 128)
-    """Widths at 4, 8, ... `resolution` px."""
-    w_dim: int = 512
-    mapping_layers: int = 8
-    clip: str = "ViT-B-32"
-    """A model of open_clip, or local-dir:FOLDER; its sizes are used, never its weights."""
     matrix_sizes: tuple[int, ...] = (1024, 2048, 4096)
     compare_released: bool = False
     """Also time a step as the released loop makes it, in float32; for resolutions from 32 px."""
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.compare_released and self.resolution < 32:
-            raise ValueError(
-                f"--compare-released averages blocks of resolution/32 px, found {self.resolution} "
-                "px; give --resolution 32 or more"
-            )
-        if self.steps < 1 or not self.precisions or not self.matrix_sizes:
-            raise ValueError(
-                f"expected --steps of 1 or more, a precision and a matrix size, found "
-                f"{self.steps}, {self.precisions} and {self.matrix_sizes}"
-            )
 
     @property
     def recipe(self) -> Recipe:
@@ -94,8 +68,22 @@ class Config:
         return dataclasses.replace(RECIPES["release"], steps=self.steps + 1, sources=self.sources)
 
 
-@dataclass(frozen=True)
-class Run:
+def check_config(config: Config) -> None:
+    """Raise a ValueError for options that leave nothing to time."""
+    if config.compare_released and config.resolution < 32:
+        raise ValueError(
+            f"--compare-released averages blocks of resolution/32 px, found {config.resolution} "
+            "px; give --resolution 32 or more"
+        )
+    if config.steps < 1 or not config.precisions or not config.matrix_sizes:
+        raise ValueError(
+            f"expected --steps of 1 or more, a precision and a matrix size, found "
+            f"{config.steps}, {config.precisions} and {config.matrix_sizes}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
     """The step in one precision."""
 
     precision: Precision
@@ -110,49 +98,11 @@ class Run:
     fraction: float
     """Of the matrix product's rate."""
     peak_gigabytes: float
-    """Largest memory of the process so far, earlier precisions included."""
-
-
-def random_networks(config: Config) -> tuple[StyleGAN2, ClipEmbedder]:
-    """Both networks with random weights, made on torch's current default device."""
-    import open_clip
-
-    sizes = StyleGAN2Config(
-        config.resolution, config.w_dim, config.w_dim, config.mapping_layers, config.channels
-    )
-    model = open_clip.get_model_config(config.clip)
-    if model is None:
-        raise ValueError(f"expected --clip to be a model of open_clip, found {config.clip!r}")
-    wanted = EncoderInput(model["vision_cfg"]["image_size"], (0.5,) * 3, (0.5,) * 3, "bicubic")
-    # Pictures and texts are not embedded here: nothing to read them with is needed.
-    embedder = ClipEmbedder(open_clip.CLIP(**model), wanted, no_reader, no_reader, model)
-    generator = StyleGAN2(sizes).eval().requires_grad_(False)
-    # Weights that are never written need no fingerprint, and those without values have none.
-    generator.fingerprint = embedder.fingerprint = "random"
-    return generator, embedder
-
-
-def no_reader(thing: object) -> Tensor:
-    raise NotImplementedError("the benchmark embeds rendered images only")
-
-
-def count_operations(config: Config) -> int:
-    """Floating-point operations of a step, forward and backward, from the shapes alone.
-
-    Convolutions, matrix products and attention count, a multiplication and an addition as two;
-    what is done once a run, the embedding of the sources, does not.
-    """
-    with torch.device("meta"):
-        generator, embedder = random_networks(config)
-        ws = torch.zeros(config.sources, generator.num_ws, generator.w_dim, requires_grad=True)
-        with FlopCounterMode(display=False) as counter:
-            preprocess = config.recipe.preprocess
-            embed_latents(generator, embedder, ws, preprocess, config.max_images).sum().backward()
-    return int(counter.get_total_flops())
+    """Largest memory of the process so far, in 10^9 bytes, earlier precisions included."""
 
 
 def matrix_rate(dtype: torch.dtype, sizes: tuple[int, ...], repeats: int = 5) -> float:
-    """The best rate of a product of two square matrices, in 10^9 operations per second.
+    """Return the best rate of a product of two square matrices, in 10^9 operations per second.
 
     Each size counts with its median, as a step does: a single fortunate product is no rate.
     """
@@ -169,43 +119,49 @@ def matrix_rate(dtype: torch.dtype, sizes: tuple[int, ...], repeats: int = 5) ->
     return max(rates)
 
 
-def peak_gigabytes() -> float:
-    """The most memory this process ever held, in 10^9 bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def time_steps(
+def step_seconds(
     config: Config,
-    generator: StyleGAN2,
-    embedder: ClipEmbedder,
+    scene: Scene,
     target: Float[Tensor, "1 embed"],
     sources: Float[Tensor, "sources num_ws w_dim"],
-    dtype: torch.dtype,
+    precision: Precision,
 ) -> tuple[float, ...]:
-    """Seconds of each step but the first, of a run of the optimizer."""
+    """Run the optimizer, and return the seconds of each step but the first."""
     ends: list[float] = []
 
-    def note(progress: Progress) -> None:
+    def on_step(progress: Progress) -> None:
         ends.append(time.perf_counter())
 
-    initial = random_latents(generator, [config.seed + config.sources])
-    with in_bfloat16(sources.device) if dtype == torch.bfloat16 else contextlib.nullcontext():
-        optimize_directions(
-            generator, embedder, target, sources, config.recipe, initial, [config.seed],
-            note, config.max_images,
-        )  # fmt: skip
+    initial = random_latents(scene.generator, [config.seed + config.sources])
+    with in_precision(scene.device, precision):
+        scene.search(target, config.recipe, initial, [config.seed], bank=sources, on_step=on_step)
     return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
-def released_step(
+def timing_of(
+    precision: Precision, seconds: tuple[float, ...], operations: int, rate: float
+) -> Timing:
+    """Compute the rates of a step that takes so many operations."""
+    median = statistics.median(seconds)
+    gflops = operations / median / 1e9
+    return Timing(
+        precision=precision,
+        seconds=seconds,
+        steps_per_second=1 / median,
+        gflops=gflops,
+        matrix_gflops=rate,
+        fraction=gflops / rate,
+        peak_gigabytes=peak_bytes() / 1e9,
+    )
+
+
+def released_seconds(
     generator: StyleGAN2,
     embedder: ClipEmbedder,
     target: Float[Tensor, "1 embed"],
     sources: Float[Tensor, "sources num_ws w_dim"],
-    direction: Float[Tensor, "1 num_ws w_dim"],
 ) -> float:
-    """Seconds of a step as the released loop makes it (see the module docstring)."""
+    """Return the seconds of a step as the released loop makes it (see the module docstring)."""
 
     def embed(ws: Tensor) -> Tensor:
         images = F.interpolate(generator.synthesis(ws), scale_factor=embedder.image_size // 32)
@@ -216,7 +172,7 @@ def released_step(
     recipe = RECIPES["release"]
     generator.requires_grad_(True)
     start = time.perf_counter()
-    direction = direction.clone().requires_grad_(True)
+    direction = sources[:1].clone().requires_grad_(True)
     before, after = embed(sources), embed(sources + direction)
     loss = recipe.transfer_weight * transfer_loss(after, target)
     loss = loss + recipe.consistency_weight * consistency_loss(before, after, recipe.differences)
@@ -227,31 +183,19 @@ def released_step(
     return seconds
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers belong to."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_settings": {key: os.environ[key] for key in MEMORY_SETTINGS if key in os.environ},
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("torch", "open_clip_torch")},
-    }
-
-
-def table(runs: list[Run], operations: int, released: float | None) -> str:
-    """The report for people."""
+def report_table(timings: list[Timing], operations: int, released: float | None) -> str:
+    """Return the report as lines of text."""
     lines = [
         f"{operations / 1e9:.1f} GFLOP a step",
         f"{'':6}{'s/step':>8}{'min':>8}{'max':>8}{'steps/s':>9}"
         f"{'GFLOP/s':>9}{'matrix':>9}{'fraction':>10}{'peak GB':>9}",
     ]
-    for run in runs:
+    for timing in timings:
         lines.append(
-            f"{run.precision:6}{statistics.median(run.seconds):8.3f}{min(run.seconds):8.3f}"
-            f"{max(run.seconds):8.3f}{run.steps_per_second:9.3f}{run.gflops:9.1f}"
-            f"{run.matrix_gflops:9.1f}{run.fraction:10.1%}{run.peak_gigabytes:9.2f}"
+            f"{timing.precision:6}{statistics.median(timing.seconds):8.3f}"
+            f"{min(timing.seconds):8.3f}{max(timing.seconds):8.3f}{timing.steps_per_second:9.3f}"
+            f"{timing.gflops:9.1f}{timing.matrix_gflops:9.1f}{timing.fraction:10.1%}"
+            f"{timing.peak_gigabytes:9.2f}"
         )
     if released is not None:
         lines.append(f"a step as the released loop makes it: {released:.3f} s")
@@ -259,44 +203,44 @@ def table(runs: list[Run], operations: int, released: float | None) -> str:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Time everything, print a table, and write and return the report."""
+    """Time everything, print a table, and write and return the report.
+
+    Raises:
+        ValueError: options that leave nothing to time, or networks that cannot be.
+        OSError: --out cannot be written into.
+    """
+    check_config(config)
+    if config.out is not None:
+        command.make_folder(config.out)
     torch.manual_seed(config.seed)
-    operations = count_operations(config)
+    operations = count_operations(config, config.recipe)
     generator, embedder = random_networks(config)
+    scene = Scene(generator=generator, embedder=embedder, max_images=config.max_images)
     # As after training, w stays near its mean; any target will do.
     sources = random_latents(generator, range(config.seed, config.seed + config.sources))
     target = torch.randn(1, embedder.embed_dim)
 
-    runs = []
+    timings = []
     for precision in config.precisions:
         rate = matrix_rate(DTYPES[precision], config.matrix_sizes)
-        seconds = time_steps(config, generator, embedder, target, sources, DTYPES[precision])
-        median = statistics.median(seconds)
-        gflops = operations / median / 1e9
-        runs.append(
-            Run(precision, seconds, 1 / median, gflops, rate, gflops / rate, peak_gigabytes())
-        )
+        seconds = step_seconds(config, scene, target, sources, precision)
+        timings.append(timing_of(precision, seconds, operations, rate))
     released = None
     if config.compare_released:
-        released = released_step(generator, embedder, target, sources, sources[:1])
+        released = released_seconds(generator, embedder, target, sources)
 
-    print(table(runs, operations, released))
+    print(report_table(timings, operations, released))
     report = {
         "config": dataclasses.asdict(config) | {"out": None},
         "machine": machine(),
         "gflop_per_step": operations / 1e9,
-        "runs": [dataclasses.asdict(run) for run in runs],
+        "runs": [dataclasses.asdict(timing) for timing in timings],
         "released_seconds": released,
     }
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        command.write_json(config.out / "report.json", report)
     return report
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m eval.studies.benchmark")

@@ -116,7 +116,13 @@ def network_sizes(config: Config) -> StyleGAN2Config:
     """Those of config-f, if the width is 512."""
     sides = [2**power for power in range(2, config.resolution.bit_length())]
     channels = tuple(min(config.width, 32768 // side) for side in sides)
-    return StyleGAN2Config(config.resolution, config.width, config.width, 8, channels)
+    return StyleGAN2Config(
+        resolution=config.resolution,
+        w_dim=config.width,
+        z_dim=config.width,
+        mapping_layers=8,
+        channels=channels,
+    )
 
 
 def check_config(config: Config) -> None:

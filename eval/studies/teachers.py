@@ -2,53 +2,49 @@
 
 Targets are drawn faces that no network was trained on; half of them with attributes and styles the
 generator cannot draw. Every setting runs twice, with other sources and other random starts: what
-two runs agree on is the target's, the rest is chance. A table and sheets of pictures come out.
+two runs agree on is the target's, the rest is chance. Writes report.json, report.md, a sheet of
+pictures a setting, and charts of settings that change the same thing.
 
     python -m eval.studies.teachers --out runs/recipes                 # the named recipes
     python -m eval.studies.teachers --out runs/recipes --variants all  # all settings, in hours
+
+The same command goes on after an interruption.
 """
 
-import dataclasses
-import json
-import sys
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("eval.studies.teachers")
+
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-import tyro
-from jaxtyping import Bool, Float
-from PIL import Image
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from data.drawn.faces import wide_face
-from data.drawn.readings import readings_of
-from data.drawn.sketch import Face, draw
+from eval.judging import Judges, edited_images, face_judges, goal_of, judge, scores_of
 from eval.methods import drawn_answer
-from eval.metrics import essence_acquired, identity_kept, transfer_scores
-from eval.reader import load_reader
-from eval.recipe_charts import recipe_charts
-from predictor.report import make_folder, write_file
-from predictor.transfer import EssenceTransfer
-from targetclip.editing import render
-from targetclip.losses import consistency_loss
-from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
-from targetclip.optimize import Optimized, optimize_directions
-from targetclip.precision import in_bfloat16
+from eval.report import earlier_report, sheet, table
+from eval.sets import EvalSet, study_set
+from targetclip import command
+from targetclip.command import Precision, choose_precision, in_precision
+from targetclip.media.images import write_picture
+from targetclip.optimize import Optimized, Progress
 from targetclip.recipes import RECIPES, Recipe, stored_recipe
-from targetclip.sources import generated_sources
-from targetclip.seeds import BANK, seed_of
-from targetclip.world import load_parts, load_world
+from targetclip.scene import Scene
+from targetclip.seeds import BANK, VALIDATION_SOURCES, seed_of
+from targetclip.world import load_scene, load_world
 
-HELD_OUT_SEED = 1  # of the sources that judge, as in trainings
-TARGET_SEED = 2_000_003  # validation: not those of training, not those of the final evaluation
+MAX_IMAGES = 512  # rendered at once: all targets of a step
+DRAWN_ANSWER = "drawn answer"
+BASE = "consistent"
 
-
-# What is weighed for the `consistent` recipe, one change at a time.
+# What is weighed for the `consistent` recipe, one change at a time
 CHANGES: dict[str, dict[str, Any]] = {
     "start inversion": {"initial": "inversion"},
     "start random": {"initial": "random"},
@@ -89,17 +85,18 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def variants() -> dict[str, Recipe]:
-    """The named recipes, and `consistent` with one change each."""
-    base = RECIPES["consistent"]
-    changed = {name: dataclasses.replace(base, **change) for name, change in CHANGES.items()}
+    """Return the named recipes, and `consistent` with one change each."""
+    base = RECIPES[BASE]
+    changed = {name: replace(base, **change) for name, change in CHANGES.items()}
     return RECIPES | {name: recipe for name, recipe in changed.items() if recipe != base}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     out: Path
-    """Folder for report.json and one sheet of pictures a recipe."""
+    """Folder for the report, the sheets and the charts."""
     world: str = "sketch64"
+    """Name of a bundled world, or the path of a world's .toml file."""
     variants: Literal["named", "all"] = "named"
     """The named recipes, or variants of `consistent` as well."""
     only: tuple[str, ...] = ()
@@ -110,155 +107,143 @@ class Config:
     strengths: tuple[float, ...] = (0.6, 0.8, 1.0, 1.2)
     """How far along the direction to judge, besides 1."""
     twice: bool = True
-    """Run everything a second time, to see what two runs agree on."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the optimizer; scores are always in float32."""
+    """Run everything a second time, to measure what two runs agree on."""
+    precision: Precision | None = None
+    """Of the optimizer; scores are always in float32. Default: accelerate's, or else fp32."""
     max_steps: int | None = None
     """Cut every recipe to so many steps."""
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Targets:
-    """Target pictures and what they show."""
+def chosen_recipes(config: Config) -> dict[str, Recipe]:
+    """Return the recipes to run, by name.
 
-    pictures: list[Image.Image]
-    faces: list[Face]
-    readings: Float[Tensor, "targets outputs"]
-    seen: Bool[Tensor, "targets outputs"]
-
-
-def draw_targets(count: int) -> Targets:
-    """Every second one plain, the others in another style or with extras."""
-    triples = [wide_face(TARGET_SEED, i, styled=i % 2, extra=i % 2) for i in range(count)]
-    values, seen = zip(*(readings_of(face) for face, _, _ in triples), strict=True)
-    return Targets(
-        [draw(*triple) for triple in triples],
-        [face for face, _, _ in triples],
-        torch.from_numpy(np.stack(values)).float(),
-        torch.from_numpy(np.stack(seen)),
-    )
-
-
-def find_directions(
-    essence: EssenceTransfer, recipe: Recipe, targets: Targets, seed: int, half: bool
-) -> tuple[Optimized, float]:
-    """Directions of all targets at once, and seconds a target; other seeds have other sources."""
-    pictures = targets.pictures
-    embeddings = torch.stack([essence.embed_target(p, recipe) for p in pictures])
-    initial = torch.stack(
-        [essence.initial(p, recipe.initial, seed_of(seed, i)) for i, p in enumerate(pictures)]
-    )
-    bank = generated_sources(essence.generator, essence.truncation, BANK, seed_of("bank", seed))
-    seeds = [seed_of("recipes", seed, i) for i in range(len(pictures))]
-    start = time.perf_counter()
-    with in_bfloat16(bank.device) if half else nullcontext():
-        found = optimize_directions(
-            essence.generator,
-            essence.embedder,
-            embeddings,
-            bank,
-            recipe,
-            initial,
-            seeds,
-            max_images=512,
-            identity=essence.identity,
+    Raises:
+        ValueError: --only has an unknown name.
+    """
+    recipes = variants() if config.variants == "all" else RECIPES
+    if unknown := sorted(set(config.only) - recipes.keys()):
+        raise ValueError(
+            f"--only: expected names among {', '.join(recipes)}, found {', '.join(unknown)}"
         )
-    return found, (time.perf_counter() - start) / len(pictures)
+    chosen = {name: r for name, r in recipes.items() if not config.only or name in config.only}
+    if config.max_steps is None:
+        return chosen
+    most = config.max_steps
+    return {name: replace(r, steps=min(r.steps, most)) for name, r in chosen.items()}
 
 
-def scores_of(
-    essence: EssenceTransfer,
-    targets: Targets,
+# Searching and judging
+
+
+def search(
+    scene: Scene, recipe: Recipe, targets: EvalSet, seed: int, precision: Precision
+) -> tuple[Optimized, float]:
+    """Find the directions of all targets at once; another seed has other sources and starts.
+
+    Returns:
+        What the optimizer found, and its seconds a target.
+    """
+    pictures, count = targets.pictures, len(targets)
+    embeddings = scene.embed_targets(pictures, recipe)
+    initial = scene.initial(pictures, recipe.initial, [seed_of(seed, i) for i in range(count)])
+    bank = scene.sources(BANK, seed_of("bank", seed))
+    seeds = [seed_of("recipes", seed, i) for i in range(count)]
+    start = time.perf_counter()
+    with (
+        in_precision(scene.device, precision),
+        tqdm(total=recipe.steps, desc="optimizer", unit="step", leave=False) as bar,
+    ):
+
+        def on_step(progress: Progress) -> None:
+            bar.update()
+
+        optimized = scene.search(embeddings, recipe, initial, seeds, bank=bank, on_step=on_step)
+    return optimized, (time.perf_counter() - start) / count
+
+
+def mean_scores(
+    judges: Judges,
+    targets: EvalSet,
     before: Float[Tensor, "sources 3 height width"],
-    edited: Float[Tensor, "targets sources 3 height width"],
+    edited: Iterable[Float[Tensor, "sources 3 height width"]],
 ) -> dict[str, float]:
-    """Means over the targets, of images before and after an edit."""
-    embedder, reader = essence.embedder, load_reader()
-    judged = embedder.embed_pictures(targets.pictures)
-    shape = edited.shape[:2]
-    with torch.no_grad():
-        embedded = embedder.embed_images(edited.flatten(0, 1)).unflatten(0, shape)
-        unedited = embedder.embed_images(before).expand(len(edited), -1, -1)
-        read = reader(edited.flatten(0, 1).clamp(-1, 1)).unflatten(0, shape)
-        read_before = reader(before.clamp(-1, 1))
-    plain = torch.arange(len(edited)) % 2 == 0
-    transfer = transfer_scores(embedded, judged).mean(dim=1)
-    acquired = essence_acquired(read, read_before, targets.readings, targets.seen)
-    return {
-        "transfer": float(transfer.mean()),
-        "transfer_in_range": float(transfer[plain].mean()),
-        "transfer_out_of_range": float(transfer[~plain].mean()),
-        "consistency": float((1 - consistency_loss(unedited, embedded, "unit")).mean()),
-        "essence_in_range": float(acquired[plain].mean()),
-        "essence_out_of_range": float(acquired[~plain].mean()),
-        "identity": float(identity_kept(read, read_before).mean()),
+    """Judge edited sources, a target at a time, and return means over the targets."""
+    judged = judge(judges, before, edited)
+    scores = scores_of(judged, judges.look(before), goal_of(judges, targets))
+    transfer, essence = scores["transfer"], scores["essence"]
+    means = {
+        "transfer": transfer,
+        "transfer_in_range": transfer[::2],  # as study_set has them
+        "transfer_out_of_range": transfer[1::2],
+        "consistency": scores["consistency"],
+        "essence_in_range": essence[::2],
+        "essence_out_of_range": essence[1::2],
+        "identity": scores["identity"],
     }
+    return {name: float(values.mean()) for name, values in means.items()}
 
 
-def judge(
-    essence: EssenceTransfer,
-    targets: Targets,
+def direction_scores(
+    judges: Judges,
+    targets: EvalSet,
     sources: Float[Tensor, "sources num_ws w_dim"],
-    edits: Float[Tensor, "targets num_ws w_dim"],
+    directions: Float[Tensor, "targets num_ws w_dim"],
+    strength: float = 1.0,
 ) -> dict[str, float]:
-    """Scores of edits on sources that no direction was optimized on."""
-    before = render(essence.generator, sources)
-    edited = render(essence.generator, (sources[None] + edits[:, None]).flatten(0, 1))
-    return scores_of(essence, targets, before, edited.unflatten(0, (len(edits), len(sources))))
+    """Judge directions on sources that none of them was optimized on."""
+    edited = edited_images(judges, sources, directions, strength)
+    return mean_scores(judges, targets, judges.scene.render(sources), edited)
 
 
-def drawn_scores(essence: EssenceTransfer, targets: Targets, count: int) -> dict[str, float]:
-    """Scores of the right answer, which no direction can reach."""
-    before, edited = drawn_answer(targets.faces, essence.generator.z_dim, count, HELD_OUT_SEED)
-    return scores_of(essence, targets, before, edited)
+def drawn_scores(judges: Judges, targets: EvalSet, count: int) -> dict[str, float]:
+    """Judge the right answer, which no direction can reach, on so many drawn sources."""
+    if targets.truth is None:
+        raise ValueError("expected targets whose faces are known, found others")
+    z_dim = judges.scene.generator.z_dim
+    before, edited = drawn_answer(targets.truth.faces, z_dim, count, VALIDATION_SOURCES)
+    return mean_scores(judges, targets, before, edited)
 
 
 def run_recipe(
-    essence: EssenceTransfer, recipe: Recipe, targets: Targets, config: Config
+    scene: Scene,
+    judges: Judges,
+    recipe: Recipe,
+    targets: EvalSet,
+    config: Config,
+    precision: Precision,
 ) -> tuple[dict[str, Any], Float[Tensor, "targets num_ws w_dim"]]:
-    """Directions of all targets, and their scores on held-out sources."""
-    half = config.precision == "bf16"
-    found, seconds = find_directions(essence, recipe, targets, config.seed, half)
-    directions = found.directions
-    sources = essence.generated_sources(config.held_out, HELD_OUT_SEED)
+    """Find the directions of all targets, and judge them on held-out sources.
+
+    Returns:
+        What the report says of the recipe, and the directions.
+    """
+    optimized, seconds = search(scene, recipe, targets, config.seed, precision)
+    directions = optimized.directions
+    sources = scene.sources(config.held_out, VALIDATION_SOURCES)
     figures: dict[str, Any] = {
-        **judge(essence, targets, sources, directions),
-        "own_transfer": 1 - float(found.transfer.mean()),
+        **direction_scores(judges, targets, sources, directions),
+        "own_transfer": 1 - float(optimized.transfer.mean()),
         "norm": float(directions.flatten(1).norm(dim=1).mean()),
         "seconds_per_target": seconds,
         "by_strength": {
-            strength: judge(essence, targets, sources, strength * directions)
+            str(strength): direction_scores(judges, targets, sources, directions, strength)
             for strength in config.strengths
         },
     }
     if config.twice:
-        again, _ = find_directions(essence, recipe, targets, config.seed + 1, half)
-        scores = judge(essence, targets, sources, again.directions)
-        both = torch.stack([directions, again.directions]).flatten(2)
-        figures["agreement"] = float(F.cosine_similarity(both[0], both[1], dim=1).mean())
-        figures["again"] = scores
+        again = search(scene, recipe, targets, config.seed + 1, precision)[0].directions
+        agreement = F.cosine_similarity(directions.flatten(1), again.flatten(1), dim=1)
+        figures["agreement"] = float(agreement.mean())
+        figures["again"] = direction_scores(judges, targets, sources, again)
     return figures, directions
 
 
-def save_sheet(
-    essence: EssenceTransfer,
-    targets: Targets,
-    directions: Float[Tensor, "targets num_ws w_dim"],
-    path: Path,
-) -> None:
-    """The sources, then a row a target: the target itself, and sources with its essence."""
-    sources = essence.generated_sources(9, seed=1)
-    unedited = tensor_to_pictures(render(essence.generator, sources))
-    rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
-    for i, (picture, direction) in enumerate(zip(targets.pictures, directions, strict=True)):
-        edited = tensor_to_pictures(render(essence.generator, sources + direction))
-        rows[f"target {i} and sources with its essence"] = [picture, *edited]
-    labelled_grid(None, rows).save(path)
+# The report
 
 
-def table(report: dict[str, dict[str, Any]]) -> str:
-    """The report as a table in Markdown."""
+def report_table(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a row a setting, in Markdown."""
     columns = {
         "transfer": "transfer score",
         "transfer_out_of_range": "out of range",
@@ -270,101 +255,88 @@ def table(report: dict[str, dict[str, Any]]) -> str:
         "norm": "length",
         "seconds_per_target": "s a target",
     }
-    lines = [f"| setting | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
-    for name, figures in report.items():
-        cells = [f"{figures[key]:.3g}" if key in figures else "" for key in columns]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [name, *(f"{row[key]:.3g}" if key in row else "" for key in columns)]
+        for name, row in figures.items()
+    ]
+    return "\n".join(table(["setting", *columns.values()], rows))
 
 
-def chosen_recipes(config: Config) -> dict[str, Recipe]:
-    """The recipes to run, by name; a ValueError for a name there is not."""
-    recipes = variants() if config.variants == "all" else RECIPES
-    if unknown := sorted(set(config.only) - recipes.keys()):
-        raise ValueError(
-            f"--only: expected names among {', '.join(recipes)}, found {', '.join(unknown)}"
-        )
-    chosen = {name: r for name, r in recipes.items() if not config.only or name in config.only}
-    if config.max_steps is None:
-        return chosen
-    cut = config.max_steps
-    return {n: dataclasses.replace(r, steps=min(r.steps, cut)) for n, r in chosen.items()}
+def family_of(name: str) -> str:
+    """Return what a setting changes: "sources" of "4 fixed sources", "decay" of "decay 0"."""
+    words = name.split()
+    return words[-1].rstrip("s") + "s" if words[0].isdigit() else words[0]
 
 
-def open_report(path: Path, config: Config) -> dict[str, Any]:
-    """What an earlier run of the same comparison found; a ValueError if it was of another one."""
-    same = {
-        name: getattr(config, name)
-        for name in ("world", "targets", "held_out", "strengths", "precision", "seed")
-    }
-    same = json.loads(json.dumps(same))
-    if not path.exists():
-        return {"comparison": same}
-    report: dict[str, Any] = json.loads(path.read_text())
-    if report.get("comparison") != same:
-        raise ValueError(
-            f"--out: {str(path)!r} is of another comparison: expected {same}, found "
-            f"{report.get('comparison')}; give the same options, or another folder"
-        )
+def families(names: Sequence[str]) -> dict[str, list[str]]:
+    """Group settings that change the same thing, at least two together, each group with BASE."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if name != BASE:
+            groups.setdefault(family_of(name), []).append(name)
+    return {family: [BASE, *group] for family, group in groups.items() if len(group) > 1}
+
+
+def write_charts(figures: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Draw a chart for each family of settings, if BASE was run: a line a setting.
+
+    A line has the setting's strengths, from little essence and much identity to the opposite.
+    """
+    from matplotlib.figure import Figure
+
+    swept = {name: row["by_strength"] for name, row in figures.items() if "by_strength" in row}
+    for family, names in families(list(swept)).items() if BASE in swept else ():
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        axes = figure.add_subplot(xlabel="identity kept", ylabel="essence acquired")
+        axes.set_title(f"Essence and identity by strength: {family}")
+        for name in names:
+            rows = [row for _, row in sorted(swept[name].items(), key=lambda item: float(item[0]))]
+            identity = [row["identity"] for row in rows]
+            essence = [row["essence_in_range"] for row in rows]
+            axes.plot(identity, essence, marker="o", label=name)
+        figure.legend(loc="outside right upper")
+        figure.savefig(out / f"chart_{family}.png")
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run what the report lacks, write it after every recipe, and return it.
+
+    Raises:
+        ValueError: an unknown recipe, a recipe that lacks a part of the world, or a report of
+            other options.
+        OSError: files that cannot be read or written.
+    """
+    recipes, precision = chosen_recipes(config), choose_precision(config.precision)
+    path = config.out / "report.json"
+    names = ("world", "targets", "held_out", "strengths", "seed")
+    comparison = {name: getattr(config, name) for name in names} | {"precision": precision}
+    report = earlier_report(path, comparison)
+    scene = load_scene(load_world(config.world), max_images=MAX_IMAGES)
+    judges, targets = face_judges(scene), study_set(config.targets)
+    for name in [name for name, recipe in recipes.items() if recipe.identity_weight]:
+        if scene.identity is None and name not in config.only:
+            del recipes[name]
+            print(f"left out: {name}: the world has no identity model", flush=True)
+    command.make_folder(config.out)
+    if DRAWN_ANSWER not in report:
+        report[DRAWN_ANSWER] = drawn_scores(judges, targets, config.held_out)
+        command.write_json(path, report)
+    for name, recipe in recipes.items():
+        # A recipe that has changed since is run again.
+        if name in report and stored_recipe(report[name]["settings"]) == recipe:
+            continue
+        figures, directions = run_recipe(scene, judges, recipe, targets, config, precision)
+        report[name] = {**figures, "settings": asdict(recipe)}
+        command.write_json(path, report)
+        shown = {key: value for key, value in figures.items() if isinstance(value, float)}
+        print(f"{name:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()), flush=True)
+        picture = sheet(scene, targets, directions)
+        write_picture(picture, config.out / f"{name.replace(' ', '_')}.png")
+    rows = {name: figures for name, figures in report.items() if name != "comparison"}
+    command.write_file(config.out / "report.md", report_table(rows))
+    write_charts(rows, config.out)
     return report
 
 
-def run(config: Config) -> None:
-    """Run what is missing in the report, and write it after every recipe.
-
-    Raises:
-        ValueError: an unknown recipe, or a report of other options.
-    """
-    recipes = chosen_recipes(config)
-    path = config.out / "report.json"
-    report = open_report(path, config)
-    world = load_world(config.world)
-    parts = load_parts(world, torch.get_default_device())
-    essence = EssenceTransfer(
-        parts.generator,
-        parts.embedder,
-        parts.inverter,
-        identity=parts.identity,
-        truncation=world.truncation,
-    )
-    for name in [name for name, recipe in recipes.items() if recipe.identity_weight]:
-        if parts.identity is None and name not in config.only:
-            del recipes[name]
-            print(f"left out: {name}: the world has no identity model", flush=True)
-    targets = draw_targets(config.targets)
-    make_folder(config.out)
-
-    def save() -> None:
-        write_file(path, (json.dumps(report, indent=2) + "\n").encode())
-
-    if "drawn answer" not in report:
-        report["drawn answer"] = drawn_scores(essence, targets, config.held_out)
-        save()
-    for name, recipe in recipes.items():
-        settings = dataclasses.asdict(recipe)
-        # An interrupted comparison goes on; a recipe that has changed since is run again.
-        if name in report and stored_recipe(report[name]["settings"]) == recipe:
-            continue
-        figures, directions = run_recipe(essence, recipe, targets, config)
-        report[name] = {**figures, "settings": settings}
-        save()
-        shown = {key: value for key, value in figures.items() if isinstance(value, float)}
-        print(f"{name:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()), flush=True)
-        save_sheet(essence, targets, directions, config.out / f"{name.replace(' ', '_')}.png")
-    found = {name: figures for name, figures in report.items() if name != "comparison"}
-    write_file(config.out / "report.md", table(found).encode())
-    for kind, picture in recipe_charts(found).items():
-        write_picture(picture, config.out / f"chart_{kind}.png")
-
-
 def main() -> None:
-    """Errors of input and of files are one line."""
-    try:
-        run(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m eval.studies.teachers")
