@@ -20,8 +20,7 @@ from tqdm import tqdm
 from predictor.options import Options, Transfer
 from predictor.report import Wanted, write_pictures
 from predictor.transfer import EssenceTransfer
-from targetclip.encoders.inversion import InversionConfig, OptimizingInverter
-from targetclip.encoders.inverter import LatentInverter
+from targetclip.encoders.inverter import InversionConfig, LatentInverter, OptimizingInverter
 from targetclip.media.alignment import align, check_quad, paste_back, quad_of
 from targetclip.media.faces import Face, FaceFinder
 from targetclip.media.images import read_picture, tensor_to_pictures
@@ -185,7 +184,12 @@ def searching_inverter(essence: EssenceTransfer, steps: int) -> LatentInverter:
 
             config = InversionConfig(steps=steps)
             search = OptimizingInverter(
-                essence.generator, essence.embedder, first, config, at_once, on_step
+                generator=essence.generator,
+                embedder=essence.embedder,
+                first=first,
+                config=config,
+                at_once=at_once,
+                on_step=on_step,
             )
             return search(images)
 

@@ -1,17 +1,16 @@
-"""From images to embeddings: what the project asks of an image encoder, and CLIP through open_clip.
+"""From images to embeddings: the interface of an image encoder, and CLIP through open_clip.
 
-Knows how an image in [-1, 1] becomes what an encoder wants to see, in two named ways:
+Knows two ways to turn an image in [-1, 1] into the input of an encoder:
 
-- `consistent`: what the encoder was trained on (antialiased resize, its own mean and std), so a
+- `consistent`: as in the encoder's training (antialiased resize, its own mean and std), so that a
   generated image and the same picture read from disk have the same embedding;
-- `release`: what the released TargetCLIP code shows to CLIP (averages of blocks, values left in
-  [-1, 1], no mean and std), to reproduce its numbers.
+- `release`: as in the released TargetCLIP code (averages of blocks, values left in [-1, 1], no mean
+  and std), to reproduce its numbers.
 
-Knows nothing of generators, directions or losses. Embeddings are raw, as the encoder gives them.
+Knows nothing of generators, directions or losses. Embeddings are raw: not of unit length.
 """
 
 import difflib
-import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Sequence
@@ -26,40 +25,45 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from targetclip.command import one_line
 from targetclip.recipes import Preprocess
+from targetclip.weights import digest_of_weights
+from targetclip.world_files import HUB, LOCAL_DIR, WEIGHT_SUFFIXES
 
 Resize = Literal["area", "bilinear", "bicubic"]
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy")
-LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
+SIGNED = (0.5, 0.5, 0.5)  # as mean and std: values stay in [-1, 1]
 
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """What an image encoder wants to see: square size in px, and numbers for values in [0, 1]."""
+    """The input of an image encoder: square, normalised."""
 
     size: int
+    """Side in px."""
     mean: tuple[float, ...]
+    """Of each colour, in [0, 1]."""
     std: tuple[float, ...]
     interpolation: Literal["bilinear", "bicubic"]
 
 
 @runtime_checkable
 class EmbedsImages(Protocol):
-    """What a loss asks of a network that looks at images, NCHW in [-1, 1]."""
+    """The interface that losses need of a network. Images are NCHW in [-1, 1]."""
 
     def embed_images(
         self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
     ) -> Float[Tensor, "batch embed"]:
-        """Differentiable in `images`."""
+        """Embed square images of any size, differentiably."""
 
 
 @runtime_checkable
 class ImageEmbedder(EmbedsImages, Protocol):
-    """What the project asks of an image encoder. Images are NCHW in [-1, 1], embeddings raw."""
+    """The interface of an image encoder. Images are NCHW in [-1, 1], embeddings raw."""
 
     @property
-    def embed_dim(self) -> int: ...
+    def embed_dim(self) -> int:
+        """Length of an embedding."""
 
     @property
     def image_size(self) -> int:
@@ -70,17 +74,16 @@ class ImageEmbedder(EmbedsImages, Protocol):
         """SHA-256 of weights and preprocessing: embeddings compare within one embedder only."""
 
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "batch embed"]:
-        """Embed RGB pictures as the encoder's own library would. No gradient."""
+        """Embed RGB pictures, preprocessed by the encoder's own library. No gradient."""
 
 
 def area_matrix(in_size: int, out_size: int) -> Float[Tensor, "{out_size} {in_size}"]:
-    """Row i holds which part of output pixel i each input pixel covers.
+    """Return the map whose row i holds the part of output pixel i that each input pixel covers.
 
-    For sizes that are multiples of 32 this is a nearest-neighbour enlargement by out_size/32
-    followed by an average pool of in_size/32, without the image in between; other sizes, for
-    which those two steps do not exist, follow by the same definition.
+    For sizes that are multiples of 32 this equals the release's nearest-neighbour enlargement by
+    out_size/32 and average pool of in_size/32, without the image in between.
     """
-    # In units in which an input pixel is out_size long and an output pixel in_size long, all
+    # An input pixel is taken as out_size long and an output pixel as in_size long, so that all
     # borders are whole numbers.
     out_start = torch.arange(out_size)[:, None] * in_size
     in_start = torch.arange(in_size)[None, :] * out_size
@@ -93,18 +96,17 @@ def area_matrix(in_size: int, out_size: int) -> Float[Tensor, "{out_size} {in_si
 def resize_matrix(
     resize: Resize, in_size: int, out_size: int, device: torch.device, dtype: torch.dtype
 ) -> Float[Tensor, "{out_size} {in_size}"]:
-    """The linear map of one axis. Resizing is `rows @ image @ columns.T`.
+    """Return the linear map of one axis. Resizing is `rows @ image @ columns.T`.
 
-    Two products are quick, deterministic in their gradient on every device, and never build an
-    enlarged image.
+    Two products are quick, have a deterministic gradient on every device, and build no enlarged
+    image.
     """
-    # A tensor first made under inference_mode could not take part in a gradient later.
+    # The matrix is cached: made under inference_mode, it could not take part in a gradient later.
     with torch.inference_mode(False), torch.no_grad():
         if resize == "area":
             matrix = area_matrix(in_size, out_size)
         else:
-            # One resized axis of the identity is the matrix; the other axis keeps its size, where
-            # both filters are the identity.
+            # Resizing one axis of the identity matrix gives the map; the other axis keeps its size.
             identity = torch.eye(in_size, dtype=torch.float64)[None, None]
             matrix = F.interpolate(
                 identity, (out_size, in_size), mode=resize, antialias=True, align_corners=False
@@ -113,11 +115,13 @@ def resize_matrix(
 
 
 def preprocess_images(
-    images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess, wanted: EncoderInput
+    images: Float[Tensor, "batch 3 height width"],
+    preprocess: Preprocess,
+    encoder_input: EncoderInput,
 ) -> Float[Tensor, "batch 3 size size"]:
     """Turn images in [-1, 1] into the encoder's input, differentiably (see the module docstring).
 
-    Values are neither clamped nor rounded to 8 bits, so the gradient lives everywhere.
+    Values are neither clamped nor rounded to 8 bits, so that every pixel has a gradient.
 
     Raises:
         ValueError: the images are not square, or `preprocess` is unknown.
@@ -128,37 +132,33 @@ def preprocess_images(
             f"expected square images, found {height} x {width}; crop them first "
             "(targetclip.media.images.center_square)"
         )
-    if preprocess == "release":
-        resize: Resize = "area"
-    elif preprocess == "consistent":
-        resize = wanted.interpolation
-    else:
+    if preprocess not in ("release", "consistent"):
         raise ValueError(f"preprocess must be 'release' or 'consistent', found {preprocess!r}")
-    matrix = resize_matrix(resize, height, wanted.size, images.device, images.dtype)
+    resize: Resize = "area" if preprocess == "release" else encoder_input.interpolation
+    matrix = resize_matrix(resize, height, encoder_input.size, images.device, images.dtype)
     resized = matrix @ images @ matrix.T
     if preprocess == "release":
         return resized
-    mean = images.new_tensor(wanted.mean).view(3, 1, 1)
-    std = images.new_tensor(wanted.std).view(3, 1, 1)
+    mean = images.new_tensor(encoder_input.mean).view(3, 1, 1)
+    std = images.new_tensor(encoder_input.std).view(3, 1, 1)
     return (resized * 0.5 + 0.5 - mean) / std
 
 
 def near(name: str, names: Sequence[str]) -> str:
-    """The part of an error message that helps with a misspelt name."""
+    """Return the names most like a misspelt one, for a message."""
     matches = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     return ", ".join(matches or names[:5])
 
 
 def model_identifier(name: str | Path) -> str:
-    """What open_clip calls the model: a built-in name, `local-dir:PATH` or `hf-hub:ORG/NAME`."""
+    """Return open_clip's identifier: a built-in name, `local-dir:PATH` or `hf-hub:ORG/NAME`."""
     import open_clip
 
-    text = str(name)
+    text, models = str(name), open_clip.list_models()
     if isinstance(name, str):
         if text.startswith(HUB):
             return text
-        builtin = text.replace("/", "-")
-        if builtin in open_clip.list_models():
+        if (builtin := text.replace("/", "-")) in models:
             return builtin
     folder = Path(text.removeprefix(LOCAL_DIR))
     if not folder.is_dir():
@@ -166,7 +166,7 @@ def model_identifier(name: str | Path) -> str:
             raise FileNotFoundError(f"no CLIP folder at {str(folder)!r}; check the path")
         raise ValueError(
             f"no CLIP model {name!r}: open_clip has no such name and there is no such folder; "
-            f"near names: {near(builtin, open_clip.list_models())}"
+            f"near names: {near(builtin, models)}"
         )
     if not (folder / "open_clip_config.json").is_file():
         raise FileNotFoundError(
@@ -181,7 +181,7 @@ def model_identifier(name: str | Path) -> str:
 
 
 def check_weights_file(path: Path, quick_gelu: bool) -> None:
-    """Refuse what open_clip would load wrongly without a word, or not at all."""
+    """Refuse a file that open_clip would load wrongly without an error, or not at all."""
     if not path.is_file():
         raise FileNotFoundError(f"no CLIP weights at {str(path)!r}; check the path")
     if zipfile.is_zipfile(path):
@@ -191,8 +191,8 @@ def check_weights_file(path: Path, quick_gelu: bool) -> None:
                     f"{str(path)!r} is a TorchScript program, as OpenAI published CLIP, and would "
                     "have to be run; use the tag 'openai', or save its state_dict as safetensors"
                 )
-    # Weights do not tell their activation; a wrong one spoils embeddings silently. Files of the
-    # hub's cache keep their repository in a folder's name.
+    # A file does not state its activation, and a wrong one spoils embeddings without an error.
+    # In the hub's cache the repository is in the name of a folder.
     hints = [part for part in path.parts if part.startswith("models--")] + [path.name]
     if not quick_gelu and any("openai" in hint.lower() for hint in hints):
         raise ValueError(
@@ -202,7 +202,7 @@ def check_weights_file(path: Path, quick_gelu: bool) -> None:
 
 
 def resolve_weights(name: str, pretrained: str | Path | None) -> tuple[str, bool]:
-    """The tag or file of weights for a built-in model, and whether to force QuickGELU on."""
+    """Return the tag or file of weights of a built-in model, and whether to force QuickGELU."""
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -211,8 +211,7 @@ def resolve_weights(name: str, pretrained: str | Path | None) -> tuple[str, bool
             f"{name!r} needs weights (random ones are never used); give a file or one of its tags: "
             f"{', '.join(tags) or 'none known'}"
         )
-    config = open_clip.get_model_config(name)
-    quick_gelu = bool(config.get("quick_gelu", False))
+    quick_gelu = bool(open_clip.get_model_config(name).get("quick_gelu", False))
     if isinstance(pretrained, str):
         tag = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
         if tag:
@@ -230,17 +229,17 @@ def resolve_weights(name: str, pretrained: str | Path | None) -> tuple[str, bool
 
 
 def put_tokens_first(clip: nn.Module) -> None:
-    """Have open_clip's transformers work on [tokens, batch, width]; results stay the same.
+    """Make open_clip's transformers work on [tokens, batch, width]; results stay the same.
 
-    Given [batch, tokens, width], their attention turns it into a view of [tokens, batch, width],
-    and a linear layer with a frozen weight multiplies such a view token by token, with a copy of
-    the weight for each: a third of a step of the optimizer in bfloat16 on a CPU.
+    Given [batch, tokens, width], their attention makes a view of [tokens, batch, width]. A linear
+    layer with a frozen weight multiplies such a view token by token, and copies the weight each
+    time: a third of a step of the optimizer in bfloat16 on a CPU.
     """
     from open_clip.transformer import ResidualAttentionBlock, Transformer
 
     transformer: Any
     for transformer in clip.modules():
-        # Exactly these two: their subclasses and other blocks know only one order.
+        # Exactly these two classes: their subclasses and other blocks know only one order.
         if type(transformer) is Transformer and all(
             type(block) is ResidualAttentionBlock for block in transformer.resblocks
         ):
@@ -255,31 +254,35 @@ class ClipEmbedder(nn.Module):
     def __init__(
         self,
         clip: nn.Module,
-        wanted: EncoderInput,
+        encoder_input: EncoderInput,
         transform: Callable[[Image.Image], Tensor],
         tokenizer: Callable[[list[str]], Tensor],
         config: dict[str, Any],
     ) -> None:
-        """Use `load`. `config` is open_clip's model config, with the activation really in use."""
+        """Use `load`. `config` is open_clip's model config, with the activation in use."""
         super().__init__()
         put_tokens_first(clip)
         self.clip: Any = clip.float().requires_grad_(False)
         self.eval()
-        self.wanted = wanted
+        self.input = encoder_input
         self.transform = transform
         self.tokenizer = tokenizer
         self.config = config
         self.embed_dim: int = config["embed_dim"]
-        self.image_size = wanted.size
+        self.image_size = encoder_input.size
 
     @classmethod
     def load(cls, name: str | Path, pretrained: str | Path | None = None) -> "ClipEmbedder":
         """Load any model of open_clip, never with random weights.
 
-        `name` is a built-in name ("ViT-B-32", then `pretrained` is a tag such as "openai" or a
-        weights file), a folder holding `open_clip_config.json` and `open_clip_model.safetensors`
-        (also written "local-dir:PATH"), or "hf-hub:ORG/NAME". Tags trained with QuickGELU get it;
-        for a file say so by the name ("ViT-B-32-quickgelu"). Tags and hub names download once.
+        Tags and hub names download once.
+
+        Args:
+            name: a built-in name such as "ViT-B-32", "hf-hub:ORG/NAME", or a folder with
+                `open_clip_config.json` and `open_clip_model.safetensors` (also "local-dir:PATH").
+                Tags trained with QuickGELU get it; for a file, choose it by the name
+                ("ViT-B-32-quickgelu").
+            pretrained: weights of a built-in model: a tag such as "openai", or a file.
 
         Raises:
             FileNotFoundError: no such folder or file.
@@ -290,16 +293,15 @@ class ClipEmbedder(nn.Module):
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         identifier = model_identifier(name)
-        built_in = not identifier.startswith((LOCAL_DIR, HUB))
-        if not built_in and pretrained is not None:
+        weights, force_quick_gelu = None, False
+        if not identifier.startswith((LOCAL_DIR, HUB)):
+            weights, force_quick_gelu = resolve_weights(identifier, pretrained)
+        elif pretrained is not None:
             raise ValueError(
-                f"{identifier!r} brings its own weights, found pretrained={str(pretrained)!r} as "
+                f"{identifier!r} has its own weights, found pretrained={str(pretrained)!r} as "
                 "well; drop one of the two"
             )
-        weights, force_quick_gelu = None, False
-        if built_in:
-            weights, force_quick_gelu = resolve_weights(identifier, pretrained)
-        what = f"{identifier!r}" + (f" with weights {weights!r}" if weights else "")
+        model = f"{identifier!r}" + (f" with weights {weights!r}" if weights else "")
         try:
             clip = open_clip.create_model(
                 identifier, weights, force_quick_gelu=force_quick_gelu, require_pretrained=True
@@ -307,27 +309,26 @@ class ClipEmbedder(nn.Module):
             config = open_clip.get_model_config(identifier)
             tokenizer = open_clip.get_tokenizer(identifier)
         except Exception as error:  # a foreign file or a failed download raises nearly anything
-            reason = " ".join(str(error).split())[:300]
             raise ValueError(
-                f"could not load CLIP {what}: {reason}; check that the weights fit the model, or "
-                "the connection if they had to be downloaded"
+                f"could not load CLIP {model}: {one_line(error)[:300]}; check that the weights fit "
+                "the model, or the connection if they had to be downloaded"
             ) from error
         if not all(tensor.isfinite().all() for tensor in clip.parameters()):
-            raise ValueError(f"the weights of CLIP {what} hold NaN or infinity; get them again")
+            raise ValueError(f"the weights of CLIP {model} hold NaN or infinity; get them again")
         numbers = PreprocessCfg(**clip.visual.preprocess_cfg)
         height, width = numbers.input_size[1:]
         if height != width:
-            raise ValueError(f"CLIP {what} sees {height} x {width} px; only square input is known")
-        wanted = EncoderInput(
+            raise ValueError(f"CLIP {model} takes {height} x {width} px: only square input works")
+        encoder_input = EncoderInput(
             size=height,
-            mean=tuple(float(value) for value in numbers.mean),
-            std=tuple(float(value) for value in numbers.std),
-            # as open_clip's own transform reads it: everything but bilinear is bicubic
+            mean=tuple(map(float, numbers.mean)),
+            std=tuple(map(float, numbers.std)),
+            # As open_clip's own transform: everything but bilinear is bicubic.
             interpolation="bilinear" if numbers.interpolation == "bilinear" else "bicubic",
         )
         transform = image_transform_v2(numbers, is_train=False)
         config["quick_gelu"] = force_quick_gelu or bool(config.get("quick_gelu", False))
-        return cls(clip, wanted, transform, tokenizer, config)
+        return cls(clip, encoder_input, transform, tokenizer, config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -335,33 +336,30 @@ class ClipEmbedder(nn.Module):
 
         Computed once; do not change weights after reading it.
         """
-        numbers = json.dumps([self.config, asdict(self.wanted)], sort_keys=True)
-        digest = hashlib.sha256(numbers.encode())
-        for name, tensor in sorted(self.clip.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        header = json.dumps([self.config, asdict(self.input)], sort_keys=True)
+        return digest_of_weights(header, self.clip.state_dict())
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         parameter: Tensor = next(self.clip.parameters())
         return parameter.device
 
     def embed_images(
         self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
     ) -> Float[Tensor, "batch embed"]:
-        """Embed square images in [-1, 1] of any size, differentiably; raw embeddings.
+        """Embed square images in [-1, 1] of any size, differentiably.
 
         Raises:
             ValueError: the images are not square, or `preprocess` is unknown.
         """
-        inputs = preprocess_images(images.float(), preprocess, self.wanted)
+        inputs = preprocess_images(images.float(), preprocess, self.input)
         embeddings: Tensor = self.clip.encode_image(inputs, normalize=False)
         return embeddings
 
     @torch.no_grad()
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "batch embed"]:
-        """Embed RGB pictures through open_clip's own preprocessing; raw embeddings.
+        """Embed RGB pictures, preprocessed by open_clip.
 
         Raises:
             ValueError: no picture, or one that is not RGB.
@@ -378,7 +376,7 @@ class ClipEmbedder(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch embed"]:
-        """Embed texts, cut at the model's context length; raw embeddings.
+        """Embed texts, cut at the model's context length.
 
         Raises:
             ValueError: no text.

@@ -164,7 +164,7 @@ def embedder_file(texts: dict[str, str], path: Path, facts: Facts) -> WorldFile:
     if pretrained is not None:
         weights = place(path, pretrained)
         if weights.is_file() or Path(pretrained).suffix in WEIGHT_SUFFIXES:
-            return WorldFile("embedder", pretrained, weights, facts)
+            return WorldFile(role="embedder", name=pretrained, path=weights, facts=facts)
     folder = place(path, name.removeprefix(LOCAL_DIR))
     if folder.is_dir() or (pretrained is None and not name.startswith(HUB)):
         if facts.hub or facts.sha256 or isinstance(facts.size, int):
@@ -172,9 +172,9 @@ def embedder_file(texts: dict[str, str], path: Path, facts: Facts) -> WorldFile:
                 f"{path}: files.embedder: {name!r} is a folder: leave out hub, sha256 and a size "
                 "in bytes"
             )
-        return WorldFile("embedder", name, folder, facts, folder=True)
+        return WorldFile(role="embedder", name=name, path=folder, facts=facts, folder=True)
     shown = name if pretrained is None else f"{name} ({pretrained})"
-    return WorldFile("embedder", shown, None, facts)
+    return WorldFile(role="embedder", name=shown, path=None, facts=facts)
 
 
 def read_files(
@@ -196,7 +196,9 @@ def read_files(
         if role == "embedder":
             files[role] = embedder_file(texts, path, facts)
         elif role in texts:
-            files[role] = WorldFile(role, texts[role], place(path, texts[role]), facts)
+            files[role] = WorldFile(
+                role=role, name=texts[role], path=place(path, texts[role]), facts=facts
+            )
     return files
 
 

@@ -13,6 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+# Of the names that open_clip gives to models and weights
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy")
+LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
+
 HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+):(\w[^:\s]*)")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -20,7 +24,7 @@ State = Literal["there", "missing", "wrong size", "wrong hash", "left to open_cl
 READY: tuple[State, ...] = ("there", "left to open_clip")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a world file says of one of its files, in its table [files.ROLE]."""
 
@@ -36,7 +40,7 @@ class Facts:
     licence: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorldFile:
     """One file that a world needs."""
 

@@ -52,9 +52,18 @@ def tiny_world(clip_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("tiny_world")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        generator = StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8)))
+        generator = StyleGAN2(
+            StyleGAN2Config(resolution=16, w_dim=8, z_dim=8, mapping_layers=2, channels=(8, 8, 8))
+        )
         inverter = Inverter(
-            InverterConfig(16, generator.num_ws, 8, generator.fingerprint, (8, 8), 16)
+            InverterConfig(
+                resolution=16,
+                num_ws=generator.num_ws,
+                w_dim=8,
+                generator=generator.fingerprint,
+                channels=(8, 8),
+                hidden=16,
+            )
         )
     save_safetensors(generator, folder / "generator.safetensors")
     save_inverter(inverter, folder / "inverter.safetensors")

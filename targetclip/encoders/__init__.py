@@ -1,1 +1,1 @@
-"""Encoders: pictures to latents, to identity features, to a second judge's embeddings."""
+"""Networks that read pictures: latents, identity features, a second judge's embeddings."""

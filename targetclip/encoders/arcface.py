@@ -1,10 +1,9 @@
-"""Who is on a photograph: ArcFace with the IR-SE50 body, from its public checkpoint.
+"""ArcFace, the identity model of photographs, with the IR-SE50 body and its public checkpoint.
 
 Knows the network (Deng et al. 2019), how aligned FFHQ-like faces are cropped for it, and the
-layout of `model_ir_se50.pth`. Nothing here finds a face: pictures must be aligned as FFHQ's are.
+layout of `model_ir_se50.pth`. Pictures must be aligned as FFHQ's are; nothing here finds a face.
 """
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 
@@ -13,18 +12,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from targetclip.embedder import EncoderInput, preprocess_images
+from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
 from targetclip.encoders.irse import COUNTER, STAGES, IrSe50, fill, read_checkpoint
+from targetclip.weights import digest_of_weights
 
 EXPECTED = "ArcFace's IR-SE50 weights, a state dict as in model_ir_se50.pth"
 SIZE, FACE, FEATURES = 256, 112, 512
 ROWS, COLUMNS = slice(35, 223), slice(32, 220)  # the face in a picture of 256 px
-HALF = (0.5, 0.5, 0.5)  # values stay in [-1, 1]
-WANTED = EncoderInput(SIZE, HALF, HALF, "bilinear")
+INPUT = EncoderInput(SIZE, SIGNED, SIGNED, "bilinear")
 
 
 def aligned_face(images: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch 3 112 112"]:
-    """The faces of square pictures of any size, as the release shows them to the network.
+    """Cut the faces out of square pictures of any size, as the release does.
 
     Larger pictures are averaged down to 256 px as there; smaller ones, which the release does not
     know, are enlarged bilinearly. Raises ValueError for pictures that are not square.
@@ -33,7 +32,7 @@ def aligned_face(images: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch 3
     if height == width > SIZE:
         images = F.adaptive_avg_pool2d(images, SIZE)
     elif (height, width) != (SIZE, SIZE):
-        images = preprocess_images(images, "consistent", WANTED)  # refuses what is not square
+        images = preprocess_images(images, "consistent", INPUT)  # refuses what is not square
     return F.adaptive_avg_pool2d(images[:, :, ROWS, COLUMNS], FACE)
 
 
@@ -54,22 +53,18 @@ class ArcFace(IrSe50):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights. Computed once; do not change weights after reading it."""
-        digest = hashlib.sha256(EXPECTED.encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            if not name.endswith(COUNTER):
-                digest.update(name.encode())
-                digest.update(tensor.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        weights = {k: t for k, t in self.state_dict().items() if not k.endswith(COUNTER)}
+        return digest_of_weights(EXPECTED, weights)
 
     def forward(self, faces: Float[Tensor, "batch 3 112 112"]) -> Float[Tensor, "batch features"]:
-        """Features of any length, before they are made unit."""
+        """Return features of any length, before normalization."""
         features: Tensor = self.output_layer(self.stages(faces)[-1])
         return features
 
     def embed_images(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch features"]:
-        """Unit vectors of square images in [-1, 1] of any size, differentiably.
+        """Return unit vectors of square images in [-1, 1] of any size, differentiably.
 
         Raises:
             ValueError: the images are not square.

@@ -1,10 +1,9 @@
-"""BLIP as a judge: what its image encoder makes of pictures, through transformers.
+"""BLIP's image encoder, through transformers: a second judge of essence.
 
-A second opinion on essence, of a network that no edit was optimized for, as in the paper's
-evaluation. Knows one network; nothing of edits. Needs the extra `blip`.
+No edit is optimized for this network, as in the paper's evaluation. Knows nothing of edits. Needs
+the extra `blip`.
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from targetclip.embedder import EncoderInput, preprocess_images
 from targetclip.recipes import Preprocess
+from targetclip.weights import digest_of_weights
 
 
 class BlipEmbedder(nn.Module):
@@ -23,13 +23,13 @@ class BlipEmbedder(nn.Module):
 
     vision: Any
 
-    def __init__(self, vision: nn.Module, processor: Any, wanted: EncoderInput) -> None:
+    def __init__(self, vision: nn.Module, processor: Any, encoder_input: EncoderInput) -> None:
         """Use `load`."""
         super().__init__()
         self.vision = vision.requires_grad_(False).float().eval()
         self.processor = processor
-        self.wanted = wanted
-        self.image_size = wanted.size
+        self.input = encoder_input
+        self.image_size = encoder_input.size
         self.embed_dim = int(self.vision.config.hidden_size)
 
     @classmethod
@@ -51,7 +51,7 @@ class BlipEmbedder(nn.Module):
         try:
             # Weights that are not in the file are drawn at random, with a warning alone.
             reader: Any = transformers.BlipForImageTextRetrieval
-            blip, told = reader.from_pretrained(name, output_loading_info=True)
+            blip, report = reader.from_pretrained(name, output_loading_info=True)
             processor = transformers.BlipImageProcessor.from_pretrained(name)
         except Exception as error:  # a foreign folder or a failed download raises nearly anything
             reason = " ".join(str(error).split())[:300]
@@ -59,7 +59,7 @@ class BlipEmbedder(nn.Module):
                 f"could not load BLIP {name!r}: {reason}; give a folder or a repository of the Hub "
                 "with a model for retrieval, such as Salesforce/blip-itm-base-coco"
             ) from error
-        keys = [*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])]
+        keys = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
         if missing := sorted(key for key in keys if key.startswith("vision_model.")):
             raise ValueError(
                 f"BLIP {name!r}: expected the weights of its image encoder, found {len(missing)} "
@@ -74,28 +74,19 @@ class BlipEmbedder(nn.Module):
                 f"BLIP {name!r}: expected a preprocessing that resizes to {size} x {size} px, "
                 f"bicubic, found {dict(processor.size)} and resampling {processor.resample}"
             )
-        wanted = EncoderInput(
-            size=size,
-            mean=tuple(processor.image_mean),
-            std=tuple(processor.image_std),
-            interpolation="bicubic",
-        )
-        return cls(vision, processor, wanted)
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        return cls(vision, processor, EncoderInput(size, mean, std, "bicubic"))
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the preprocessing and every weight."""
-        digest = hashlib.sha256(repr(self.wanted).encode())
-        for name, tensor in sorted(self.vision.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of_weights(repr(self.input), self.vision.state_dict())
 
     def class_token(
         self, inputs: Float[Tensor, "batch 3 size size"]
     ) -> Float[Tensor, "batch embed"]:
-        """What the encoder says of preprocessed images as a whole, normalised once."""
-        # Its pooled output is normalised once more than BLIP's own code does.
+        """Return the class token of preprocessed images, normalised once."""
+        # The pooled output would be normalised once more than in BLIP's own code.
         token: Tensor = self.vision(pixel_values=inputs).last_hidden_state[:, 0]
         return token
 
@@ -107,11 +98,11 @@ class BlipEmbedder(nn.Module):
         Raises:
             ValueError: the images are not square, or `preprocess` is unknown.
         """
-        return self.class_token(preprocess_images(images.float(), preprocess, self.wanted))
+        return self.class_token(preprocess_images(images.float(), preprocess, self.input))
 
     @torch.no_grad()
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "batch embed"]:
         """Embed RGB pictures through transformers' own preprocessing; raw embeddings."""
         device = next(self.vision.parameters()).device
-        seen = self.processor(list(pictures), return_tensors="pt")["pixel_values"]
-        return self.class_token(seen.to(device))
+        inputs = self.processor(list(pictures), return_tensors="pt")["pixel_values"]
+        return self.class_token(inputs.to(device))

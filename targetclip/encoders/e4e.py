@@ -1,9 +1,9 @@
-"""Faces back to latents of a large StyleGAN2: e4e, from its public checkpoint.
+"""e4e, the inverter of photographs of faces, with its public checkpoint.
 
 Knows the network of "Designing an Encoder for StyleGAN Image Manipulation" (Tov et al. 2021) at
 its last stage, and the layout of `e4e_ffhq_encode.pt`. Pictures must be aligned as e4e's training
 pictures were; nothing here finds a face. The file does not say which generator it inverts: only
-the number and length of the w vectors can be held against one.
+the number and length of the w vectors can be checked.
 """
 
 import argparse
@@ -15,19 +15,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from targetclip.embedder import EncoderInput, preprocess_images
+from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
 from targetclip.encoders.irse import STAGES, IrSe50, counted, fill, read_checkpoint
 from targetclip.generators.stylegan2 import EqualizedLinear
 
 EXPECTED = 'an e4e checkpoint {"state_dict": {"encoder...": ...}, "latent_avg": ...}'
 SIZE = 256
-HALF = (0.5, 0.5, 0.5)  # values stay in [-1, 1]
-WANTED = EncoderInput(SIZE, HALF, HALF, "bilinear")
-COARSE, MIDDLE = 3, 7  # heads before these read the coarsest features, the middle ones
+INPUT = EncoderInput(SIZE, SIGNED, SIGNED, "bilinear")
+COARSE, MIDDLE = 3, 7  # heads 0 to 2 read the coarsest features, 3 to 6 the middle ones
 
 
 class StyleHead(nn.Module):
-    """Square features to one w vector: convolutions that halve the size down to a pixel."""
+    """Square features to one w vector, by convolutions that halve the size down to a pixel."""
 
     def __init__(self, channels: int, w_dim: int, halvings: int) -> None:
         super().__init__()
@@ -48,13 +47,13 @@ class StyleHead(nn.Module):
 def added(
     coarse: Float[Tensor, "batch channels _ _"], fine: Float[Tensor, "batch channels height width"]
 ) -> Float[Tensor, "batch channels height width"]:
-    """The sum of two levels of the pyramid, at the size of the finer one."""
+    """Return the sum of two levels of the pyramid, at the size of the finer one."""
     size = list(fine.shape[-2:])
     return fine + F.interpolate(coarse, size, mode="bilinear", align_corners=True)
 
 
 class Encoder4Editing(IrSe50):
-    """Images of 256 px to W+ offsets: the first head's w for all layers, plus a delta for each."""
+    """Images of 256 px to W+ offsets: the first head's w, plus a delta for each later layer."""
 
     def __init__(self, num_ws: int, w_dim: int) -> None:
         super().__init__()
@@ -95,12 +94,12 @@ class E4eInverter(nn.Module):
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch num_ws w_dim"]:
-        offsets: Tensor = self.encoder(preprocess_images(images, "consistent", WANTED))
+        offsets: Tensor = self.encoder(preprocess_images(images, "consistent", INPUT))
         return offsets + self.latent_avg
 
 
 def average_of(latent_avg: object, num_ws: int, w_dim: int) -> Float[Tensor, "num_ws w_dim"]:
-    """The average latent of a file that stores it as [w_dim], [1, w_dim] or [num_ws, w_dim]."""
+    """Return the average latent, stored as [w_dim], [1, w_dim] or [num_ws, w_dim]."""
     if not isinstance(latent_avg, Tensor) or not latent_avg.is_floating_point():
         raise ValueError(f"expected {EXPECTED}, found latent_avg of {type(latent_avg).__name__}")
     if list(latent_avg.shape) not in ([w_dim], [1, w_dim], [num_ws, w_dim]):
@@ -114,7 +113,7 @@ def average_of(latent_avg: object, num_ws: int, w_dim: int) -> Float[Tensor, "nu
 
 
 def inverter_of(checkpoint: object, num_ws: int, w_dim: int) -> E4eInverter:
-    """The inverter in what a checkpoint file holds; its decoder and options are left aside."""
+    """Return the inverter of a loaded checkpoint; its decoder and options are ignored."""
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(checkpoint, dict) or not isinstance(state, dict):
         keys = counted(set(map(str, checkpoint)) if isinstance(checkpoint, dict) else set())
@@ -144,7 +143,7 @@ def inverter_of(checkpoint: object, num_ws: int, w_dim: int) -> E4eInverter:
 def load_e4e(path: str | Path, num_ws: int, w_dim: int) -> E4eInverter:
     """Read the public checkpoint of e4e, for a generator with `num_ws` w vectors of `w_dim`.
 
-    On the CPU in float32, frozen. No code in the file is run.
+    The network is on the CPU in float32, frozen. No code in the file is run.
 
     Raises:
         FileNotFoundError: no such file.

@@ -1,10 +1,9 @@
-"""Who is on a picture: embeddings whose cosine says whether two images show the same person.
+"""Identity: embeddings whose cosine tells whether two images show the same person.
 
-Knows what the project asks of such a model, one small network for drawn faces, and its file. For
-photographs the same is asked of ArcFace. Knows nothing of generators, edits or what a face is.
+Knows the interface of an identity model, one small network for drawn faces, and its file. For
+photographs ArcFace has the same interface. Knows nothing of generators, edits or faces.
 """
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,21 +12,21 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from targetclip.embedder import EmbedsImages, EncoderInput, preprocess_images
-from targetclip.encoders.inverter import PictureEncoder
+from targetclip.embedder import SIGNED, EmbedsImages, EncoderInput, preprocess_images
+from targetclip.encoders.inverter import PictureEncoder, stored_config
 from targetclip.recipes import Preprocess
+from targetclip.weights import digest_of_weights, load_weights, read_tensors, save_half
 
 FORMAT = "targetclip-identity/1"
+MAKE = "make one with python -m train.drawn.identity"
 
 
 @runtime_checkable
 class IdentityModel(Protocol):
-    """What the project asks of an identity model. Images are NCHW in [-1, 1]."""
+    """The interface of an identity model. Images are NCHW in [-1, 1]."""
 
     @property
     def fingerprint(self) -> str:
@@ -36,7 +35,7 @@ class IdentityModel(Protocol):
     def embed_images(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch features"]:
-        """Unit vectors of square images of any size; a cosine of 1 says the same person."""
+        """Return unit vectors of square images of any size; a cosine of 1 is the same person."""
 
 
 @torch.no_grad()
@@ -45,7 +44,7 @@ def identity_similarity(
     before: Float[Tensor, "images 3 _ _"],
     after: Float[Tensor, "others 3 _ _"],
 ) -> Float[Tensor, " images"]:
-    """How alike the people of two batches are, row by row: cosines, 1 the same. No gradient.
+    """Compare the people of two batches, row by row: cosines, 1 for the same. No gradient.
 
     Images are in [-1, 1]; the batches may differ in size in px.
 
@@ -61,7 +60,7 @@ def identity_similarity(
 
 @dataclass(frozen=True)
 class EmbedderWithIdentity:
-    """An embedder and an identity model that look at the same renderings, made once."""
+    """An embedder and an identity model in one, so that both use the same rendering."""
 
     embedder: EmbedsImages
     identity: IdentityModel
@@ -69,18 +68,18 @@ class EmbedderWithIdentity:
     def embed_images(
         self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
     ) -> Float[Tensor, "batch both"]:
-        """The embedder's numbers, then the identity model's; differentiable."""
-        seen = self.embedder.embed_images(images, preprocess)
-        return torch.cat([seen.float(), self.identity.embed_images(images).float()], dim=1)
+        """Return the embedding, then the identity features; differentiable."""
+        embeddings = self.embedder.embed_images(images, preprocess)
+        return torch.cat([embeddings.float(), self.identity.embed_images(images).float()], dim=1)
 
 
 def feature_model(
     embedder: EmbedsImages, identity: IdentityModel | None, identity_weight: float
 ) -> EmbedsImages:
-    """What a search looks through: an embedder, beside an identity model where that has a weight.
+    """Return the embedder, joined with the identity model if the identity loss has a weight.
 
     Raises:
-        ValueError: it has a weight, and there is none.
+        ValueError: the loss has a weight, and there is no identity model.
     """
     if not identity_weight:
         return embedder
@@ -104,7 +103,7 @@ class IdentityConfig:
 
 
 class SketchIdentity(nn.Module):
-    """Who is on a drawn face: images to features of mean 0, compared by their cosine."""
+    """Images of drawn faces to features of mean 0 that tell people apart by their cosine."""
 
     def __init__(self, config: IdentityConfig) -> None:
         super().__init__()
@@ -112,43 +111,36 @@ class SketchIdentity(nn.Module):
         self.encoder = PictureEncoder(
             config.resolution, config.channels, config.hidden, config.features
         )
-        half = (0.5, 0.5, 0.5)  # values stay in [-1, 1]
-        self.wanted = EncoderInput(config.resolution, half, half, "bicubic")
+        self.input = EncoderInput(config.resolution, SIGNED, SIGNED, "bicubic")
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of sizes and weights. Computed once; do not change weights after reading it."""
-        digest = hashlib.sha256(repr(self.config).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of_weights(repr(self.config), self.state_dict())
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch features"]:
-        """Features of images of the network's own size, which training compares with the truth."""
+        """Return features of images of the network's own size, as training compares them."""
         features: Tensor = self.encoder(images)
         return features
 
     def embed_images(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch features"]:
-        """Unit vectors of square images in [-1, 1] of any size, differentiably.
+        """Return unit vectors of square images in [-1, 1] of any size, differentiably.
 
         Raises:
             ValueError: the images are not square.
         """
-        resized = preprocess_images(images.float(), "consistent", self.wanted)
-        # Trained to mean 0 over all people, so two of them are as often unlike as alike.
+        resized = preprocess_images(images.float(), "consistent", self.input)
+        # Features are trained to mean 0 over all people, so cosines of strangers are around 0.
         return F.normalize(self(resized), dim=1)
 
 
 def save_identity(identity: SketchIdentity, path: Path) -> None:
     """Write a model as one safetensors file, weights in half precision, config in metadata."""
-    half = {name: t.detach().half().contiguous() for name, t in identity.state_dict().items()}
-    metadata = {"format": FORMAT, "config": json.dumps(asdict(identity.config))}
-    save_file(half, path, metadata)
+    save_half(path, identity, {"format": FORMAT, "config": json.dumps(asdict(identity.config))})
 
 
 def load_identity(path: str | Path) -> SketchIdentity:
@@ -159,31 +151,7 @@ def load_identity(path: str | Path) -> SketchIdentity:
         ValueError: not an identity file, or a damaged one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such identity file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, found {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: expected format {FORMAT}, found {metadata.get('format')}: "
-            "make one with python -m train.drawn.identity"
-        )
-    try:
-        stored = json.loads(metadata["config"])
-        config = IdentityConfig(**{**stored, "channels": tuple(stored["channels"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the config is damaged ({error}): get the file again") from error
-    identity = SketchIdentity(config)
-    try:
-        identity.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path}: the weights do not fit the config: get the file again"
-        ) from error
-    if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise ValueError(f"{path}: the weights hold NaN or infinity: get the file again")
+    metadata, state = read_tensors(path, "identity", [FORMAT], MAKE)
+    identity = SketchIdentity(stored_config(IdentityConfig, metadata, path))
+    load_weights(identity, state, path)
     return identity.eval().requires_grad_(False)

@@ -1,9 +1,8 @@
 """The improved residual network of 50 layers with squeeze and excitation (IR-SE50), and its files.
 
-ArcFace and e4e stand on this body. Knows its layers (Deng et al. 2019; squeeze and excitation: Hu
-et al. 2018) under the names of the public checkpoints, and how such a file fills a network. Knows
-nothing of faces, latents or what a picture must look like. Errors do not name the file: the
-loaders of the two networks do.
+The body of ArcFace and of e4e. Knows its layers (Deng et al. 2019; squeeze and excitation: Hu et
+al. 2018) under the names of the public checkpoints, and how such a file fills a network. Knows
+nothing of faces or latents. Errors do not name the file: the loaders of the two networks do.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 
 STAGES = ((64, 3), (128, 4), (256, 14), (512, 3))  # channels and blocks
 SQUEEZE = 16
-COUNTER = "num_batches_tracked"  # of batch norm: training alone reads it, old files lack it
+COUNTER = "num_batches_tracked"  # of batch norm: only training reads it, and old files lack it
 
 
 class SqueezeExcitation(nn.Module):
-    """Weigh every channel by what its mean over the picture says."""
+    """Scale every channel by a weight computed from the means of all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -36,7 +35,7 @@ class SqueezeExcitation(nn.Module):
 
 
 class Block(nn.Module):
-    """Normalize, convolve, bend, convolve with a stride, normalize, weigh; plus a shortcut."""
+    """Normalize, convolve, PReLU, convolve with a stride, normalize, scale; plus a shortcut."""
 
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -64,7 +63,7 @@ class Block(nn.Module):
 
 
 class IrSe50(nn.Module):
-    """The body: four stages, each of which halves the size with its first block."""
+    """The body: four stages, the first block of which halves the size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +81,7 @@ class IrSe50(nn.Module):
     def stages(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> list[Float[Tensor, "batch _ _ _"]]:
-        """What every stage gives: 64, 128, 256, 512 channels at 1/2, 1/4, 1/8, 1/16 of the size."""
+        """Return what the stages output: 64, 128, 256, 512 channels at 1/2, 1/4, 1/8, 1/16 size."""
         x = self.input_layer(images)
         blocks, outputs = iter(self.body), []
         for _, count in STAGES:
@@ -93,9 +92,14 @@ class IrSe50(nn.Module):
 
 
 def read_checkpoint(path: Path, expected: str, allowed: Sequence[Callable[..., Any]] = ()) -> Any:
-    """What a file of torch.save holds; `allowed` are harmless classes it may name beside tensors.
+    """Load a file of torch.save without running code from it.
 
-    Raises ValueError, which says what was `expected`, for any other file.
+    Args:
+        expected: what the file should be, for messages.
+        allowed: harmless classes that the file may name beside tensors.
+
+    Raises:
+        ValueError: a damaged file, or one that asks to run code.
     """
     with path.open("rb") as file:
         try:
@@ -109,16 +113,17 @@ def read_checkpoint(path: Path, expected: str, allowed: Sequence[Callable[..., A
 
 
 def counted(names: set[str]) -> str:
-    """How many names, and the first."""
+    """Return the number of names, and the first, for a message."""
     return f"{len(names)} (first {min(names)})" if names else "none"
 
 
 def fill(network: nn.Module, state: Mapping[str, object], expected: str) -> None:
     """Give a network, made on the meta device, the weights of a checkpoint, and freeze it.
 
-    In float32 and eval mode. The network keeps the tensors themselves: a checkpoint of a gigabyte
-    is in memory once. Raises ValueError for a missing or unexpected key, another shape, and a value
-    that is not finite.
+    The network is then in float32 and eval mode. It keeps the tensors of `state` without a copy.
+
+    Raises:
+        ValueError: a missing or unexpected key, another shape, or a value that is not finite.
     """
     own = {name: t for name, t in network.state_dict().items() if not name.endswith(COUNTER)}
     given = {name: value for name, value in state.items() if not name.endswith(COUNTER)}
@@ -129,14 +134,14 @@ def fill(network: nn.Module, state: Mapping[str, object], expected: str) -> None
             f"unexpected {counted(unexpected)}"
         )
     weights = {name: torch.tensor(0) for name in network.state_dict() if name.endswith(COUNTER)}
-    for name, wanted in own.items():
+    for name, tensor in own.items():
         value = given[name]
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"expected {name} to be a tensor of floats, found {found}")
-        if value.shape != wanted.shape:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"expected {name} to be a tensor of floats, found {kind}")
+        if value.shape != tensor.shape:
             raise ValueError(
-                f"expected {name} of shape {list(wanted.shape)}, found {list(value.shape)}"
+                f"expected {name} of shape {list(tensor.shape)}, found {list(value.shape)}"
             )
         if not value.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity: get the file again")

@@ -28,7 +28,7 @@ SQRT2 = math.sqrt(2.0)
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows, even and odd columns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StyleGAN2Config:
     """Sizes of one network, all of them readable off the shapes in a checkpoint.
 

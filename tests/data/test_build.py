@@ -328,7 +328,12 @@ def test_another_generator_is_refused_by_name(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         save_safetensors(
-            StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8))), tmp_path / "other.safetensors"
+            StyleGAN2(
+                StyleGAN2Config(
+                    resolution=16, w_dim=8, z_dim=8, mapping_layers=2, channels=(8, 8, 8)
+                )
+            ),
+            tmp_path / "other.safetensors",
         )
     lines = tiny_world.read_text().splitlines()
     kept = [line for line in lines if not line.startswith(("generator", "inverter"))]

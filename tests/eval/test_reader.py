@@ -74,7 +74,14 @@ def test_a_reader_of_other_attributes_or_another_network_is_refused(
         assert "not a reader" in error_of(path)
     save_file(dict(list(state.items())[1:]), path, {"format": FORMAT, "readings": NAMES})
     assert "weights do not fit" in error_of(path)
-    save_inverter(Inverter(InverterConfig(16, 6, 8, "a" * 64, (8,), 8)), path)
+    save_inverter(
+        Inverter(
+            InverterConfig(
+                resolution=16, num_ws=6, w_dim=8, generator="a" * 64, channels=(8,), hidden=8
+            )
+        ),
+        path,
+    )
     assert "not a reader" in error_of(path)
 
 

@@ -739,7 +739,9 @@ def test_a_direction_of_another_generator_is_refused_and_earlier_results_stay(
     capsys.readouterr()
     earlier = hashes(tmp_path / "out")
     with torch.random.fork_rng(devices=[]):
-        other = StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8)))
+        other = StyleGAN2(
+            StyleGAN2Config(resolution=16, w_dim=8, z_dim=8, mapping_layers=2, channels=(8, 8, 8))
+        )
     path = tmp_path / "other.safetensors"
     path.write_bytes(direction_bytes(torch.zeros(6, 8), other, {}))
     assert run("transfer", "--direction", path) == 1

@@ -317,7 +317,7 @@ def test_ctrl_c_while_photos_are_inverted_leaves_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("targetclip.encoders.inversion.invert_by_optimization", interrupted)
+    monkeypatch.setattr("targetclip.encoders.inverter.invert_by_optimization", interrupted)
     assert run("transfer", "--sources", faces[1], "--invert-steps", 5) == cli.INTERRUPTED
     assert not list((tmp_path / "out").iterdir())
 

@@ -60,7 +60,9 @@ def write_world(folder: Path) -> None:
             if parameter.ndim > 1:
                 parameter.mul_(4)
     save_file(clip.state_dict(), folder / "clip/open_clip_model.safetensors")
-    generator = StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8)))
+    generator = StyleGAN2(
+        StyleGAN2Config(resolution=16, w_dim=8, z_dim=8, mapping_layers=2, channels=(8, 8, 8))
+    )
     save_safetensors(generator, folder / "generator.safetensors")
     (folder / "world.toml").write_text(WORLD)
 

@@ -37,7 +37,11 @@ def generator(seed: int = 0, resolution: int = 16) -> StyleGAN2:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         widths = {16: (4, 4, 4), 32: (4, 4, 4, 4)}[resolution]
-        return StyleGAN2(StyleGAN2Config(resolution, 8, 8, 1, widths))
+        return StyleGAN2(
+            StyleGAN2Config(
+                resolution=resolution, w_dim=8, z_dim=8, mapping_layers=1, channels=widths
+            )
+        )
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:

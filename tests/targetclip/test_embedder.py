@@ -303,7 +303,7 @@ def test_missing_folders_configs_and_files_are_named(clip_dir: Path, tmp_path: P
     assert "open_clip_config.json" in message_of(tmp_path)
     assert "check the path" in message_of("ViT-B-32", tmp_path / "none.safetensors")
     assert "check the path" in message_of("ViT-B-32", "none.pt")
-    assert "brings its own weights" in message_of(clip_dir, "openai")
+    assert "has its own weights" in message_of(clip_dir, "openai")
 
 
 def test_weights_that_do_not_fit_are_cut_or_hold_nan_are_refused(
@@ -382,7 +382,7 @@ def test_a_loaded_openai_tag_really_runs_quickgelu(tiny_model: tuple[str, Path])
     openai, laion = ClipEmbedder.load(name, "openai"), ClipEmbedder.load(name, "laion")
     assert activations(openai) == {"QuickGELU"} and activations(laion) == {"GELU"}
     assert openai.fingerprint != laion.fingerprint
-    assert openai.wanted.mean == (0.4, 0.5, 0.6)
+    assert openai.input.mean == (0.4, 0.5, 0.6)
 
     by_name = ClipEmbedder.load("tiny-quickgelu", weights)
     images = smooth_images(2, 64)

@@ -42,7 +42,16 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = PARITY) -> N
 def tiny_network(conv_clamp: float | None = None, resolution: int = 16) -> StyleGAN2:
     """Random weights, every one of them set, so that nothing can be dropped unnoticed."""
     widths = (12, 8, 6, 5)[: int(np.log2(resolution)) - 1]
-    network = StyleGAN2(StyleGAN2Config(resolution, 16, 10, 3, widths, conv_clamp))
+    network = StyleGAN2(
+        StyleGAN2Config(
+            resolution=resolution,
+            w_dim=16,
+            z_dim=10,
+            mapping_layers=3,
+            channels=widths,
+            conv_clamp=conv_clamp,
+        )
+    )
     random = torch.Generator().manual_seed(0)
     for name, tensor in network.state_dict().items():
         scale = 100.0 if "mapping_network.layers" in name else 1.0
@@ -144,7 +153,11 @@ def test_all_formats_of_one_network_give_the_same_image(small: StyleGAN2, tmp_pa
 def test_our_names_are_exactly_those_of_the_public_layout() -> None:
     expected = json.loads((FIXTURES / "rosinality_32.keys.json").read_text())
     with torch.device("meta"):
-        network = StyleGAN2(StyleGAN2Config(32, 512, 512, 8, (512,) * 4))
+        network = StyleGAN2(
+            StyleGAN2Config(
+                resolution=32, w_dim=512, z_dim=512, mapping_layers=8, channels=(512,) * 4
+            )
+        )
     found = {name: list(tensor.shape) for name, tensor in rosinality_state(network).items()}
     assert found == {**expected, "latent_avg": [512]}
 

@@ -28,7 +28,7 @@ Fetched = list[tuple[str, str, Path | None]]
 
 
 def file_at(path: Path | None, facts: Facts = FACTS, folder: bool = False) -> WorldFile:
-    return WorldFile("generator", "g.pt", path, facts, folder)
+    return WorldFile(role="generator", name="g.pt", path=path, facts=facts, folder=folder)
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Fe
 
 def test_facts_are_read_and_all_are_optional() -> None:
     table = {"page": PAGE, "url": PAGE + "/g.pt", "size": "about 3 GB", "sha256": SHA256}
-    assert parse_facts(table, "here") == Facts(PAGE, PAGE + "/g.pt", None, "about 3 GB", SHA256)
+    assert parse_facts(table, "here") == Facts(
+        page=PAGE, url=PAGE + "/g.pt", hub=None, size="about 3 GB", sha256=SHA256
+    )
     assert parse_facts({"hub": "a/b.c:d/e+f.pt"}, "here").hub == "a/b.c:d/e+f.pt"
     assert parse_facts({}, "here") == Facts()
 

@@ -177,7 +177,11 @@ def start_small(config: Config, sizes: StyleGAN2Config) -> StyleGAN2:
 def run(config: Config) -> None:
     torch.manual_seed(config.seed)
     sizes = StyleGAN2Config(
-        SIZE, config.w_dim, config.w_dim, config.mapping_layers, config.channels
+        resolution=SIZE,
+        w_dim=config.w_dim,
+        z_dim=config.w_dim,
+        mapping_layers=config.mapping_layers,
+        channels=config.channels,
     )
     if config.start is None:
         network = start_small(config, sizes)

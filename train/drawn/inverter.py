@@ -42,7 +42,10 @@ def run(config: Config) -> None:
     generator = load_generator(config.generator)
     inverter = Inverter(
         InverterConfig(
-            generator.resolution, generator.num_ws, generator.w_dim, generator.fingerprint
+            resolution=generator.resolution,
+            num_ws=generator.num_ws,
+            w_dim=generator.w_dim,
+            generator=generator.fingerprint,
         )
     )
     inverter.mean_w.copy_(generator.mean_w)

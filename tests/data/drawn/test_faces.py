@@ -69,7 +69,11 @@ def test_every_second_latent_mixes_groups_and_the_seed_decides() -> None:
 def test_each_group_of_layers_takes_its_own_w() -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        generator = StyleGAN2(StyleGAN2Config(64, 8, 40, 2, (4, 4, 4, 4, 4)))
+        generator = StyleGAN2(
+            StyleGAN2Config(
+                resolution=64, w_dim=8, z_dim=40, mapping_layers=2, channels=(4, 4, 4, 4, 4)
+            )
+        )
         z = random_z(2)
         ws = ws_from_z(generator, z)
         layers = {0: (0, 1, 2), 1: (3, 4, 5), 2: (6, 7, 8, 9)}

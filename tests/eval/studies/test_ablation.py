@@ -45,7 +45,11 @@ def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny64")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        generator = StyleGAN2(StyleGAN2Config(SIZE, 16, 16, 2, (8, 8, 8, 8, 8)))
+        generator = StyleGAN2(
+            StyleGAN2Config(
+                resolution=SIZE, w_dim=16, z_dim=16, mapping_layers=2, channels=(8, 8, 8, 8, 8)
+            )
+        )
     save_safetensors(generator, folder / "generator.safetensors")
     path = folder / "world.toml"
     path.write_text(tiny_world.read_text().replace('inverter = "inverter.safetensors"\n', ""))

@@ -49,9 +49,22 @@ def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny64")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        generator = StyleGAN2(StyleGAN2Config(SIZE, Z_DIM, Z_DIM, 2, (8, 8, 8, 8, 8)))
+        generator = StyleGAN2(
+            StyleGAN2Config(
+                resolution=SIZE,
+                w_dim=Z_DIM,
+                z_dim=Z_DIM,
+                mapping_layers=2,
+                channels=(8, 8, 8, 8, 8),
+            )
+        )
         config = InverterConfig(
-            SIZE, generator.num_ws, Z_DIM, generator.fingerprint, (8, 8, 8, 8), 16
+            resolution=SIZE,
+            num_ws=generator.num_ws,
+            w_dim=Z_DIM,
+            generator=generator.fingerprint,
+            channels=(8, 8, 8, 8),
+            hidden=16,
         )
         save_inverter(Inverter(config), folder / "inverter.safetensors")
         identity = SketchIdentity(IdentityConfig(SIZE, (8, 8, 8, 8), 16, 5))

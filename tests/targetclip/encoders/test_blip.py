@@ -16,7 +16,6 @@ from transformers import (
     BlipVisionConfig,
 )
 
-from eval.compare import load_judge
 from targetclip.embedder import ImageEmbedder
 from targetclip.encoders.blip import BlipEmbedder
 from targetclip.media.images import picture_to_tensor
@@ -59,12 +58,12 @@ def test_blip_is_an_embedder_that_tells_pictures_apart(folder: Path) -> None:
     blip = BlipEmbedder.load(str(folder))
     assert isinstance(blip, ImageEmbedder)
     assert (blip.embed_dim, blip.image_size) == (24, 48)
-    found = blip.embed_pictures([picture(0), picture(1)])
-    assert found.shape == (2, 24)
-    assert float(F.cosine_similarity(found[:1], found[1:])) < 0.95
+    embeddings = blip.embed_pictures([picture(0), picture(1)])
+    assert embeddings.shape == (2, 24)
+    assert float(F.cosine_similarity(embeddings[:1], embeddings[1:])) < 0.95
     again = BlipEmbedder.load(str(folder))
     assert again.fingerprint == blip.fingerprint
-    torch.testing.assert_close(again.embed_pictures([picture(0)]), found[:1])
+    torch.testing.assert_close(again.embed_pictures([picture(0)]), embeddings[:1])
 
 
 def test_a_picture_is_seen_alike_from_its_file_and_as_an_image(folder: Path) -> None:
@@ -112,6 +111,8 @@ def test_what_is_no_blip_is_refused(folder: Path, tmp_path: Path, damage: str) -
 
 
 def test_the_comparison_takes_blip_by_its_prefix(folder: Path, clip_dir: Path) -> None:
+    from eval.compare import load_judge
+
     assert isinstance(load_judge(f"blip:{folder}", None, CPU), BlipEmbedder)
     assert not isinstance(load_judge(str(clip_dir), None, CPU), BlipEmbedder)
     assert load_judge(None, None, CPU) is None

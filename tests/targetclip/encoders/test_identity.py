@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from targetclip.encoders.identity import (
     FORMAT,
+    EmbedderWithIdentity,
     IdentityConfig,
     IdentityModel,
-    EmbedderWithIdentity,
     SketchIdentity,
     feature_model,
     identity_similarity,
@@ -117,7 +117,10 @@ def test_side_by_side_are_the_embedders_numbers_and_then_the_identity_models() -
 
 def test_a_search_looks_at_people_only_where_that_has_a_weight() -> None:
     plain = Brightness()
-    assert feature_model(plain, MeanColour(), 0.0) is plain and feature_model(plain, None, 0.0) is plain
+    assert (
+        feature_model(plain, MeanColour(), 0.0) is plain
+        and feature_model(plain, None, 0.0) is plain
+    )
     assert isinstance(feature_model(plain, MeanColour(), 0.1), EmbedderWithIdentity)
     with pytest.raises(ValueError, match="needs an identity model, found none"):
         feature_model(plain, None, 0.1)

@@ -1,4 +1,4 @@
-"""The inverter's network and its file."""
+"""Inverters: the encoder, its file, and the search."""
 
 import json
 from collections.abc import Callable
@@ -12,13 +12,22 @@ from torch import Tensor
 
 from targetclip.encoders.inverter import (
     FORMAT,
+    InversionConfig,
     Inverter,
     InverterConfig,
+    LatentInverter,
+    OptimizingInverter,
+    invert_by_optimization,
     load_inverter,
+    pixel_loss,
     save_inverter,
 )
+from targetclip.scene import Scene
+from targetclip.world import load_scene, load_world
 
-CONFIG = InverterConfig(16, 6, 8, "a" * 64, (8, 16), 12)
+CONFIG = InverterConfig(
+    resolution=16, num_ws=6, w_dim=8, generator="a" * 64, channels=(8, 16), hidden=12
+)
 
 
 @pytest.fixture
@@ -137,3 +146,100 @@ def test_missing_cut_and_foreign_files_are_refused(inverter: Inverter, tmp_path:
     for content in (b"", whole[:100], whole[:-4], b"not safetensors at all"):
         path.write_bytes(content)
         assert "safetensors" in error_of(path)
+
+
+# The search
+
+SHORT = InversionConfig(steps=12, learning_rate=0.2)
+
+
+@pytest.fixture(scope="module")
+def scene(tiny_world: Path) -> Scene:
+    return load_scene(load_world(str(tiny_world)), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def renderings(scene: Scene) -> Tensor:
+    return scene.render(scene.latents([1, 2, 3]))
+
+
+def searching(
+    scene: Scene, config: InversionConfig, first: LatentInverter | None = None, at_once: int = 4
+) -> OptimizingInverter:
+    return OptimizingInverter(
+        generator=scene.generator,
+        embedder=scene.embedder,
+        first=first,
+        config=config,
+        at_once=at_once,
+    )
+
+
+def mean_start(scene: Scene, count: int) -> Tensor:
+    return scene.generator.mean_w.repeat(count, scene.generator.num_ws, 1)
+
+
+def test_latents_found_show_the_picture_better_than_the_start(
+    scene: Scene, renderings: Tensor
+) -> None:
+    start = mean_start(scene, 3)
+    steps: list[float] = []
+    ws = invert_by_optimization(
+        scene.generator, scene.embedder, renderings, start, SHORT, steps.append
+    )
+    before, after = (pixel_loss(scene.render(ws), renderings) for ws in (start, ws))
+    assert (after < 0.7 * before).all()
+    assert len(steps) == SHORT.steps and steps[-1] < steps[0]
+
+
+def test_a_batch_of_pictures_is_searched_as_each_alone(scene: Scene, renderings: Tensor) -> None:
+    together = searching(scene, SHORT, at_once=3)(renderings)
+    alone = searching(scene, SHORT, at_once=1)(renderings)
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_the_search_starts_where_the_first_inverter_says(scene: Scene, renderings: Tensor) -> None:
+    none = InversionConfig(steps=0)
+    inverter = searching(scene, none, first=scene.inverter)
+    assert isinstance(inverter, LatentInverter) and scene.inverter is not None
+    with torch.no_grad():  # as its callers have it
+        assert torch.equal(inverter(renderings), scene.inverter(renderings))
+
+
+def test_steps_that_lead_away_are_not_kept(scene: Scene, renderings: Tensor) -> None:
+    wild = InversionConfig(steps=3, learning_rate=1e4)
+    start = mean_start(scene, 3)
+    ws = invert_by_optimization(scene.generator, scene.embedder, renderings, start, wild)
+    assert torch.equal(ws, start)
+
+
+def test_a_prior_keeps_latents_near_the_start(scene: Scene, renderings: Tensor) -> None:
+    start = mean_start(scene, 3)
+    distances = [
+        (
+            invert_by_optimization(
+                scene.generator,
+                scene.embedder,
+                renderings,
+                start,
+                InversionConfig(steps=12, learning_rate=0.2, prior_weight=weight),
+            )
+            - start
+        ).norm()
+        for weight in (0.0, 100.0)
+    ]
+    assert distances[1] < 0.2 * distances[0]
+
+
+def test_a_loss_that_is_not_finite_is_an_error(scene: Scene, renderings: Tensor) -> None:
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+        invert_by_optimization(
+            scene.generator, scene.embedder, renderings * torch.nan, mean_start(scene, 3), SHORT
+        )
+
+
+def test_small_pictures_weigh_as_much_as_large_ones() -> None:
+    # A chequerboard of single pixels is grey at every smaller size.
+    board = (torch.arange(32)[:, None] + torch.arange(32)) % 2 * 2.0 - 1
+    images = board.expand(1, 3, 32, 32)
+    assert float(pixel_loss(images, torch.zeros_like(images))) == pytest.approx(0.5)

@@ -40,7 +40,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr("train.drawn.identity.GALLERY", 10)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        generator = StyleGAN2(StyleGAN2Config(64, 96, 96, 2, (8, 8, 8, 8, 8)))
+        generator = StyleGAN2(
+            StyleGAN2Config(
+                resolution=64, w_dim=96, z_dim=96, mapping_layers=2, channels=(8, 8, 8, 8, 8)
+            )
+        )
     path = tmp_path / "generator.safetensors"
     save_safetensors(generator, path)
     faces = faces_from_z(sample_z(24, 96, seed=0)).numpy()
