@@ -6,13 +6,18 @@
 Makes seeded weights in the layouts of the public checkpoints (2 GB), and runs the project's own
 commands on them, each in a process of its own, with its seconds and peak memory. Pictures come out
 as noise: this shows that such files are read and that everything fits together and into memory,
-nothing of quality. Writes report.json, report.md and log.txt (each command with what it said). The
-same command goes on after an interruption: what is done is not done again.
+nothing of quality. Writes report.json, report.md and log.txt (each command and its output). The
+same command goes on after an interruption: finished steps are not run again.
 
 `--memory` counts the bytes that a step of the optimizer keeps for its backward pass, and measures
 steps of 1, 2 and 4 sources, with layers kept and computed again. Runs on the processor; GiB are
 2**30 bytes.
 """
+
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("eval.studies.full_size")
 
 import argparse
 import dataclasses
@@ -27,7 +32,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,25 +41,23 @@ from typing import Any
 import open_clip
 import psutil  # type: ignore[import-untyped]
 import torch
-import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from eval.studies.benchmark import DTYPES, Precision, machine, peak_gigabytes, random_networks
-from eval.studies.benchmark import Config as Benchmark
-from predictor.report import make_folder, write_file
+from eval.report import machine, peak_bytes, table
+from eval.studies.networks import Sizes, random_networks
+from targetclip import command
+from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder, resize_matrix
 from targetclip.encoders.arcface import ArcFace
 from targetclip.encoders.e4e import Encoder4Editing
 from targetclip.generators.rosinality import rosinality_state
 from targetclip.generators.stylegan2 import StyledConv, StyleGAN2, StyleGAN2Config
 from targetclip.media.images import tensor_to_pictures, write_picture
-from targetclip.optimize import embed_latents, optimize_directions
-from targetclip.precision import in_bfloat16
 from targetclip.recipes import RECIPES
-from targetclip.scene import random_latents
+from targetclip.scene import Scene, random_latents
 
 GIB = 2**30
 CLIP = "ViT-B-32"
@@ -64,6 +67,7 @@ USABLE = 0.9  # of a card: the rest is the driver's and the convolutions' worksp
 MEASURED = (
     (1, 1, False), (2, 2, False), (4, 4, False), (4, 1, False), (1, 1, True), (4, 4, True),
 )  # fmt: skip
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 AGAIN = ", layers again"
 WORLD = """name = "full"
 generator = "stylegan2.pt"
@@ -74,7 +78,7 @@ aligner = "ffhq"
 recipe = "consistent"
 """
 
-# Each step but the first is a command, whose {out} is the folder. `consistent` embeds a bank of 256
+# Each step but the first is a command; {out} is the folder. `consistent` embeds a bank of 256
 # sources first, most of its time here; `release` starts from the target's inversion.
 STEPS = {
     "weights": "",
@@ -113,20 +117,19 @@ class Config:
 
 
 def network_sizes(config: Config) -> StyleGAN2Config:
-    """Those of config-f, if the width is 512."""
+    """Return the sizes of the generator: those of config-f, if the width is 512."""
     sides = [2**power for power in range(2, config.resolution.bit_length())]
-    channels = tuple(min(config.width, 32768 // side) for side in sides)
     return StyleGAN2Config(
         resolution=config.resolution,
         w_dim=config.width,
         z_dim=config.width,
         mapping_layers=8,
-        channels=channels,
+        channels=tuple(min(config.width, 32768 // side) for side in sides),
     )
 
 
 def check_config(config: Config) -> None:
-    """Raise a ValueError for a flag that cannot be."""
+    """Raise a ValueError for an option that cannot be."""
     if not 32 <= config.resolution <= 1024 or config.width < 1 or not 0 < config.limit < math.inf:
         raise ValueError(
             "expected --resolution of 32 to 1024, --width of 1 or more and --limit above 0, found "
@@ -135,8 +138,11 @@ def check_config(config: Config) -> None:
     network_sizes(config)
 
 
+# Weights
+
+
 def seeded_generator(config: Config) -> StyleGAN2:
-    """Fresh weights keep values in bounds; what training would have moved off zero is moved."""
+    """Make a generator whose images keep in bounds; what training moves off zero is moved."""
     generator = StyleGAN2(network_sizes(config)).eval().requires_grad_(False)
     for rgb in generator.to_rgbs:
         rgb.get_parameter("weight").mul_(0.3)  # levels add up, and pictures end at 1
@@ -148,7 +154,7 @@ def seeded_generator(config: Config) -> StyleGAN2:
 
 
 def seeded_body(network: nn.Module) -> dict[str, Tensor]:
-    """Weights that neither lose a picture over 50 layers nor blow it up."""
+    """Return weights that neither lose a picture over 50 layers nor blow it up."""
     for parameter in network.parameters():
         if parameter.ndim == 4:
             nn.init.kaiming_normal_(parameter, nonlinearity="linear")
@@ -156,7 +162,7 @@ def seeded_body(network: nn.Module) -> dict[str, Tensor]:
 
 
 def seeded_clip() -> dict[str, Tensor]:
-    """Fresh weights find all pictures alike; larger ones tell them apart."""
+    """Return weights that tell pictures apart: fresh ones are too small to."""
     clip = open_clip.CLIP(**open_clip.get_model_config(CLIP))
     for parameter in clip.visual.parameters():
         if parameter.ndim > 1:
@@ -167,7 +173,11 @@ def seeded_clip() -> dict[str, Tensor]:
 
 @torch.no_grad()
 def make_weights(config: Config) -> float:
-    """Weights, two pictures as if aligned, and last the world; GiB that this process has held."""
+    """Write weights, two pictures as if aligned, and last the world file.
+
+    Returns:
+        The most GiB that this process held.
+    """
     folder = config.out / "weights"
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
@@ -192,22 +202,32 @@ def make_weights(config: Config) -> float:
     named = [CLIP, f"{CLIP}.safetensors"] if config.clip is None else [str(config.clip.absolute())]
     pairs = zip(("embedder", "pretrained"), map(json.dumps, named), strict=False)
     embedder = "\n".join(f"{key} = {value}" for key, value in pairs)
-    write_file(folder / "world.toml", WORLD.format(embedder=embedder).encode())
-    return peak_gigabytes() * 1e9 / GIB
+    command.write_file(folder / "world.toml", WORLD.format(embedder=embedder))
+    return peak_bytes() / GIB
+
+
+# Steps
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own: what one held at most does not go down again."""
+    """Call a function in a process of its own: the peak memory of one never falls again.
+
+    Raises:
+        ChildProcessError: the process was killed.
+    """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:  # says so if the process is killed
-        return pool.submit(function, *arguments).result()
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(f"{function.__name__}: its process was killed") from error
 
 
 def run_command(words: list[str], log: Path) -> float:
-    """Run Python with some arguments; the GiB that it has held at most.
+    """Run Python with some arguments, and return the most GiB that it held.
 
     Raises:
-        RuntimeError: it failed; the message has its last line.
+        ChildProcessError: it failed; the message has the last line of its output.
     """
     with log.open("ab") as file:
         file.write(f"\n$ python {shlex.join(words)}\n".encode())
@@ -217,15 +237,22 @@ def run_command(words: list[str], log: Path) -> float:
             process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         last = log.read_text(errors="replace").splitlines()[-1]
-        raise RuntimeError(f"{words[1]} ended with code {process.returncode}, see {log}: {last}")
+        raise ChildProcessError(
+            f"{words[1]} ended with code {process.returncode}, see {log}: {last}"
+        )
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
-def run_steps(config: Config, report: dict[str, Any]) -> None:
+Alone = Callable[..., Any]
+Command = Callable[[list[str], Path], float]
+
+
+def run_steps(config: Config, report: dict[str, Any], run_command: Command, alone: Alone) -> None:
     """Do every step that is not done, and add it to the report.
 
     Raises:
-        RuntimeError: a step failed, or held more than the limit.
+        ChildProcessError: a step failed.
+        ValueError: a step held more than the limit.
     """
     done, out = report.setdefault("steps", {}), config.out
     for name, text in STEPS.items():
@@ -241,41 +268,49 @@ def run_steps(config: Config, report: dict[str, Any]) -> None:
             write_reports(out, report)
             print(f"{name}: {done[name]['seconds']:.1f} s, {peak:.2f} GiB", flush=True)
         if (peak := done[name]["peak_gib"]) > config.limit:
-            raise RuntimeError(
+            raise ValueError(
                 f"step {name}: expected {config.limit:g} GiB at most, found a peak of {peak:.2f}"
             )
 
 
+# Memory
+
+
 def networks(config: Config) -> tuple[StyleGAN2, ClipEmbedder]:
-    """Generator and embedder with random weights."""
-    clip = CLIP if config.clip is None else f"local-dir:{config.clip}"
-    channels, side = network_sizes(config).channels, config.resolution
+    """Make generator and embedder with random weights."""
     return random_networks(
-        Benchmark(resolution=side, channels=channels, w_dim=config.width, clip=clip)
+        Sizes(
+            resolution=config.resolution,
+            channels=network_sizes(config).channels,
+            w_dim=config.width,
+            clip=CLIP if config.clip is None else f"local-dir:{config.clip}",
+        )
     )
 
 
 def measured(
     config: Config, precision: Precision, sources: int, at_once: int, again: bool
 ) -> dict[str, float]:
-    """GiB of this process before a step of `release`, and at most."""
-    generator, embedder = pair = networks(config)
+    """Return the GiB of this process before a step of `release`, the most GiB, and seconds."""
+    generator, embedder = networks(config)
     generator.checkpoint_layers = again
+    scene = Scene(generator=generator, embedder=embedder, max_images=at_once)
     recipe = dataclasses.replace(RECIPES["release"], steps=1, sources=sources)
     ws, target = random_latents(generator, range(sources)), torch.ones(1, embedder.embed_dim)
     before, start = psutil.Process().memory_info().rss / GIB, time.perf_counter()
-    with in_bfloat16(ws.device) if precision == "bf16" else nullcontext():
-        optimize_directions(*pair, target, ws, recipe, ws[:1], [0], max_images=at_once)
+    with in_precision(ws.device, precision):
+        scene.search(target, recipe, ws[:1], [0], bank=ws)
     seconds = time.perf_counter() - start
-    return {"before": before, "peak": peak_gigabytes() * 1e9 / GIB, "seconds": seconds}
+    return {"before": before, "peak": peak_bytes() / GIB, "seconds": seconds}
 
 
 def kept_bytes(
     generator: StyleGAN2, embedder: ClipEmbedder, sources: int, precision: Precision
 ) -> Counter[str]:
-    """Bytes kept for the backward pass by each layer of the generator, and by what is "outside".
+    """Count the bytes kept for the backward pass by each layer of the generator, by its number.
 
-    And those of "outputs" of its convolutions. Shapes alone are gone through, nothing is computed.
+    "outside" are those of everything else, "outputs" those of the convolutions' outputs. Works on
+    shapes alone, nothing is computed.
     """
     kept: Counter[str] = Counter()
     seen: dict[int, torch.UntypedStorage] = {}  # held, so that no other takes the place of one
@@ -299,10 +334,14 @@ def kept_bytes(
     for index, layer in enumerate([*generator.convs, *generator.to_rgbs]):
         hooks.append(layer.register_forward_pre_hook(partial(enter, str(index))))
         hooks.append(layer.register_forward_hook(leave))
-    half = in_bfloat16(torch.device("cpu")) if precision == "bf16" else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), half, saved_tensors_hooks(pack, lambda t: t):
+    scene = Scene(generator=generator, embedder=embedder)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        in_precision(torch.device("cpu"), precision),
+        saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         ws = torch.zeros(sources, generator.num_ws, generator.w_dim, requires_grad=True)
-        embed_latents(generator, embedder, ws, RECIPES["release"].preprocess, sources)
+        scene.features(ws, RECIPES["release"].preprocess)
     resize_matrix.cache_clear()  # of a matrix without numbers
     for hook in hooks:
         hook.remove()
@@ -310,33 +349,33 @@ def kept_bytes(
 
 
 def counted(config: Config) -> dict[str, float]:
-    """GiB a source that a step keeps, as it is and with layers computed again; and of weights."""
+    """Return the GiB a source that a step keeps, layers kept and computed again, and of weights."""
     generator, embedder = networks(config)
-    found: dict[str, float] = {}
-    for precision in DTYPES:
+    gib: dict[str, float] = {}
+    for precision in PRECISIONS:
         # What does not grow with the sources, such as weights, is in both counts.
         kept = kept_bytes(generator, embedder, 2, precision)
         kept.subtract(kept_bytes(generator, embedder, 1, precision))
         outputs, outside = kept.pop("outputs"), kept.pop("outside")
-        found[precision] = (outside + kept.total()) / GIB
-        found[f"{precision}{AGAIN}"] = (outside + outputs + max(kept.values())) / GIB
+        gib[precision] = (outside + kept.total()) / GIB
+        gib[f"{precision}{AGAIN}"] = (outside + outputs + max(kept.values())) / GIB
     with torch.device("meta"):
         others = [Encoder4Editing(generator.num_ws, generator.w_dim), ArcFace()]
     parameters = [p for part in (generator, embedder, *others) for p in part.parameters()]
-    return found | {"weights": sum(4 * p.numel() for p in parameters) / GIB}
+    return gib | {"weights": sum(4 * p.numel() for p in parameters) / GIB}
 
 
 def row_name(precision: Precision, sources: int, at_once: int, again: bool) -> str:
-    """What a measured step is called in the reports."""
+    """Return the name of a measured step in the reports."""
     return f"{precision}, {sources} sources, {at_once} at once{AGAIN if again else ''}"
 
 
-def run_memory(config: Config, report: dict[str, Any]) -> None:
+def run_memory(config: Config, report: dict[str, Any], alone: Alone) -> None:
     """Count, measure what is not measured, and add it to the report."""
     memory = report.setdefault("memory", {"measured": {}, "fits": {}})
     memory["counted"] = count = alone(counted, config)
     rows = memory["measured"]
-    for precision in DTYPES:
+    for precision in PRECISIONS:
         for sources, at_once, again in MEASURED:
             name = row_name(precision, sources, at_once, again)
             if name not in rows:
@@ -348,44 +387,56 @@ def run_memory(config: Config, report: dict[str, Any]) -> None:
             kind = f"{precision}{AGAIN if again else ''}"
             one, four = (rows[row_name(precision, n, n, again)]["peak"] for n in (1, 4))
             ways = {"counted": count[kind], "measured": max(four - one, 1 / GIB) / 3}
-            for way, each in ways.items():
-                most = [max(0, int(free / each)) for free in room]
-                memory["fits"][f"{kind}, {way}"] = [round(each, 3), *most]
+            for way, a_source in ways.items():
+                most = [max(0, int(free / a_source)) for free in room]
+                memory["fits"][f"{kind}, {way}"] = [round(a_source, 3), *most]
     write_reports(config.out, report)
 
 
+# The report
+
+
 def memory_lines(memory: dict[str, Any]) -> list[str]:
-    """The tables of `--memory`."""
-    lines = ["", "| step of the optimizer | before GiB | peak GiB | seconds |", "|---|---|---|---|"]
-    for name, row in memory["measured"].items():
-        lines.append(f"| {name} | {row['before']:.2f} | {row['peak']:.2f} | {row['seconds']:.1f} |")
-    titles = ["sources at once", "GiB a source", *(f"{card} GiB" for card in CARDS)]
-    lines += ["", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    lines += [f"| {name} | {' | '.join(map(str, row))} |" for name, row in memory["fits"].items()]
-    shown = "; ".join(f"{name} {value:.3f}" for name, value in memory["counted"].items())
-    return [*lines, "", f"Counted GiB, a source but for the weights: {shown}."]
+    """Return the tables of `--memory`."""
+    steps = [
+        [name, f"{row['before']:.2f}", f"{row['peak']:.2f}", f"{row['seconds']:.1f}"]
+        for name, row in memory["measured"].items()
+    ]
+    fits = [[name, *map(str, row)] for name, row in memory["fits"].items()]
+    gib = "; ".join(f"{name} {value:.3f}" for name, value in memory["counted"].items())
+    return [
+        *table(["step of the optimizer", "before GiB", "peak GiB", "seconds"], steps),
+        *table(["sources at once", "GiB a source", *(f"{card} GiB" for card in CARDS)], fits),
+        f"Counted GiB, a source but for the weights: {gib}.",
+    ]
 
 
 def write_reports(out: Path, report: dict[str, Any]) -> None:
     """Write report.json and report.md."""
-    shown = shlex.join(f"{name}={value}" for name, value in report["settings"].items())
-    lines = [f"# Full size: {shown}", "", "| step | seconds | peak GiB |", "|---|---|---|"]
-    for name, row in report.get("steps", {}).items():
-        lines.append(f"| {name} | {row['seconds']:.1f} | {row['peak_gib']:.2f} |")
+    settings = shlex.join(f"{name}={value}" for name, value in report["settings"].items())
+    steps = [
+        [name, f"{row['seconds']:.1f}", f"{row['peak_gib']:.2f}"]
+        for name, row in report.get("steps", {}).items()
+    ]
+    lines = [f"# Full size: {settings}", "", *table(["step", "seconds", "peak GiB"], steps)]
     lines += memory_lines(report["memory"]) if "memory" in report else []
-    write_file(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    write_file(out / "report.md", ("\n".join(lines) + "\n").encode())
+    command.write_json(out / "report.json", report)
+    command.write_file(out / "report.md", "\n".join(lines) + "\n")
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Do what is not done, and return the report.
+def run(config: Config, run_command: Command = run_command, alone: Alone = alone) -> dict[str, Any]:
+    """Do what is not done, print report.md, and return the report.
+
+    Args:
+        run_command: runs Python with some arguments, and returns the most GiB that it held.
+        alone: calls a function in a process of its own.
 
     Raises:
-        ValueError, OSError: bad input, or files that cannot be read or written.
-        RuntimeError: a step failed, or held too much.
+        ValueError, OSError: bad input, files that cannot be read or written, a step that failed or
+            held too much.
     """
     check_config(config)
-    make_folder(config.out)
+    command.make_folder(config.out)
     path = config.out / "report.json"
     settings = {name: getattr(config, name) for name in ("resolution", "width", "seed")}
     settings["clip"] = CLIP if config.clip is None else config.clip.name
@@ -394,25 +445,13 @@ def run(config: Config) -> dict[str, Any]:
         report = json.loads(path.read_text())
     if report["settings"] != settings:
         raise ValueError(f"--out: {path} is of {report['settings']}: give another folder")
-    (run_memory if config.memory else run_steps)(config, report)
+    if config.memory:
+        run_memory(config, report, alone)
+    else:
+        run_steps(config, report, run_command, alone)
+    print((config.out / "report.md").read_text())
     return report
 
 
 def main() -> None:
-    """The command: errors of input, of files and of steps are one line, and never a traceback."""
-    code = 0
-    try:
-        config = tyro.cli(Config, description=__doc__)
-        run(config)
-        print((config.out / "report.md").read_text())
-    except KeyboardInterrupt:
-        code = 130
-        print("stopped; the same command goes on from here", file=sys.stderr)
-    except (ValueError, OSError, RuntimeError) as error:
-        code = 1
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m eval.studies.full_size")

@@ -1,25 +1,27 @@
-"""How much of a target a text brings, openly against the picture of the same face.
+"""How much of a target a text brings, against the picture of the same face.
 
     python -m eval.studies.texts --out runs/texts
 
 Faces that nothing was trained on are given to the mapper as pictures and as captions, single
-phrases as texts alone. Texts are taken twice: as the product takes them (`predictor.text`), and by
-their raw embeddings, which shows what the gap between texts and pictures costs. The attribute
-reader judges. Writes report.json, report.md and grid.png, and prints the table. Knows targets and
-how they are scored; nothing of how a text becomes a target.
+phrases as texts alone. Texts are embedded twice: as the product does it (`predictor.text`), and
+raw, which shows what the gap between texts and pictures costs. The attribute reader judges. Writes
+report.json, report.md and grid.png, and prints the tables. Knows targets and how they are scored;
+nothing of how a text becomes a target.
 """
 
-import json
-import sys
-from collections.abc import Sequence
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("eval.studies.texts")
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,23 +30,17 @@ from data.drawn.captions import caption
 from data.drawn.faces import wide_face
 from data.drawn.readings import READINGS, readings_of
 from data.drawn.sketch import GLASSES_COLOURS, HAIR_COLOURS, HAT_COLOURS, NAMES, Colour, Face, draw
-from eval.judging import Judges, edited_images, judge
-from eval.metrics import essence_acquired, identity_kept, transfer_scores
+from eval.judging import Goal, Judges, edited_images, face_judges, judge, scores_of
+from eval.metrics import interval
 from eval.report import number, table, with_bounds
-from eval.sets import SOURCE_SEED
-from eval.studies.ablation import face_judges
-from eval.summary import interval
-from predictor.cli import choose_device
-from predictor.load import load_essence
-from predictor.mapper_file import trained_recipe
-from predictor.report import make_folder, versions, write_file
+from eval.sets import Truth
 from predictor.text import TextTargets
-from predictor.transfer import EssenceTransfer
+from predictor.transfer import EssenceTransfer, load_essence
+from targetclip import command
 from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
-from targetclip.seeds import seed_of
+from targetclip.seeds import TEST_SOURCES, TEXT_TARGETS, seed_of
 from targetclip.world import World, load_world
 
-FACE_SEED = 6_000_011  # of this evaluation alone
 SHOWN_FACES, SHOWN_SOURCES = 6, 6  # on the grid
 
 PICTURE, TEXT, RAW = "picture", "text", "raw text"
@@ -58,13 +54,13 @@ SCORES = {
 
 READING = """## How to read it
 
-Means over targets, in brackets 95 % of bootstrap means. A text is taken as the product takes it,
-measured from neutral texts; a raw text is its embedding alone, as if texts were pictures.
+Means over targets, in brackets 95 % of bootstrap means. A text is embedded as the product
+does it, measured from neutral texts; a raw text is its embedding alone, as if it were a picture's.
 
-- essence acquired: how much of the way from source to target went what the target names, by the
-  attribute reader. Of pictures and captions it counts all the essence of the face: a complete
-  caption names what is there, but not how much of it, and a brief one leaves some of it out. Of
-  single phrases it counts what they name and nothing else.
+- essence acquired: the part of the way from source to target that edits went, by the attribute
+  reader. Of pictures and captions all the essence of the face counts: a complete caption names what
+  is there, but not how much of it, and a brief one leaves some of it out. Of single phrases only
+  what they name counts.
 - identity kept: 1 is all of it, 0 as little as between two sources.
 - transfer score: cosine of edited sources to the picture of the face.
 - to the picture: cosine of the target's own embedding to that of the picture.
@@ -72,7 +68,7 @@ measured from neutral texts; a raw text is its embedding alone, as if texts were
 
 
 def middle(palette: dict[str, Colour], name: str) -> float:
-    """The parameter that is a colour and no other."""
+    """Return the parameter of a face in the middle of a colour."""
     return (list(palette).index(name) + 0.5) / len(palette)
 
 
@@ -97,7 +93,7 @@ PHRASES: dict[str, dict[str, float]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     out: Path
     """Folder for report.json, report.md and grid.png."""
@@ -110,11 +106,11 @@ class Config:
     sources: int = 8
     """Sources that are edited."""
     seed: int = 5
-    """Decides the wording of captions and what the bootstrap draws; faces are always the same."""
+    """Decides the wording of captions and the draws of the bootstrap; faces are always the same."""
 
 
 def check_config(config: Config, world: World) -> None:
-    """Raise a ValueError for what cannot be; here, for tyro prints a box for its own."""
+    """Raise a ValueError for an option that cannot be."""
     for name, least in {"count": 1, "sources": 2}.items():
         if getattr(config, name) < least:
             found = getattr(config, name)
@@ -131,94 +127,97 @@ def check_config(config: Config, world: World) -> None:
         )
 
 
-# What is asked for
+# Targets
+
+
+def truth_of(faces: Sequence[Face], named: Sequence[Sequence[str]] | None = None) -> Truth:
+    """Return the readings of faces; of each face only the named parameters count, if given."""
+    values, counted = zip(*(readings_of(face) for face in faces), strict=True)
+    if named is not None:
+        columns = [reading.name for reading in READINGS for _ in range(reading.size)]
+        counted = tuple(np.array([column in names for column in columns]) for names in named)
+    readings = torch.from_numpy(np.stack(values)).float()
+    return Truth(faces=tuple(faces), readings=readings, seen=torch.from_numpy(np.stack(counted)))
+
+
+def truth_of_phrases() -> Truth:
+    """Return what each of PHRASES names, and nothing else."""
+    faces = [Face(**{**dict.fromkeys(NAMES, 0.5), **named}) for named in PHRASES.values()]
+    return truth_of(faces, [list(named) for named in PHRASES.values()])
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What targets should bring, in the attribute reader's words."""
-
-    readings: Float[Tensor, "targets outputs"]
-    counted: Bool[Tensor, "targets outputs"]
-    """Which of the readings the targets are about."""
-
-    @staticmethod
-    def of(pairs: Sequence[tuple[Any, Any]]) -> "Wanted":
-        """From readings and mask of each target."""
-        values, counted = (np.stack(column) for column in zip(*pairs, strict=True))
-        return Wanted(torch.from_numpy(values).float(), torch.from_numpy(counted))
-
-
-@dataclass(frozen=True)
-class Faces:
+class DescribedFaces:
     """Plain faces that nothing was trained on, in pictures and in words."""
 
     pictures: list[Image.Image]
     captions: dict[str, list[str]]
     """By their kind."""
-    wanted: Wanted
-
-    @staticmethod
-    def draw(count: int, seed: int) -> "Faces":
-        """The first faces, with captions worded as the seed says."""
-        triples = [wide_face(FACE_SEED, i, styled=0, extra=0) for i in range(count)]
-
-        def worded(kind: str, i: int) -> str:
-            random = np.random.default_rng(seed_of("caption", seed, kind, i))
-            return caption(*triples[i][:2], random, complete=kind == COMPLETE)
-
-        return Faces(
-            [draw(*triple) for triple in triples],
-            {kind: [worded(kind, i) for i in range(count)] for kind in (COMPLETE, BRIEF)},
-            Wanted.of([readings_of(face) for face, _, _ in triples]),
-        )
+    truth: Truth
 
 
-def wanted_by_phrases() -> Wanted:
-    """What each of PHRASES names, and nothing else."""
-    pairs = []
-    for named in PHRASES.values():
-        values, _ = readings_of(Face(**{**dict.fromkeys(NAMES, 0.5), **named}))
-        counted = [reading.name in named for reading in READINGS for _ in range(reading.size)]
-        pairs.append((values, np.array(counted)))
-    return Wanted.of(pairs)
+def describe_faces(count: int, seed: int) -> DescribedFaces:
+    """Draw the first faces; the seed decides the wording of their captions."""
+    triples = [wide_face(TEXT_TARGETS, i, styled=0, extra=0) for i in range(count)]
+
+    def worded(kind: str, i: int) -> str:
+        random = np.random.default_rng(seed_of("caption", seed, kind, i))
+        return caption(*triples[i][:2], random, complete=kind == COMPLETE)
+
+    return DescribedFaces(
+        pictures=[draw(*triple) for triple in triples],
+        captions={kind: [worded(kind, i) for i in range(count)] for kind in (COMPLETE, BRIEF)},
+        truth=truth_of([face for face, _, _ in triples]),
+    )
 
 
-# Who answers and who judges
+# Answers and scores
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The mapper and the judges, and the sources that are edited."""
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The product with its mapper, the judges, and the sources that are edited."""
 
     essence: EssenceTransfer
     texts: TextTargets
     judges: Judges
     sources: Float[Tensor, "sources num_ws w_dim"]
     before: Float[Tensor, "sources 3 height width"]
-
-    @staticmethod
-    def of(config: Config, world: World) -> "Stage":
-        essence = load_essence(world, choose_device(None), config.mapper)
-        if essence.texts is None:
-            raise ValueError(f"{world.name!r} is a world without neutral texts")
-        judges = face_judges(essence)
-        sources = essence.generated_sources(config.sources, SOURCE_SEED)
-        return Stage(essence, essence.texts, judges, sources, judges.render(sources))
+    """The sources, unedited."""
 
     def embed(self, targets: Sequence[Image.Image | str]) -> Float[Tensor, "targets embed"]:
-        """Targets as the product gives them to the mapper."""
-        recipe = trained_recipe(self.essence.asked_mapper().record)
+        """Embed targets as the product gives them to the mapper."""
+        recipe = self.essence.trained
         return torch.stack([self.essence.embed_target(target, recipe) for target in targets])
 
     def embed_raw(self, texts: Sequence[str]) -> Float[Tensor, "targets embed"]:
-        """Texts as if they were pictures."""
+        """Embed texts as if they were pictures."""
         return self.texts.embedder.embed_texts(texts)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Targets given in one way, and what came of each."""
+def make_setup(config: Config, world: World) -> Setup:
+    """Load the product, and render the sources.
+
+    Raises:
+        FileNotFoundError: no such mapper.
+        ValueError: the world has no neutral texts, or pictures that the reader does not know.
+    """
+    essence = load_essence(world, command.choose_device(), config.mapper)
+    if essence.texts is None:
+        raise ValueError(f"{world.name!r} is a world without neutral texts")
+    sources = essence.scene.sources(config.sources, TEST_SOURCES)
+    return Setup(
+        essence=essence,
+        texts=essence.texts,
+        judges=face_judges(essence.scene),
+        sources=sources,
+        before=essence.scene.render(sources),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Targets given in one way, with the mapper's directions and their scores."""
 
     kind: str
     way: str
@@ -229,73 +228,82 @@ class Trial:
     """Those of SCORES that there are, each [targets]."""
 
 
-def tried(
-    stage: Stage,
+def judge_targets(
+    setup: Setup,
     embeddings: Float[Tensor, "targets embed"],
-    wanted: Wanted,
+    truth: Truth,
     pictures: Sequence[Image.Image],
 ) -> tuple[Float[Tensor, "targets num_ws w_dim"], dict[str, Tensor]]:
-    """The mapper's directions, and their scores; edits are made a target at a time."""
-    judges = stage.judges
-    directions = stage.essence.predict_embeddings(embeddings).directions
-    look = judge(judges, stage.before, edited_images(judges, stage.sources, directions)).look
-    unedited = judges.look(stage.before)
-    if look.readings is None or unedited.readings is None:
-        raise ValueError("expected an attribute reader among the judges, found none")
-    goal = (wanted.readings, wanted.counted)
-    scores = {
-        "essence": essence_acquired(look.readings, unedited.readings, *goal),
-        "identity": identity_kept(look.readings, unedited.readings),
-    }
+    """Return the mapper's directions for targets, and their scores; without pictures only some."""
+    judges = setup.judges
+    directions = setup.essence.predict_embeddings(embeddings).directions
+    given = embeddings.float().cpu()
+    shown = judges.scene.embedder.embed_pictures(pictures).cpu() if pictures else given
+    edited = edited_images(judges, setup.sources, directions)
+    judged = judge(judges, setup.before, edited)
+    goal = Goal(embeddings=shown, second=None, truth=truth)
+    scores = scores_of(judged, judges.look(setup.before), goal)
+    kept = {name: scores[name] for name in ("essence", "identity")}
     if pictures:
-        seen = judges.embedder.embed_pictures(pictures).cpu()
-        scores["transfer"] = transfer_scores(look.embeddings, seen).mean(dim=1)
-        scores["cosine"] = F.cosine_similarity(embeddings.float().cpu(), seen, dim=1)
-    return directions, scores
+        kept["transfer"] = scores["transfer"]
+        kept["cosine"] = F.cosine_similarity(given, shown, dim=1)
+    return directions, kept
 
 
-def trials_of(stage: Stage, faces: Faces) -> list[Trial]:
-    """Pictures, then every kind of text both ways."""
-    pictures = faces.pictures
-    found = tried(stage, stage.embed(pictures), faces.wanted, pictures)
-    trials = [Trial(FACE, PICTURE, [f"face {i}" for i in range(len(pictures))], *found)]
+def judge_all(setup: Setup, faces: DescribedFaces) -> list[Result]:
+    """Judge pictures, then every kind of text both ways."""
+
+    def result(
+        kind: str,
+        way: str,
+        names: list[str],
+        embeddings: Float[Tensor, "targets embed"],
+        truth: Truth,
+        pictures: Sequence[Image.Image],
+    ) -> Result:
+        directions, scores = judge_targets(setup, embeddings, truth, pictures)
+        return Result(kind=kind, way=way, names=names, directions=directions, scores=scores)
+
+    pictures, truth = faces.pictures, faces.truth
+    names = [f"face {i}" for i in range(len(pictures))]
+    results = [result(FACE, PICTURE, names, setup.embed(pictures), truth, pictures)]
     for kind, texts in {**faces.captions, PHRASE: list(PHRASES)}.items():
-        known = (wanted_by_phrases(), []) if kind == PHRASE else (faces.wanted, pictures)
-        for way, embed in {TEXT: stage.embed, RAW: stage.embed_raw}.items():
-            trials.append(Trial(kind, way, texts, *tried(stage, embed(texts), *known)))
-    return trials
+        known = (truth_of_phrases(), []) if kind == PHRASE else (truth, pictures)
+        results.append(result(kind, TEXT, texts, setup.embed(texts), *known))
+        results.append(result(kind, RAW, texts, setup.embed_raw(texts), *known))
+    return results
 
 
 # The report
 
 
-def row_of(trial: Trial, seed: int) -> dict[str, Any]:
-    """A trial as report.json holds it: means with their intervals, then each target."""
+def row_of(result: Result, seed: int) -> dict[str, Any]:
+    """Return a row of report.json: means with their intervals, then each target."""
     return {
-        "kind": trial.kind,
-        "way": trial.way,
-        "count": len(trial.names),
-        "scores": {name: interval(values, seed) for name, values in trial.scores.items()},
-        "length": float(trial.directions.flatten(1).norm(dim=1).mean()),
-        "targets": trial.names,
-        "each": {name: values.tolist() for name, values in trial.scores.items()},
+        "kind": result.kind,
+        "way": result.way,
+        "count": len(result.names),
+        "scores": {name: interval(values, seed) for name, values in result.scores.items()},
+        "length": float(result.directions.flatten(1).norm(dim=1).mean()),
+        "targets": result.names,
+        "each": {name: values.tolist() for name, values in result.scores.items()},
     }
 
 
-def phrase_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Each phrase on its own, both ways."""
-    ways = {row["way"]: row["each"] for row in rows if row["kind"] == PHRASE}
+def phrase_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of single phrases, both ways."""
     columns = {
-        f"{SCORES[name]}, {way}": each[name]
-        for way, each in ways.items()
+        f"{SCORES[name]}, {row['way']}": row["each"][name]
+        for row in rows
+        if row["kind"] == PHRASE
         for name in ("essence", "identity")
     }
     lines = zip(PHRASES, *columns.values(), strict=True)
-    return table(["phrase", *columns], [[name, *map(number, found)] for name, *found in lines])
+    return table(["phrase", *columns], [[name, *map(number, values)] for name, *values in lines])
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """All kinds and ways, then the phrases, in Markdown."""
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return all kinds and ways, then the phrases, in Markdown."""
     cells = [
         [
             row["kind"],
@@ -310,36 +318,36 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*table(heads, cells), *phrase_table(rows)])
 
 
-def grid(stage: Stage, trials: Sequence[Trial], faces: Faces) -> Image.Image:
-    """The sources, then the first faces by picture and by captions, then phrases, a row each."""
-    sources = stage.sources[:SHOWN_SOURCES]
-    unedited = tensor_to_pictures(stage.before[:SHOWN_SOURCES])
+def grid(setup: Setup, results: Sequence[Result], faces: DescribedFaces) -> Image.Image:
+    """Return the sources, then a row for each of the first faces' targets and for each phrase."""
+    sources = setup.sources[:SHOWN_SOURCES]
+    unedited = tensor_to_pictures(setup.before[:SHOWN_SOURCES])
     blank = Image.new("RGB", unedited[0].size, "white")
     rows = {"sources": [blank, *unedited]}
 
-    def add(trial: Trial, place: int, first: Image.Image) -> None:
-        label = trial.names[place]
-        if trial.way == PICTURE:
+    def add(result: Result, place: int, first: Image.Image) -> None:
+        label = result.names[place]
+        if result.way == PICTURE:
             label = f"{label}, by its picture"
-        elif trial.kind != PHRASE:
-            label = f"face {place}, {trial.kind}: {label}"
-        edited = stage.judges.render(sources + trial.directions[place])
+        elif result.kind != PHRASE:
+            label = f"face {place}, {result.kind}: {label}"
+        edited = setup.judges.scene.edit(sources, result.directions[place])
         rows[label] = [first, *tensor_to_pictures(edited)]
 
-    shown = [trial for trial in trials if trial.way != RAW]
+    shown = [result for result in results if result.way != RAW]
     for place, picture in enumerate(faces.pictures[:SHOWN_FACES]):
-        for trial in shown:
-            if trial.kind != PHRASE:
-                add(trial, place, picture)
-    for trial in shown:
-        if trial.kind == PHRASE:
-            for place in range(len(trial.names)):
-                add(trial, place, blank)
+        for result in shown:
+            if result.kind != PHRASE:
+                add(result, place, picture)
+    for result in shown:
+        if result.kind == PHRASE:
+            for place in range(len(result.names)):
+                add(result, place, blank)
     return labelled_grid(None, rows)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Judge texts and pictures, write the report, and print the tables; returns the rows.
+    """Judge texts and pictures, write the report, and print the tables; return the rows.
 
     Raises:
         FileNotFoundError: no such world or mapper.
@@ -348,34 +356,25 @@ def run(config: Config) -> list[dict[str, Any]]:
     """
     world = load_world(config.world)
     check_config(config, world)
-    stage = Stage.of(config, world)
-    make_folder(config.out)
-    faces = Faces.draw(config.count, config.seed)
-    trials = trials_of(stage, faces)
-    rows = [row_of(trial, config.seed) for trial in trials]
+    setup = make_setup(config, world)
+    command.make_folder(config.out)
+    faces = describe_faces(config.count, config.seed)
+    results = judge_all(setup, faces)
+    rows = [row_of(result, config.seed) for result in results]
     report = {
         "world": world.name,
-        "mapper": stage.essence.asked_mapper().fingerprint,
+        "mapper": setup.essence.asked_mapper().fingerprint,
         **{name: getattr(config, name) for name in ("count", "sources", "seed")},
-        "versions": versions(),
+        "versions": command.versions(),
         "rows": rows,
     }
-    write_file(config.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    command.write_json(config.out / "report.json", report)
     text = tables(rows)
-    write_file(config.out / "report.md", f"# Texts as targets\n\n{text}\n{READING}".encode())
-    write_picture(grid(stage, trials, faces), config.out / "grid.png")
+    command.write_file(config.out / "report.md", f"# Texts as targets\n\n{text}\n{READING}")
+    write_picture(grid(setup, results, faces), config.out / "grid.png")
     print(text)
     return rows
 
 
 def main() -> None:
-    """Errors of input and of files are one line."""
-    try:
-        run(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m eval.studies.texts")
