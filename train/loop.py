@@ -1,79 +1,100 @@
-"""One resumable training loop for every network of the bundled world.
+"""The one resumable loop of all trainings: steps, learning rate, average, checkpoint and log.
 
-Knows steps, learning rate, moving average, checkpoints and logging; nothing of what is trained.
-Every step draws its data from its own number, so a killed run goes on exactly where it was.
+Knows networks, processes and files; nothing of what is learned. Every step draws its data from its
+own number, and from that of the process, so a killed run goes on exactly where it was.
 """
 
 import copy
+import io
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from targetclip.command import (
+    Precision,
+    Stop,
+    Stopped,
+    in_precision,
+    make_folder,
+    one_line,
+    whole_file,
+    write_file,
+)
+from targetclip.recipes import with_defaults
+
 Network = TypeVar("Network", bound=nn.Module)
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
+WARM_UP = 100  # steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How long and how fast to train.
-
-    The learning rate warms up over 100 steps, stays, and from `decay_from` (a part of all steps)
-    falls linearly to nothing.
-    """
+    """How long and how fast to train."""
 
     steps: int
     learning_rate: float
-    decay_from: float = 0.5
+    """The highest."""
+    decay_from: float | None = 0.5
+    """Part of the steps after which the rate falls linearly to 0. None: it falls as a cosine from
+    the first step on, and warms up for a tenth of the steps at most."""
+    clip: float = math.inf
+    """Longest gradient; a longer one is cut to this length."""
     ema: float = 0.999
-    """Decay of the moving average of the weights, which is what the run returns."""
-    checkpoint_seconds: float = 60.0
+    """Decay of the moving average of the weights."""
     evaluate_every: int = 1000
+    checkpoint_seconds: float = 60.0
 
     def factor(self, step: int) -> float:
-        """Learning rate at a step, as a part of `learning_rate`."""
+        """Return the learning rate of a step, as a part of the highest."""
+        if self.decay_from is None:
+            warm_up = max(1, min(WARM_UP, self.steps // 10))
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+            return min(1.0, (step + 1) / warm_up) * cosine
         left = (self.steps - step) / (self.steps * (1 - self.decay_from))
-        return max(min((step + 1) / 100, left, 1.0), 0.0)
+        return max(min((step + 1) / WARM_UP, left, 1.0), 0.0)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file, and give it its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+class OneProcess:
+    """Stand in for an Accelerator where one process trains alone, one batch a step."""
+
+    num_processes = gradient_accumulation_steps = 1
+    process_index = 0
+    is_main_process = True
+
+    def accumulate(self, model: object) -> AbstractContextManager[None]:
+        """Do nothing: the gradients of every batch are used at once."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss."""
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: Any, length: float) -> Tensor:
+        """Cut gradients to a length, and return the length they had."""
+        return nn.utils.clip_grad_norm_(parameters, length)
+
+    def reduce(self, values: Tensor, reduction: str) -> Tensor:
+        """Return the values, which are those of all processes."""
+        return values
 
 
-def save_checkpoint(
-    path: Path,
-    step: int,
-    network: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    extra: Mapping[str, Any] | None = None,
-) -> None:
-    """Write everything a resumed run needs; `extra` is what else a trainer wants to find again."""
-    state = {
-        "step": step,
-        "network": network.state_dict(),
-        "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        **(extra or {}),
-    }
-    write_atomically(path, lambda unfinished: torch.save(state, unfinished))
+def plain_settings(config: Any, **more: Any) -> dict[str, Any]:
+    """Return the values of a command's Config that decide weights: all but paths and
+    `evaluate_every`. What the paths name is given as `more`, by its content."""
+    free = {name for name, value in vars(config).items() if isinstance(value, Path)}
+    values = {k: v for k, v in vars(config).items() if k not in {*free, "evaluate_every"}}
+    return {**values, **more}
 
 
 def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
@@ -86,71 +107,241 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, step: i
             copied.copy_(buffer)
 
 
+def trim_log(path: Path, step: int) -> None:
+    """Drop the lines of steps that a resumed run takes again, and a line cut short."""
+    if not path.exists():
+        return
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_file(path, "".join(kept))
+
+
+def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a checkpoint's settings differ from those of this run."""
+    names = dict.fromkeys([*settings, *saved])
+    other = [name for name in names if saved.get(name) != settings.get(name)]
+    if other:
+        differences = ", ".join(f"{n} {saved.get(n)} not {settings.get(n)}" for n in other)
+        raise ValueError(
+            f"{str(path)!r} is of other settings: {differences}; give the same as before, or "
+            "another --out"
+        )
+
+
+@dataclass(kw_only=True)
+class Trainer(Generic[Network]):
+    """A network in training. Starts at the checkpoint in `out`, if there is one.
+
+    Raises:
+        OSError: `out` cannot be written into.
+        ValueError: the checkpoint is damaged, of other settings or of another network.
+    """
+
+    network: Network
+    optimizer: torch.optim.Optimizer | Any
+    """The rate that each of its groups is made with is a factor of the schedule's."""
+    out: Path
+    """Folder of the checkpoint and of the log, shared by all processes."""
+    schedule: Schedule
+    settings: Mapping[str, Any]
+    """Everything the weights depend on: a checkpoint of other settings is refused. Plain values."""
+    processes: Any = field(default_factory=OneProcess)
+    """An Accelerator, where several processes train together or batches are accumulated."""
+    precision: Precision = "fp32"
+    """Of the losses and their gradients."""
+    clock: Callable[[], float] = time.monotonic
+    average: Network = field(init=False)
+    """The moving average of the weights, which is judged and returned."""
+    step: int = field(default=0, init=False)
+    """The next one to take."""
+    running: dict[str, float] = field(default_factory=dict, init=False)
+    """Smoothed losses."""
+
+    def __post_init__(self) -> None:
+        make_folder(self.out)
+        self.average = copy.deepcopy(self.network).requires_grad_(False).eval()
+        self.group_factors = [group["lr"] for group in self.optimizer.param_groups]
+        if self.checkpoint.exists():
+            self.restore()
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint's file."""
+        return self.out / CHECKPOINT
+
+    def save(self) -> None:
+        """Write the checkpoint, in the main process."""
+        if not self.processes.is_main_process:
+            return
+        state = {
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "settings": dict(self.settings),
+            "running": self.running,
+        }
+        with whole_file(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    def restore(self) -> None:
+        """Take over the checkpoint."""
+        name = repr(str(self.checkpoint))
+        content = io.BytesIO(self.checkpoint.read_bytes())
+        try:
+            state = torch.load(content, map_location="cpu", weights_only=True)
+            # Checkpoints of former versions hold no settings but those of a mapper.
+            saved = dict(state.get("settings", self.settings))
+            if "recipe" in saved:
+                saved["recipe"] = with_defaults(saved["recipe"])
+        except Exception as error:  # a damaged file raises nearly anything
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"{name} is not a checkpoint of this trainer, or damaged: {reason}; delete it to "
+                "start anew"
+            ) from error
+        check_settings(self.checkpoint, saved, self.settings)
+        try:
+            self.network.load_state_dict(state["network"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{name} is of another network, or of another version of it: {one_line(error)}; "
+                "finish it by that version, or give another --out"
+            ) from error
+        self.step, self.running = state["step"], dict(state.get("running", {}))
+
+    def take_step(
+        self, losses_at: Callable[[int, int], Mapping[str, Tensor]], stop: Stop, model: nn.Module
+    ) -> bool:
+        """Take one step on all batches of all processes; return whether a process was asked to
+        stop.
+
+        Raises:
+            FloatingPointError: a loss or the gradient is not finite, in any process; weights and
+                checkpoint stay as they were before.
+        """
+        processes, schedule = self.processes, self.schedule
+        rate = schedule.learning_rate * schedule.factor(self.step)
+        for group, factor in zip(self.optimizer.param_groups, self.group_factors, strict=True):
+            group["lr"] = rate * factor
+        device, batches = next(model.parameters()).device, processes.gradient_accumulation_steps
+        losses: dict[str, Tensor] = {}
+        for batch in range(batches):
+            # Numbered through all processes: two of them draw what one would in two batches.
+            shard = batch * processes.num_processes + processes.process_index
+            with processes.accumulate(model), in_precision(device, self.precision):
+                parts = losses_at(self.step, shard)
+                processes.backward(parts["loss"])
+            for name, value in parts.items():
+                losses[name] = losses.get(name, 0) + value.detach().float() / batches
+        length = processes.clip_grad_norm_(self.network.parameters(), schedule.clip).float()
+
+        # Of all processes, so that they end together, whichever of them is asked to stop or fails.
+        asked = length.new_tensor(float(stop.signal is not None))
+        together = torch.stack([*losses.values(), length, asked])
+        *values, norm, stopping = processes.reduce(together, "mean").tolist()
+        latest = dict(zip(losses, values, strict=True))
+        # Before the weights change: a finite loss with a gradient that is not would spoil them one
+        # step before the loss shows it, and a checkpoint may be written in between.
+        if not all(map(math.isfinite, [*values, norm])):
+            kept = self.checkpoint if self.checkpoint.exists() else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"the loss of step {self.step} is {latest['loss']}, its gradient's length {norm}; "
+                f"the last good state: {kept}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        update_average(self.average, self.network, schedule.ema, self.step)
+        self.step += 1
+        before = self.running if self.running.keys() == latest.keys() else latest  # another stage
+        self.running = {name: 0.98 * before[name] + 0.02 * latest[name] for name in latest}
+        return bool(stopping > 0)
+
+    def log(self, figures: Mapping[str, Any]) -> None:
+        """Append a line to the log, and show it."""
+        line = {"step": self.step, **self.running, **figures}
+        with (self.out / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(line) + "\n")
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+        tqdm.write(" ".join(shown))
+
+    def run(
+        self,
+        losses_at: Callable[[int, int], Mapping[str, Tensor]],
+        evaluate: Callable[[Network], Mapping[str, Any]],
+        stop: Stop,
+        model: nn.Module | None = None,
+    ) -> Network:
+        """Take the steps that are left, and return the average.
+
+        Args:
+            losses_at: returns `loss` and what else is to be logged, as means over a batch. Is
+                given the step and the number of the batch in it, and must depend on both alone.
+            evaluate: returns held-out figures of the average for the log; called in the main
+                process.
+            stop: checked after every step.
+            model: the network as the losses use it, perhaps in a parallel wrapper.
+
+        Raises:
+            FloatingPointError: see take_step.
+            Stopped: a signal came; the checkpoint is saved.
+        """
+        main, every = self.processes.is_main_process, self.schedule.evaluate_every
+        if main:
+            trim_log(self.out / LOG, self.step)
+        saved, total = self.clock(), self.schedule.steps
+        with tqdm(desc=self.out.name, total=total, initial=self.step, disable=not main) as bar:
+            while self.step < total:
+                stopping = self.take_step(losses_at, stop, model or self.network)
+                bar.set_postfix({k: f"{v:.4f}" for k, v in self.running.items()}, refresh=False)
+                bar.update()
+                last = self.step == total
+                if main and (last or self.step % every == 0):
+                    self.log(evaluate(self.average))
+                due = self.clock() - saved >= self.schedule.checkpoint_seconds
+                if last or due or stopping:
+                    self.save()
+                    saved = self.clock()
+                if stopping and not last:
+                    raise Stopped
+        return self.average
+
+
 def train(
     network: Network,
     loss_at: Callable[[int], Tensor],
     out: Path,
     schedule: Schedule,
-    evaluate: Callable[[Network], dict[str, float]],
+    evaluate: Callable[[Network], Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    *,
     groups: list[dict[str, Any]] | None = None,
+    stop: Stop | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Network:
-    """Train `network` and return the moving average of its weights.
+    """Train a network by Adam in this process alone, and return the average of its weights.
 
     Args:
-        loss_at: the loss of a step given its number; must depend on that number alone.
-        out: folder of the checkpoint and of the log, one JSON line an evaluation. Found there,
-            a checkpoint is resumed.
-        evaluate: held-out figures of the averaged network, for the log.
+        loss_at: returns the loss of a step, and must depend on its number alone.
+        evaluate, settings: see `Trainer`.
         groups: parameter groups for Adam; `lr` in a group is a factor of the learning rate.
+        stop: None: one that listens to the signals of this process from here on.
 
     Raises:
-        FloatingPointError: the loss or its gradient is not finite; the last checkpoint stays.
+        ValueError, OSError, FloatingPointError, Stopped: see `Trainer`.
     """
-    average = copy.deepcopy(network).requires_grad_(False)
-    groups = groups or [{"params": list(network.parameters()), "lr": 1.0}]
-    factors = [group["lr"] for group in groups]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    first = 0
-    if (out / CHECKPOINT).exists():
-        state = torch.load(out / CHECKPOINT, weights_only=True)
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    out.mkdir(parents=True, exist_ok=True)
-
-    saved, running = time.monotonic(), 0.0
-    progress = tqdm(range(first, schedule.steps), out.name, initial=first, total=schedule.steps)
-    for step in progress:
-        # Step
-        rate = schedule.learning_rate * schedule.factor(step)
-        for group, factor in zip(optimizer.param_groups, factors, strict=True):
-            group["lr"] = rate * factor
-        loss = loss_at(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        # Before the weights change: a finite loss with a gradient that is not would spoil them one
-        # step before the loss tells, and a checkpoint may be written in between.
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        value, length = loss.item(), nn.utils.get_total_norm(gradients).item()
-        if not (math.isfinite(value) and math.isfinite(length)):
-            raise FloatingPointError(
-                f"the loss of step {step} is {value}, its gradient's length {length}; "
-                f"the last good state is {out / CHECKPOINT}"
-            )
-        optimizer.step()
-        update_average(average, network, schedule.ema, step)
-
-        # Report
-        running = value if step == first else 0.98 * running + 0.02 * value
-        progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-        last = step + 1 == schedule.steps
-        if last or time.monotonic() - saved > schedule.checkpoint_seconds:
-            save_checkpoint(out / CHECKPOINT, step + 1, network, average, optimizer)
-            saved = time.monotonic()
-        if last or (step + 1) % schedule.evaluate_every == 0:
-            figures = {"step": step + 1, "loss": running, **evaluate(average)}
-            with (out / LOG).open("a") as log:
-                log.write(json.dumps(figures) + "\n")
-            progress.write(" ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-    return average
+    groups = groups or [{"params": list(network.parameters())}]
+    if stop is None:
+        stop = Stop()
+        stop.listen()
+    trainer = Trainer(
+        network=network,
+        optimizer=torch.optim.Adam(groups, lr=1.0, betas=(0.9, 0.99)),
+        out=out,
+        schedule=schedule,
+        settings=settings,
+        clock=clock,
+    )
+    return trainer.run(lambda step, shard: {"loss": loss_at(step)}, evaluate, stop)

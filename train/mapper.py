@@ -8,54 +8,111 @@
 Kill it whenever you like: the same command goes on, as if nothing had been. Every process draws
 its own batches, so a checkpoint of another number of processes is refused.
 
-Knows the command and how the parts make a training: `mapper_data` is what is learned from,
-`mapper_objective` what is minimised, `mapper_loop` how it goes on.
+Knows the command and how the parts make a training: `mapper_data` holds what is learned from,
+`mapper_objective` what is minimised, `loop` the steps.
 """
 
-import copy
-import json
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.mapper")
+
 import math
-import sys
 from collections.abc import Mapping, Set
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
 from jaxtyping import Float32
 from numpy import ndarray
-from tqdm import tqdm
+from torch import Tensor
 
 from data.targets import digest_of
-from data.worker import Stop, Stopped
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
-from predictor.report import versions
-from targetclip.encoders.identity import feature_model
+from targetclip import command
+from targetclip.command import Precision, Stop, choose_precision, versions, write_json
 from targetclip.media.images import write_picture
-from targetclip.recipes import RECIPES
-from targetclip.seeds import seed_of
-from targetclip.world import load_parts, load_world
-from train.loop import LOG, write_atomically
+from targetclip.recipes import RECIPES, Recipe
+from targetclip.scene import Scene
+from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
+from targetclip.world import load_scene, load_world
+from train.loop import Schedule, Trainer
 from train.mapper_data import (
     Pairs,
-    Scene,
+    Validation,
     embedded_sources,
     open_pairs,
     scale_of_latents,
     scale_of_pairs,
+    settings_of_scene,
     target_bank,
     whitening_of,
 )
-from train.mapper_loop import Course, Training, trim_log
-from train.mapper_objective import Draws, Objective, Stage, Validation, parse_schedule, stage_at
+from train.mapper_objective import BatchSizes, Objective, TrainingStage, parse_schedule, stage_at
 
 MAPPER = "mapper.safetensors"
 WHITENED = 20_000  # targets of the bank that say how embeddings vary
+CLIP = 1.0  # longest gradient
+WEIGHT_DECAY = 0.01  # of AdamW
+EMA = 0.999
+# Settings that could once be chosen: checkpoints and records still hold them.
+FIXED = {"weight_transfer": 1.0, "weight_pairs": 1.0, "weight_differences": 1.0}
+FIXED |= {"weight_decay": WEIGHT_DECAY, "clip": CLIP, "ema": EMA}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is learned from, and what is judged on."""
+
+    targets: tuple[str, ...] = (
+        f"drawn:20000@{TRAINING_TARGETS}",
+        f"wide:20000@{TRAINING_TARGETS}",
+        f"generated:5000@{TRAINING_TARGETS}",
+        f"mixed:5000@{TRAINING_TARGETS}",
+    )
+    """Target pictures of the transfer term, as data.build takes them; beside those of the pairs."""
+    pairs: Path | None = None
+    """Dataset made by data.build; only its train split is read."""
+    num_pairs: int | None = None
+    """Number of pairs to use, the first by their ids. Default: all."""
+    validation: tuple[str, ...] = (
+        f"drawn:32@{VALIDATION_TARGETS}",
+        f"wide:32@{VALIDATION_TARGETS}",
+    )
+    """Targets to judge by while training; none of them is trained on."""
+    bank: Path | None = None
+    """Folder where embeddings of targets are kept, to share between runs. Default: --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferTerm:
+    """The recipe of the transfer term."""
+
+    recipe: str | None = None
+    """Recipe: release, paper, consistent or identity. Default: the world's."""
+    direction_decay: float | None = None
+    """Weight decay of directions. Default: the recipe's."""
+    identity_weight: float | None = None
+    """Weight of the identity loss. Default: the recipe's."""
+    sources: int | None = None
+    """Sources edited for each target. Default: the recipe's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapperSizes:
+    """The sizes of the mapper."""
+
+    width: int = 512
+    """Features of a residual block."""
+    depth: int = 3
+    """Residual blocks."""
+    rank: int | None = None
+    """Directions are mixtures of this many learned ones, which makes the mapper quicker. Default:
+    each of their numbers is free."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,46 +124,12 @@ class Config:
     schedule: tuple[str, ...] = ("differences:1000", "transfer:4000")
     """Stages NAME[+NAME...]:STEPS, one after the other: transfer is the teacher's own objective,
     pairs its directions, differences those between random latents."""
-    targets: tuple[str, ...] = (
-        "drawn:20000@17",
-        "wide:20000@17",
-        "generated:5000@17",
-        "mixed:5000@17",
-    )
-    """Target pictures of the transfer term, as data.build takes them; beside those of the pairs."""
-    pairs: Path | None = None
-    """Dataset made by data.build; its train split alone is read."""
-    num_pairs: int | None = None
-    """Use so many of the pairs, the first by their ids. Default: all."""
-    validation: tuple[str, ...] = ("drawn:32@23", "wide:32@23")
-    """Targets to judge by while training; none of them is trained on."""
-    bank: Path | None = None
-    """Folder where embeddings of targets are kept, to share between runs. Default: --out."""
-    recipe: str | None = None
-    """Recipe of the transfer term: release, paper, consistent or identity. Default: the world's."""
-    direction_decay: float | None = None
-    """Weight decay of directions in the transfer term. Default: the recipe's."""
-    identity_weight: float | None = None
-    """Of the identity loss in the transfer term. Default: the recipe's."""
-    weight_transfer: float = 1.0
-    weight_pairs: float = 1.0
-    weight_differences: float = 1.0
-    """Of the terms; 0 switches one off."""
-    noise: float = 0.0
-    """Length of the noise added to the unit embeddings that the mapper is given."""
-    width: int = 512
-    depth: int = 3
-    """Of the mapper: residual blocks of so many features."""
-    rank: int | None = None
-    """Of the mapper: directions are mixtures of so many learned ones, which makes it quicker.
-    Default: each of their numbers is free."""
-    batch_size: int = 16
-    """Targets a step and process in the transfer term."""
-    sources: int | None = None
-    """Sources edited for each of them. Default: the recipe's."""
-    pairs_batch_size: int = 256
-    differences_batch_size: int = 64
-    """Pairs and differences a step and process."""
+    data: Data = field(default_factory=Data)
+    transfer: TransferTerm = field(default_factory=TransferTerm)
+    batches: BatchSizes = field(default_factory=BatchSizes)
+    sizes: MapperSizes = field(default_factory=MapperSizes)
+    learning_rate: float = 5e-4
+    """The highest: the rate warms up over 100 steps and falls as a cosine to the end."""
     accumulate: int = 1
     """Batches a step and process whose gradients are averaged."""
     max_images: int | None = None
@@ -114,177 +137,168 @@ class Config:
     checkpoint_layers: bool = False
     """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
     where not even --max-images 1 fits. The result is the same."""
-    learning_rate: float = 5e-4
-    """At its highest: it warms up over 100 steps and falls as a cosine to the end."""
-    weight_decay: float = 0.01
-    """Of AdamW."""
-    clip: float = 1.0
-    """Longest gradient; a longer one is cut to it."""
-    ema: float = 0.999
-    """Decay of the moving average of the weights, which is what is judged and saved."""
+    precision: Precision | None = None
+    """Precision of a step. Default: accelerate's, or else fp32."""
     seed: int = 0
     evaluate_every: int = 500
+    """Steps between two lines of the log."""
     checkpoint_seconds: float = 60.0
+    """Seconds between two checkpoints."""
     licence: str = "See the licences of the generator, the embedder and the target pictures."
-    """What the mapper's file says of its use."""
+    """Terms of use, for the mapper's file."""
 
 
 # What may change between a run and its continuation, or is in its settings by its content.
-FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence"}
+FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
 FREE |= {"evaluate_every", "checkpoint_seconds", "checkpoint_layers"}
 
 
-def check_config(config: Config) -> None:
-    """Raise a ValueError for a flag that cannot be; here, for tyro prints a box for its own."""
+def flags_of(config: Config) -> dict[str, Any]:
+    """Return the values of all flags by their names."""
+    flags: dict[str, Any] = {}
     for name, value in vars(config).items():
+        flags |= vars(value) if is_dataclass(value) else {name: value}
+    return flags
+
+
+def check_config(config: Config) -> None:
+    """Raise a ValueError for a flag that cannot be."""
+    for name, value in flags_of(config).items():
         flag = f"--{name.replace('_', '-')}"
         if type(value) is int and name != "seed" and value < 1:
             raise ValueError(f"{flag}: expected 1 or more, found {value}")
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise ValueError(f"{flag}: expected a number from 0 on, found {value}")
-    if min(config.learning_rate, config.clip) == 0 or config.ema >= 1:
-        raise ValueError(
-            "expected --learning-rate and --clip above 0 and --ema below 1, found "
-            f"{config.learning_rate}, {config.clip} and {config.ema}"
-        )
-    if config.recipe is not None and config.recipe not in RECIPES:
-        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}")
-    if config.num_pairs is not None and config.pairs is None:
+    if config.learning_rate == 0:
+        raise ValueError("--learning-rate: expected a number above 0, found 0")
+    recipe = config.transfer.recipe
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {recipe!r}")
+    if config.data.num_pairs is not None and config.data.pairs is None:
         raise ValueError("--num-pairs: expected a dataset by --pairs as well, found none")
 
 
-def weights_of(config: Config) -> dict[str, float]:
-    """The terms' weights by their names."""
-    return {
-        "transfer": config.weight_transfer,
-        "pairs": config.weight_pairs,
-        "differences": config.weight_differences,
-    }
+def stages_of(config: Config) -> tuple[TrainingStage, ...]:
+    """Return the stages of the schedule.
 
-
-def stages_of(config: Config) -> tuple[Stage, ...]:
-    """The schedule, if what its terms need is given; a ValueError if not."""
-    stages = parse_schedule(config.schedule, weights_of(config))
+    Raises:
+        ValueError: see `parse_schedule`; data that a term needs is not given.
+    """
+    stages = parse_schedule(config.schedule)
     used = {term for stage in stages for term in stage.terms}
-    if "pairs" in used and config.pairs is None:
+    if "pairs" in used and config.data.pairs is None:
         raise ValueError("--schedule: a stage of pairs needs --pairs, a folder made by data.build")
-    if "transfer" in used and not config.targets and config.pairs is None:
+    if "transfer" in used and not config.data.targets and config.data.pairs is None:
         raise ValueError("--targets: expected some for a stage of transfer, found none")
-    if config.identity_weight is not None and "transfer" not in used:
+    if config.transfer.identity_weight is not None and "transfer" not in used:
         raise ValueError("--identity-weight: it is of the transfer term, which has no stage")
     return stages
 
 
-# What it takes
+# The parts of a training
 
 
-def make_scene(config: Config, device: torch.device) -> tuple[str, Scene]:
-    """The name of the recipe, and the world's networks with its settings."""
-    world = load_world(config.world)
-    parts = load_parts(world, device, config.checkpoint_layers)
-    name = config.recipe or world.recipe
+def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene]:
+    """Return the recipe's name, the recipe as changed by flags, and the world's networks.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_world` and `load_scene`; the recipe needs an
+            identity model and there is none.
+    """
+    world, term = load_world(config.world), config.transfer
+    name = term.recipe or world.recipe
     recipe = RECIPES[name]
-    decay = recipe.weight_decay if config.direction_decay is None else config.direction_decay
-    weight = recipe.identity_weight if config.identity_weight is None else config.identity_weight
+    decay, weight = term.direction_decay, term.identity_weight
     recipe = replace(
         recipe,
-        sources=config.sources or recipe.sources,
-        weight_decay=decay,
-        identity_weight=weight,
+        sources=term.sources or recipe.sources,
+        weight_decay=recipe.weight_decay if decay is None else decay,
+        identity_weight=recipe.identity_weight if weight is None else weight,
     )
-    feature_model(parts.embedder, parts.identity, weight)  # before hours are spent
-    at_once = config.max_images or config.batch_size * recipe.sources
-    return name, Scene(
-        parts.generator, parts.embedder, recipe, world.truncation, at_once, parts.identity
+    scene = load_scene(
+        world,
+        device,
+        # Not None: how many are rendered without gradients decides the last bits of a training.
+        max_images=config.max_images or config.batches.batch_size * recipe.sources,
+        checkpoint_layers=config.checkpoint_layers,
     )
+    scene.feature_model(recipe.identity_weight)  # before hours are spent
+    return name, recipe, scene
 
 
 def make_mapper(
     config: Config,
     scene: Scene,
+    recipe: Recipe,
     targets: Float32[ndarray, "targets embed"] | None,
     pairs: Pairs | None,
 ) -> Mapper:
-    """A fresh mapper, the same for the same seed, with its centre, whitening and scale."""
+    """Return a fresh mapper, the same for the same seed, with its centre, whitening and scale."""
     generator, embedder = scene.generator, scene.embedder
+    mapper_config = MapperConfig(
+        embed_dim=embedder.embed_dim,
+        num_ws=generator.num_ws,
+        w_dim=generator.w_dim,
+        generator=generator.fingerprint,
+        embedder=embedder.fingerprint,
+        width=config.sizes.width,
+        depth=config.sizes.depth,
+        rank=config.sizes.rank,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("mapper", config.seed))
-        mapper = Mapper(
-            MapperConfig(
-                embedder.embed_dim,
-                generator.num_ws,
-                generator.w_dim,
-                generator.fingerprint,
-                embedder.fingerprint,
-                config.width,
-                config.depth,
-                config.rank,
-            )
-        )
-    sources = embedded_sources(scene)
+        mapper = Mapper(mapper_config)
+    sources = embedded_sources(scene, recipe)
     mapper.centre.copy_(sources.mean(dim=0))
     every = 1 if targets is None else -(-len(targets) // WHITENED)
-    seen = [] if targets is None else [torch.from_numpy(targets[::every].copy())]
-    seen += [] if pairs is None else [pairs.embeddings]
-    mapper.whitening.copy_(whitening_of(torch.cat(seen) if seen else sources.cpu()))
-    # A teacher's directions are what is to be answered, and differ in size from layer to layer.
+    known = [] if targets is None else [torch.from_numpy(targets[::every].copy())]
+    known += [] if pairs is None else [pairs.embeddings]
+    mapper.whitening.copy_(whitening_of(torch.cat(known) if known else sources.cpu()))
+    # The optimizer's directions are what is to be answered, and differ in size from layer to layer.
     # Without them latents tell at least which coordinates of w the generator uses how far.
     mapper.scale.copy_(scale_of_latents(scene) if pairs is None else scale_of_pairs(pairs))
     return mapper.to(scene.device)
 
 
-def save_bank(path: Path, embeddings: Float32[ndarray, "targets embed"]) -> None:
-    """Write embeddings as .npy, whole or not at all."""
-
-    def write(unfinished: Path) -> None:
-        with unfinished.open("wb") as file:  # np.save adds a suffix to a bare name
-            np.save(file, embeddings)
-
-    write_atomically(path, write)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, default=str) + "\n"
-    write_atomically(path, lambda unfinished: unfinished.write_text(text))
-
-
 def settings_of(
     config: Config,
-    accelerator: Accelerator,
     scene: Scene,
     recipe_name: str,
-    bank: str | None,
+    recipe: Recipe,
+    *,
+    targets: str | None,
     pairs: Pairs | None,
     left_out: Set[str],
+    processes: int,
+    precision: Precision,
 ) -> dict[str, Any]:
-    """Everything a run's weights depend on, in values that JSON and a checkpoint hold."""
-    named = {name: value for name, value in asdict(config).items() if name not in FREE}
-    named["schedule"] = list(config.schedule)
-    return named | {
-        "generator": scene.generator.fingerprint,
-        "embedder": scene.embedder.fingerprint,
-        "identity": scene.identity.fingerprint
-        if scene.identity is not None and scene.recipe.identity_weight
-        else None,
-        "truncation": scene.truncation,
+    """Return everything a run's weights depend on, in values that JSON and a checkpoint hold."""
+    flags = {name: value for name, value in flags_of(config).items() if name not in FREE}
+    return {
+        **FIXED,
+        **flags,
+        "schedule": list(config.schedule),
+        **settings_of_scene(scene, recipe),
         "recipe_name": recipe_name,
-        "recipe": asdict(scene.recipe),
-        "targets": bank,
+        "targets": targets,
         "pairs": None if pairs is None else pairs.digest,
         "left_out": digest_of(sorted(left_out)),
-        "processes": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
+        "processes": processes,
+        "precision": "bf16" if precision == "bf16" else "no",
     }
 
 
-def record_of(config: Config, settings: dict[str, Any], stages: tuple[Stage, ...]) -> MapperRecord:
-    """What the mapper's file says of its making, without paths of this machine."""
+def record_of(
+    config: Config, settings: Mapping[str, Any], stages: tuple[TrainingStage, ...]
+) -> MapperRecord:
+    """Return what the mapper's file says of its making, without paths of this machine."""
     used = {term for stage in stages for term in stage.terms}
-    specs = [spec if ":" in spec else Path(spec).name for spec in config.targets]
+    data = config.data
+    specs = [spec if ":" in spec else Path(spec).name for spec in data.targets]
     trained_on = [f"targets {', '.join(specs)}"] if settings["targets"] else []
-    if config.pairs is not None:
-        count = "all" if config.num_pairs is None else f"the first {config.num_pairs}"
-        trained_on += [f"{count} training pairs of {config.pairs.resolve().name}"]
+    if data.pairs is not None:
+        count = "all" if data.num_pairs is None else f"the first {data.num_pairs}"
+        trained_on += [f"{count} training pairs of {data.pairs.resolve().name}"]
     if "differences" in used:
         trained_on += ["differences between samples of the generator"]
     return MapperRecord(
@@ -297,72 +311,113 @@ def record_of(config: Config, settings: dict[str, Any], stages: tuple[Stage, ...
     )
 
 
-def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> tuple[Training, Validation]:
-    """Everything a training needs, at the step where it stands."""
-    stages = stages_of(config)
-    recipe_name, scene = make_scene(config, accelerator.device)
-    validation = Validation.open(config.validation, scene)
+@dataclass(frozen=True, kw_only=True)
+class MapperTraining:
+    """A training of the mapper, at the step where it stands, and how it is judged."""
+
+    config: Config
+    stages: tuple[TrainingStage, ...]
+    objective: Objective
+    model: Any
+    """The objective, perhaps in a parallel wrapper."""
+    trainer: Trainer[Mapper]
+    validation: Validation
+
+    def losses_at(self, step: int, shard: int) -> dict[str, Tensor]:
+        """Return the losses of a batch of a step."""
+        seed = seed_of("mapper step", self.config.seed, step, shard)
+        losses: dict[str, Tensor] = self.model(stage_at(self.stages, step).terms, seed)
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, average: Mapper) -> dict[str, Any]:
+        """Judge the averaged mapper: figures for the log, and a picture."""
+        prediction = average(self.validation.embeddings)
+        write_picture(self.validation.grid(prediction.directions), self.config.out / "grid.png")
+        stage = stage_at(self.stages, self.trainer.step - 1)
+        figures = self.validation.figures(prediction.directions, prediction.expected)
+        return {"stage": "+".join(stage.terms), **figures}
+
+    def run(self, stop: Stop) -> Mapper:
+        """Take the steps that are left; see `Trainer.run`."""
+        return self.trainer.run(self.losses_at, self.evaluate, stop, self.model)
+
+
+def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTraining:
+    """Load, embed and make everything that a training needs.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError, Stopped: see `run`.
+    """
+    stages, data = stages_of(config), config.data
+    recipe_name, recipe, scene = make_scene(config, accelerator.device)
+    precision = choose_precision(config.precision)
+    validation = Validation.open(data.validation, scene, recipe)
     pairs = None
-    if config.pairs is not None:
-        pairs = open_pairs(config.pairs, config.num_pairs, scene, validation.ids)
+    if data.pairs is not None:
+        pairs = open_pairs(data.pairs, data.num_pairs, scene, validation.ids)
     name, targets = None, None
-    if config.targets and any("transfer" in stage.terms for stage in stages):
-        write = save_bank if accelerator.is_main_process else None
-        folder = config.bank or config.out
+    if data.targets and any("transfer" in stage.terms for stage in stages):
         name, targets = target_bank(
-            folder, config.targets, scene, validation.ids, write, stop.check
+            data.bank or config.out,
+            data.targets,
+            scene,
+            recipe,
+            validation.ids,
+            stop.check,
+            is_main_process=accelerator.is_main_process,
         )
-    mapper = make_mapper(config, scene, targets, pairs)
-    draws = Draws(
-        weights_of(config),
-        config.noise,
-        config.batch_size,
-        scene.recipe.sources,
-        config.pairs_batch_size,
-        config.differences_batch_size,
+    mapper = make_mapper(config, scene, recipe, targets, pairs)
+    objective = Objective(
+        mapper, scene=scene, recipe=recipe, sizes=config.batches, targets=targets, pairs=pairs
     )
-    average = copy.deepcopy(mapper).requires_grad_(False).eval()
+    # The rate is set at every step; 1 makes it the schedule's.
     optimizer = torch.optim.AdamW(
-        mapper.parameters(), betas=(0.9, 0.99), weight_decay=config.weight_decay
+        mapper.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY
     )
-    objective = Objective(mapper, scene, draws, targets, pairs)
-    settings = settings_of(config, accelerator, scene, recipe_name, name, pairs, validation.ids)
-    course = Course(
-        config.out,
-        stages,
-        config.learning_rate,
-        config.clip,
-        config.ema,
-        config.accumulate,
-        config.seed,
-        config.evaluate_every,
-        config.checkpoint_seconds,
+    model = accelerator.prepare(objective)
+    trainer = Trainer(
+        network=mapper,
+        optimizer=accelerator.prepare(optimizer),
+        out=config.out,
+        schedule=Schedule(
+            steps=sum(stage.steps for stage in stages),
+            learning_rate=config.learning_rate,
+            decay_from=None,
+            clip=CLIP,
+            ema=EMA,
+            evaluate_every=config.evaluate_every,
+            checkpoint_seconds=config.checkpoint_seconds,
+        ),
+        settings=settings_of(
+            config,
+            scene,
+            recipe_name,
+            recipe,
+            targets=name,
+            pairs=pairs,
+            left_out=validation.ids,
+            processes=accelerator.num_processes,
+            precision=precision,
+        ),
+        processes=accelerator,
+        precision=precision,
     )
-    training = Training(
-        course,
-        accelerator,
-        *(accelerator.prepare(objective), mapper, average, accelerator.prepare(optimizer)),
-        settings,
-        stop,
+    return MapperTraining(
+        config=config,
+        stages=stages,
+        objective=objective,
+        model=model,
+        trainer=trainer,
+        validation=validation,
     )
-    training.restore()
-    return training, validation
 
 
-def evaluate(training: Training, validation: Validation) -> None:
-    """Judge the averaged mapper: a line in the log, and a picture."""
-    out = training.course.out
-    stage = stage_at(training.course.stages, training.step - 1)
-    figures = {**training.running, **validation.figures(training.average)}
-    line = {"step": training.step, "stage": "+".join(stage.terms), **figures}
-    with (out / LOG).open("a") as log:
-        log.write(json.dumps(line) + "\n")
-    write_picture(validation.grid(training.average), out / "grid.png")
-    tqdm.write(f"step {training.step} " + " ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-
-
-def run(config: Config) -> Mapper:
+def run(config: Config, stop: Stop | None = None) -> Mapper:
     """Train, and return the average of the weights, which the main process has saved.
+
+    Args:
+        stop: None: one that listens to the signals of this process.
 
     Raises:
         ValueError, FileNotFoundError, OSError: bad input, or files that cannot be read or written.
@@ -370,47 +425,24 @@ def run(config: Config) -> Mapper:
         Stopped: a signal came; the same command goes on from here.
     """
     check_config(config)
-    stop = Stop()
+    choose_precision(config.precision)  # an unknown one is refused before anything is loaded
+    stop = stop or Stop()
     stop.listen()
-    accelerator = Accelerator(gradient_accumulation_steps=config.accumulate)
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        # The scaling of gradients that fp16 needs takes infinite ones for granted.
-        raise ValueError(
-            f"--mixed_precision: expected no or bf16, found {accelerator.mixed_precision}"
-        )
-    config.out.mkdir(parents=True, exist_ok=True)
-    training, validation = prepare(config, accelerator, stop)
-    record = record_of(config, training.settings, training.course.stages)
+    # The loop computes in the precision; accelerate need not convert anything.
+    accelerator = Accelerator(gradient_accumulation_steps=config.accumulate, mixed_precision="no")
+    training = prepare(config, accelerator, stop)
+    settings = training.trainer.settings
     if accelerator.is_main_process:
-        trim_log(config.out / LOG, training.step)
-        content = {"config": asdict(config), "settings": training.settings}
-        write_json(config.out / "config.json", {**content, "versions": versions()})
-    training.run(partial(evaluate, training, validation))
+        content = {"config": flags_of(config), "settings": settings, "versions": versions()}
+        write_json(config.out / "config.json", content)
+    average = training.run(stop)
     if accelerator.is_main_process:
-        save_mapper(training.average, config.out / MAPPER, record)
+        save_mapper(average, config.out / MAPPER, record_of(config, settings, training.stages))
     accelerator.end_training()
-    return training.average
+    return average
 
 
 def main() -> None:
-    """The command: errors of input and of files are one line, and never a traceback."""
-    code = 0
-    try:
-        run(tyro.cli(Config, description=__doc__))
-    except (Stopped, KeyboardInterrupt):
-        code = 130
-        print("stopped; the same command goes on from here", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        code = 1
-        print(
-            "error: out of memory: lower --batch-size or --max-images, or add --checkpoint-layers",
-            file=sys.stderr,
-        )
-    except (ValueError, OSError, FloatingPointError) as error:
-        code = 1
-        print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+    """Run the command line."""
+    kind = tyro.conf.OmitArgPrefixes[Config]
+    command.main(run, kind, __doc__, "python -m train.mapper")

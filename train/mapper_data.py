@@ -1,39 +1,37 @@
-"""What the mapper learns from: embeddings of targets, pairs of the teacher, and their units.
+"""What the mapper learns from, and what it is judged on: targets, pairs and their units.
 
-Knows pictures, pairs and latents and what may be trained on; nothing of losses or of the training.
+Knows pictures, pairs and latents, and which of them may be trained on; nothing of losses or of the
+training.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from data.card import CARD, SUMS
-from data.dataset import load_pairs
+from data.card import SUMS
+from data.dataset import load_pairs, networks_of
 from data.pairs import dimensions
 from data.publish import sha256_of
-from data.targets import BadTarget, TargetSet, digest_of, open_targets, split_of
-from targetclip.embedder import ImageEmbedder
-from targetclip.encoders.identity import IdentityModel, feature_model
-from targetclip.generators import Generator
-from targetclip.optimize import embed_latents
+from data.targets import BadTarget, Target, TargetSet, digest_of, open_targets, split_of
+from targetclip.command import whole_file
+from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.recipes import Recipe
-from targetclip.sources import source_bank
-from targetclip.scene import random_latents
-from targetclip.seeds import seed_of
-from targetclip.targets import embed_targets
+from targetclip.scene import Scene
+from targetclip.seeds import VALIDATION_SOURCES, seed_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,93 +39,146 @@ EMBED_BATCH = 256
 LATENTS = 4096  # drawn to measure how far they spread
 EIGEN_FLOOR = 0.01  # of the mean variance: what hardly varies is noise
 FLOOR = 0.05  # of the mean deviation: what hardly varies must not become the loudest coordinate
+SOURCES = 16  # to validate on
+SHOWN = 8  # targets in the picture, of each kind, and sources + 1
+IN_RANGE = ("drawn:", "generated:", "mixed:")  # what the bundled generator can show
 
 
-@dataclass(frozen=True)
-class Scene:
-    """The frozen networks, and how pictures and sources meet them."""
+def embed_unit(
+    scene: Scene, pictures: Sequence[Image.Image], recipe: Recipe
+) -> Float[Tensor, "targets embed"]:
+    """Return unit embeddings of target pictures, preprocessed as the recipe wants them."""
+    return F.normalize(scene.embed_targets(pictures, recipe), dim=1)
 
-    generator: Generator
-    embedder: ImageEmbedder
-    recipe: Recipe
-    truncation: float
-    max_images: int
-    """Images rendered at once."""
-    identity: IdentityModel | None = None
 
-    @property
-    def device(self) -> torch.device:
-        return self.generator.mean_w.device
-
-    def embed_latents(
-        self, ws: Float[Tensor, "images num_ws w_dim"]
-    ) -> Float[Tensor, "images embed"]:
-        """Raw embeddings of renderings; differentiable."""
-        preprocess = self.recipe.preprocess
-        return embed_latents(self.generator, self.embedder, ws, preprocess, self.max_images)
-
-    def see_latents(self, ws: Float[Tensor, "images num_ws w_dim"]) -> Float[Tensor, "images seen"]:
-        """What the recipe's `feature_model` see of renderings; differentiable."""
-        seeing = feature_model(self.embedder, self.identity, self.recipe.identity_weight)
-        return embed_latents(self.generator, seeing, ws, self.recipe.preprocess, self.max_images)
-
-    def embed_targets(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "targets embed"]:
-        """Unit embeddings of target pictures, as the recipe wants them preprocessed."""
-        raw = embed_targets(self.generator, self.embedder, pictures, self.recipe)
-        return F.normalize(raw, dim=1)
+def settings_of_scene(scene: Scene, recipe: Recipe) -> dict[str, Any]:
+    """Return what of the networks and the recipe decides a training's weights, in plain values."""
+    uses_identity = scene.identity is not None and recipe.identity_weight
+    return {
+        "generator": scene.generator.fingerprint,
+        "embedder": scene.embedder.fingerprint,
+        "identity": scene.identity.fingerprint if scene.identity and uses_identity else None,
+        "truncation": scene.truncation,
+        "recipe": asdict(recipe),
+    }
 
 
 # Targets
 
 
-@dataclass
-class Skipped:
-    """Candidates that are not trained on, and why."""
-
-    held_out: int = 0
-    bad: int = 0
-
-
 def training_pictures(
-    sets: Sequence[TargetSet], left_out: Set[str], skipped: Skipped
+    sets: Sequence[TargetSet], left_out: Set[str], label: str
 ) -> Iterator[Image.Image]:
-    """Pictures of targets whose id is of the train split and not in `left_out`."""
-    for targets in sets:
-        for target in targets:
+    """Yield the pictures of the train split, by their ids, that are not in `left_out`.
+
+    Raises:
+        ValueError: at the end, if there was none.
+    """
+    good = bad = held_out = 0
+    with tqdm(desc=label, total=sum(map(len, sets)), unit="target") as bar:
+        for target in (target for targets in sets for target in targets):
+            bar.update()
             if isinstance(target, BadTarget):
                 logger.warning("%s: left out: %s", target.origin, target.reason)
-                skipped.bad += 1
+                bad += 1
             elif split_of(target.id) != "train" or target.id in left_out:
-                skipped.held_out += 1
+                held_out += 1
             else:
+                good += 1
                 yield target.picture
+    if not good:
+        raise ValueError(
+            f"--targets: expected pictures to train on, found none of the train split in "
+            f"{', '.join(targets.spec for targets in sets)} ({bad} cannot be used, {held_out} are "
+            "held out); give more"
+        )
+
+
+def kept_array(
+    path: Path,
+    make: Callable[[], ndarray],
+    check: Callable[[], None],
+    *,
+    is_main_process: bool = True,
+) -> ndarray:
+    """Return the array of a .npy file, mapped into memory; made on first use.
+
+    Args:
+        path: on a file system that all processes share.
+        check: called again and again while another process makes the file; may raise to stop.
+        is_main_process: whether this process makes it.
+
+    Raises:
+        ValueError: the file is damaged.
+        OSError: it cannot be written.
+    """
+    # No barrier: the making may take longer than a launcher's processes wait for each other.
+    while not path.exists() and not is_main_process:
+        check()
+        time.sleep(0.5)
+    if not path.exists():
+        array = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # np.save adds a suffix to a bare name.
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.save(file, array)
+    try:
+        kept: ndarray = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}): delete it, it is made anew"
+        ) from error
+    return kept
 
 
 def embed_sets(
-    sets: Sequence[TargetSet], scene: Scene, left_out: Set[str], check: Callable[[], None]
+    sets: Sequence[TargetSet],
+    scene: Scene,
+    recipe: Recipe,
+    left_out: Set[str],
+    check: Callable[[], None],
 ) -> Float32[ndarray, "targets embed"]:
-    """Unit embeddings of all training pictures, in order."""
-    skipped, parts = Skipped(), []
-    stream = training_pictures(sets, left_out, skipped)
-    with tqdm(desc="embed targets", total=sum(map(len, sets)), unit="target") as bar:
-        while pictures := list(islice(stream, EMBED_BATCH)):
-            check()
-            found = scene.embed_targets(pictures).float().cpu().numpy()
-            parts.append(found[np.isfinite(found).all(axis=1) & (found != 0).any(axis=1)])
-            bar.update(sum(map(len, parts)) + skipped.bad + skipped.held_out - bar.n)
-    embeddings = np.concatenate([np.zeros((0, scene.embedder.embed_dim), np.float32), *parts])
+    """Return unit embeddings of all training pictures, in order.
+
+    Raises:
+        ValueError: there is no such picture, or none whose embedding is finite.
+    """
+    parts = []
+    stream = training_pictures(sets, left_out, "embed targets")
+    while pictures := list(islice(stream, EMBED_BATCH)):
+        check()
+        part = embed_unit(scene, pictures, recipe).float().cpu().numpy()
+        parts.append(part[np.isfinite(part).all(axis=1) & (part != 0).any(axis=1)])
+    embeddings = np.concatenate(parts)
     if not len(embeddings):
-        raise ValueError(
-            f"--targets: expected pictures to train on, found none of the train split in "
-            f"{', '.join(targets.spec for targets in sets)} ({skipped.bad} cannot be used, "
-            f"{skipped.held_out} are held out); give more"
-        )
+        raise ValueError("--targets: no picture has a finite embedding: get the embedder again")
     return embeddings
 
 
-def bank_name(sets: Sequence[TargetSet], scene: Scene, left_out: Set[str]) -> str:
-    """Name of the file of embeddings: other targets or other networks give another."""
-    recipe = scene.recipe
+def target_bank(
+    folder: Path,
+    specs: Sequence[str],
+    scene: Scene,
+    recipe: Recipe,
+    left_out: Set[str],
+    check: Callable[[], None] = lambda: None,
+    *,
+    is_main_process: bool = True,
+) -> tuple[str, Float32[ndarray, "targets embed"]]:
+    """Return unit embeddings of training targets, made once and kept in `folder`; and the name of
+    their file, which differs for other targets and other networks.
+
+    Only targets of the train split are in it, by their ids, as in a dataset of pairs: a picture
+    that is there to validate or to test is never trained on, whatever the specs name.
+
+    Args:
+        left_out: ids of further targets to leave out.
+        folder, check, is_main_process: see `kept_array`.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: specs that cannot be, or without any good picture.
+    """
+    sets = [open_targets(spec, scene.generator, scene.truncation) for spec in specs]
     digest = digest_of(
         "targets",
         [targets.identity() for targets in sets],
@@ -138,45 +189,13 @@ def bank_name(sets: Sequence[TargetSet], scene: Scene, left_out: Set[str]) -> st
         else [],
         sorted(left_out),
     )
-    return f"targets-{digest[:16]}.npy"
-
-
-def target_bank(
-    folder: Path,
-    specs: Sequence[str],
-    scene: Scene,
-    left_out: Set[str],
-    write: Callable[[Path, Float32[ndarray, "targets embed"]], None] | None,
-    check: Callable[[], None],
-) -> tuple[str, Float32[ndarray, "targets embed"]]:
-    """Unit embeddings of training targets, made once and kept in `folder`; and the file's name.
-
-    Only targets of the train split are in it, by their ids, as in a dataset of pairs: a picture
-    that is there to validate or to test is never trained on, whatever the specs name.
-
-    Args:
-        folder: on a file system that all processes share.
-        left_out: ids of further targets to leave out.
-        write: makes the file; None in a process that waits until another has made it.
-        check: called again and again; may raise to stop.
-
-    Raises:
-        ValueError, FileNotFoundError, OSError: specs that cannot be, or without any good picture.
-    """
-    sets = [open_targets(spec, scene.generator, scene.truncation) for spec in specs]
-    path = folder / bank_name(sets, scene, left_out)
-    # No barrier: the making may take longer than a launcher's processes wait for each other.
-    while not path.exists() and write is None:
-        check()
-        time.sleep(0.5)
-    if not path.exists() and write is not None:
-        write(path, embed_sets(sets, scene, left_out, check))
-    try:
-        bank: Float32[ndarray, "targets embed"] = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged ({error}): delete it, it is made anew"
-        ) from error
+    path = folder / f"targets-{digest[:16]}.npy"
+    bank = kept_array(
+        path,
+        lambda: embed_sets(sets, scene, recipe, left_out, check),
+        check,
+        is_main_process=is_main_process,
+    )
     if bank.ndim != 2 or bank.shape[1] != scene.embedder.embed_dim or not len(bank):
         raise ValueError(
             f"{str(path)!r}: expected embeddings of {scene.embedder.embed_dim} numbers, found "
@@ -190,7 +209,7 @@ def target_bank(
 
 @dataclass(frozen=True)
 class Pairs:
-    """Training pairs of the teacher, in the order of their ids."""
+    """Training pairs of a dataset, in the order of their ids."""
 
     rows: datasets.Dataset = field(repr=False)
     digest: str
@@ -202,34 +221,31 @@ class Pairs:
         return len(self.embeddings)
 
     def directions(self, chosen: Int[Tensor, " batch"]) -> Float[Tensor, "batch num_ws w_dim"]:
-        """The teacher's directions of some pairs; they stay on disk until asked for."""
-        found: Tensor = self.rows[chosen.tolist()]["direction"]
-        return found
+        """Read the directions of some pairs; they stay on disk until then."""
+        directions: Tensor = self.rows[chosen.tolist()]["direction"]
+        return directions
 
 
-def check_pairs(folder: Path, found: tuple[int, int, int], scene: Scene) -> None:
-    """Raise a ValueError unless the pairs are for this generator and this embedder."""
+def check_pairs(folder: Path, sizes: tuple[int, int, int], scene: Scene) -> None:
+    """Raise a ValueError unless pairs of these sizes are for this generator and this embedder."""
     generator, embedder = scene.generator, scene.embedder
     expected = (embedder.embed_dim, generator.num_ws, generator.w_dim)
-    if found != expected:
+    if sizes != expected:
         raise ValueError(
-            f"--pairs: expected embed, num_ws, w_dim {expected}, as this world's, found {found} in "
+            f"--pairs: expected embed, num_ws, w_dim {expected}, as this world's, found {sizes} in "
             f"{str(folder)!r}; build pairs for this world, or give theirs as --world"
         )
-    card = (folder / CARD).read_text("utf-8", errors="replace")
-    for name, fingerprint in (
-        ("generator", generator.fingerprint),
-        ("embedder", embedder.fingerprint),
-    ):
-        if fingerprint not in card:
+    own = {"generator": generator.fingerprint, "embedder": embedder.fingerprint}
+    for (name, fingerprint), other in zip(own.items(), networks_of(folder), strict=True):
+        if fingerprint != other:
             raise ValueError(
-                f"--pairs: expected pairs of {name} {fingerprint[:12]}, found another one in the "
-                f"card of {str(folder)!r}; build pairs for this world, or give theirs as --world"
+                f"--pairs: expected pairs of {name} {fingerprint[:12]}, found {other[:12]} in "
+                f"{str(folder)!r}; build pairs for this world, or give theirs as --world"
             )
 
 
 def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]) -> Pairs:
-    """The first `count` pairs of the train split by order of ids, all if None.
+    """Return the first `count` pairs of the train split by order of ids, all if None.
 
     No other split is opened.
 
@@ -240,13 +256,13 @@ def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]
     check_pairs(folder, dimensions(rows.features), scene)
     ids = rows["id"][:]
     order = sorted((i for i in range(len(ids)) if ids[i] not in left_out), key=ids.__getitem__)
-    wanted = len(order) if count is None else count
-    if not 1 <= wanted <= len(order):
+    used = len(order) if count is None else count
+    if not 1 <= used <= len(order):
         raise ValueError(
             f"--num-pairs: expected 1 to {len(order)}, the training pairs of {str(folder)!r}, "
-            f"found {wanted}"
+            f"found {used}"
         )
-    rows = rows.select(order[:wanted])
+    rows = rows.select(order[:used])
     embeddings = F.normalize(rows["embedding"][:], dim=1)
     return Pairs(rows.select_columns(["direction"]), sha256_of(folder / SUMS), embeddings)
 
@@ -254,15 +270,15 @@ def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]
 # Units
 
 
-def embedded_sources(scene: Scene) -> Float[Tensor, "bank embed"]:
-    """Unit embeddings of the teacher's source bank."""
+def embedded_sources(scene: Scene, recipe: Recipe) -> Float[Tensor, "bank embed"]:
+    """Return unit embeddings of the source bank."""
     with torch.no_grad():
-        embeddings = scene.embed_latents(source_bank(scene.generator, scene.truncation))
+        embeddings = scene.features(scene.bank(), recipe.preprocess)
     return F.normalize(embeddings.float(), dim=1)
 
 
 def whitening_of(embeddings: Float[Tensor, "targets embed"]) -> Float[Tensor, "embed embed"]:
-    """The symmetric matrix that brings unit embeddings to unit variance in every direction.
+    """Return the symmetric matrix that brings unit embeddings to unit variance in every direction.
 
     What CLIP tells apart least still decides attributes, and gradients would come to it last.
     """
@@ -273,17 +289,17 @@ def whitening_of(embeddings: Float[Tensor, "targets embed"]) -> Float[Tensor, "e
 
 
 def floored(deviation: Float[Tensor, "num_ws w_dim"]) -> Float[Tensor, "num_ws w_dim"]:
+    """Raise small deviations to a part of the mean."""
     return deviation.clamp_min(FLOOR * float(deviation.mean()))
 
 
 def scale_of_latents(scene: Scene) -> Float[Tensor, "num_ws w_dim"]:
-    """Deviation of a source's w: what an edit's coordinate may be measured by without a teacher."""
-    seeds = [seed_of("spread", i) for i in range(LATENTS)]
-    return floored(random_latents(scene.generator, seeds, scene.truncation).std(dim=0))
+    """Return the deviation of sources' w: the units of a direction where there are no pairs."""
+    return floored(scene.latents([seed_of("spread", i) for i in range(LATENTS)]).std(dim=0))
 
 
 def scale_of_pairs(pairs: Pairs) -> Float[Tensor, "num_ws w_dim"]:
-    """Deviation of the teacher's directions from zero, for each layer and coordinate.
+    """Return the deviation of the pairs' directions from zero, for each layer and coordinate.
 
     From zero and not from their mean: a fresh mapper answers zero, so it has the mean to learn as
     well, and a single pair has a deviation too.
@@ -298,3 +314,84 @@ def scale_of_pairs(pairs: Pairs) -> Float[Tensor, "num_ws w_dim"]:
     if not total.any():
         raise ValueError("--pairs: expected directions, found nothing but zeros: build them anew")
     return floored((total / len(pairs)).sqrt().float())
+
+
+# Validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Targets and sources that nothing is trained on."""
+
+    scene: Scene
+    ids: frozenset[str]
+    pictures: list[Image.Image]
+    embeddings: Float[Tensor, "targets embed"]
+    """Unit, preprocessed as the recipe wants them: the mapper's input."""
+    judged: Float[Tensor, "targets embed"]
+    """Raw, preprocessed as the embedder's library does: edits are compared with these."""
+    in_range: Bool[Tensor, " targets"]
+    """Whether the generator can show such a picture."""
+    sources: Float[Tensor, "sources num_ws w_dim"]
+
+    @staticmethod
+    def open(specs: Sequence[str], scene: Scene, recipe: Recipe) -> "Validation":
+        """Read and embed targets; pictures that cannot be read are left out.
+
+        Raises:
+            ValueError, FileNotFoundError, OSError: see `open_targets`; no good picture.
+        """
+        targets, in_range = [], []
+        for spec in specs:
+            for target in open_targets(spec, scene.generator, scene.truncation):
+                if isinstance(target, Target):
+                    targets.append(target)
+                    in_range.append(spec.startswith(IN_RANGE))
+        if not targets:
+            raise ValueError(f"--validation: expected pictures, found none in {list(specs)}")
+        pictures = [target.picture for target in targets]
+        return Validation(
+            scene=scene,
+            ids=frozenset(target.id for target in targets),
+            pictures=pictures,
+            embeddings=embed_unit(scene, pictures, recipe),
+            judged=scene.embedder.embed_pictures(pictures),
+            in_range=torch.tensor(in_range),
+            sources=scene.sources(SOURCES, VALIDATION_SOURCES),
+        )
+
+    def figures(
+        self,
+        directions: Float[Tensor, "targets num_ws w_dim"],
+        expected: Float[Tensor, " targets"] | None = None,
+    ) -> dict[str, float]:
+        """Return scores of a direction for each target in full precision, as means over targets.
+
+        Args:
+            expected: transfer scores that were predicted; their mean error is returned as well.
+        """
+        scores = self.scene.score(self.judged, self.sources, directions, with_identity=True)
+        transfer, in_range = scores.transfer, self.in_range.to(directions.device)
+        figures = {
+            "transfer_score": transfer,
+            "transfer_score_in_range": transfer[in_range],
+            "transfer_score_out_of_range": transfer[~in_range],
+            "consistency_score": scores.consistency,
+            "length": directions.flatten(1).norm(dim=1),
+        }
+        if scores.identity is not None:
+            figures["identity_score"] = scores.identity
+        if expected is not None:
+            figures["expected_error"] = (expected - transfer).abs()
+        return {name: float(values.mean()) for name, values in figures.items() if len(values)}
+
+    def grid(self, directions: Float[Tensor, "targets num_ws w_dim"]) -> Image.Image:
+        """Draw the sources, then for each target a row: itself, and its edits of the sources."""
+        sources = self.sources[:SHOWN]
+        unedited = tensor_to_pictures(self.scene.render(sources))
+        rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
+        kinds = [self.in_range.nonzero(), (~self.in_range).nonzero()]
+        for i in [int(i) for kind in kinds for i in kind[:SHOWN]]:
+            edited = tensor_to_pictures(self.scene.edit(sources, directions[i]))
+            rows[f"target {i} and sources with its essence"] = [self.pictures[i], *edited]
+        return labelled_grid(None, rows)

@@ -7,14 +7,17 @@ judges pictures it has not seen and is not easily fooled by a texture.
     python -m train.drawn.clip --out runs/clip          # 41 minutes for 1,400 steps; resumes
 """
 
-import json
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.drawn.clip")
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from data.drawn.captions import caption
 from data.drawn.faces import bank, draw_wide, to_images, wide_face
 from data.drawn.sketch import SIZE, Extras, Face, Style, draw
-from train.loop import Schedule, train, write_atomically
+from targetclip import command
+from targetclip.command import make_folder, whole_file, write_json
+from train.loop import Schedule, plain_settings, train
 
 Described = tuple[Face, Extras, Style]
 
@@ -125,11 +130,15 @@ def run(config: Config) -> None:
         loss_at,
         config.out,
         Schedule(
-            config.steps, config.learning_rate, decay_from=0.3, ema=0.995,
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            decay_from=0.3,
+            ema=0.995,
             evaluate_every=config.evaluate_every,
         ),
         evaluate,
-    )  # fmt: skip
+        plain_settings(config),
+    )
     save_local_directory(average, config.out / "model")
 
 
@@ -138,16 +147,13 @@ def save_local_directory(model: nn.Module, folder: Path) -> None:
     from safetensors.torch import save_file
 
     half = {name: t.half().contiguous() for name, t in model.state_dict().items()}
-    write_atomically(folder / "open_clip_model.safetensors", lambda path: save_file(half, path))
-    text = json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2)
-    write_atomically(
-        folder / "open_clip_config.json", lambda path: path.write_text(text + "\n") and None
-    )
+    make_folder(folder)
+    with whole_file(folder / "open_clip_model.safetensors") as temporary:
+        save_file(half, temporary)
+    config = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
+    write_json(folder / "open_clip_config.json", config)
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    """Run the command line."""
+    command.main(run, Config, __doc__, "python -m train.drawn.clip")

@@ -1,20 +1,24 @@
 """Train the generator of the bundled world: latents to faces, by plain regression.
 
 Each z stands for known face parameters (`data.drawn.faces`), so the right picture of every latent
-is known and no discriminator is needed. Half of the latents mix three z in W+, one a group of layers,
-with the picture known as well: edits in W+ then change what their layers own.
+is known and no discriminator is needed. Half of the latents mix three z in W+, one a group of
+layers, with the picture known as well: edits in W+ then change what their layers own.
 
-    python -m train.drawn.generator --out runs/generator  # hours; resumes
-    python -m train.drawn.generator --out runs/try --half-steps 100 --steps 100 --faces 2000  # a try
-    python -m train.drawn.generator --out runs/more --start generator.safetensors  # further
+    python -m train.drawn.generator --out runs/generator                            # hours; resumes
+    python -m train.drawn.generator --out runs/try --half-steps 9 --steps 9 --faces 2000     # a try
+    python -m train.drawn.generator --out runs/more --start generator.safetensors          # further
 """
+
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.drawn.generator")
 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
 from jaxtyping import Float, UInt8
 from numpy import ndarray
 from PIL import Image
@@ -34,11 +38,13 @@ from data.drawn.faces import (
 )
 from data.drawn.readings import truth_of
 from data.drawn.sketch import SIZE
+from targetclip import command
+from targetclip.command import whole_file
 from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.media.images import labelled_grid, tensor_to_pictures
-from train.loop import CHECKPOINT, Schedule, train, write_atomically
+from train.loop import CHECKPOINT, Schedule, plain_settings, train
 
 HELD_OUT_SEED = 1_000_003
 MAPPING_RATE = 30.0  # its weights are stored a hundred times larger than they act
@@ -150,15 +156,19 @@ def train_at(config: Config, network: StyleGAN2, steps: int, out: Path) -> Style
         save_pairs(held[:32], images[:32], out / "grid.png")
         return {"psnr": psnr(images, held), "psnr_mixed": psnr(images[1::2], held[1::2])}
 
+    start = None if config.start is None else load_generator(config.start).fingerprint
     mapping = list(network.mapping_network.parameters())
     others = [p for n, p in network.named_parameters() if not n.startswith("mapping_network")]
     return train(
         network,
         loss_at,
         out,
-        Schedule(steps, config.learning_rate, evaluate_every=config.evaluate_every),
+        Schedule(
+            steps=steps, learning_rate=config.learning_rate, evaluate_every=config.evaluate_every
+        ),
         evaluate,
-        [{"params": mapping, "lr": MAPPING_RATE}, {"params": others, "lr": 1.0}],
+        plain_settings(config, start=start, resolution=network.resolution),
+        groups=[{"params": mapping, "lr": MAPPING_RATE}, {"params": others, "lr": 1.0}],
     )
 
 
@@ -193,15 +203,10 @@ def run(config: Config) -> None:
     with torch.no_grad():
         many = torch.randn(100_000, config.w_dim, generator=torch.Generator().manual_seed(0))
         average.mapping_network.w_avg.copy_(average.mapping_network(many).mean(dim=0))
-    write_atomically(
-        config.out / "generator.safetensors",
-        lambda path: save_safetensors(average, path, torch.float16),
-    )
+    with whole_file(config.out / "generator.safetensors") as temporary:
+        save_safetensors(average, temporary, torch.float16)
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    """Run the command line."""
+    command.main(run, Config, __doc__, "python -m train.drawn.generator")

@@ -9,6 +9,11 @@ it. Learns nothing from the attribute reader, which judges edits beside it.
     python -m train.drawn.identity --generator G --out runs/identity --measure F  # of a file
 """
 
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.drawn.identity")
+
 import json
 import math
 from dataclasses import dataclass
@@ -17,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
@@ -32,6 +36,8 @@ from data.drawn.faces import (
     ws_from_z,
 )
 from data.drawn.sketch import ESSENCE, IDENTITY, NAMES, Face, draw
+from targetclip import command
+from targetclip.command import Stop, make_folder, write_json
 from targetclip.encoders.identity import (
     IdentityConfig,
     IdentityModel,
@@ -41,12 +47,13 @@ from targetclip.encoders.identity import (
 )
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2, normalize_latent
+from targetclip.seeds import WORLD_TARGETS
 from train.drawn.generator import HELD_OUT_SEED, face_bank
-from train.loop import Schedule, train, write_atomically
+from train.loop import Schedule, plain_settings, train
 
 WAVES = 3
 GALLERY = 100
-TEST_SEED = 3_000_017  # neither that of training nor of validation
+TEST_SEED = WORLD_TARGETS  # neither that of training nor of validation
 
 Pair = tuple[Float[Tensor, "people 3 height width"], Float[Tensor, "people 3 height width"]]
 
@@ -179,12 +186,12 @@ def measure(config: Config, path: Path) -> None:
     identity = load_identity(path)
     report: dict[str, Any] = figures_of(identity, pairs)
     report["changed_alone"] = changed_alone(identity, GALLERY, TEST_SEED)
-    text = json.dumps(report, indent=2) + "\n"
-    write_atomically(config.out / "report.json", lambda unfinished: unfinished.write_text(text))
-    print(text)
+    make_folder(config.out)
+    write_json(config.out / "report.json", report)
+    print(json.dumps(report, indent=2))
 
 
-def train_identity(config: Config) -> SketchIdentity:
+def train_identity(config: Config, stop: Stop | None = None) -> SketchIdentity:
     """Train, or go on training, in `config.out`; returns the averaged network."""
     torch.manual_seed(config.seed)
     generator = load_generator(config.generator)
@@ -217,9 +224,13 @@ def train_identity(config: Config) -> SketchIdentity:
         return figures_of(average.eval(), held)
 
     schedule = Schedule(
-        config.steps, config.learning_rate, ema=0.998, evaluate_every=config.evaluate_every
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        ema=0.998,
+        evaluate_every=config.evaluate_every,
     )
-    return train(identity, loss_at, config.out, schedule, evaluate)
+    settings = plain_settings(config, generator=generator.fingerprint)
+    return train(identity, loss_at, config.out, schedule, evaluate, settings, stop=stop)
 
 
 def run(config: Config) -> None:
@@ -228,13 +239,10 @@ def run(config: Config) -> None:
         return
     path = config.out / "identity.safetensors"
     average = train_identity(config)
-    write_atomically(path, lambda unfinished: save_identity(average, unfinished))
+    save_identity(average, path)
     measure(config, path)
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    """Run the command line."""
+    command.main(run, Config, __doc__, "python -m train.drawn.identity")

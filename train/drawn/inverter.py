@@ -6,18 +6,23 @@ renderings must look like them.
     python -m train.drawn.inverter --generator G --out runs/inverter
 """
 
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.drawn.inverter")
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 
 from data.drawn.faces import psnr, sample_z, to_images, ws_from_z
+from targetclip import command
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators import load_generator
 from train.drawn.generator import HELD_OUT_SEED, face_bank, save_pairs
-from train.loop import Schedule, train, write_atomically
+from train.loop import Schedule, plain_settings, train
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,16 @@ def run(config: Config) -> None:
         return {"psnr": psnr(images, held)}
 
     schedule = Schedule(
-        config.steps, config.learning_rate, ema=0.998, evaluate_every=config.evaluate_every
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        ema=0.998,
+        evaluate_every=config.evaluate_every,
     )
-    average = train(inverter, loss_at, config.out, schedule, evaluate)
-    write_atomically(config.out / "inverter.safetensors", lambda path: save_inverter(average, path))
+    settings = plain_settings(config, generator=generator.fingerprint)
+    average = train(inverter, loss_at, config.out, schedule, evaluate, settings)
+    save_inverter(average, config.out / "inverter.safetensors")
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    """Run the command line."""
+    command.main(run, Config, __doc__, "python -m train.drawn.inverter")

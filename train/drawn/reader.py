@@ -6,20 +6,25 @@ else is ever trained through the reader.
     python -m train.drawn.reader --generator runs/generator/generator.safetensors --out runs/reader
 """
 
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.drawn.reader")
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from data.drawn.faces import faces_from_z, sample_z, to_images, ws_from_z
 from data.drawn.readings import truth_of
 from eval.reader import AttributeReader, agreement, mean_errors, save_reader
+from targetclip import command
 from targetclip.generators import load_generator
 from train.drawn.generator import HELD_OUT_SEED, face_bank
-from train.loop import Schedule, train, write_atomically
+from train.loop import Schedule, plain_settings, train
 
 
 @dataclass(frozen=True)
@@ -84,15 +89,16 @@ def run(config: Config) -> None:
         return figures
 
     schedule = Schedule(
-        config.steps, config.learning_rate, ema=0.998, evaluate_every=config.evaluate_every
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        ema=0.998,
+        evaluate_every=config.evaluate_every,
     )
-    average = train(reader, loss_at, config.out, schedule, evaluate)
-    write_atomically(config.out / "reader.safetensors", lambda path: save_reader(average, path))
+    settings = plain_settings(config, generator=generator.fingerprint)
+    average = train(reader, loss_at, config.out, schedule, evaluate, settings)
+    save_reader(average, config.out / "reader.safetensors")
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    """Run the command line."""
+    command.main(run, Config, __doc__, "python -m train.drawn.reader")
