@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.report import machine, peak_bytes
-from eval.studies.networks import Sizes, count_operations, random_networks
+from eval.studies.costs import Sizes, count_operations, random_networks
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder
@@ -213,7 +213,7 @@ def run(config: Config) -> dict[str, Any]:
     if config.out is not None:
         command.make_folder(config.out)
     torch.manual_seed(config.seed)
-    operations = count_operations(config, config.recipe)
+    operations = count_operations(config)
     generator, embedder = random_networks(config)
     scene = Scene(generator=generator, embedder=embedder, max_images=config.max_images)
     # As after training, w stays near its mean; any target will do.

@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import subprocess
@@ -31,8 +30,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,7 +44,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from eval.report import machine, peak_bytes, table
-from eval.studies.networks import Sizes, random_networks
+from eval.studies.costs import Sizes, alone, random_networks
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder, resize_matrix
@@ -207,20 +204,6 @@ def make_weights(config: Config) -> float:
 
 
 # Steps
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own: the peak memory of one never falls again.
-
-    Raises:
-        ChildProcessError: the process was killed.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise ChildProcessError(f"{function.__name__}: its process was killed") from error
 
 
 def run_command(words: list[str], log: Path) -> float:

@@ -230,48 +230,41 @@ class Result:
 
 def judge_targets(
     setup: Setup,
-    embeddings: Float[Tensor, "targets embed"],
+    kind: str,
+    way: str,
+    targets: Sequence[Image.Image | str],
     truth: Truth,
-    pictures: Sequence[Image.Image],
-) -> tuple[Float[Tensor, "targets num_ws w_dim"], dict[str, Tensor]]:
-    """Return the mapper's directions for targets, and their scores; without pictures only some."""
-    judges = setup.judges
+    pictures: Sequence[Image.Image] = (),
+) -> Result:
+    """Judge the mapper's answers to targets that are embedded in one way.
+
+    Args:
+        pictures: of the same faces, for the scores that need them.
+    """
+    judges, texts = setup.judges, [target for target in targets if isinstance(target, str)]
+    embeddings = setup.embed_raw(texts) if way == RAW else setup.embed(targets)
     directions = setup.essence.predict_embeddings(embeddings).directions
-    given = embeddings.float().cpu()
-    shown = judges.scene.embedder.embed_pictures(pictures).cpu() if pictures else given
-    edited = edited_images(judges, setup.sources, directions)
-    judged = judge(judges, setup.before, edited)
+    asked = embeddings.float().cpu()
+    shown = judges.scene.embedder.embed_pictures(pictures).cpu() if pictures else asked
+    judged = judge(judges, setup.before, edited_images(judges, setup.sources, directions))
     goal = Goal(embeddings=shown, second=None, truth=truth)
-    scores = scores_of(judged, judges.look(setup.before), goal)
-    kept = {name: scores[name] for name in ("essence", "identity")}
+    known = scores_of(judged, judges.look(setup.before), goal)
+    scores = {name: known[name] for name in ("essence", "identity")}
     if pictures:
-        kept["transfer"] = scores["transfer"]
-        kept["cosine"] = F.cosine_similarity(given, shown, dim=1)
-    return directions, kept
+        scores["transfer"] = known["transfer"]
+        scores["cosine"] = F.cosine_similarity(asked, shown, dim=1)
+    names = texts or [f"face {i}" for i in range(len(targets))]
+    return Result(kind=kind, way=way, names=names, directions=directions, scores=scores)
 
 
 def judge_all(setup: Setup, faces: DescribedFaces) -> list[Result]:
     """Judge pictures, then every kind of text both ways."""
-
-    def result(
-        kind: str,
-        way: str,
-        names: list[str],
-        embeddings: Float[Tensor, "targets embed"],
-        truth: Truth,
-        pictures: Sequence[Image.Image],
-    ) -> Result:
-        directions, scores = judge_targets(setup, embeddings, truth, pictures)
-        return Result(kind=kind, way=way, names=names, directions=directions, scores=scores)
-
-    pictures, truth = faces.pictures, faces.truth
-    names = [f"face {i}" for i in range(len(pictures))]
-    results = [result(FACE, PICTURE, names, setup.embed(pictures), truth, pictures)]
-    for kind, texts in {**faces.captions, PHRASE: list(PHRASES)}.items():
-        known = (truth_of_phrases(), []) if kind == PHRASE else (truth, pictures)
-        results.append(result(kind, TEXT, texts, setup.embed(texts), *known))
-        results.append(result(kind, RAW, texts, setup.embed_raw(texts), *known))
-    return results
+    given = (faces.truth, faces.pictures)
+    results = [judge_targets(setup, FACE, PICTURE, faces.pictures, *given)]
+    for kind, texts in faces.captions.items():
+        results += [judge_targets(setup, kind, way, texts, *given) for way in (TEXT, RAW)]
+    phrases, truth = list(PHRASES), truth_of_phrases()
+    return results + [judge_targets(setup, PHRASE, way, phrases, truth) for way in (TEXT, RAW)]
 
 
 # The report

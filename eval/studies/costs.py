@@ -1,9 +1,14 @@
-"""Networks of any size with random weights, for studies of time and memory.
+"""What studies of time and memory share: networks with random weights, and counted operations.
 
-Knows sizes; nothing of files or of what is measured. Not a study itself.
+Knows sizes and processes; nothing of files. Not a study itself.
 """
 
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from targetclip.embedder import ClipEmbedder, EncoderInput
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
 
 
@@ -65,8 +70,8 @@ def random_networks(sizes: Sizes) -> tuple[StyleGAN2, ClipEmbedder]:
     return generator, embedder
 
 
-def count_operations(sizes: Sizes, recipe: Recipe) -> int:
-    """Count the floating-point operations of a step, forward and backward, from shapes alone.
+def count_operations(sizes: Sizes) -> int:
+    """Count the operations of a step of `release`, forward and backward, from shapes alone.
 
     Convolutions, matrix products and attention count, a multiplication and an addition as two. What
     is done once a run, the embedding of the sources, does not.
@@ -76,5 +81,18 @@ def count_operations(sizes: Sizes, recipe: Recipe) -> int:
         scene = Scene(generator=generator, embedder=embedder, max_images=sizes.max_images)
         ws = torch.zeros(sizes.sources, generator.num_ws, generator.w_dim, requires_grad=True)
         with FlopCounterMode(display=False) as counter:
-            scene.features(ws, recipe.preprocess).sum().backward()
+            scene.features(ws, RECIPES["release"].preprocess).sum().backward()
     return int(counter.get_total_flops())
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a process of its own: the peak memory of one never falls again.
+
+    Raises:
+        ChildProcessError: the process was killed.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(f"{function.__name__}: its process was killed") from error
