@@ -6,49 +6,62 @@
         --world ffhq.toml                                                           # eight
     python -m data.build --out pairs --only verify                                  # is it whole?
 
-Plans, runs and merges. Kill it whenever you like and start it again, by the same command, any
-number of times at once: whatever is finished stays finished.
+Plans, runs and merges. Kill it at any time and start it again by the same command, several times at
+once if you like: finished work stays finished.
 """
+
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("data.build")
 
 import dataclasses
 import json
 import logging
 import math
 import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-from accelerate import Accelerator
+from accelerate import PartialState
 from tqdm import tqdm
 
-from data.batch_size import fitting_batch_size, time_step
-from data.card import DatasetInfo
+from data.card import FAILURES, REPORT, SUMS, DatasetInfo
 from data.claims import Claim, claim, clock_ns, owner_name
-from data.finish import merge_once, verify_build
+from data.dataset import mean_scores, merge, verify
 from data.pairs import features
-from data.plan import RECORD, Plan, PlanTaken, check_settings, check_targets, load_plan, make_plan
-from data.publish import sha256_of
+from data.plan import (
+    RECORD,
+    Plan,
+    PlanTaken,
+    check_plan,
+    check_settings,
+    check_targets,
+    load_plan,
+    make_plan,
+)
+from data.publish import At, go_on, replace_file, sha256_of
 from data.targets import TargetSet, open_targets
-from data.worker import Stop, Stopped, Teacher, Worker
+from data.worker import Teacher, Worker, chunk_name, fitting_batch_size, make_teacher, time_step
+from targetclip import command
+from targetclip.command import Precision, Stop, choose_precision
 from targetclip.optimize import Progress
-from targetclip.precision import plain_attention
 from targetclip.recipes import RECIPES, Initial, Recipe
-from targetclip.sources import generated_sources, source_bank
-from targetclip.seeds import BANK
-from targetclip.world import Parts, World, load_parts, load_world
+from targetclip.scene import Scene
+from targetclip.world import World, load_scene, load_world
 
 logger = logging.getLogger(__name__)
 
 Stage = Literal["plan", "run", "merge", "verify"]
 
-WORK = ".build"  # hidden, so that a loader sees the dataset alone
-HELD_OUT_SEED = 2  # of the sources that score every pair; others are for choosing and for judging
+WORK = ".build"  # hidden, so that a loader finds the dataset alone
+ACCELERATE_NAMES: dict[Precision, str] = {"fp32": "no", "bf16": "bf16"}  # as plans record them
+PACKAGES = ("accelerate", "datasets", "pyarrow")  # in the report beside those of all commands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +69,8 @@ class Config:
     out: Path
     """Folder of the dataset, on a file system that all workers share."""
     targets: tuple[str, ...] = ()
-    """Where the targets come from: folders, dataset:NAME, generated:N, mixed:N, drawn:N, wide:N.
-    Not needed once the plan is made."""
+    """Target pictures: folders, dataset:NAME, generated:N, mixed:N, drawn:N, wide:N. Not needed
+    once the plan is made."""
     world: str = "sketch64"
     """Name of a bundled world, or the path of a world's .toml file."""
     only: Stage | None = None
@@ -65,36 +78,42 @@ class Config:
     recipe: str | None = None
     """Recipe of the teacher: release, paper, consistent or identity. Default: the world's."""
     initial: Initial | None = None
-    """What directions start from. Default: the recipe's."""
+    """Start of the directions. Default: the recipe's."""
     steps: int | None = None
     """Steps of the teacher. Default: the recipe's."""
     batch_size: int | Literal["auto"] = "auto"
-    """Targets optimized together, which are a chunk; auto finds what fits and is fast."""
+    """Targets optimized together, which are a chunk; auto: as many as fit and are fast."""
     max_images: int | None = None
     """Images rendered at once, where memory is short. Default: those of a step."""
     checkpoint_layers: bool = False
-    """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
+    """Keep three fifths of an image's memory for the backward pass, and compute the rest again:
     where not even --max-images 1 fits. The result is the same."""
+    precision: Precision | None = None
+    """Of the teacher. Default: accelerate's, or else fp32."""
     held_out: int = 16
     """Sources that every pair is scored on and none is optimized on."""
     seed: int = 0
     """Decides everything random, with each target's id."""
     lease: float = 120.0
-    """Seconds without a sign of life after which a worker's chunk is another's to take."""
+    """Seconds without a sign of life after which others may take a worker's chunk."""
     checkpoint_seconds: float = 60.0
     """Of work that a kill may cost."""
     max_attempts: int = 5
-    """How often a chunk may end its worker without getting on, before its targets are given up."""
+    """How often a chunk may end its worker without progress, before its targets are given up."""
     name: str = "Teacher directions"
     """Title of the dataset's card."""
     licence: str = "other"
     """Licence of the dataset by its name on the hub, e.g. mit or cc-by-nc-4.0."""
     licence_text: str = "See the licences of the generator, the embedder and the target pictures."
-    """What the card says of it."""
+    """The card's words on the licence."""
 
 
 def check_config(config: Config) -> None:
-    """Raise a ValueError for a flag that cannot be; here, for tyro prints a box for its own."""
+    """Check the options.
+
+    Raises:
+        ValueError: an option has an impossible value.
+    """
     for name in ("steps", "batch_size", "max_images", "held_out", "max_attempts"):
         value = getattr(config, name)
         if isinstance(value, int) and value < 1:
@@ -112,7 +131,11 @@ def check_config(config: Config) -> None:
 
 
 def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
-    """The teacher's recipe and its name, with what the command line changes."""
+    """Return the name of the teacher's recipe, and the recipe with the changes of the options.
+
+    Raises:
+        ValueError: the world has no network that the recipe needs.
+    """
     name = config.recipe or world.recipe
     changes = {"initial": config.initial, "steps": config.steps}
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -130,80 +153,61 @@ def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
     return name, recipe
 
 
-def settings_of(
-    config: Config, world: World, parts: Parts, recipe_name: str, recipe: Recipe, precision: str
-) -> dict[str, Any]:
-    """Everything a direction depends on but its target; what may not change within a folder."""
-    inverts = world.inverter is not None and recipe.initial == "inversion"
+def settings_of(teacher: Teacher, world: World, seed: int) -> dict[str, Any]:
+    """Return everything a direction depends on but its target; it may not change in a folder."""
+    scene, recipe = teacher.scene, teacher.recipe
+    inverter = world.inverter if recipe.initial == "inversion" else None
+    identity = scene.identity if recipe.identity_weight else None
     return {
-        "generator": parts.generator.fingerprint,
-        "embedder": parts.embedder.fingerprint,
-        "inverter": sha256_of(world.inverter) if inverts and world.inverter else None,
-        "identity": parts.identity.fingerprint
-        if parts.identity is not None and recipe.identity_weight
-        else None,
-        "recipe_name": recipe_name,
+        "generator": scene.generator.fingerprint,
+        "embedder": scene.embedder.fingerprint,
+        "inverter": None if inverter is None else sha256_of(inverter),
+        "identity": None if identity is None else identity.fingerprint,
+        "recipe_name": teacher.recipe_name,
         "recipe": dataclasses.asdict(recipe),
         "truncation": world.truncation,
-        "bank": BANK if recipe.fresh_sources else recipe.sources,
-        "held_out": config.held_out,
-        "seed": config.seed,
-        "precision": precision,
+        "bank": len(teacher.bank),
+        "held_out": len(teacher.held_out),
+        "seed": seed,
+        "precision": ACCELERATE_NAMES[teacher.precision],
     }
 
 
-@contextmanager
-def in_precision(accelerator: Accelerator) -> Iterator[None]:
-    """The launcher's precision, at its best speed."""
-    half = accelerator.mixed_precision != "no"
-    with accelerator.autocast(), plain_attention(accelerator.device) if half else nullcontext():
-        yield
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """A build as this process sees it."""
+
+    config: Config
+    work: Path
+    """Folder of the plan, the chunks and the claims."""
+    teacher: Teacher
+    settings: dict[str, Any]
+    sets: list[TargetSet]
+    """Targets to plan, or to compare with the plan; none in the other processes of a launch."""
+    stop: Stop
+    main: bool
+    """This is the main process of a launch."""
+    at: At
+
+    def claim(self, name: str) -> Claim | None:
+        """Claim the plan or the merge; return None if another process holds it."""
+        return claim(self.work / "claims", name, owner_name(), self.config.lease, self.at)
 
 
-def make_teacher(
-    config: Config,
-    world: World,
-    parts: Parts,
-    recipe_name: str,
-    recipe: Recipe,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> Teacher:
-    """The optimizer with its sources."""
-    count = BANK if recipe.fresh_sources else recipe.sources
-    held_out = generated_sources(parts.generator, world.truncation, config.held_out, HELD_OUT_SEED)
-    return Teacher(
-        parts.generator,
-        parts.embedder,
-        recipe,
-        recipe_name,
-        source_bank(parts.generator, world.truncation, count),
-        held_out,
-        config.max_images,
-        autocast,
-        parts.inverter,
-        parts.identity,
-    )
+# Planning
 
 
-def make_own_plan(
-    config: Config,
-    work: Path,
-    held: Claim,
-    sets: list[TargetSet],
-    settings: dict[str, Any],
-    teacher: Teacher,
-    stop: Stop,
-) -> None:
+def make_own_plan(build: Build, held: Claim) -> None:
     """Plan, in a process that holds the claim to it."""
+    stop, teacher, size = build.stop, build.teacher, build.config.batch_size
 
     def try_batch(size: int) -> float:
         stop.check()
         return time_step(teacher, size)
 
-    size = config.batch_size
     if size == "auto":
         size = fitting_batch_size(try_batch, teacher.recipe.steps)
-    with tqdm(desc="plan", total=sum(map(len, sets)), unit="target") as bar:
+    with tqdm(desc="plan", total=sum(map(len, build.sets)), unit="target") as bar:
 
         def on_batch(done: int, total: int) -> None:
             bar.update(done - bar.n)
@@ -211,72 +215,81 @@ def make_own_plan(
             if held.lost:
                 raise PlanTaken
 
-        make_plan(work, held.owner, sets, settings, size, teacher.prepare, on_batch)
+        make_plan(
+            build.work,
+            held.owner,
+            build.sets,
+            build.settings,
+            size,
+            teacher.prepare,
+            on_batch,
+            at=build.at,
+        )
 
 
-def await_plan(
-    config: Config,
-    work: Path,
-    sets: list[TargetSet],
-    settings: dict[str, Any],
-    teacher: Teacher,
-    stop: Stop,
-    main: bool,
-) -> None:
-    """Return once there is a plan: made here, or by another process, in this launch or not."""
-    record = work / "plan" / RECORD
-    planning = config.only in (None, "plan") and bool(config.targets)
-    (work / "claims").mkdir(parents=True, exist_ok=True)
-    told = False
+def await_plan(build: Build) -> None:
+    """Return once there is a plan: made here, or by another process, in this launch or not.
+
+    Raises:
+        FileNotFoundError: there is none, and no targets to plan.
+    """
+    record = build.work / "plan" / RECORD
+    planning = build.config.only in (None, "plan") and bool(build.config.targets)
+    (build.work / "claims").mkdir(parents=True, exist_ok=True)
+    warned = False
     while not record.is_file():
-        stop.check()
+        build.stop.check()
         # The other processes of a launch leave planning to its main one.
-        mine = main or not planning
-        held = claim(work / "claims", "plan", owner_name(), config.lease) if mine else None
+        held = build.claim("plan") if build.main or not planning else None
         if held is None:
-            if main and not told:
+            if build.main and not warned:
                 logger.warning("waiting for the plan of another process, or for its claim to end")
-                told = True
+                warned = True
             time.sleep(1.0)
             continue
         try:
-            # It may have been finished, and its claim released, since the last look.
+            # Another may have finished it and released its claim since the last look.
             if not planning and not record.is_file():
                 raise FileNotFoundError(
-                    f"no plan in {str(config.out)!r}: plan first, by giving --targets"
+                    f"no plan in {str(build.config.out)!r}: plan first, by giving --targets"
                 )
             if not record.is_file():
                 with held.kept_alive(), suppress(PlanTaken):
-                    make_own_plan(config, work, held, sets, settings, teacher, stop)
+                    make_own_plan(build, held)
         finally:
             held.release()
 
 
-def plan_stage(config: Config, work: Path, sets: list[TargetSet], settings: dict[str, Any]) -> Plan:
-    """The plan, if it is of this command."""
-    plan = load_plan(work / "plan")
+def checked_plan(build: Build) -> Plan:
+    """Load the plan, and check that it is of this command.
+
+    Raises:
+        ValueError: it is of other settings or targets.
+    """
+    config, plan = build.config, load_plan(build.work / "plan")
     planned = {name: value for name, value in plan.settings.items() if name != "targets"}
-    check_settings(config.out, planned, settings)
+    check_settings(config.out, planned, build.settings)
     if config.batch_size not in ("auto", plan.batch_size):
         check_settings(
             config.out, {"batch_size": plan.batch_size}, {"batch_size": config.batch_size}
         )
-    if sets:
-        check_targets(plan, sets)
+    if build.sets:
+        check_targets(plan, build.sets)
     return plan
 
 
-def run_stage(
-    config: Config, work: Path, plan: Plan, teacher: Teacher, stop: Stop, main: bool
-) -> bool:
-    """Teach until every chunk is done or in other hands; True if every one is done."""
-    columns = features(plan.embeddings.shape[1], *teacher.bank.shape[1:])
+# Running
+
+
+def run_chunks(build: Build, plan: Plan) -> bool:
+    """Do chunks until each is done or held by others; return True if all are done."""
+    config = build.config
     total = len(plan.targets)
     finished = 0
 
     def on_step(chunk: int, progress: Progress) -> None:
         nonlocal finished
-        if bar.disable:  # a loss is not to be waited for, nor a folder read, for nobody
+        if bar.disable:  # the loss would wait for the device, and the folder be read, for nothing
             return
         if progress.step % 10 == 0:
             finished = min(total, len(worker.published()) * plan.batch_size)
@@ -289,48 +302,58 @@ def run_stage(
         bar.update(max(0, min(total, finished + part) - bar.n))
 
     worker = Worker(
-        work,
-        plan,
-        teacher,
-        columns,
-        stop,
-        config.lease,
-        config.checkpoint_seconds,
-        config.max_attempts,
-        on_step,
+        work=build.work,
+        plan=plan,
+        teacher=build.teacher,
+        stop=build.stop,
+        lease=config.lease,
+        checkpoint_seconds=config.checkpoint_seconds,
+        max_attempts=config.max_attempts,
+        on_step=on_step,
+        at=build.at,
     )
     finished = min(total, len(worker.published()) * plan.batch_size)
     with tqdm(
-        desc="targets", total=total, initial=finished, unit="target", disable=not main
+        desc="targets", total=total, initial=finished, unit="target", disable=not build.main
     ) as bar:
-        # The main process of a launch waits for the others' last chunks, since somebody has to
-        # merge; theirs need not wait for anyone.
-        done = worker.run(wait=main and config.only is None)
+        # The main process of a launch waits for the others' last chunks, to merge them.
+        done = worker.run(wait=build.main and config.only is None)
         bar.update(total - bar.n if done else 0)
     return done
 
 
-def dataset_info(config: Config, world: World, parts: Parts, plan: Plan) -> DatasetInfo:
-    """What the card says of all pairs alike."""
+# Merging
+
+
+def facts_of(settings: dict[str, Any], world: World, scene: Scene) -> dict[str, Any]:
+    """Return the facts of a card that follow from the settings of a plan and from the world."""
+    return {
+        "generator": settings["generator"],
+        "resolution": scene.generator.resolution,
+        "num_ws": scene.generator.num_ws,
+        "w_dim": scene.generator.w_dim,
+        "embedder": world.name if Path(world.embedder).is_dir() else world.embedder,
+        "embedder_fingerprint": settings["embedder"],
+        "preprocess": settings["recipe"]["preprocess"],
+        "recipe": settings["recipe_name"],
+        "settings": settings["recipe"],
+        "truncation": settings["truncation"],
+        "precision": settings["precision"],
+        "seed": settings["seed"],
+        "targets": tuple(targets["spec"] for targets in settings["targets"]),
+    }
+
+
+def dataset_info(config: Config, world: World, scene: Scene, plan: Plan) -> DatasetInfo:
+    """Return the facts of the card."""
     settings = plan.settings
-    fresh = settings["recipe"]["fresh_sources"]
+    sources = f"{settings['bank']} samples of the generator"
+    if settings["recipe"]["fresh_sources"]:
+        sources += f", {settings['recipe']['sources']} of them drawn anew at every step"
     return DatasetInfo(
+        **facts_of(settings, world, scene),
         name=config.name,
-        generator=settings["generator"],
-        resolution=parts.generator.resolution,
-        num_ws=parts.generator.num_ws,
-        w_dim=parts.generator.w_dim,
-        embedder=world.name if Path(world.embedder).is_dir() else world.embedder,
-        embedder_fingerprint=settings["embedder"],
-        preprocess=settings["recipe"]["preprocess"],
-        recipe=settings["recipe_name"],
-        settings=settings["recipe"],
-        truncation=settings["truncation"],
-        precision=settings["precision"],
-        seed=settings["seed"],
-        targets=tuple(targets["spec"] for targets in settings["targets"]),
-        sources=f"{settings['bank']} samples of the generator"
-        + (f", {settings['recipe']['sources']} of them drawn anew at every step" if fresh else ""),
+        sources=sources,
         held_out=f"{settings['held_out']} other samples of the generator",
         licence=config.licence,
         licence_text=config.licence_text,
@@ -339,17 +362,118 @@ def dataset_info(config: Config, world: World, parts: Parts, plan: Plan) -> Data
 
 
 def command_line(config: Config, plan: Plan) -> list[str]:
-    """The arguments that make this dataset again, without paths of this machine."""
+    """Return the arguments that make this dataset again, without paths of this machine."""
     recipe = plan.settings["recipe"]
     specs = [targets["spec"] for targets in plan.settings["targets"]]
-    found = ["--out", "pairs", "--targets", *specs, "--world", Path(config.world).name]
-    found += ["--recipe", plan.settings["recipe_name"], "--initial", recipe["initial"]]
-    found += ["--steps", str(recipe["steps"]), "--batch-size", str(plan.batch_size)]
-    return [*found, "--held-out", str(plan.settings["held_out"]), "--seed", str(config.seed)]
+    flags = ["--out", "pairs", "--targets", *specs, "--world", Path(config.world).name]
+    flags += ["--recipe", plan.settings["recipe_name"], "--initial", recipe["initial"]]
+    flags += ["--steps", str(recipe["steps"]), "--batch-size", str(plan.batch_size)]
+    return [*flags, "--held-out", str(plan.settings["held_out"]), "--seed", str(config.seed)]
 
 
-def run(config: Config) -> int:
-    """Do what the configuration says; the exit code.
+def remove_leftovers(out: Path, work: Path, lease: float) -> None:
+    """Remove files that killed workers left; one younger than a lease may be a living worker's."""
+    before = clock_ns(work) - int(lease * 1e9)
+    left = [
+        path for name in ("claims", "checkpoints", "attempts") for path in work.glob(f"{name}/*")
+    ]
+    left += [
+        path for folder in (work / "chunks", out / "data", out) for path in folder.glob(".*.tmp")
+    ]
+    for path in left:
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime_ns < before:
+                path.unlink()
+
+
+def merge_all(
+    out: Path, work: Path, plan: Plan, info: DatasetInfo, at: At = go_on
+) -> dict[str, Any]:
+    """Make the dataset of all chunks; return its report: counts, mean scores and settings.
+
+    Raises:
+        FileNotFoundError: a chunk is not done.
+        ValueError, OSError: as `data.dataset.merge`.
+    """
+    chunks = [work / "chunks" / f"{chunk_name(chunk)}.parquet" for chunk in range(plan.chunks)]
+    missing = [path.stem for path in chunks if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {plan.chunks} chunks are not done, {missing[0]} the first: "
+            "run the build again, without --only merge"
+        )
+    columns = features(plan.embeddings.shape[1], info.num_ws, info.w_dim)
+    merge(chunks, out, columns, info, plan.failures, at=at)
+    report = {
+        "splits": mean_scores(out),
+        "failures": len((out / FAILURES).read_text().splitlines()),
+        "settings": plan.settings,
+        "batch_size": plan.batch_size,
+        "versions": command.versions() | {name: metadata.version(name) for name in PACKAGES},
+    }
+    replace_file(out / REPORT, (json.dumps(report, indent=2) + "\n").encode(), at)
+    return report
+
+
+def merge_once(
+    build: Build,
+    plan: Plan,
+    info: DatasetInfo,
+    began: int,
+    merge_all: Callable[..., dict[str, Any]] = merge_all,
+) -> dict[str, Any]:
+    """Merge, unless another process has since `began`; return the report.
+
+    Args:
+        began: a time of the file system's clock, in ns.
+
+    Raises:
+        Stopped: a signal came while another process merged.
+    """
+    out, work = build.config.out, build.work
+    while True:
+        while (held := build.claim("merge")) is None:
+            build.stop.check()
+            time.sleep(0.5)
+        try:
+            # Workers finish together. One merge is enough, and its dataset may be in use already.
+            merged = (out / SUMS).is_file() and (out / REPORT).is_file()
+            if merged and (out / REPORT).stat().st_mtime_ns > began:
+                report: dict[str, Any] = json.loads((out / REPORT).read_text())
+                return report
+            with held.kept_alive():
+                report = merge_all(out, work, plan, info, build.at)
+                remove_leftovers(out, work, build.config.lease)
+                return report
+        except FileNotFoundError:
+            if held.heartbeat():
+                raise
+            # Halted for longer than the lease: another has merged meanwhile, and removed the files
+            # that this one was writing.
+        finally:
+            held.release()
+
+
+def verify_build(out: Path, work: Path) -> list[str]:
+    """Return all that is wrong with the dataset, and with its plan where that is still there."""
+    folder = work / "plan"
+    if not (folder / RECORD).is_file():
+        return verify(out)
+    try:
+        expected = load_plan(folder).splits()
+    except ValueError as error:
+        return [str(error), *verify(out)]
+    return [*check_plan(folder), *verify(out, expected)]
+
+
+# The command
+
+
+def run(config: Config, at: At = go_on) -> int:
+    """Do the stages that are asked for; return the exit code.
+
+    Args:
+        at: is called at named points of the work; a test ends or halts the process there.
 
     Raises:
         ValueError, FileNotFoundError, OSError: bad input, or files that cannot be read or written.
@@ -361,46 +485,46 @@ def run(config: Config) -> int:
         problems = verify_build(config.out, work)
         print("\n".join(problems) or f"{config.out}: clean")
         return 1 if problems else 0
+    precision = choose_precision(config.precision)
     stop = Stop()
     stop.listen()
-    accelerator = Accelerator()
+    launch = PartialState()
     world = load_world(config.world)
-    parts = load_parts(world, accelerator.device, config.checkpoint_layers)
-    recipe_name, recipe = chosen_recipe(config, world)
-    precision = accelerator.mixed_precision
-    settings = settings_of(config, world, parts, recipe_name, recipe, precision)
-    teacher = make_teacher(
-        config, world, parts, recipe_name, recipe, lambda: in_precision(accelerator)
+    scene = load_scene(
+        world,
+        launch.device,
+        max_images=config.max_images,
+        checkpoint_layers=config.checkpoint_layers,
     )
-    main = accelerator.is_main_process
-    specs = config.targets if main else ()
-    sets = [open_targets(spec, parts.generator, world.truncation) for spec in specs]
+    teacher = make_teacher(scene, *chosen_recipe(config, world), config.held_out, precision)
+    main = launch.is_main_process
+    build = Build(
+        config=config,
+        work=work,
+        teacher=teacher,
+        settings=settings_of(teacher, world, config.seed),
+        sets=[
+            open_targets(spec, scene.generator, world.truncation)
+            for spec in (config.targets if main else ())
+        ],
+        stop=stop,
+        main=main,
+        at=at,
+    )
     work.mkdir(parents=True, exist_ok=True)
     began = clock_ns(work)
-    await_plan(config, work, sets, settings, teacher, stop, main)
-    plan = plan_stage(config, work, sets, settings)
-    info = dataset_info(config, world, parts, plan)
+    await_plan(build)
+    plan = checked_plan(build)
+    info = dataset_info(config, world, scene, plan)
     done = config.only == "merge"
     if config.only in (None, "run"):
-        done = run_stage(config, work, plan, teacher, stop, main) and config.only is None
+        done = run_chunks(build, plan) and config.only is None
     if main and done:
-        report = merge_once(config.out, work, plan, info, config.lease, began, stop.check)
+        report = merge_once(build, plan, info, began)
         print(json.dumps({"splits": report["splits"], "failures": report["failures"]}))
     return 0
 
 
 def main() -> None:
-    """The command: errors of input and of files are one line, and never a traceback."""
-    try:
-        code = run(tyro.cli(Config, description=__doc__))
-    except (Stopped, KeyboardInterrupt):
-        code = 130
-        print("stopped; the same command goes on from here", file=sys.stderr)
-    except (ValueError, OSError) as error:
-        code = 1
-        print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+    """Run the command."""
+    command.main(run, Config, __doc__, "python -m data.build")

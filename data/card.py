@@ -1,4 +1,4 @@
-"""The card of a pair dataset: the README.md that says what is in it and how it was made.
+"""The card of a pair dataset: the README.md that describes its content and how it was made.
 
 Knows text and what the hub reads of it; nothing of how the other files are written or checked.
 """
@@ -14,7 +14,7 @@ from huggingface_hub import DatasetCardData
 
 from data.pairs import COLUMNS, SPLITS, Failure, dimensions
 
-SUMS, CARD, FAILURES = "SHA256SUMS", "README.md", "failures.jsonl"
+SUMS, CARD, FAILURES, REPORT = "SHA256SUMS", "README.md", "failures.jsonl", "report.json"
 
 MEANS = (
     "transfer",
@@ -27,9 +27,9 @@ MEANS = (
 )  # shown in the card
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What the card says of all pairs alike."""
+    """Facts of the card that are the same for all pairs."""
 
     name: str
     generator: str
@@ -46,10 +46,10 @@ class DatasetInfo:
     """Of the recipe; anything JSON holds."""
     truncation: float
     precision: str
-    """Of the optimizer, as accelerate names it: no (float32), bf16 or fp16."""
+    """Of the optimizer, as accelerate names it: no (float32) or bf16."""
     seed: int
     targets: tuple[str, ...]
-    """Specs that the target pictures came from."""
+    """Specs of the target pictures."""
     sources: str
     """The bank the optimizer edited, in words."""
     held_out: str
@@ -70,7 +70,7 @@ class DatasetInfo:
 
 @dataclass
 class Survey:
-    """What all chunks hold together, but for the rows."""
+    """Counts, sums and failures of all chunks together."""
 
     rows: Counter[str] = field(default_factory=Counter)
     """Of each split."""
@@ -80,7 +80,7 @@ class Survey:
 
 
 def columns_table(columns: Features) -> str:
-    """The card's table of columns."""
+    """Return the card's table of columns."""
     embed, num_ws, w_dim = dimensions(columns)
     shapes = {
         "embedding": f"[{embed}]",
@@ -95,7 +95,7 @@ def columns_table(columns: Features) -> str:
 
 
 def counts_table(survey: Survey) -> str:
-    """The card's table of splits: rows and mean scores."""
+    """Return the card's table of splits: rows and mean scores."""
     lines = [f"| split | pairs | {' | '.join(MEANS)} |", "|---" * (len(MEANS) + 2) + "|"]
     for split in SPLITS:
         rows, totals = survey.rows[split], survey.totals[split]
@@ -105,7 +105,7 @@ def counts_table(survey: Survey) -> str:
 
 
 def card_header(info: DatasetInfo, columns: Features, survey: Survey) -> str:
-    """The card's YAML: licence, files of each split, columns as datasets itself reads them."""
+    """Return the card's YAML: licence, files of each split, columns as datasets reads them."""
     filled = [split for split in SPLITS if survey.rows[split]]
     files = [{"split": split, "path": f"data/{split}-*"} for split in filled]
     embed, num_ws, w_dim = dimensions(columns)
@@ -114,8 +114,8 @@ def card_header(info: DatasetInfo, columns: Features, survey: Survey) -> str:
         license=info.licence,
         pretty_name=info.name,
         configs=[{"config_name": "default", "data_files": files}] if files else None,
-        # By the number of rows `datasets` itself notices a shard that is gone. It wants bytes, too:
-        # those of embeddings and directions, which are nearly all.
+        # From the number of rows `datasets` notices a missing shard. It also requires bytes: those
+        # of embeddings and directions, which are nearly all.
         dataset_info={
             "features": columns._to_yaml_list(),
             "splits": [
@@ -132,7 +132,7 @@ def card_header(info: DatasetInfo, columns: Features, survey: Survey) -> str:
 
 
 def card(info: DatasetInfo, columns: Features, survey: Survey) -> str:
-    """README.md: what a row is, how it was made, how to load it, and what may be done with it."""
+    """Return README.md: what a row is, how it was made, how to load it, what the licence allows."""
     stages = Counter(failure.stage for failure in survey.failures)
     failed = ", ".join(f"{count} at {stage}" for stage, count in sorted(stages.items())) or "none"
     settings = json.dumps(info.settings, indent=2, sort_keys=True)

@@ -1,9 +1,9 @@
-"""Who works on what, for as long as they are alive.
+"""Claims: which worker works on what, for as long as it is alive.
 
-A claim is a small file with its owner's name that the owner touches again and again; one that has
-not been touched for a lease is stale and anybody's to break. Claims save work and nothing else: in
-rare races, or after a halt, two may work on the same thing. That the result is right is up to
-`data.publish.publish_file`. Knows names and owners; nothing of the work.
+A claim is a small file with its owner's name that the owner touches again and again. A claim that
+was not touched for a lease is stale: anybody may break it. Claims only save work: in rare races, or
+after a halt, two may work on the same thing. `data.publish.publish_file` keeps the result right.
+Knows names and owners; nothing of the work.
 """
 
 import errno
@@ -19,7 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.publish import fault_point, full_disk_explained
+from data.publish import At, go_on
+from targetclip.command import full_disk_explained
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +28,17 @@ GONE = (errno.ENOENT, errno.ESTALE)  # NFS says the second of a file removed whi
 
 
 def owner_name() -> str:
-    """A name for this worker that no other has: host, process number and a random part.
+    """Return a name that no other worker has: host, process number and a random part.
 
-    Letters, digits, `_` and `-` only, so it may be part of a file name.
+    It consists of letters, digits, `_` and `-`, so it may be part of a file name.
     """
     host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64]
     return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A claim file as somebody found it; no two claims are equal."""
+class ClaimFile:
+    """A claim file as it was read; no two claims are equal."""
 
     owner: str
     inode: int
@@ -45,7 +46,7 @@ class Seen:
 
 
 def parse_owner(content: bytes) -> str:
-    """The owner a claim file names; empty if its maker was killed before writing it."""
+    """Return the owner that a claim file names; empty if its maker was killed before writing."""
     try:
         record = json.loads(content)
     except ValueError:
@@ -53,13 +54,13 @@ def parse_owner(content: bytes) -> str:
     return str(record.get("owner", "")) if isinstance(record, dict) else ""
 
 
-def look(path: Path) -> Seen | None:
-    """The claim at `path`, or None if there is none."""
+def look(path: Path) -> ClaimFile | None:
+    """Read the claim at `path`; return None if there is none."""
     try:
         # NFS asks the server anew for a file that is opened; a bare stat may be a minute old.
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
-            return Seen(parse_owner(file.read()), stat.st_ino, stat.st_mtime_ns)
+            return ClaimFile(parse_owner(file.read()), stat.st_ino, stat.st_mtime_ns)
     except OSError as error:
         if error.errno in GONE:
             return None
@@ -67,7 +68,7 @@ def look(path: Path) -> Seen | None:
 
 
 def clock_ns(folder: Path) -> int:
-    """What time it is where the files are: hosts' clocks differ, and the claims' times are its."""
+    """Return the time of the file system in ns, as claims have it; clocks of hosts differ."""
     probe = folder / f".{secrets.token_hex(8)}.now"
     try:
         probe.touch(exist_ok=False)
@@ -77,7 +78,7 @@ def clock_ns(folder: Path) -> int:
 
 
 def create(path: Path, owner: str) -> bool:
-    """Make the claim file; False if there is one."""
+    """Make the claim file; return False if there is one."""
     record = {"owner": owner, "host": socket.gethostname(), "pid": os.getpid()}
     content = json.dumps(record).encode()
     with full_disk_explained(path, len(content)):
@@ -94,18 +95,18 @@ def create(path: Path, owner: str) -> bool:
     return True
 
 
-def remove_only(path: Path, wanted: Callable[[Seen], bool]) -> bool:
-    """Remove the claim if it is the wanted one; of many who try, one gets True."""
+def remove_only(path: Path, matches: Callable[[ClaimFile], bool]) -> bool:
+    """Remove the claim if it matches; of many who try, one gets True."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.aside")
     try:
         os.rename(path, aside)
     except FileNotFoundError:
         return False
     try:
-        # Between a look and the rename others may have broken this claim and made their own; only
-        # what has been put aside can be told for sure.
-        found = look(aside)
-        if found is not None and wanted(found):
+        # Between a look and the rename others may have broken this claim and made their own. Only
+        # the file that was put aside is certain.
+        claimed = look(aside)
+        if claimed is not None and matches(claimed):
             return True
         # Put it back, unless somebody has claimed anew: then its owner will notice that it lost.
         with suppress(FileExistsError):
@@ -116,16 +117,17 @@ def remove_only(path: Path, wanted: Callable[[Seen], bool]) -> bool:
 
 
 class Claim:
-    """A claim that was ours when it was made; `lost` once a heartbeat found that it is no more."""
+    """A claim that was ours when it was made; `lost` is set by the heartbeat that misses it."""
 
-    def __init__(self, path: Path, owner: str, lease: float) -> None:
+    def __init__(self, path: Path, owner: str, lease: float, at: At = go_on) -> None:
         self.path = path
         self.owner = owner
         self.lease = lease
+        self.at = at
         self.lost = False
 
     def heartbeat(self) -> bool:
-        """Show that the owner is alive; False if the claim is no longer ours.
+        """Show that the owner is alive; return False if the claim is no longer ours.
 
         Raises:
             OSError: the file system fails; the claim may still be ours.
@@ -148,13 +150,13 @@ class Claim:
         Raises:
             OSError: the file system fails; the claim goes stale in time.
         """
-        fault_point("before-release")
-        found = look(self.path)
-        if found is not None and found.owner == self.owner:
-            remove_only(self.path, lambda seen: seen.owner == self.owner)
+        self.at("before-release")
+        claimed = look(self.path)
+        if claimed is not None and claimed.owner == self.owner:
+            remove_only(self.path, lambda other: other.owner == self.owner)
 
     def beat_until(self, stop: threading.Event) -> None:
-        """Heartbeats, four a lease, until told to stop or the claim is lost."""
+        """Send four heartbeats a lease until `stop` is set or the claim is lost."""
         while not stop.wait(self.lease / 4):
             try:
                 if not self.heartbeat():
@@ -164,7 +166,7 @@ class Claim:
 
     @contextmanager
     def kept_alive(self) -> Iterator[None]:
-        """Heartbeats in the background, until the end of the `with` block; does not release."""
+        """Send heartbeats in the background during the `with` block; do not release."""
         stop = threading.Event()
         name = f"heartbeat of {self.path.name}"
         thread = threading.Thread(target=self.beat_until, args=(stop,), name=name, daemon=True)
@@ -176,15 +178,16 @@ class Claim:
             thread.join()
 
 
-def claim(folder: Path, name: str, owner: str, lease: float) -> Claim | None:
-    """Claim `name` for `owner`, breaking a claim that is stale; None if somebody holds it.
+def claim(folder: Path, name: str, owner: str, lease: float, at: At = go_on) -> Claim | None:
+    """Claim `name` for `owner`, breaking a stale claim; return None if somebody holds it.
 
     Args:
-        folder: where the claims are, on a file system that all workers share.
+        folder: of the claims, on a file system that all workers share.
         name: of the work, usable as a file name.
         owner: this worker, see `owner_name`.
         lease: seconds without a heartbeat after which a claim is stale, by the file system's
             clock. The same for all workers.
+        at: is called at the points after-claim and before-release.
 
     Raises:
         ValueError: the lease is not above 0.
@@ -196,14 +199,14 @@ def claim(folder: Path, name: str, owner: str, lease: float) -> Claim | None:
     if not create(path, owner):
         # The clock first: the shorter the time from the look to the removal, the rarer the races.
         now_ns = clock_ns(folder)
-        found = look(path)
-        if found is not None:  # it may have been released just now
-            if now_ns - found.mtime_ns <= lease * 1e9:
+        held = look(path)
+        if held is not None:  # it may have been released just now
+            if now_ns - held.mtime_ns <= lease * 1e9:
                 return None
-            if not remove_only(path, lambda seen: seen == found):
+            if not remove_only(path, lambda other: other == held):
                 return None
-            logger.warning("%s: broke the stale claim of %r", path, found.owner)
+            logger.warning("%s: broke the stale claim of %r", path, held.owner)
         if not create(path, owner):
             return None
-    fault_point("after-claim")
-    return Claim(path, owner, lease)
+    at("after-claim")
+    return Claim(path, owner, lease, at)

@@ -1,19 +1,20 @@
 """The folder of a pair dataset: made of chunks, checked, loaded.
 
-Knows files and what must be in them; nothing of how directions are found or who finds them. A
-dataset is a folder:
+Knows files and what must be in them; nothing of how directions are found. A dataset is a folder:
 
     README.md  failures.jsonl  data/{train,validation,test}-00000-of-00001.parquet  SHA256SUMS
 
-A merge removes SHA256SUMS first and writes it last: a folder without it is not finished.
+and report.json, which a build adds. A merge removes SHA256SUMS first and writes it last: a folder
+without it is not finished.
 """
 
 import glob
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Features
 
-from data.card import CARD, FAILURES, MEANS, SUMS, DatasetInfo, Survey, card
+from data.card import CARD, FAILURES, MEANS, REPORT, SUMS, DatasetInfo, Survey, card
 from data.pairs import (
     GROUP_ROWS,
     SPLITS,
@@ -35,31 +36,37 @@ from data.pairs import (
     read_chunk,
     such_as,
 )
-from data.publish import fault_point, replace_file, sha256_of, sync_folder
+from data.publish import At, go_on, replace_file, sha256_of
+from targetclip.command import one_line, sync_folder
 
 SHARD_BYTES = 200_000_000  # about what a merge holds in memory
 SHARD = re.compile(rf"data/({'|'.join(SPLITS)})-\d{{5}}-of-\d{{5}}\.parquet")
 
 
 def survey_chunks(chunks: Sequence[Path], columns: Features) -> Survey:
-    """Read every chunk once: counts, sums and failures; ValueError for what cannot be merged."""
+    """Read every chunk once and return counts, sums and failures.
+
+    Raises:
+        FileNotFoundError, ValueError: a chunk is missing, damaged, of other dimensions, or repeats
+            a target.
+    """
     survey = Survey(totals={split: dict.fromkeys(MEANS, 0.0) for split in SPLITS})
-    seen: dict[str, Path] = {}
+    places: dict[str, Path] = {}
     for path in chunks:
         table, failures = read_chunk(path)
-        found = dimensions(Features.from_arrow_schema(table.schema))
-        if found != dimensions(columns):
+        dims = dimensions(Features.from_arrow_schema(table.schema))
+        if dims != dimensions(columns):
             raise ValueError(
                 f"{str(path)!r}: expected embed, num_ws, w_dim {dimensions(columns)}, found "
-                f"{found}; merge chunks of one plan only"
+                f"{dims}; merge chunks of one plan only"
             )
         for target in [*table["id"].to_pylist(), *(f.id for f in failures if f.id)]:
-            if target in seen:
+            if target in places:
                 raise ValueError(
-                    f"target {target} is in {str(seen[target])!r} and again in {str(path)!r}; "
+                    f"target {target} is in {str(places[target])!r} and again in {str(path)!r}; "
                     "expected every target once"
                 )
-            seen[target] = path
+            places[target] = path
         survey.failures += failures
         splits = np.array(table["split"].to_pylist())
         for split in SPLITS:
@@ -70,54 +77,39 @@ def survey_chunks(chunks: Sequence[Path], columns: Features) -> Survey:
     return survey
 
 
-@dataclass
-class Rows:
-    """The rows of a split, in order, taken so many at a time."""
-
-    tables: Iterator[pa.Table]
-    left: pa.Table
-
-    def take(self, count: int) -> pa.Table:
-        held = [self.left]
-        while sum(map(len, held)) < count:
-            held.append(next(self.tables))
-        joined = pa.concat_tables(held)
-        self.left = joined.slice(count)
-        return joined.slice(0, count)
-
-
-def rows_of(chunks: Sequence[Path], split: str, schema: pa.Schema) -> Rows:
-    """The rows of a split through all chunks, one chunk in memory at a time."""
-
-    def tables() -> Iterator[pa.Table]:
-        for path in chunks:
-            table = read_chunk(path)[0].replace_schema_metadata(schema.metadata)
-            yield table.filter(pc.equal(table["split"], split))
-
-    return Rows(tables(), schema.empty_table())
+def tables_of(
+    chunks: Sequence[Path], split: str, schema: pa.Schema, counts: Iterable[int]
+) -> Iterator[pa.Table]:
+    """Return the rows of a split as tables of so many rows, with one chunk in memory at a time."""
+    paths, rows = iter(chunks), schema.empty_table()
+    for count in counts:
+        while len(rows) < count:
+            chunk = read_chunk(next(paths))[0].replace_schema_metadata(schema.metadata)
+            rows = pa.concat_tables([rows, chunk.filter(pc.equal(chunk["split"], split))])
+        yield rows.slice(0, count)
+        rows = rows.slice(count)
 
 
 def split_of_shard(name: str) -> str:
+    """Return the split in the name of a shard."""
     return name.removeprefix("data/").partition("-")[0]
-
-
-def shard_name(split: str, index: int, total: int) -> str:
-    return f"data/{split}-{index:05d}-of-{total:05d}.parquet"
 
 
 def shards_of(
     chunks: Sequence[Path], survey: Survey, schema: pa.Schema, rows_per_shard: int
 ) -> Iterator[tuple[str, bytes]]:
-    """Every shard's name and content, one in memory at a time."""
+    """Return the name and the content of every shard, one in memory at a time."""
     for split in SPLITS:
-        total, rows = survey.rows[split], rows_of(chunks, split, schema)
-        for index, start in enumerate(range(0, total, rows_per_shard)):
-            size = min(rows_per_shard, total - start)
-            groups = (
-                rows.take(min(GROUP_ROWS, size - done)) for done in range(0, size, GROUP_ROWS)
-            )
-            name = shard_name(split, index, -(-total // rows_per_shard))
-            yield name, parquet_bytes(groups, schema)
+        rows = survey.rows[split]
+        sizes = [min(rows_per_shard, rows - start) for start in range(0, rows, rows_per_shard)]
+        # Groups end where shards do.
+        groups = [
+            [min(GROUP_ROWS, size - done) for done in range(0, size, GROUP_ROWS)] for size in sizes
+        ]
+        tables = tables_of(chunks, split, schema, itertools.chain.from_iterable(groups))
+        for index, group in enumerate(groups):
+            content = parquet_bytes(itertools.islice(tables, len(group)), schema)
+            yield f"data/{split}-{index:05d}-of-{len(groups):05d}.parquet", content
 
 
 def merge(
@@ -127,14 +119,16 @@ def merge(
     info: DatasetInfo,
     failures: Sequence[Failure] = (),
     rows_per_shard: int | None = None,
+    at: At = go_on,
 ) -> None:
     """Make a dataset folder of chunks, over what is there; the same chunks give the same bytes.
 
     Rows keep the order of `chunks` within their split. Memory holds a shard and a chunk.
 
     Args:
-        failures: targets that came into no chunk; they are listed before those of the chunks.
-        rows_per_shard: by default as many as 200 MB hold.
+        failures: targets that are in no chunk; they are listed before those of the chunks.
+        rows_per_shard: None: as many as 200 MB hold.
+        at: is called at the points before-write, after-write and before-sums.
 
     Raises:
         FileNotFoundError, ValueError: a chunk is missing, damaged, of other dimensions, or repeats
@@ -162,7 +156,7 @@ def merge(
     sums: dict[str, str] = {}
 
     def write(name: str, content: bytes) -> None:
-        replace_file(out / name, content)
+        replace_file(out / name, content, at)
         sums[name] = hashlib.sha256(content).hexdigest()
 
     for name, content in shards_of(chunks, survey, features.arrow_schema, rows_per_shard):
@@ -173,13 +167,13 @@ def merge(
     lines = [json.dumps(asdict(failure)) + "\n" for failure in survey.failures]
     write(FAILURES, "".join(lines).encode())
     write(CARD, card(info, features, survey).encode())
-    fault_point("before-sums")
+    at("before-sums")
     listing = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
-    replace_file(out / SUMS, "".join(listing).encode())
+    replace_file(out / SUMS, "".join(listing).encode(), at)
 
 
 def read_sums(out: Path) -> dict[str, str]:
-    """Names and SHA-256 of the files of a dataset.
+    """Read the names and SHA-256 of the files of a dataset.
 
     Raises:
         ValueError: there is no dataset, its merge did not finish, or the list is damaged.
@@ -200,7 +194,7 @@ def read_sums(out: Path) -> dict[str, str]:
 
 
 def damage(name: str, content: bytes, owner: str | None) -> str:
-    """How a file differs from what the list says of it."""
+    """Describe how a file differs from its line in the list."""
     if owner:
         return f"{name}: swapped, it holds the content of {owner}"
     if name.endswith(".parquet") and not content.endswith(b"PAR1"):
@@ -210,7 +204,7 @@ def damage(name: str, content: bytes, owner: str | None) -> str:
 
 @dataclass(frozen=True)
 class Checked:
-    """What a file of a dataset holds."""
+    """Ids and problems of a file of a dataset."""
 
     ids: list[str]
     problems: list[str]
@@ -218,14 +212,8 @@ class Checked:
     """embed, num_ws, w_dim of a shard."""
 
 
-def check_failures(content: bytes) -> Checked:
-    """Ids of the targets that failed; raises ValueError or TypeError for lines of another kind."""
-    failures = [Failure(**json.loads(line)) for line in content.splitlines()]
-    return Checked([failure.id for failure in failures if failure.id], [])
-
-
 def check_shard(name: str, content: bytes) -> Checked:
-    """Ids of a shard and what is wrong with its rows; raises nearly anything for other files."""
+    """Check the rows of a shard; raises nearly anything for other files."""
     file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
     columns = Features.from_arrow_schema(file.schema_arrow)
     dims = dimensions(columns)
@@ -234,11 +222,9 @@ def check_shard(name: str, content: bytes) -> Checked:
     for batch in file.iter_batches(GROUP_ROWS, use_threads=False):
         table = pa.Table.from_batches([batch])
         elsewhere = table.filter(pc.not_equal(table["split"], split_of_shard(name)))
-        found = {
-            **bad_rows(table, columns),
-            "a split that is not the file's": elsewhere["id"].to_pylist(),
-        }
-        for kind, rows in found.items():
+        wrong_here = bad_rows(table, columns)
+        wrong_here["a split that is not the file's"] = elsewhere["id"].to_pylist()
+        for kind, rows in wrong_here.items():
             wrong.setdefault(kind, []).extend(rows)
         ids += table["id"].to_pylist()
     lines = [f"{name}: {kind}: {such_as(rows)}" for kind, rows in wrong.items() if rows]
@@ -246,18 +232,18 @@ def check_shard(name: str, content: bytes) -> Checked:
 
 
 def check_file(name: str, content: bytes) -> Checked:
-    """What a file holds, if it is what its name says."""
+    """Check that a file is what its name says."""
     try:
         if name == FAILURES:
-            return check_failures(content)
+            failures = [Failure(**json.loads(line)) for line in content.splitlines()]
+            return Checked([failure.id for failure in failures if failure.id], [])
         return Checked([], []) if name == CARD else check_shard(name, content)
     except Exception as error:  # files of another make raise nearly anything
-        reason = " ".join(str(error).split())
-        return Checked([], [f"{name}: cannot be read as what it is called: {reason}"])
+        return Checked([], [f"{name}: cannot be read as what it is called: {one_line(error)}"])
 
 
 def check_ids(checked: Mapping[str, Checked], expected: Mapping[str, str] | None) -> list[str]:
-    """Ids that are there twice, missing, unexpected or in the wrong split."""
+    """Describe ids that are there twice, missing, unexpected or in the wrong split."""
     places: dict[str, str] = {}
     problems = []
     for name, file in checked.items():
@@ -268,21 +254,21 @@ def check_ids(checked: Mapping[str, Checked], expected: Mapping[str, str] | None
     if expected is None:
         return problems
     rows = {target: name for target, name in places.items() if name != FAILURES}
-    found = {
+    wrong = {
         "expected but in no file that can be read": [i for i in expected if i not in places],
         "not expected": [i for i in places if i not in expected],
         "in another split than expected": [
             i for i, name in rows.items() if expected.get(i, "") not in ("", split_of_shard(name))
         ],
     }
-    return problems + [f"{len(ids)} {kind}: {such_as(ids)}" for kind, ids in found.items() if ids]
+    return problems + [f"{len(ids)} {kind}: {such_as(ids)}" for kind, ids in wrong.items() if ids]
 
 
 def verify(out: Path, expected_ids: Mapping[str, str] | None = None) -> list[str]:
-    """Everything that is wrong with a dataset folder, a line each; empty if nothing is.
+    """Return all that is wrong with a dataset folder, a line each; empty if nothing is.
 
-    Reads every file once, a shard in memory at a time. A file that is not what SHA256SUMS says is
-    named and not decoded. No damage raises.
+    Reads every file once, a shard in memory at a time. A file that is not as in SHA256SUMS is named
+    and not decoded. No damage raises.
 
     Args:
         expected_ids: the split of every target that must have a row or a failure; no other may.
@@ -305,7 +291,7 @@ def verify(out: Path, expected_ids: Mapping[str, str] | None = None) -> list[str
         owner = owners.get(actual)
         if owner != name:
             problems.append(damage(name, content, owner))
-        # What lies in the wrong place is judged, once, as the file it belongs to.
+        # Content in the wrong place is checked, once, as the file it belongs to.
         if owner and owner not in checked:
             checked[owner] = check_file(owner, content)
     for file in checked.values():
@@ -322,29 +308,48 @@ def verify(out: Path, expected_ids: Mapping[str, str] | None = None) -> list[str
 
 
 def mean_scores(out: Path) -> dict[str, dict[str, float]]:
-    """Number of pairs of each split that has any, and the means of their scores."""
-    found: dict[str, dict[str, float]] = {}
+    """Return the number of pairs of each split that has any, and the means of their scores."""
+    scores: dict[str, dict[str, float]] = {}
     for split in SPLITS:
         shards = sorted((out / "data").glob(f"{split}-*.parquet"))
         if shards:
             table = pa.concat_tables([pq.read_table(path, columns=list(MEANS)) for path in shards])
             means = {name: float(pc.mean(table[name]).as_py()) for name in MEANS}
-            found[split] = {"pairs": len(table), **means}
-    return found
+            scores[split] = {"pairs": len(table), **means}
+    return scores
+
+
+def networks_of(out: Path) -> tuple[str, str]:
+    """Return the fingerprints of the generator and of the embedder that pairs were made with.
+
+    Raises:
+        FileNotFoundError: the dataset has no report.json.
+        ValueError: it is damaged.
+    """
+    path = out / REPORT
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} is missing; run the build again (--only merge)")
+    try:
+        settings = json.loads(path.read_bytes())["settings"]
+        return str(settings["generator"]), str(settings["embedder"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged: expected the settings of a build; run it again"
+        ) from error
 
 
 def load_pairs(out: Path, split: str, cache_dir: Path | None = None) -> datasets.Dataset:
-    """The rows of a split with COLUMNS as columns, numbers and arrays as torch tensors.
+    """Load the rows of a split with COLUMNS as columns, numbers and arrays as torch tensors.
 
     Rows stay on disk, in the cache of `datasets`; no network is used.
 
     Args:
-        cache_dir: instead of the usual cache.
+        cache_dir: None: the usual cache.
 
     Raises:
         FileNotFoundError: a shard is missing.
-        ValueError: an unfinished dataset, no rows of that split, a shard that SHA256SUMS does not
-            know as it is, other columns than a pair dataset has.
+        ValueError: the dataset is unfinished, has no rows of that split, a shard that is not as in
+            SHA256SUMS, or other columns than a pair dataset.
     """
     sums = read_sums(out)
     names = [name for name in sums if name.startswith("data/") and split_of_shard(name) == split]

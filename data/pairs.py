@@ -1,7 +1,7 @@
 """Rows of the pair dataset, and the chunks in which workers publish them.
 
 Knows what a pair is, how rows are checked and how they become parquet; nothing of the folder of a
-finished dataset, of how directions are found or of who finds them.
+finished dataset or of how directions are found.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 SPLITS = ("train", "validation", "test")
-GROUP_ROWS = 256  # rows of a parquet row group: what a reader must decode to see one of them
+GROUP_ROWS = 256  # rows of a parquet row group: a reader decodes a whole group to get one row
 UNIT_TOLERANCE = 1e-3
 
-# What a sealed chunk carries in place of its own hash while that is being computed. Neither JSON
-# nor names of files hold a zero byte, so there is one such place.
+# Stands in a chunk in place of its own hash while that is computed. Neither JSON nor file names
+# hold a zero byte, so there is one such place.
 SEAL = b"\0sha256:"
 BLANK = SEAL + b"0" * 64
 
-# Floats that look random do not repeat, so a dictionary only costs; their bytes sorted by place do
-# compress. Of 18 x 512 directions this keeps 33 kB a row, Arrow's own settings 43, and is faster.
+# Random floats do not repeat, so a dictionary only costs; their bytes sorted by place do compress.
+# Of 18 x 512 directions this keeps 33 kB a row, Arrow's own settings 43, and it is faster.
 WRITING: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 1,
@@ -63,9 +63,9 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A row: one target and its direction. COLUMNS says what each value is."""
+    """A row: one target and its direction. COLUMNS describes the values."""
 
     id: str
     split: str
@@ -99,7 +99,7 @@ class Failure:
 
 
 def features(embed: int, num_ws: int, w_dim: int) -> Features:
-    """The columns of a dataset with embeddings [embed] and directions [num_ws, w_dim]."""
+    """Return the columns of a dataset with embeddings [embed] and directions [num_ws, w_dim]."""
     arrays = {
         "embedding": List(Value("float32"), length=embed),
         "direction": Array2D((num_ws, w_dim), "float32"),
@@ -109,23 +109,27 @@ def features(embed: int, num_ws: int, w_dim: int) -> Features:
 
 
 def such_as(names: Sequence[str]) -> str:
-    """The first few names and how many more."""
+    """Return the first few names and how many more there are."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more
 
 
-def dimensions(found: Features) -> tuple[int, int, int]:
-    """embed, num_ws and w_dim of the columns of a pair dataset; ValueError for other columns."""
-    direction = found.get("direction")
+def dimensions(columns: Features) -> tuple[int, int, int]:
+    """Return embed, num_ws and w_dim of the columns of a pair dataset.
+
+    Raises:
+        ValueError: they are other columns.
+    """
+    direction = columns.get("direction")
     expected = Features()
     if isinstance(direction, Array2D):
-        dims = (getattr(found.get("embedding"), "length", -1), *direction.shape)
+        dims = (getattr(columns.get("embedding"), "length", -1), *direction.shape)
         expected = features(*dims)
         # Equal dicts may still differ in the order of the columns.
-        if list(found.items()) == list(expected.items()):
+        if list(columns.items()) == list(expected.items()):
             return dims
-    names = dict.fromkeys([*COLUMNS, *found])
-    different = [name for name in names if found.get(name) != expected.get(name)]
+    names = dict.fromkeys([*COLUMNS, *columns])
+    different = [name for name in names if columns.get(name) != expected.get(name)]
     raise ValueError(
         "expected the columns of a pair dataset, found missing, added or of another type: "
         f"{such_as(different) or 'their order'}"
@@ -133,7 +137,11 @@ def dimensions(found: Features) -> tuple[int, int, int]:
 
 
 def float_block(column: pa.ChunkedArray, shape: tuple[int, ...]) -> Float32[ndarray, "rows ..."]:
-    """A column of nested lists as one array [rows, *shape]; ValueError if any is of other size."""
+    """Return a column of nested lists as one array [rows, *shape].
+
+    Raises:
+        ValueError: a list is of another size, or null.
+    """
     values = column.combine_chunks()
     values = values.storage if isinstance(values, pa.ExtensionArray) else values
     for size in shape:
@@ -145,7 +153,11 @@ def float_block(column: pa.ChunkedArray, shape: tuple[int, ...]) -> Float32[ndar
 
 
 def bad_rows(table: pa.Table, columns: Features) -> dict[str, list[str]]:
-    """Ids of rows no pair has, by what is wrong with them; ValueError for nulls and odd shapes."""
+    """Return the ids of rows that are no pairs, by what is wrong with them.
+
+    Raises:
+        ValueError: there are nulls, or arrays of other shapes.
+    """
     nulls = [name for name in columns if table[name].null_count]
     if nulls:
         raise ValueError(f"expected a value in every row, found nulls in {', '.join(nulls)}")
@@ -170,18 +182,13 @@ def bad_rows(table: pa.Table, columns: Features) -> dict[str, list[str]]:
     return {kind: ids[where].tolist() for kind, where in wrong.items() if where.any()}
 
 
-def printable(text: str) -> str:
-    """Text that UTF-8 can hold: names of files need not be of that kind."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def parquet_bytes(
     groups: Iterable[pa.Table], schema: pa.Schema, note: Mapping[str, str] | None = None
 ) -> bytes:
-    """A parquet file in memory, a row group for each table.
+    """Return the content of a parquet file, a row group for each table.
 
-    In memory, because Arrow's own file writer, as datasets drives it, ends the process on a full
-    disk; and without content-defined chunking, for the same reason.
+    Made in memory, because Arrow's own file writer, as datasets drives it, ends the process on a
+    full disk.
     """
     buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, schema, **WRITING) as writer:
@@ -193,7 +200,7 @@ def parquet_bytes(
 
 
 def sealed(content: bytes) -> bytes:
-    """A file with its own SHA-256 in it, taken while that was blank.
+    """Return a file with its own SHA-256 in it, computed while that was blank.
 
     Page checksums cover the rows alone: neither the failures nor the names of columns.
     """
@@ -202,14 +209,14 @@ def sealed(content: bytes) -> bytes:
 
 
 def is_sealed(content: bytes) -> bool:
-    """Whether a file is what it was when it was sealed."""
+    """Tell whether a file is as it was when it was sealed."""
     head, seal, tail = content.rpartition(SEAL)
     blank = head + BLANK + tail[64:]
     return bool(seal) and tail[:64] == hashlib.sha256(blank).hexdigest().encode()
 
 
 def chunk_bytes(pairs: Sequence[Pair], failures: Sequence[Failure], features: Features) -> bytes:
-    """Pairs and failures as a parquet file for `read_chunk`; the failures are in its metadata.
+    """Return pairs and failures as a parquet file; the failures are in its metadata.
 
     Raises:
         ValueError: an array of another shape than `features` has, a value that is not finite, an
@@ -224,7 +231,8 @@ def chunk_bytes(pairs: Sequence[Pair], failures: Sequence[Failure], features: Fe
                 "build pairs of another model into another folder"
             )
     rows: dict[str, list[Any]] = {name: [getattr(pair, name) for pair in pairs] for name in COLUMNS}
-    rows["origin"] = [printable(origin) for origin in rows["origin"]]
+    # Names of files may hold bytes that are not UTF-8.
+    rows["origin"] = [o.encode("utf-8", "backslashreplace").decode() for o in rows["origin"]]
     rows["direction"] = [list(direction) for direction in rows["direction"]]
     metadata = {"failures": json.dumps([asdict(failure) for failure in failures])}
     schema = features.arrow_schema
@@ -239,7 +247,7 @@ def chunk_bytes(pairs: Sequence[Pair], failures: Sequence[Failure], features: Fe
 
 
 def read_chunk(path: Path) -> tuple[pa.Table, list[Failure]]:
-    """The rows of a chunk, with COLUMNS as columns, and its failures.
+    """Read a chunk: its rows, with COLUMNS as columns, and its failures.
 
     Raises:
         FileNotFoundError: no such file.
@@ -248,7 +256,7 @@ def read_chunk(path: Path) -> tuple[pa.Table, list[Failure]]:
     if not path.is_file():
         raise FileNotFoundError(f"no chunk at {str(path)!r}; run the build again")
     content = path.read_bytes()
-    # Looked at before Arrow is: what decodes a file need not survive a damaged one.
+    # Checked before Arrow decodes it, which need not survive a damaged file.
     if not is_sealed(content):
         raise ValueError(
             f"{str(path)!r} is truncated or altered: it is not what its own SHA-256 says; "

@@ -1,8 +1,8 @@
-"""The plan of a build: its targets in order, all that is needed of them, and what they are made of.
+"""The plan of a build: its targets in order, their embeddings, and all settings.
 
-A plan never changes once it is there. It holds every target's embedding (and start, where the
-recipe wants the inversion), so a worker needs no picture; and it names everything a direction
-depends on, so nothing else can be mixed into the same folder. Knows nothing of who does the work.
+A plan never changes once it is there. It holds every target's embedding (and start, unless that is
+zero), so a worker needs no picture. It names everything a direction depends on, so nothing else can
+be mixed into the same folder. Knows nothing of who does the work.
 """
 
 import itertools
@@ -24,8 +24,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from data.pairs import Failure
-from data.publish import fault_point, full_disk_explained, replace_file, sha256_of, sync_folder
+from data.publish import At, go_on, replace_file, sha256_of
 from data.targets import BadTarget, DatasetTargets, FolderTargets, Target, TargetSet, split_of
+from targetclip.command import full_disk_explained, sync_folder
 from targetclip.recipes import with_defaults
 from targetclip.seeds import seed_of
 
@@ -38,19 +39,20 @@ PICTURES = 32  # embedded at once
 SAVE_SECONDS = 20.0  # of planning that a kill may cost
 
 Prepare = Callable[[list[Target], list[int]], tuple[Tensor, Tensor | None]]
-"""Raw embeddings [targets embed] of some targets and, if the recipe wants them, their starts."""
+"""Returns raw embeddings [targets, embed] of targets and, unless they are zero, their starts."""
 
 
 class PlanTaken(Exception):
     """Another process makes the plan now, or has made it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is to be done. `settings` is all that a direction depends on, by name."""
+    """The targets of a build and its settings."""
 
     folder: Path
     settings: dict[str, Any]
+    """All that a direction depends on, by name."""
     batch_size: int
     """Targets of a chunk, which are optimized together."""
     targets: pa.Table
@@ -68,45 +70,49 @@ class Plan:
         return -(-len(self.targets) // self.batch_size)
 
     def rows(self, chunk: int) -> slice:
-        """Which targets a chunk has."""
+        """Return the targets of a chunk."""
         return slice(chunk * self.batch_size, min((chunk + 1) * self.batch_size, len(self.targets)))
 
     def splits(self) -> dict[str, str]:
-        """The split of every target that must have a row or a failure."""
+        """Return the split of every target that must have a row or a failure."""
         columns = self.targets.to_pydict()
         return dict(zip(columns["id"], columns["split"], strict=True))
 
 
 def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings as `recipe.steps`."""
-    found: dict[str, Any] = {}
+    """Return nested settings by names such as `recipe.steps`."""
+    values: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{above}{name}.")
+            values |= flat(value, f"{above}{name}.")
         else:
-            found[above + name] = value
-    return found
+            values[above + name] = value
+    return values
 
 
-def check_settings(folder: Path, planned: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Refuse to mix: raise a ValueError that names the first settings that are not as planned."""
+def check_settings(folder: Path, planned: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Compare settings with the planned ones.
+
+    Raises:
+        ValueError: some differ; the message names the first three.
+    """
     before, now = (
-        flat({**each, "recipe": with_defaults(each["recipe"])} if "recipe" in each else each)
-        for each in (planned, json.loads(json.dumps(found)))
+        flat({**s, "recipe": with_defaults(s["recipe"])} if "recipe" in s else s)
+        for s in (planned, json.loads(json.dumps(asked)))
     )
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
-        told = "; ".join(
+        changes = "; ".join(
             f"{name}: planned {before.get(name)!r}, found {now.get(name)!r}" for name in changed[:3]
         )
         raise ValueError(
-            f"{str(folder)!r} was planned with other settings ({told}); "
+            f"{str(folder)!r} was planned with other settings ({changes}); "
             "give another --out, or the planned settings again"
         )
 
 
 def public_spec(targets: TargetSet) -> str:
-    """The spec of a set of targets without the path of this machine."""
+    """Return the spec of a set of targets without the path of this machine."""
     if isinstance(targets, FolderTargets):
         return Path(targets.spec).resolve().name
     if isinstance(targets, DatasetTargets):
@@ -115,32 +121,32 @@ def public_spec(targets: TargetSet) -> str:
 
 
 def describe(targets: TargetSet, identity: str | None = None) -> dict[str, Any]:
-    """What the plan remembers of a set of targets."""
+    """Return the plan's record of a set of targets."""
     identity = identity or targets.identity()
     return {"spec": public_spec(targets), "count": len(targets), "identity": identity}
 
 
 def quick_look(targets: TargetSet) -> str | None:
-    """Hash of a folder's names, sizes and times, which is read at once; None of other sets."""
+    """Return a hash of a folder's names, sizes and times, which is quick; None for other sets."""
     if not isinstance(targets, FolderTargets):
         return None
     return format(seed_of(*targets.stats()), "x")
 
 
 def check_targets(plan: Plan, sets: Iterable[TargetSet]) -> None:
-    """Refuse other targets than the planned ones; files are read only if they look changed.
+    """Compare targets with the planned ones; files are read only if they look changed.
 
     Raises:
         ValueError: a set is missing, new, or has changed.
     """
     planned = plan.settings["targets"]
     looks = json.loads((plan.folder / RECORD).read_text())["looks"]
-    found = []
+    asked = []
     for index, targets in enumerate(sets):
         same = index < len(planned) and looks[index] and looks[index] == quick_look(targets)
-        found.append(describe(targets, planned[index]["identity"] if same else None))
-    named = {f"target set {i}": value for i, value in enumerate(planned)}
-    check_settings(plan.folder, named, {f"target set {i}": value for i, value in enumerate(found)})
+        asked.append(describe(targets, planned[index]["identity"] if same else None))
+    before, now = ({f"target set {i}": v for i, v in enumerate(vs)} for vs in (planned, asked))
+    check_settings(plan.folder, before, now)
 
 
 def load_plan(folder: Path) -> Plan:
@@ -162,44 +168,45 @@ def load_plan(folder: Path) -> Plan:
         actual = (folder / name).stat().st_size if (folder / name).is_file() else None
         if actual != size:
             raise ValueError(f"{str(folder / name)!r}: expected {size} bytes, found {actual}")
-    count, embed = record["targets"], record["embed"]
-    shape = tuple(record["initial"]) if record["initial"] else None
+    count, initial = record["targets"], None
+    if record["initial"]:
+        initial = np.memmap(folder / INITIAL, np.float32, "r", shape=(count, *record["initial"]))
     schema = pa.schema(
         {"id": pa.string(), "split": pa.string(), "origin": pa.string(), "seed": pa.int64()}
     )
     options = pyarrow.json.ParseOptions(explicit_schema=schema)
     failures = [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
     return Plan(
-        folder,
-        record["settings"],
-        record["batch_size"],
-        pyarrow.json.read_json(folder / TARGETS, parse_options=options),
-        np.memmap(folder / EMBEDDINGS, np.float32, "r", shape=(count, embed)),
-        None
-        if shape is None
-        else np.memmap(folder / INITIAL, np.float32, "r", shape=(count, *shape)),
-        tuple(Failure(**failure) for failure in failures),
+        folder=folder,
+        settings=record["settings"],
+        batch_size=record["batch_size"],
+        targets=pyarrow.json.read_json(folder / TARGETS, parse_options=options),
+        embeddings=np.memmap(folder / EMBEDDINGS, np.float32, "r", shape=(count, record["embed"])),
+        initial=initial,
+        failures=tuple(Failure(**failure) for failure in failures),
     )
 
 
 def check_plan(folder: Path) -> list[str]:
-    """What has changed of a plan's files since it was made, a line each."""
+    """Return the names of a plan's files that have changed since it was made, a line each."""
     hashes = json.loads((folder / RECORD).read_text())["sha256"]
     altered = [name for name, digest in hashes.items() if sha256_of(folder / name) != digest]
     return [f"{name}: altered since it was planned" for name in altered]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Draft:
-    """A plan in the making, in a folder of its maker's own; `taken` candidates are done with."""
+    """A plan in the making, in a folder of its maker's own."""
 
     folder: Path
-    taken: int
+    taken: int = 0
+    """Candidates that are done with."""
     sizes: dict[str, int]
+    """Bytes of each file that count."""
     initial: list[int] | None = None
     embed: int = 0
 
-    def save(self, files: Mapping[str, BinaryIO]) -> None:
+    def save(self, files: Mapping[str, BinaryIO], at: At) -> None:
         """Make all that has been written so far count."""
         with full_disk_explained(self.folder, sum(file.tell() for file in files.values())):
             for file in files.values():
@@ -207,25 +214,25 @@ class Draft:
                 os.fsync(file.fileno())
         self.sizes = {name: file.tell() for name, file in files.items()}
         record = {name: value for name, value in asdict(self).items() if name != "folder"}
-        replace_file(self.folder / "draft.json", json.dumps(record).encode())
-        fault_point("after-draft")
+        replace_file(self.folder / "draft.json", json.dumps(record).encode(), at)
+        at("after-draft")
 
 
-def new_draft(folder: Path, settings: Mapping[str, Any]) -> Draft:
-    """A folder to plan in: a copy of the furthest draft that another left, or an empty one.
+def new_draft(folder: Path, settings: Mapping[str, Any], at: At) -> Draft:
+    """Make a folder to plan in: a copy of the furthest draft that another left, or an empty one.
 
-    A copy and not the folder itself: whoever left it may only be halted, and write on.
+    A copy and not the folder itself: its maker may only be halted, and write on.
     """
     folder.mkdir(parents=True)
     planned = json.dumps(settings, sort_keys=True)
-    replace_file(folder / "settings.json", planned.encode())
-    draft, furthest = Draft(folder, 0, dict.fromkeys(PARTS, 0)), folder
+    replace_file(folder / "settings.json", planned.encode(), at)
+    draft, furthest = Draft(folder=folder, sizes=dict.fromkeys(PARTS, 0)), folder
     for path in folder.parent.glob("draft.*"):
         try:
             if path != folder and (path / "settings.json").read_text() == planned:
                 record = json.loads((path / "draft.json").read_text())
                 if record["taken"] > draft.taken:
-                    draft, furthest = Draft(folder, **record), path
+                    draft, furthest = Draft(folder=folder, **record), path
         except (FileNotFoundError, ValueError):
             continue
     with full_disk_explained(folder, sum(draft.sizes.values())):
@@ -238,23 +245,16 @@ def new_draft(folder: Path, settings: Mapping[str, Any]) -> Draft:
 
 
 def remove_drafts(work: Path, but: Path) -> None:
-    """Remove what others planned in; one of them that was only halted will find itself replaced."""
+    """Remove the other drafts; a maker that was only halted will notice that it was replaced."""
     for path in set(work.glob("draft.*")) - {but}:
         shutil.rmtree(path, ignore_errors=True)
 
 
 def candidates(sets: Iterable[TargetSet], start: int) -> Iterator[Target | BadTarget]:
-    """All candidates from one on; those before it are not decoded."""
+    """Return all candidates from one on; those before it are not decoded."""
     for targets in sets:
         yield from targets.starting_at(min(start, len(targets)))
         start = max(0, start - len(targets))
-
-
-def batches(found: Iterable[Target | BadTarget]) -> Iterator[list[Target | BadTarget]]:
-    """A few candidates at a time."""
-    left = iter(found)
-    while batch := list(itertools.islice(left, PICTURES)):
-        yield batch
 
 
 def add_batch(
@@ -265,17 +265,17 @@ def add_batch(
     seed: int,
     prepare: Prepare,
 ) -> None:
-    """Take a few candidates into a draft; `ids` are those it has, with their origins."""
+    """Add a few candidates to a draft; `ids` are those it has, with their origins."""
     targets: list[Target] = []
     lines = dict.fromkeys(PARTS, b"")
-    for found in batch:
-        if isinstance(found, Target) and found.id in ids:
-            found = BadTarget(found.origin, f"duplicate of {ids[found.id]}")
-        if isinstance(found, Target):
-            ids[found.id] = found.origin
-            targets.append(found)
+    for candidate in batch:
+        if isinstance(candidate, Target) and candidate.id in ids:
+            candidate = BadTarget(candidate.origin, f"duplicate of {ids[candidate.id]}")
+        if isinstance(candidate, Target):
+            ids[candidate.id] = candidate.origin
+            targets.append(candidate)
         else:
-            failure = Failure("", found.origin, "decode", found.reason)
+            failure = Failure("", candidate.origin, "decode", candidate.reason)
             lines[FAILURES] += json.dumps(asdict(failure)).encode() + b"\n"
     if targets:
         seeds = [seed_of("target", seed, target.id) for target in targets]
@@ -294,34 +294,6 @@ def add_batch(
     draft.taken += len(batch)
 
 
-def fill(
-    draft: Draft,
-    files: Mapping[str, BinaryIO],
-    sets: list[TargetSet],
-    seed: int,
-    prepare: Prepare,
-    on_batch: Callable[[int, int], None],
-) -> int:
-    """Take all candidates that are left into a draft; the number of targets it has then."""
-    ids: dict[str, str] = {}
-    for line in (draft.folder / TARGETS).read_text().splitlines():
-        row = json.loads(line)
-        ids[row["id"]] = row["origin"]
-    total, saved = sum(map(len, sets)), time.monotonic()
-    for batch in batches(candidates(sets, draft.taken)):
-        add_batch(draft, files, batch, ids, seed, prepare)
-        try:
-            on_batch(draft.taken, total)
-        except Exception:
-            draft.save(files)
-            raise
-        if time.monotonic() - saved > SAVE_SECONDS:
-            draft.save(files)
-            saved = time.monotonic()
-    draft.save(files)
-    return len(ids)
-
-
 def make_plan(
     work: Path,
     owner: str,
@@ -330,16 +302,23 @@ def make_plan(
     batch_size: int,
     prepare: Prepare,
     on_batch: Callable[[int, int], None],
+    *,
+    pictures: int = PICTURES,
+    save_seconds: float | None = None,
+    at: At = go_on,
 ) -> Plan:
     """Decode every candidate once, embed it, and write the plan to `work / "plan"`.
 
     Goes on where a run that was killed or stopped left off. If another process is the first to
-    write the plan, its plan is returned: look at its settings.
+    write the plan, its plan is returned: check its settings.
 
     Args:
-        prepare: embeds some targets; given their seeds as well.
-        on_batch: called after every few candidates with the number of those done and of all; may
+        prepare: embeds some targets; gets their seeds as well.
+        on_batch: is called after every few candidates with the number of those done and of all; may
             raise to stop.
+        pictures: embedded at once.
+        save_seconds: of planning that a kill may cost. None: `SAVE_SECONDS`.
+        at: is called at the points before-write, after-write and after-draft.
 
     Raises:
         PlanTaken: another process took over what this one had done.
@@ -351,17 +330,33 @@ def make_plan(
     settings = {**settings, "targets": [describe(targets) for targets in sets]}
     folder = work / f"draft.{owner}"
     files: dict[str, BinaryIO] = {}
+    total, saved = sum(map(len, sets)), time.monotonic()
+    save_seconds = SAVE_SECONDS if save_seconds is None else save_seconds
     try:
-        draft = new_draft(folder, settings)
+        draft = new_draft(folder, settings, at)
         files |= {name: (folder / name).open("ab") for name in PARTS}
-        draft.save(files)
+        draft.save(files, at)
         remove_drafts(work, but=folder)
-        count = fill(draft, files, sets, settings["seed"], prepare, on_batch)
-        if not count:
+        rows = map(json.loads, (folder / TARGETS).read_text().splitlines())
+        ids = {row["id"]: row["origin"] for row in rows}
+        remaining = candidates(sets, draft.taken)
+        while batch := list(itertools.islice(remaining, pictures)):
+            add_batch(draft, files, batch, ids, settings["seed"], prepare)
+            try:
+                on_batch(draft.taken, total)
+            except Exception:
+                draft.save(files, at)
+                raise
+            if time.monotonic() - saved > save_seconds:
+                draft.save(files, at)
+                saved = time.monotonic()
+        draft.save(files, at)
+        if not ids:
             raise ValueError(
                 f"no target among {draft.taken} candidates; see {str(folder / FAILURES)!r}"
             )
-        return publish_plan(work, draft, settings, batch_size, count, looks)
+        publish_plan(work, draft, settings, batch_size, looks, at)
+        return load_plan(work / "plan")
     except FileNotFoundError as error:
         if folder.is_dir():
             raise
@@ -377,22 +372,22 @@ def publish_plan(
     draft: Draft,
     settings: dict[str, Any],
     batch_size: int,
-    count: int,
     looks: list[str | None],
-) -> Plan:
+    at: At,
+) -> None:
     """Give a finished draft the plan's name, unless another has it already."""
     record = {
         "format": FORMAT,
         "settings": settings,
         "batch_size": batch_size,
-        "targets": count,
+        "targets": len((draft.folder / TARGETS).read_text().splitlines()),
         "embed": draft.embed,
         "initial": draft.initial,
         "sizes": draft.sizes,
         "sha256": {name: sha256_of(draft.folder / name) for name in PARTS},
         "looks": looks,
     }
-    replace_file(draft.folder / RECORD, json.dumps(record, indent=2).encode())
+    replace_file(draft.folder / RECORD, json.dumps(record, indent=2).encode(), at)
     try:
         # A folder cannot be renamed onto one with something in it: the first one wins.
         os.rename(draft.folder, work / "plan")
@@ -401,4 +396,3 @@ def publish_plan(
             raise
     sync_folder(work)
     remove_drafts(work, but=work / "plan")
-    return load_plan(work / "plan")

@@ -1,166 +1,110 @@
 """Files that appear whole or not at all.
 
-Knows bytes and paths; nothing of what is in them or who works on what. Needs a file system with
-hard links, where a rename is atomic: any local Unix one, NFS, Lustre. Not an object store.
-
-Test hook: with TARGETCLIP_FAULT=NAME:COUNT:ACTION in the environment a process kills (`kill`) or
-stops (`stop`) itself at its COUNT-th call of `fault_point(NAME)`.
+Knows bytes and paths; nothing of their meaning or of who works. Needs a file system with hard links
+and atomic renames: any local Unix one, NFS, Lustre. Not an object store.
 """
 
 import errno
 import hashlib
 import os
-import re
-import secrets
-import signal
-import threading
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from targetclip.command import full_disk_explained, sync_folder, temporary_beside, whole_file
+
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 
-FAULT = re.compile(r"([a-z-]+):([1-9][0-9]*):(kill|stop)")
-fault_calls: Counter[str] = Counter()
-fault_lock = threading.Lock()
+At = Callable[[str], None]
+"""Is called with the name of a point in the work. A test ends or halts the process there."""
 
 
-def fault_point(name: str) -> None:
-    """Nothing, unless TARGETCLIP_FAULT names this point: then an end or a halt, as it says.
-
-    Raises:
-        ValueError: TARGETCLIP_FAULT is set, but not to NAME:COUNT:ACTION.
-    """
-    fault = os.environ.get("TARGETCLIP_FAULT")
-    if not fault:
-        return
-    parts = FAULT.fullmatch(fault)
-    if parts is None:
-        raise ValueError(
-            "expected TARGETCLIP_FAULT=NAME:COUNT:ACTION, with COUNT from 1 on and ACTION kill or "
-            f"stop, found {fault!r}; correct or unset it"
-        )
-    if parts[1] != name:
-        return
-    with fault_lock:
-        fault_calls[name] += 1
-        reached = fault_calls[name] == int(parts[2])
-    if reached:
-        # Raised in this very thread, so nothing after this line runs first.
-        signal.raise_signal(signal.SIGKILL if parts[3] == "kill" else signal.SIGSTOP)
+def go_on(point: str) -> None:
+    """Do nothing, at any point."""
 
 
-@contextmanager
-def full_disk_explained(path: Path, size: int) -> Iterator[None]:
-    """Say of a disk, quota or file size that is exhausted what was to be written and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise OSError(
-            error.errno,
-            f"expected room for the {size} bytes of {str(path)!r}, found "
-            f"{os.strerror(error.errno)!r}; free some space and run the same command again; "
-            "nothing finished is lost",
-        ) from error
+def fill(path: Path, content: bytes, at: At) -> None:
+    """Write a temporary file."""
+    path.touch(exist_ok=False)
+    at("before-write")
+    path.write_bytes(content)
+    at("after-write")
 
 
-@contextmanager
-def whole_temporary(path: Path, content: bytes) -> Iterator[Path]:
-    """A file beside `path` that holds `content`, safe on the disk; gone afterwards."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {str(path.parent)!r} to write into; create it first")
-    # Process numbers repeat from host to host, so they alone do not make a name unique.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp")
-    with full_disk_explained(path, len(content)):
-        try:
-            with temporary.open("xb", buffering=0) as file:
-                fault_point("before-write")
-                rest = memoryview(content)
-                while rest:
-                    rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
-            fault_point("after-write")
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems cannot sync a folder and say so with these two; databases go on too.
-        if error.errno not in (errno.EINVAL, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file, over what is there; whoever reads or is killed finds the old one or the new.
+def replace_file(path: Path, content: bytes, at: At) -> None:
+    """Write a file as `targetclip.command.write_file` does, with points before and after.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: it cannot be written; the old file is as it was. A full disk is explained.
+        FileNotFoundError, OSError: as `whole_file`.
     """
-    with whole_temporary(path, content) as temporary:
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+    with full_disk_explained(path, len(content)), whole_file(path) as temporary:
+        fill(temporary, content, at)
 
 
 def is_linked(temporary: Path, path: Path) -> bool:
-    """Whether both names are one file."""
+    """Tell whether both names are one file."""
     try:
         return os.path.samestat(temporary.lstat(), path.lstat())
     except FileNotFoundError:
         return False
 
 
-def publish_file(path: Path, content: bytes) -> bool:
+def publish_file(path: Path, content: bytes, at: At = go_on) -> bool:
     """Write a file that must not exist yet: of many writers, on any host, the first one wins.
 
-    True if this call published it; False if the name was taken, and what has it is untouched.
-    Either way the file that now has the name is whole and survives a loss of power.
+    Either way the file that has the name afterwards is whole and survives a loss of power.
+
+    Returns:
+        True if this call published it; False if the name was taken: that file is untouched.
 
     Raises:
         FileNotFoundError: the folder does not exist.
         OSError: it cannot be written, or the file system has no hard links. A full disk is
             explained.
     """
-    with whole_temporary(path, content) as temporary:
+    temporary = temporary_beside(path)
+    with full_disk_explained(path, len(content)):
         try:
-            os.link(temporary, path)
-            published = True
-        except FileExistsError:
-            # NFS repeats a request whose answer was lost: the name taken may be by this very link.
-            published = is_linked(temporary, path)
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            # No way around it keeps both promises. A rename replaces what another writer has
-            # published since one looked; a marker made with O_EXCL before the rename blocks the
-            # name for ever if its maker dies between the two.
-            raise OSError(
-                error.errno,
-                f"{str(path)!r}: expected a file system with hard links, found "
-                f"{os.strerror(error.errno)!r}; give a folder on another one, e.g. ext4, XFS, NFS "
-                "or Lustre",
-            ) from error
-        if published:
-            fault_point("after-link")
-        # Also of a file that another published: it may have been killed before it came so far.
-        sync_folder(path.parent)
+            fill(temporary, content, at)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            published = link(temporary, path)
+            if published:
+                at("after-link")
+            # Also for another's file: its writer may have been killed before this.
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
     return published
 
 
+def link(temporary: Path, path: Path) -> bool:
+    """Give a file a second name; return False if that is taken.
+
+    Raises:
+        OSError: the file system has no hard links.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # NFS repeats a request whose answer was lost: the name may be taken by this very link.
+        return is_linked(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        # No way around it keeps both promises. A rename replaces what another writer has
+        # published since one looked; a marker made with O_EXCL before the rename blocks the
+        # name for ever if its maker dies between the two.
+        raise OSError(
+            error.errno,
+            f"{str(path)!r}: expected a file system with hard links, found "
+            f"{os.strerror(error.errno)!r}; give a folder on another one, e.g. ext4, XFS, NFS "
+            "or Lustre",
+        ) from error
+    return True
+
+
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits, read in pieces.
+    """Return the SHA-256 of a file as 64 hex digits; the file is read in pieces.
 
     Raises:
         OSError: it cannot be read.

@@ -1,23 +1,26 @@
-"""A dataset of pairs made of published directions: the release's `.npy` files and their pictures.
+"""Make a dataset of pairs from published directions: the release's `.npy` files and pictures.
 
     python -m data.released --out runs/released --directions dirs --targets dirs/targets \\
         --world ffhq.toml
 
-A direction belongs to the picture of the same name, whatever the case: joker.npy to Joker.jpg. What
-is without the other is listed and left out, as is what cannot be read. Knows how such files become
-rows, and how they are scored in a world; nothing of how the directions were found, so what only
-their makers could tell is 0 in every row, and `coefficients` is empty.
+A direction belongs to the picture of the same name, in any case: joker.npy to Joker.jpg. Files
+without a partner, and files that cannot be read, are listed and left out. The directions are scored
+in a world. Columns that only their makers know are 0, and `coefficients` is empty.
 
-The folder is as `data.build` leaves one, and is checked by its `--only verify`. It appears whole or
-not at all.
+The folder is as `data.build` leaves one; its `--only verify` checks it. It appears whole or not at
+all.
 """
+
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("data.released")
 
 import json
 import logging
 import secrets
 import shlex
 import shutil
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,28 +28,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
-from accelerate import Accelerator
+from accelerate import PartialState
 from jaxtyping import Float
 from torch import Tensor
 
 from data import build
 from data.card import DatasetInfo
-from data.finish import merge_all, verify_build
 from data.pairs import Failure, Pair, chunk_bytes, features
 from data.plan import Plan, describe, make_plan
-from data.publish import publish_file, sync_folder
-from data.targets import FolderTargets, Target, one_line, open_folder, printable
-from data.worker import Teacher, chunk_name
+from data.publish import At, go_on, publish_file
+from data.targets import FolderTargets, Target, brief, open_folder, printable
+from data.worker import Teacher, chunk_name, make_teacher
+from targetclip import command
+from targetclip.command import Precision, choose_precision, sync_folder
+from targetclip.directions import released_direction
 from targetclip.optimize import Optimized
 from targetclip.recipes import RECIPES
-from targetclip.released import released_direction
-from targetclip.world import Parts, World, load_parts, load_world
+from targetclip.scene import MAX_IMAGES
+from targetclip.world import World, load_scene, load_world
 
 logger = logging.getLogger(__name__)
 
 RECIPE = "released"
-SUFFIX = ".npy"  # a .pt beside the release's directions is a latent
+SUFFIX = ".npy"  # a .pt beside the release's directions holds latents
 CHUNK = 16  # targets that are scored together
 
 UNKNOWN = (
@@ -60,7 +64,7 @@ LICENCE = (
 )
 
 Named = dict[str, list[str]]
-"""File names by what they are called, without case and suffix."""
+"""File names by their stem, in lower case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,34 +74,27 @@ class Config:
     directions: Path
     """Folder of published directions, one in each .npy."""
     targets: Path
-    """Folder of their target pictures; a picture is called as its direction is."""
+    """Folder of their target pictures; a picture has the name of its direction."""
     world: str
     """World of the generator they were found on: a bundled one's name, or a .toml file's path."""
     held_out: int = 16
     """Sources that every direction is scored on."""
-    max_images: int = 16
-    """Images rendered at once."""
-
-
-def as_build(config: Config) -> build.Config:
-    """What a build that scores alike would be given; ValueError for a flag that cannot be."""
-    built = build.Config(
-        out=config.out, world=config.world, held_out=config.held_out, max_images=config.max_images
-    )
-    build.check_config(built)
-    return built
+    max_images: int | None = None
+    """Images rendered at once. Default: 64."""
+    precision: Precision | None = None
+    """Of the scores. Default: accelerate's, or else fp32."""
 
 
 def by_name(names: Sequence[str]) -> Named:
-    """Names of files, or origins of targets, by what they are called."""
-    found: Named = defaultdict(list)
+    """Return names of files, or origins of targets, by their stem."""
+    stems: Named = defaultdict(list)
     for name in names:
-        found[Path(printable(name)).stem.lower()].append(name)
-    return dict(found)
+        stems[Path(printable(name)).stem.lower()].append(name)
+    return dict(stems)
 
 
 def open_directions(folder: Path) -> FolderTargets:
-    """The direction files right in a folder: names, size and hash as those of pictures are.
+    """Open the direction files directly in a folder; size and hash are as those of pictures.
 
     Raises:
         ValueError: there is none.
@@ -115,14 +112,14 @@ def open_directions(folder: Path) -> FolderTargets:
 
 @dataclass(frozen=True)
 class Published:
-    """Which files are called alike, and so belong together."""
+    """Directions and pictures by their stems: equal stems belong together."""
 
     folder: Path
     """Of the directions."""
     directions: Named
     """File names."""
     pictures: Named
-    """Origins, as the plan's targets have them."""
+    """Origins, as of the plan's targets."""
 
     @staticmethod
     def of(directions: FolderTargets, pictures: FolderTargets) -> "Published":
@@ -131,13 +128,13 @@ class Published:
         return Published(Path(directions.spec), by_name(directions.names), by_name(origins))
 
     def shown(self, name: str) -> str:
-        """A direction file as failures name it: where it lies on this machine is left out."""
+        """Return a direction file's name for failures, without the path of this machine."""
         return printable(f"{self.folder.resolve().name}/{name}")
 
     def without_picture(self) -> list[Failure]:
-        """The directions that no picture is called as."""
+        """Return the directions that no picture has the name of."""
         alone = self.directions.keys() - self.pictures.keys()
-        reason = "no picture in --targets is called so; give it the direction's name"
+        reason = "no picture in --targets has this name; give it the direction's name"
         return [
             Failure("", self.shown(name), "decode", reason)
             for key in sorted(alone)
@@ -145,26 +142,30 @@ class Published:
         ]
 
     def direction(self, origin: str, num_ws: int, w_dim: int) -> Float[Tensor, "num_ws w_dim"]:
-        """The direction of a target picture; ValueError or OSError where there is not just one."""
+        """Read the direction of a target picture.
+
+        Raises:
+            ValueError, OSError: there is none, there are several, or it cannot be read.
+        """
         name = Path(origin).stem
-        pictures, found = self.pictures[name.lower()], self.directions.get(name.lower(), [])
-        if not found:
+        pictures, directions = self.pictures[name.lower()], self.directions.get(name.lower(), [])
+        if not directions:
             raise ValueError(f"no direction in --directions is called {name + SUFFIX!r}")
-        for kind, names in (("pictures", pictures), ("directions", found)):
+        for kind, names in (("pictures", pictures), ("directions", directions)):
             if len(names) > 1:
                 raise ValueError(f"{len(names)} {kind} of one name: {', '.join(names)}; keep one")
-        path = self.folder / found[0]
+        path = self.folder / directions[0]
         try:
             return released_direction(path, num_ws, w_dim)
         except (ValueError, OSError) as error:
-            said = str(error).replace(repr(str(path)), repr(self.shown(found[0])))
-            raise ValueError(one_line(said)) from error
+            reason = str(error).replace(repr(str(path)), repr(self.shown(directions[0])))
+            raise ValueError(brief(reason)) from error
 
 
 def rows_of(
     plan: Plan, chunk: int, teacher: Teacher, published: Published
 ) -> tuple[list[Pair], list[Failure]]:
-    """Pairs and failures of a chunk, scored on the held-out sources as the teacher's are."""
+    """Return pairs and failures of a chunk, scored on the held-out sources as in a build."""
     origins = plan.targets["origin"].to_pylist()[plan.rows(chunk)]
     count, (num_ws, w_dim) = len(origins), teacher.held_out.shape[1:]
     vectors = torch.zeros(count, num_ws, w_dim)
@@ -175,87 +176,51 @@ def rows_of(
         except (ValueError, OSError) as error:
             reasons[i] = str(error)
     unknown = torch.zeros(count)
-    found = Optimized(
+    result = Optimized(
         directions=vectors.to(teacher.held_out.device),
         coefficients=torch.zeros(count, 0),
         loss=unknown,
-        transfer=unknown + 1,  # a loss, of which rows have 1 minus it
+        transfer=unknown + 1,  # a loss: rows hold 1 minus it
         consistency=unknown + 1,
         steps=unknown.long(),
         failures=tuple(reasons),
     )
-    pairs, failures = teacher.rows(plan, chunk, found, seconds=0.0)
+    pairs, failures = teacher.rows(plan, chunk, result, seconds=0.0)
     return [replace(pair, seed=0) for pair in pairs], failures
 
 
-def settings_of(
-    config: Config, world: World, parts: Parts, directions: FolderTargets, precision: str
-) -> dict[str, Any]:
-    """What rows depend on but their targets; of the recipe, how it embeds and scores."""
-    recipe = RECIPES[world.recipe]
-    return {
-        "generator": parts.generator.fingerprint,
-        "embedder": parts.embedder.fingerprint,
-        "recipe_name": RECIPE,
-        "recipe": {
-            name: getattr(recipe, name)
-            for name in ("preprocess", "target_preprocess", "differences")
-        },
-        "truncation": world.truncation,
-        "held_out": config.held_out,
-        "seed": 0,
-        "precision": precision,
-        "directions": describe(directions),
-    }
+def settings_of(teacher: Teacher, world: World, directions: FolderTargets) -> dict[str, Any]:
+    """Return what rows depend on but their targets; of the recipe, how it embeds and scores."""
+    settings = build.settings_of(teacher, world, seed=0)
+    for name in ("inverter", "identity", "bank"):
+        del settings[name]
+    names = ("preprocess", "target_preprocess", "differences")
+    settings["recipe"] = {name: settings["recipe"][name] for name in names}
+    return {**settings, "directions": describe(directions)}
 
 
-def make_teacher(config: Config, world: World, parts: Parts, accelerator: Accelerator) -> Teacher:
-    """The teacher that a build in this world has, to embed and score as it does."""
-    recipe = replace(RECIPES[world.recipe], initial="zero")  # no search starts here
-    return build.make_teacher(
-        as_build(config), world, parts, RECIPE, recipe, lambda: build.in_precision(accelerator)
-    )
-
-
-def dataset_info(config: Config, world: World, parts: Parts, plan: Plan) -> DatasetInfo:
-    """What the card says of all pairs alike."""
-    settings = plan.settings
-    found = [settings["directions"]["spec"], *(one["spec"] for one in settings["targets"])]
-    flags = ["--out", "pairs", "--directions", found[0], "--targets", found[1]]
-    flags += ["--world", Path(config.world).name, "--held-out", str(config.held_out)]
-    return DatasetInfo(
-        name="Published directions",
-        generator=settings["generator"],
-        resolution=parts.generator.resolution,
-        num_ws=parts.generator.num_ws,
-        w_dim=parts.generator.w_dim,
-        embedder=world.name if Path(world.embedder).is_dir() else world.embedder,
-        embedder_fingerprint=settings["embedder"],
-        preprocess=settings["recipe"]["preprocess"],
-        recipe=RECIPE,
-        settings=settings["recipe"],
-        truncation=settings["truncation"],
-        precision=settings["precision"],
-        seed=settings["seed"],
-        targets=tuple(found[1:]),
-        sources=UNKNOWN,
-        held_out=f"{settings['held_out']} samples of the generator",
-        licence="other",
-        licence_text=LICENCE,
-        command="python -m data.released " + shlex.join(flags),
-    )
+def command_line(config: Config, settings: Mapping[str, Any]) -> str:
+    """Return the command that makes this dataset again, without paths of this machine."""
+    (targets,) = settings["targets"]
+    flags = ["--out", "pairs", "--directions", settings["directions"]["spec"]]
+    flags += ["--targets", targets["spec"], "--world", Path(config.world).name]
+    return "python -m data.released " + shlex.join([*flags, "--held-out", str(config.held_out)])
 
 
 def plan_targets(
     work: Path, pictures: FolderTargets, settings: Mapping[str, Any], teacher: Teacher
 ) -> Plan:
-    """A plan of all pictures that can be decoded; ValueError if none can."""
+    """Plan all pictures that can be decoded.
+
+    Raises:
+        ValueError: none can.
+    """
     try:
         return make_plan(
             work, "import", [pictures], dict(settings), CHUNK, teacher.prepare, lambda n, of: None
         )
     except ValueError as error:
-        bad = [found for found in pictures if not isinstance(found, Target)]
+        bad = [candidate for candidate in pictures if not isinstance(candidate, Target)]
         if len(bad) < len(pictures):
             raise
         raise ValueError(f"no picture of --targets can be read: {bad[0].reason}") from error
@@ -267,42 +232,56 @@ def fill(
     world: World,
     directions: FolderTargets,
     pictures: FolderTargets,
+    at: At,
 ) -> dict[str, Any]:
-    """Make the dataset in a folder of its own; its report.
+    """Make the dataset in a folder of its own; return its report.
 
     Raises:
-        ValueError: no pair came of it, or the folder is not what was written.
+        ValueError: there is no pair, or the folder is not as it was written.
     """
-    accelerator = Accelerator()
-    parts = load_scene(world, accelerator.device)
-    teacher = make_teacher(config, world, parts, accelerator)
-    settings = settings_of(config, world, parts, directions, accelerator.mixed_precision)
+    precision = choose_precision(config.precision)
+    images = config.max_images or MAX_IMAGES
+    scene = load_scene(world, PartialState().device, max_images=images)
+    recipe = replace(RECIPES[world.recipe], initial="zero")  # no search starts here
+    teacher = make_teacher(scene, RECIPE, recipe, config.held_out, precision)
     work = folder / build.WORK
     (work / "chunks").mkdir(parents=True)
-    plan = plan_targets(work, pictures, settings, teacher)
+    plan = plan_targets(work, pictures, settings_of(teacher, world, directions), teacher)
     published = Published.of(directions, pictures)
     left_out = [*plan.failures, *published.without_picture()]
     plan = replace(plan, failures=tuple(left_out))
-    columns = features(plan.embeddings.shape[1], parts.generator.num_ws, parts.generator.w_dim)
+    columns = features(plan.embeddings.shape[1], scene.generator.num_ws, scene.generator.w_dim)
     count = 0
     for chunk in range(plan.chunks):
         pairs, failures = rows_of(plan, chunk, teacher, published)
         path = work / "chunks" / f"{chunk_name(chunk)}.parquet"
-        publish_file(path, chunk_bytes(pairs, failures, columns))
+        publish_file(path, chunk_bytes(pairs, failures, columns), at)
         left_out += failures
         count += len(pairs)
     for failure in left_out:
         logger.warning("%s: left out: %s", failure.origin, failure.reason)
     if not count:
         raise ValueError("no direction could be paired with a picture; the reasons are above")
-    report = merge_all(folder, work, plan, dataset_info(config, world, parts, plan))
-    for problem in verify_build(folder, work):
-        raise ValueError(f"what was written is not what is there: {problem}; import again")
+    info = DatasetInfo(
+        **build.facts_of(plan.settings, world, scene),
+        name="Published directions",
+        sources=UNKNOWN,
+        held_out=f"{config.held_out} samples of the generator",
+        licence="other",
+        licence_text=LICENCE,
+        command=command_line(config, plan.settings),
+    )
+    report = build.merge_all(folder, work, plan, info, at)
+    for problem in build.verify_build(folder, work):
+        raise ValueError(f"the files are not as they were written: {problem}; import again")
     return report
 
 
-def import_released(config: Config) -> dict[str, Any]:
-    """Make the dataset; its report.
+def import_released(config: Config, at: At = go_on) -> dict[str, Any]:
+    """Make the dataset; return its report.
+
+    Args:
+        at: is called at the points of `publish_file` and `merge_all`.
 
     Raises:
         ValueError, FileNotFoundError, OSError: bad input, nothing to pair, or files that cannot be
@@ -314,7 +293,8 @@ def import_released(config: Config) -> dict[str, Any]:
     for flag, folder in (("--directions", config.directions), ("--targets", config.targets)):
         if not folder.is_dir():
             raise FileNotFoundError(f"{flag}: no folder {str(folder)!r}; check the path")
-    as_build(config)
+    limits = build.Config(out=out, held_out=config.held_out, max_images=config.max_images)
+    build.check_config(limits)
     world = load_world(config.world)
     directions, pictures = open_directions(config.directions), open_folder(str(config.targets))
     if not by_name(directions.names).keys() & by_name(pictures.names).keys():
@@ -326,8 +306,8 @@ def import_released(config: Config) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")
     try:
-        report = fill(folder, config, world, directions, pictures)
-        # Takes the place of an empty folder only: what came there meanwhile is not replaced.
+        report = fill(folder, config, world, directions, pictures, at)
+        # Takes the place of an empty folder only: files that came there meanwhile are kept.
         folder.rename(out)
         sync_folder(out.parent)
     finally:
@@ -335,18 +315,12 @@ def import_released(config: Config) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
-    """The command: errors of input and of files are one line, and never a traceback."""
-    try:
-        report = import_released(tyro.cli(Config, description=__doc__))
-    except KeyboardInterrupt:
-        print("stopped; nothing is left behind", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+def run(config: Config) -> None:
+    """Make the dataset and print its counts and scores."""
+    report = import_released(config)
     print(json.dumps({"splits": report["splits"], "failures": report["failures"]}))
 
 
-if __name__ == "__main__":
-    main()
+def main() -> None:
+    """Run the command."""
+    command.main(run, Config, __doc__, "python -m data.released")

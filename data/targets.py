@@ -1,9 +1,9 @@
-"""Where target pictures come from: folders, datasets, a generator's samples, drawn faces.
+"""Target pictures: of folders, of datasets, samples of a generator, drawn faces.
 
-Knows pictures, their ids and their splits; nothing of embeddings, of optimization or of files of
-pairs. A target's id says what it is and not where it lies. Files and rows are named by their
-pixels; what is made from seeds is named by kind, seed and index, since its pixels may differ in
-their last bit from one machine to the next.
+Knows pictures, their ids and their splits; nothing of embeddings or of pairs. A target's id depends
+on the picture and not on its place. Files and rows are named by their pixels. Pictures made from
+seeds are named by kind, seed and index, since their pixels may differ in the last bit from one
+machine to the next.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ from PIL import Image
 from data.drawn.faces import draw_parameters, draw_wide, faces_from_z, sample_z, wide_face
 from data.drawn.sketch import Extras, Style
 from data.publish import sha256_of
+from targetclip.command import one_line
 from targetclip.generators import Generator
 from targetclip.media.images import decode_picture, read_picture, tensor_to_pictures
 from targetclip.scene import random_latents
-from targetclip.seeds import seed_of
+from targetclip.seeds import DEFAULT_TARGETS, seed_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-DEFAULT_SEED = 4_000_037  # differs from every seed used to train or judge the world's networks
 SKETCH_Z_DIM = 128  # of the bundled generator
 
 SEEDED = re.compile(r"(generated|mixed|drawn|wide):([1-9][0-9]{0,14})(?:@([0-9]{1,15}))?")
@@ -44,42 +44,46 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Target:
-    """A picture to take the essence of."""
+    """A picture whose essence is wanted."""
 
-    id: str  # 16 hex digits
-    origin: str  # faces/joker.png, org/name:train:12, generated:12 (@SEED if not the default)
-    picture: Image.Image  # RGB
+    id: str
+    """16 hex digits."""
+    origin: str
+    """Such as faces/joker.png, org/name:train:12 or generated:12 (@SEED if not the default)."""
+    picture: Image.Image
+    """RGB."""
 
 
 @dataclass(frozen=True)
 class BadTarget:
-    """A candidate that gives no target, and why, in one line."""
+    """A candidate that gives no target."""
 
     origin: str
     reason: str
+    """One line."""
 
 
 @runtime_checkable
 class TargetSet(Protocol):
-    """Candidates in a fixed order; each is decoded or rendered when the iteration comes to it."""
+    """Candidates in a fixed order; iteration decodes or renders one at a time."""
 
     @property
     def spec(self) -> str: ...
 
     def identity(self) -> str:
-        """A hex digest that changes when the targets change."""
+        """Return a hex digest that changes when the targets change."""
 
     def __len__(self) -> int:
-        """Number of candidates, good or bad; known without decoding any."""
+        """Return the number of candidates, good or bad, without decoding any."""
 
     def __iter__(self) -> Iterator[Target | BadTarget]: ...
 
     def starting_at(self, start: int) -> Iterator[Target | BadTarget]:
-        """The candidates but for the first `start`, which are not decoded."""
+        """Return the candidates but the first `start`, which are not decoded."""
 
 
 def split_of(target_id: str) -> Literal["train", "validation", "test"]:
-    """The split of a target: 90, 5 and 5 % of all ids; the id alone decides."""
+    """Return the split of a target, by its id alone: 90, 5 and 5 % of all ids."""
     digest = hashlib.sha256(target_id.encode()).digest()
     percentile = int.from_bytes(digest[:8], "big") % 100
     if percentile < 90:
@@ -88,35 +92,35 @@ def split_of(target_id: str) -> Literal["train", "validation", "test"]:
 
 
 def of_split(targets: TargetSet, split: str, count: int) -> Iterator[Target]:
-    """The first so many targets of a split; those that cannot be used are left out."""
-    good = (each for each in targets if isinstance(each, Target) and split_of(each.id) == split)
-    return itertools.islice(good, count)
+    """Return the first targets of a split; bad candidates are left out."""
+    good = (target for target in targets if isinstance(target, Target))
+    return itertools.islice((target for target in good if split_of(target.id) == split), count)
 
 
 def digest_of(*parts: object) -> str:
-    """SHA-256 of plain values."""
+    """Return the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def picture_id(picture: Image.Image) -> str:
-    """Id of an RGB picture: its size and pixels count, its file's name and compression do not."""
+    """Return the id of an RGB picture, by its size and pixels."""
     digest = hashlib.sha256(f"{picture.width}x{picture.height}/".encode())
     digest.update(picture.tobytes())
     return digest.hexdigest()[:16]
 
 
 def printable(text: str) -> str:
-    """`text` on one line of valid Unicode: a file's name may hold a line break, or any bytes."""
+    """Return a name as one line of valid Unicode: file names may hold line breaks, or any bytes."""
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def one_line(text: str) -> str:
-    """What an error says, on one line and not too long."""
-    return " ".join(text.split())[:300]
+def brief(error: object) -> str:
+    """Return the message of an error as one line of at most 300 characters."""
+    return one_line(error)[:300]
 
 
 def decoded(origin: str, path: str, content: bytes | None = None) -> Target | BadTarget:
-    """The target in a picture file, given by its bytes or else by its path."""
+    """Decode a picture file, given by its bytes or else by its path."""
     try:
         if content is not None:
             picture = decode_picture(content, origin)
@@ -125,8 +129,8 @@ def decoded(origin: str, path: str, content: bytes | None = None) -> Target | Ba
         else:
             raise ValueError(f"{origin!r} holds no picture")
     except (ValueError, OSError) as error:
-        # Where a file lies on this machine is nobody's concern later.
-        return BadTarget(origin, one_line(str(error).replace(repr(str(Path(path))), repr(origin))))
+        # Without the path of this machine.
+        return BadTarget(origin, brief(str(error).replace(repr(str(Path(path))), repr(origin))))
     return Target(picture_id(picture), origin, picture)
 
 
@@ -134,12 +138,12 @@ def decoded(origin: str, path: str, content: bytes | None = None) -> Target | Ba
 
 
 def raise_it(error: OSError) -> None:
-    """os.walk leaves out what it may not read, unless somebody objects."""
+    """Raise an error of os.walk, which else leaves out unreadable folders."""
     raise error
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file; empty where there is none to read, as behind a broken link."""
+    """Return the SHA-256 of a file; empty where it cannot be read, as behind a broken link."""
     try:
         return sha256_of(path) if path.is_file() else ""
     except (FileNotFoundError, PermissionError):
@@ -151,17 +155,18 @@ class FolderTargets:
     """The pictures below a folder; a JPEG's id may change with the version of its decoder."""
 
     spec: str
-    names: tuple[str, ...]  # relative paths
+    names: tuple[str, ...]
+    """Relative paths."""
 
     def stats(self) -> list[tuple[str, int, int]]:
-        """Relative path, size and mtime in ns of each file: compare them before `identity`."""
+        """Return relative path, size and mtime in ns of each file; quicker than `identity`."""
         paths = [Path(self.spec, name) for name in self.names]
-        found = [path.stat() if path.exists() else path.lstat() for path in paths]
+        stats = [path.stat() if path.exists() else path.lstat() for path in paths]
         shown = map(printable, self.names)
-        return [(n, s.st_size, s.st_mtime_ns) for n, s in zip(shown, found, strict=True)]
+        return [(n, s.st_size, s.st_mtime_ns) for n, s in zip(shown, stats, strict=True)]
 
     def identity(self) -> str:
-        """Hash of relative paths and of the files' bytes; reads them all."""
+        """Return a hash of relative paths and of the files' bytes; reads them all."""
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(os.fsencode(name) + b"\0")
@@ -181,7 +186,12 @@ class FolderTargets:
 
 
 def open_folder(spec: str) -> FolderTargets:
-    """The pictures below a folder; hidden files and folders and linked folders are left out."""
+    """Open the pictures below a folder, but hidden files and folders and linked folders.
+
+    Raises:
+        ValueError: there is none.
+        OSError: a folder may not be read.
+    """
     names: list[str] = []
     for parent, folders, files in os.walk(spec, onerror=raise_it):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -202,7 +212,11 @@ def open_folder(spec: str) -> FolderTargets:
 
 
 def load_split(name: str, split: str) -> tuple[datasets.Dataset, str]:
-    """A split of a dataset in a folder or on the hub, and its name; an empty `split` is train."""
+    """Load a split of a dataset in a folder or on the hub; an empty `split` is train.
+
+    Returns:
+        The split and its name.
+    """
     folder, asked = Path(name), split or "train"
     if not folder.is_dir() and (folder.exists() or not HUB_NAME.fullmatch(name)):
         raise FileNotFoundError(f"expected a folder or a name on the hub, found {name!r}; check it")
@@ -210,21 +224,23 @@ def load_split(name: str, split: str) -> tuple[datasets.Dataset, str]:
     try:
         if not any(path.is_file() for path in saved):
             return datasets.load_dataset(name, split=asked), asked
-        found = datasets.load_from_disk(name)
+        loaded = datasets.load_from_disk(name)
     except Exception as error:  # of the library, of Arrow, of the hub or of the network
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
         raise ValueError(
             f"dataset {name!r}, split {asked!r} cannot be loaded: "
-            f"{type(cause or error).__name__}, {one_line(str(cause or error))}; "
+            f"{type(cause or error).__name__}, {brief(cause or error)}; "
             "check the name, the split and the network"
         ) from error
-    if isinstance(found, datasets.Dataset):
-        # What was saved on its own is one split; it need not know which.
-        found = {str(found.split or asked): found}
-        asked = split or next(iter(found))
-    if asked not in found:
-        raise ValueError(f"expected #SPLIT of {name!r} to be one of {list(found)}, found {asked!r}")
-    return found[asked], asked
+    if isinstance(loaded, datasets.Dataset):
+        # A dataset saved on its own is one split; it need not know which.
+        loaded = {str(loaded.split or asked): loaded}
+        asked = split or next(iter(loaded))
+    if asked not in loaded:
+        raise ValueError(
+            f"expected #SPLIT of {name!r} to be one of {list(loaded)}, found {asked!r}"
+        )
+    return loaded[asked], asked
 
 
 @dataclass(frozen=True)
@@ -238,7 +254,7 @@ class DatasetTargets:
     column: str
 
     def identity(self) -> str:
-        """Hash of the dataset's own fingerprint and of what is taken from it."""
+        """Return a hash of the dataset's own fingerprint, the split and the column."""
         fingerprint = self.dataset._fingerprint
         return digest_of("dataset", fingerprint, len(self.dataset), self.split, self.column)
 
@@ -258,7 +274,7 @@ class DatasetTargets:
 
 
 def open_dataset(spec: str) -> DatasetTargets:
-    """`dataset:PATH_OR_NAME[#SPLIT[#COLUMN]]`; only a name that is no folder asks the hub."""
+    """Open `dataset:PATH_OR_NAME[#SPLIT[#COLUMN]]`; only a name that is no folder asks the hub."""
     parts = spec.removeprefix("dataset:").split("#")
     if not parts[0] or len(parts) > 3:
         raise ValueError(f"expected dataset:PATH_OR_NAME[#SPLIT[#COLUMN]], found {spec!r}")
@@ -281,14 +297,14 @@ def open_dataset(spec: str) -> DatasetTargets:
 
 
 def layer_thirds(num_ws: int) -> list[int]:
-    """Whether each layer is coarse, middle or fine: 0, 1 or 2."""
+    """Return 0, 1 or 2 for each layer: coarse, middle or fine."""
     return [(i >= num_ws // 3) + (i >= 2 * num_ws // 3) for i in range(num_ws)]
 
 
 def render_sample(
     generator: Generator, truncation: float, kind: str, seed: int, index: int
 ) -> Image.Image:
-    """A sample of the generator; a mixed one has a z of its own for each third of the layers."""
+    """Render a sample of the generator; a mixed one has a z for each third of the layers."""
     layers = list(range(generator.num_ws))
     thirds = layer_thirds(len(layers)) if kind == "mixed" else [0] * len(layers)
     seeds = [seed_of(kind, seed, index, third) for third in range(max(thirds) + 1)]
@@ -298,7 +314,7 @@ def render_sample(
 
 
 def draw_face(kind: str, seed: int, index: int) -> Image.Image:
-    """A wide face, or one as the bundled generator learned them: in every second, groups mixed."""
+    """Draw a wide face, or one as the bundled generator learned: every second has mixed groups."""
     if kind == "wide":
         return Image.fromarray(draw_wide((seed, index)))
     z = sample_z(2, SKETCH_Z_DIM, seed_of("drawn", seed, index))[index % 2][None]
@@ -306,7 +322,7 @@ def draw_face(kind: str, seed: int, index: int) -> Image.Image:
 
 
 def wide_indices(seed: int) -> Iterator[int]:
-    """Indices of wide faces but for those that came out plain, and so within the range."""
+    """Return the indices of wide faces, but plain ones, which are within the generator's range."""
     for index in itertools.count():
         _, extras, style = wide_face(seed, index)
         if extras != Extras() or style != Style():
@@ -315,17 +331,17 @@ def wide_indices(seed: int) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class SeededTargets:
-    """Pictures made one at a time from a seed and an index: none depends on how many there are."""
+    """Pictures made one at a time from a seed and an index; none depends on their number."""
 
     spec: str
     count: int
     seed: int
     named_by: tuple[str | int | float, ...]
-    """What decides a picture, but for its index."""
+    """All that a picture depends on but its index."""
     render: Callable[[int], Image.Image]
 
     def identity(self) -> str:
-        """Hash of all that decides the pictures, but for the code that draws them."""
+        """Return a hash of all that the pictures depend on but the code that draws them."""
         return digest_of(*self.named_by, "first", self.count)
 
     def __len__(self) -> int:
@@ -338,11 +354,11 @@ class SeededTargets:
         kind = self.named_by[0]
         indices = wide_indices(self.seed) if kind == "wide" else itertools.count()
         for index in itertools.islice(indices, start, self.count):
-            origin = f"{kind}:{index}" + (f"@{self.seed}" if self.seed != DEFAULT_SEED else "")
+            origin = f"{kind}:{index}" + (f"@{self.seed}" if self.seed != DEFAULT_TARGETS else "")
             try:
                 picture = self.render(index)
             except ValueError as error:  # weights or latents that overflow
-                yield BadTarget(origin, one_line(str(error)))
+                yield BadTarget(origin, brief(error))
                 continue
             yield Target(digest_of(*self.named_by, index)[:16], origin, picture)
 
@@ -350,9 +366,9 @@ class SeededTargets:
 def open_seeded(
     parts: re.Match[str], generator: Generator | None, truncation: float
 ) -> SeededTargets:
-    """KIND:N or KIND:N@SEED."""
+    """Open KIND:N or KIND:N@SEED."""
     spec, kind, count = parts[0], parts[1], int(parts[2])
-    seed = DEFAULT_SEED if parts[3] is None else int(parts[3])
+    seed = DEFAULT_TARGETS if parts[3] is None else int(parts[3])
     if kind in ("drawn", "wide"):
         return SeededTargets(spec, count, seed, (kind, seed), partial(draw_face, kind, seed))
     if generator is None:

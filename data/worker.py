@@ -1,24 +1,26 @@
 """One worker of a build: claim a chunk, optimize its targets, publish their pairs, go on.
 
-Any number of workers on any hosts may start and stop at any time. A worker that dies costs what it
-did since its last checkpoint; whoever breaks its claim goes on from there. Nothing is exchanged
-between workers but files, so a slow one holds nobody up.
+Any number of workers on any hosts may start and stop at any time. A worker that dies costs its work
+since the last checkpoint; another breaks its claim and goes on from there. Workers exchange nothing
+but files, so a slow one holds nobody up.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
 import logging
-import signal
+import math
+import resource
+import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
+import psutil  # type: ignore[import-untyped]
 import torch
 from datasets import Features
 from jaxtyping import Float
@@ -26,96 +28,56 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.claims import Claim, claim, owner_name
-from data.pairs import Failure, Pair, chunk_bytes
+from data.pairs import Failure, Pair, chunk_bytes, features
 from data.plan import Plan
-from data.publish import fault_point, publish_file, replace_file
+from data.publish import At, go_on, publish_file, replace_file
 from data.targets import Target
-from targetclip.embedder import ImageEmbedder
-from targetclip.encoders.identity import IdentityModel
-from targetclip.encoders.inverter import LatentInverter
-from targetclip.generators import Generator
-from targetclip.losses import consistency_loss, transfer_loss
-from targetclip.optimize import Optimized, Progress, embed_latents, optimize_directions
+from targetclip.command import Precision, Stop, Stopped, in_precision, is_out_of_memory
+from targetclip.optimize import Optimized, Progress
 from targetclip.recipes import Recipe
-from targetclip.targets import embed_targets, initial_directions
+from targetclip.scene import Scene
+from targetclip.seeds import PAIR_SOURCES
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class Stopped(Exception):
-    """A signal asked to stop; what has been done is saved."""
+CHUNK_SECONDS = 300.0  # a chunk of more than one target lasts no longer
+MOST_TARGETS = 512
 
 
 class ClaimLost(Exception):
     """Another worker has taken the chunk over; it goes on from the last checkpoint."""
 
 
-class Stop:
-    """Remembers the first signal that asks this process to stop; the work looks at it."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def listen(self) -> None:
-        """From now on SIGTERM, SIGUSR1 and Ctrl-C only ask; the work ends at a good place."""
-        for number in SIGNALS:
-            signal.signal(number, self.ask)
-
-    def ask(self, number: int, frame: FrameType | None) -> None:
-        """A signal handler; a second Ctrl-C ends the process at once."""
-        if number == signal.SIGINT and self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self.signal is not None:
-            raise Stopped
+# Directions and their scores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """The optimizer with all it needs but the targets."""
+    """A scene, and the settings that all pairs of a run share."""
 
-    generator: Generator
-    embedder: ImageEmbedder
-    recipe: Recipe
+    scene: Scene
     recipe_name: str
+    recipe: Recipe
     bank: Float[Tensor, "bank num_ws w_dim"]
+    """Sources that directions are optimized on."""
     held_out: Float[Tensor, "sources num_ws w_dim"]
-    """Sources that no direction is optimized on, to score them all alike."""
-    max_images: int | None
-    """Images rendered at once; None: those of a step."""
-    autocast: Callable[[], AbstractContextManager[Any]]
-    """Precision to compute in."""
-    inverter: LatentInverter | None = None
-    """For recipes that start from the target's inversion."""
-    identity: IdentityModel | None = None
-    """For recipes with an identity loss."""
-    optimize: Callable[..., Optimized] = optimize_directions
+    """Sources that no direction is optimized on; every pair is scored on them."""
+    precision: Precision = "fp32"
+    """Of searches and scores. Embeddings of targets are computed in float32."""
 
-    def images_at_once(self, targets: int) -> int:
-        """How many images are rendered at once when so many targets are optimized together.
-
-        The bank and the held-out sources are in pieces of a step's size, for what fits was tried
-        on steps.
-        """
-        return self.max_images or targets * self.recipe.sources
+    def scene_for(self, targets: int) -> Scene:
+        """Return the scene, with the images of a step of so many targets at once unless it limits
+        them: the batch size was tried on steps, so the same number fits elsewhere."""
+        at_once = self.scene.max_images or targets * self.recipe.sources
+        return self.scene.with_max_images(at_once)
 
     def prepare(self, targets: list[Target], seeds: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Raw embeddings of targets, and where their directions start unless that is zero.
-
-        Not in `autocast`: a dataset's embeddings do not depend on the optimizer's precision.
-        """
+        """Return raw embeddings of targets and, unless they are zero, starts of directions."""
         pictures = [target.picture for target in targets]
-        embeddings = embed_targets(self.generator, self.embedder, pictures, self.recipe)
+        embeddings = self.scene.embed_targets(pictures, self.recipe)
         if self.recipe.initial == "zero":
             return embeddings, None
-        return embeddings, initial_directions(
-            self.generator, self.inverter, pictures, self.recipe.initial, seeds
-        )
+        return embeddings, self.scene.initial(pictures, self.recipe.initial, seeds)
 
     def optimize_chunk(
         self,
@@ -124,62 +86,59 @@ class Teacher:
         on_step: Callable[[Progress], None],
         resume: dict[str, Any] | None,
     ) -> Optimized:
-        """Directions of a chunk's targets."""
-        rows = plan.rows(chunk)
-        shape = (rows.stop - rows.start, *self.bank.shape[1:])
-        initial = np.zeros(shape, np.float32) if plan.initial is None else plan.initial[rows]
-        device = self.bank.device
-        with self.autocast():
-            return self.optimize(
-                self.generator,
-                self.embedder,
+        """Find the directions of a chunk's targets."""
+        rows, device = plan.rows(chunk), self.scene.device
+        initial = torch.zeros(rows.stop - rows.start, *self.bank.shape[1:])
+        if plan.initial is not None:
+            initial = torch.from_numpy(np.array(plan.initial[rows]))
+        with in_precision(device, self.precision):
+            return self.scene_for(plan.batch_size).search(
                 torch.from_numpy(np.array(plan.embeddings[rows])).to(device),
-                self.bank,
                 self.recipe,
-                torch.from_numpy(np.array(initial)).to(device),
+                initial.to(device),
                 plan.targets["seed"][rows.start : rows.stop].to_pylist(),
+                bank=self.bank,
                 on_step=on_step,
-                max_images=self.images_at_once(plan.batch_size),
                 resume=resume,
-                identity=self.identity,
             )
 
-    @torch.no_grad()
     def held_out_scores(
         self,
         embeddings: Float[Tensor, "targets embed"],
         directions: Float[Tensor, "targets num_ws w_dim"],
     ) -> Float[Tensor, "targets scores"]:
-        """Transfer score before and after the edit, and consistency, on the held-out sources."""
-        at_once = self.images_at_once(len(directions))
-
-        def embed(ws: Tensor) -> Tensor:
-            return embed_latents(self.generator, self.embedder, ws, self.recipe.preprocess, at_once)
-
-        with self.autocast():
-            before = embed(self.held_out)
-            edited = embed((self.held_out[None] + directions[:, None]).flatten(0, 1))
-        edited = edited.unflatten(0, (len(directions), len(self.held_out)))
-        before = before.expand(len(directions), -1, -1)
-        after = 1 - transfer_loss(edited, embeddings)
-        consistency = 1 - consistency_loss(before, edited, self.recipe.differences)
-        return torch.stack([1 - transfer_loss(before, embeddings), after, consistency], dim=1)
+        """Return transfer before and after the edit, and consistency, on held-out sources."""
+        with in_precision(self.scene.device, self.precision):
+            scores = self.scene_for(len(directions)).score(
+                embeddings,
+                self.held_out,
+                directions,
+                preprocess=self.recipe.preprocess,
+                differences=self.recipe.differences,
+            )
+        # As 1 minus the transfer loss: pairs keep the bits that they had when it was so written.
+        cosines = torch.stack([scores.target_before, scores.target_after]).mean(dim=-1)
+        before, after = 1 - (1 - cosines)
+        return torch.stack([before, after, scores.consistency], dim=1)
 
     def rows(
-        self, plan: Plan, chunk: int, found: Optimized, seconds: float
+        self, plan: Plan, chunk: int, result: Optimized, seconds: float
     ) -> tuple[list[Pair], list[Failure]]:
-        """Pairs and failures of an optimized chunk; `seconds` is what all of it took."""
+        """Return pairs and failures of an optimized chunk, which took so many seconds in all."""
         embeddings = torch.from_numpy(np.array(plan.embeddings[plan.rows(chunk)]))
-        scores = self.held_out_scores(embeddings.to(self.bank.device), found.directions).cpu()
-        directions, coefficients = found.directions.float().cpu(), found.coefficients.float().cpu()
-        own = torch.stack([found.loss, found.transfer, found.consistency], dim=1).cpu()
+        scores = self.held_out_scores(embeddings.to(self.scene.device), result.directions).cpu()
+        directions, coefficients = (
+            result.directions.float().cpu(),
+            result.coefficients.float().cpu(),
+        )
+        own = torch.stack([result.loss, result.transfer, result.consistency], dim=1).cpu()
         values = torch.cat([directions.flatten(1), coefficients, scores, own], dim=1)
         valid = values.isfinite().all(dim=1) & (embeddings.norm(dim=1) > 0)
-        named = plan.targets.slice(plan.rows(chunk).start, len(embeddings)).to_pylist()
+        targets = plan.targets.slice(plan.rows(chunk).start, len(embeddings)).to_pylist()
         pairs: list[Pair] = []
         failures: list[Failure] = []
-        for i, target in enumerate(named):
-            reason = found.failures[i]
+        for i, target in enumerate(targets):
+            reason = result.failures[i]
             if reason is None and not valid[i]:
                 reason = "its embedding is zero, or its direction or scores are not finite"
             if reason is not None:
@@ -195,14 +154,14 @@ class Teacher:
                     norm=float(embeddings[i].norm()),
                     direction=directions[i].numpy(),
                     coefficients=coefficients[i].numpy(),
-                    loss=float(found.loss[i]),
-                    transfer=1 - float(found.transfer[i]),
-                    consistency=1 - float(found.consistency[i]),
+                    loss=float(result.loss[i]),
+                    transfer=1 - float(result.transfer[i]),
+                    consistency=1 - float(result.consistency[i]),
                     held_out_transfer=after,
                     held_out_consistency=consistency,
                     held_out_before=before,
-                    steps=int(found.steps[i]),
-                    seconds=seconds / len(named),
+                    steps=int(result.steps[i]),
+                    seconds=seconds / len(targets),
                     seed=target["seed"],
                     recipe=self.recipe_name,
                 )
@@ -210,46 +169,149 @@ class Teacher:
         return pairs, failures
 
 
+def make_teacher(
+    scene: Scene,
+    recipe_name: str,
+    recipe: Recipe,
+    held_out: int = 16,
+    precision: Precision = "fp32",
+) -> Teacher:
+    """Return a teacher with its sources; `held_out` is their number."""
+    return Teacher(
+        scene=scene,
+        recipe_name=recipe_name,
+        recipe=recipe,
+        bank=scene.bank_of(recipe),
+        held_out=scene.sources(held_out, PAIR_SOURCES),
+        precision=precision,
+    )
+
+
+# How many targets are optimized together
+
+
+def memory() -> tuple[int, int, int]:
+    """Return bytes of main memory: free ones, those of this process now, and its peak."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = psutil.Process().memory_info().rss
+    return psutil.virtual_memory().available, used, peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def fitting_batch_size(
+    try_batch: Callable[[int], float],
+    steps: int,
+    memory: Callable[[], tuple[int, int, int]] = memory,
+) -> int:
+    """Return the number of targets that are fastest together: doubled for as long as that pays.
+
+    Ends where memory does, where a target gets less than 5 % faster, or where a chunk would last
+    longer than `CHUNK_SECONDS`.
+
+    Args:
+        try_batch: returns the seconds of one step of so many targets; raises if they do not fit.
+        memory: as the function of this name.
+
+    Raises:
+        ValueError: not even one target fits.
+    """
+    best, fastest = 1, math.inf
+    size = 1
+    while size <= MOST_TARGETS:
+        free, used, _ = memory()
+        try:
+            seconds = try_batch(size)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise ValueError(
+                    "expected memory for a step of one target, found too little; "
+                    "give a smaller --max-images, or --checkpoint-layers"
+                ) from error
+            break
+        if seconds / size > 0.95 * fastest or (size > 1 and seconds * steps > CHUNK_SECONDS):
+            break
+        best, fastest = size, seconds / size
+        # A machine without main memory kills instead of raising. Twice the targets take at most
+        # twice as much as these took, which is given back already: hence the peak.
+        if 2 * (memory()[2] - used) > free:
+            break
+        size *= 2
+    return best
+
+
+def time_step(teacher: Teacher, size: int) -> float:
+    """Return the seconds of a step of so many targets, after one to warm up."""
+    random = torch.Generator().manual_seed(0)
+    device = teacher.scene.device
+    times: list[float] = []
+
+    def on_step(progress: Progress) -> None:
+        float(progress.loss.sum())  # waits for a device that computes in the background
+        times.append(time.perf_counter())
+
+    recipe = dataclasses.replace(teacher.recipe, steps=3)
+    with in_precision(device, teacher.precision):
+        teacher.scene_for(size).search(
+            torch.randn(size, teacher.scene.embedder.embed_dim, generator=random).to(device),
+            recipe,
+            torch.zeros(size, *teacher.bank.shape[1:], device=device),
+            range(size),
+            bank=teacher.bank[: max(recipe.sources, 8)],
+            on_step=on_step,
+        )
+    return times[-1] - times[-2]
+
+
+# The worker
+
+
 def chunk_name(chunk: int) -> str:
-    """Name of a chunk's files."""
+    """Return the name of a chunk's files."""
     return f"{chunk:06d}"
 
 
-@dataclass
-class Worker:
-    """Works through a plan's chunks until none is left to claim.
+def no_progress(chunk: int, progress: Progress) -> None:
+    """Do nothing after a step."""
 
-    Args:
-        work: the build's folder, shared by all workers.
-        lease: seconds without a heartbeat after which a worker counts as dead.
-        checkpoint_seconds: of work that a kill may cost.
-        max_attempts: how often a chunk may end its worker without getting any further before its
-            targets are given up.
-        on_step: called after every step, for progress.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """Works through a plan's chunks until none is left to claim."""
 
     work: Path
+    """The build's folder, shared by all workers."""
     plan: Plan
     teacher: Teacher
-    columns: Features
     stop: Stop
-    lease: float
-    checkpoint_seconds: float
-    max_attempts: int
-    on_step: Callable[[int, Progress], None]
+    lease: float = 120.0
+    """Seconds without a heartbeat after which a worker counts as dead."""
+    checkpoint_seconds: float = 60.0
+    """Of work that a kill may cost."""
+    max_attempts: int = 5
+    """How often a chunk may end its worker without any progress, before it is given up."""
+    on_step: Callable[[int, Progress], None] = no_progress
+    """Is called after every step with the number of the chunk."""
+    at: At = go_on
+    """Is called at the points in-chunk and after-checkpoint, and those of claims and files."""
     owner: str = field(default_factory=owner_name)
 
+    @property
+    def columns(self) -> Features:
+        """Columns of the chunks."""
+        return features(self.plan.embeddings.shape[1], *self.teacher.bank.shape[1:])
+
     def published(self) -> set[str]:
-        """Names of the chunks that are done."""
+        """Return the names of the chunks that are done."""
         return {path.stem for path in (self.work / "chunks").glob("[0-9]*.parquet")}
 
     def run(self, wait: bool) -> bool:
-        """Do chunks until all are done or in other hands; True if all are done.
+        """Do chunks until all are done or held by others; return True if all are done.
 
         With `wait`, stay until the others have published theirs, and take over from those that die.
 
         Raises:
-            Stopped: a signal came. A checkpoint of the chunk at hand is saved.
+            Stopped: a signal came. A checkpoint of the current chunk is saved.
         """
         for name in ("claims", "checkpoints", "chunks", "attempts"):
             (self.work / name).mkdir(parents=True, exist_ok=True)
@@ -269,32 +331,30 @@ class Worker:
                 self.stop.check()
 
     def try_chunk(self, chunk: int) -> bool:
-        """Claim and do a chunk, unless it is done; False if it is in other hands."""
+        """Claim and do a chunk, unless it is done; return False if another holds it."""
         self.stop.check()
         name = chunk_name(chunk)
         path = self.work / "chunks" / f"{name}.parquet"
         if path.exists():
             return True
-        held = claim(self.work / "claims", name, self.owner, self.lease)
+        held = claim(self.work / "claims", name, self.owner, self.lease, self.at)
         if held is None:
             return False
         try:
             if not path.exists():  # it may have been published just before it was claimed
                 with held.kept_alive():
                     self.do_chunk(chunk, held)
-        except ClaimLost:
-            logger.warning("chunk %s: taken over by another worker", name)
-        except FileNotFoundError:
-            if held.heartbeat():
+        except (ClaimLost, FileNotFoundError) as error:
+            # Files vanish after a halt of more than a lease: another has merged and swept up.
+            if isinstance(error, FileNotFoundError) and held.heartbeat():
                 raise
-            # Halted for longer than the lease: another has merged, and swept what was half written.
             logger.warning("chunk %s: taken over by another worker", name)
         finally:
             held.release()
         return True
 
     def newest_checkpoint(self, chunk: int) -> dict[str, Any] | None:
-        """What the worker that came furthest with a chunk has left."""
+        """Read the checkpoint of the worker that came furthest with a chunk."""
         best: dict[str, Any] | None = None
         for path in (self.work / "checkpoints").glob(f"{chunk_name(chunk)}.*.pt"):
             try:
@@ -302,63 +362,63 @@ class Worker:
                 # torch.load does not notice every flipped bit.
                 if hashlib.sha256(content[32:]).digest() != content[:32]:
                     raise ValueError("it is cut short or altered")
-                found = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+                saved = torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
             except FileNotFoundError:
                 continue
             except Exception as error:  # a damaged file raises nearly anything
                 logger.warning("%s: not readable, left out: %s", path, error)
                 continue
-            if best is None or found["search"]["step"] > best["search"]["step"]:
-                best = found
+            if best is None or saved["search"]["step"] > best["search"]["step"]:
+                best = saved
         return best
 
     def count_attempt(self, chunk: int, step: int) -> int:
-        """How often work on a chunk has begun at this step; one that got further starts anew."""
+        """Return how often work on a chunk has begun at this step; another step counts anew."""
         path = self.work / "attempts" / chunk_name(chunk)
         try:
             record = json.loads(path.read_text())
         except (FileNotFoundError, ValueError):
             record = {"step": step, "count": 0}
         count = record["count"] + 1 if record["step"] == step else 1
-        replace_file(path, json.dumps({"step": step, "count": count}).encode())
+        replace_file(path, json.dumps({"step": step, "count": count}).encode(), self.at)
         return int(count)
 
     def do_chunk(self, chunk: int, held: Claim) -> None:
         """Optimize a chunk from its newest checkpoint on, and publish it."""
-        left = self.newest_checkpoint(chunk)
-        resume = left["search"] if left is not None else None
-        before = float(left["seconds"]) if left is not None else 0.0
+        saved = self.newest_checkpoint(chunk)
+        resume = saved["search"] if saved is not None else None
+        before = float(saved["seconds"]) if saved is not None else 0.0
         attempts = self.count_attempt(chunk, resume["step"] if resume is not None else 0)
         if attempts > self.max_attempts:
             self.give_up(chunk, f"its worker died {self.max_attempts} times without getting on")
             return
-        start = saved = time.monotonic()
+        start = last_saved = time.monotonic()
 
         def on_step(progress: Progress) -> None:
-            nonlocal saved
-            fault_point("in-chunk")
+            nonlocal last_saved
+            self.at("in-chunk")
             if held.lost:
                 raise ClaimLost
-            stopping = self.stop.signal is not None  # asked once: it may come at any time
-            if stopping or time.monotonic() - saved > self.checkpoint_seconds:
-                seconds = before + time.monotonic() - start
-                self.save_checkpoint(chunk, progress, seconds)
-                saved = time.monotonic()
+            stopping = self.stop.signal is not None  # read once: it may come at any time
+            if stopping or time.monotonic() - last_saved > self.checkpoint_seconds:
+                self.save_checkpoint(chunk, progress, before + time.monotonic() - start)
+                last_saved = time.monotonic()
             if stopping:
                 raise Stopped
             self.on_step(chunk, progress)
 
-        found = self.teacher.optimize_chunk(self.plan, chunk, on_step, resume)
+        result = self.teacher.optimize_chunk(self.plan, chunk, on_step, resume)
         seconds = before + time.monotonic() - start
-        self.publish(chunk, *self.teacher.rows(self.plan, chunk, found, seconds))
+        self.publish(chunk, *self.teacher.rows(self.plan, chunk, result, seconds))
 
     def save_checkpoint(self, chunk: int, progress: Progress, seconds: float) -> None:
-        """Keep what a kill would cost; in a file of this worker's own."""
+        """Save the state of a chunk's search, in a file of this worker's own."""
         content = io.BytesIO()
         torch.save({"search": progress.snapshot(), "seconds": seconds}, content)
         path = self.work / "checkpoints" / f"{chunk_name(chunk)}.{self.owner}.pt"
-        replace_file(path, hashlib.sha256(content.getvalue()).digest() + content.getvalue())
-        fault_point("after-checkpoint")
+        digest = hashlib.sha256(content.getvalue()).digest()
+        replace_file(path, digest + content.getvalue(), self.at)
+        self.at("after-checkpoint")
 
     def give_up(self, chunk: int, reason: str) -> None:
         """Publish a chunk that cannot be done, as failures."""
@@ -372,8 +432,8 @@ class Worker:
         """Make a chunk's pairs final, unless another worker has; then tidy up."""
         name = chunk_name(chunk)
         path = self.work / "chunks" / f"{name}.parquet"
-        if not publish_file(path, chunk_bytes(pairs, failures, self.columns)):
+        if not publish_file(path, chunk_bytes(pairs, failures, self.columns), self.at):
             logger.warning("chunk %s: another worker was first", name)
-        for left in (self.work / "checkpoints").glob(f"{name}.*.pt"):
-            left.unlink(missing_ok=True)
+        for checkpoint in (self.work / "checkpoints").glob(f"{name}.*.pt"):
+            checkpoint.unlink(missing_ok=True)
         (self.work / "attempts" / name).unlink(missing_ok=True)
