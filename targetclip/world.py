@@ -1,44 +1,48 @@
-"""Worlds: a small TOML file that names a generator, an embedder, an inverter and defaults.
+"""Worlds: a TOML file that names a generator, an embedder, an inverter and defaults.
 
-Knows the file and how to load its parts; nothing of what is done with them. Paths in the file are
-relative to it. Bundled worlds are `worlds/NAME/world.toml`, and what of theirs does not ship is in
-`home()/NAME`; a user's own is a path to a file.
+Knows the file and how to load its networks. Paths in the file are relative to it. Bundled worlds
+are `worlds/NAME/world.toml`; their files that do not ship belong in `home()/NAME`. A user's own
+world is the path of a file. Importing it does not import torch, so that usage errors are quick.
 """
 
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from targetclip.embedder import HUB, LOCAL_DIR, WEIGHT_SUFFIXES, ClipEmbedder
-from targetclip.encoders.arcface import load_arcface
-from targetclip.encoders.e4e import load_e4e
-from targetclip.encoders.identity import IdentityModel, load_identity
-from targetclip.encoders.inverter import LatentInverter, load_inverter
-from targetclip.generators import load_generator
-from targetclip.generators.stylegan2 import StyleGAN2
 from targetclip.recipes import RECIPES
-from targetclip.scene import Scene
-from targetclip.world_files import Facts, WorldFile, home, parse_facts, require
+from targetclip.world_files import (
+    HUB,
+    LOCAL_DIR,
+    WEIGHT_SUFFIXES,
+    Facts,
+    WorldFile,
+    home,
+    parse_facts,
+    require,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from targetclip.encoders.identity import IdentityModel
+    from targetclip.encoders.inverter import LatentInverter
+    from targetclip.generators import Generator
+    from targetclip.scene import Scene
 
 BUNDLED = Path(__file__).parent / "worlds"
 NEEDED = ("name", "generator", "embedder")
 OPTIONAL = ("makes", "pretrained", "inverter", "identity", "aligner", "mapper", "recipe")
 FILES = ("generator", "embedder", "inverter", "identity", "mapper")
 NUMBERS = {"strength": 1.0, "truncation": 0.7}
+RECIPE = "consistent"
 
 
-def is_bundled(path: Path) -> bool:
-    """Whether a world file ships with the project."""
-    return path.absolute().parent.parent == BUNDLED
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class World:
-    """What a world file says. `load_scene` reads the networks it names."""
+    """The content of a world file. `load_scene` reads the networks it names."""
 
     path: Path
     """The world file itself."""
@@ -52,38 +56,42 @@ class World:
     pretrained: str | None
     """Tag or file of the embedder's weights, where `embedder` is a name."""
     inverter: Path | None
-    """Inverter file; None: only a search finds latents of pictures."""
+    """Inverter file. None: only a search finds latents of pictures."""
     identity: Path | None
-    """Identity file; None: nothing says whether an edited face is still the same person."""
+    """Identity file. None: identities of edited faces are not compared."""
     aligner: Literal["ffhq"] | None
-    """How pictures are aligned before they are inverted unless told otherwise; None: they are only
-    cropped to a square."""
+    """How pictures are aligned before they are inverted. None: cropped to a square."""
     recipe: str
-    """Recipe of the optimizer when none is asked for."""
+    """The optimizer's default recipe."""
     strength: float
-    """Strength of an edit when none is asked for."""
+    """Default strength of an edit."""
     truncation: float
     """Of generated sources: 1 is the generator's full variety, less is nearer its mean."""
     mapper: Path | None
-    """Mapper file; None: the optimizer alone finds directions."""
+    """Mapper file. None: only the optimizer finds directions."""
     neutral: tuple[str, ...]
-    """Texts such as sources could have, to measure others from; none: no text is a target."""
+    """Neutral texts that text targets are compared with. Empty: no text can be a target."""
     files: tuple[WorldFile, ...]
-    """Every file it names, and what it says of where they come from."""
+    """Every file that the world names, and its origin."""
 
     @property
     def given(self) -> str:
-        """What to give as --world to get it."""
+        """The value of --world that names this world."""
         return self.path.parent.name if is_bundled(self.path) else str(self.path)
 
 
+def is_bundled(path: Path) -> bool:
+    """Tell whether a world file ships with the project."""
+    return path.absolute().parent.parent == BUNDLED
+
+
 def world_names() -> list[str]:
-    """Names of the bundled worlds."""
+    """Return the names of the bundled worlds."""
     return sorted(path.parent.name for path in BUNDLED.glob("*/world.toml"))
 
 
 def load_world(name: str) -> World:
-    """Read a world given by the name of a bundled one or by the path of its TOML file.
+    """Read a world: the name of a bundled one, or the path of a TOML file.
 
     Raises:
         FileNotFoundError: no such world; the message lists the bundled ones.
@@ -103,64 +111,51 @@ def load_world(name: str) -> World:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a world file: {error}") from error
-    return parse_world(content, path)
+    try:
+        return parse_world(content, path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def read_texts(content: dict[str, object], path: Path) -> dict[str, str]:
-    """The values that are texts, by their keys."""
-    texts = {"recipe": "consistent"}
+# Checking a world file: errors do not name the file, `load_world` does
+
+
+def check_values(content: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a value of another type or out of range."""
     for key in (*NEEDED, *OPTIONAL):
-        value = content.get(key, texts.get(key))
-        if isinstance(value, str):
-            texts[key] = value
-        elif key in content:
-            raise ValueError(f"{path}: {key} must be a text, found {value!r}")
-    if texts["recipe"] not in RECIPES:
-        raise ValueError(
-            f"{path}: recipe must be one of {', '.join(RECIPES)}, found {texts['recipe']!r}"
-        )
-    if RECIPES[texts["recipe"]].identity_weight and "identity" not in texts:
-        raise ValueError(
-            f"{path}: recipe {texts['recipe']!r} has an identity loss: name an identity model, or "
-            "another recipe"
-        )
-    if texts.get("aligner", "ffhq") != "ffhq":
-        raise ValueError(f"{path}: aligner must be 'ffhq' or left out, found {texts['aligner']!r}")
-    return texts
-
-
-def read_numbers(content: dict[str, object], path: Path) -> dict[str, float]:
-    """The values that are numbers, by their keys."""
-    numbers = {}
-    for key, default in NUMBERS.items():
-        value = content.get(key, default)
+        if not isinstance(content.get(key, ""), str):
+            raise ValueError(f"{key} must be a text, found {content[key]!r}")
+    for key in NUMBERS:
+        value = content.get(key, 0.0)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{path}: {key} must be a number, found {value!r}")
+            raise ValueError(f"{key} must be a number, found {value!r}")
         if not math.isfinite(value):
-            raise ValueError(f"{path}: {key} must be finite, found {value!r}")
-        numbers[key] = float(value)
-    return numbers
-
-
-def read_neutral(content: dict[str, object], path: Path) -> tuple[str, ...]:
-    """The neutral texts."""
+            raise ValueError(f"{key} must be finite, found {value!r}")
     neutral = content.get("neutral", [])
     if not isinstance(neutral, list) or not all(isinstance(text, str) for text in neutral):
-        raise ValueError(f"{path}: neutral must be a list of texts, found {neutral!r}")
-    return tuple(neutral)
+        raise ValueError(f"neutral must be a list of texts, found {neutral!r}")
+    recipe = content.get("recipe", RECIPE)
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, found {recipe!r}")
+    if RECIPES[recipe].identity_weight and "identity" not in content:
+        raise ValueError(
+            f"recipe {recipe!r} has an identity loss: name an identity model, or another recipe"
+        )
+    if content.get("aligner", "ffhq") != "ffhq":
+        raise ValueError(f"aligner must be 'ffhq' or left out, found {content['aligner']!r}")
 
 
 def place(path: Path, name: str) -> Path:
-    """Where a file that a world file names belongs: beside it, or at home if it does not ship."""
+    """Return where a file of a world belongs: beside the world file, or at home."""
     beside = path.parent / name
     if beside.exists() or not is_bundled(path):
         return beside
     return home() / path.parent.name / name
 
 
-def embedder_file(texts: dict[str, str], path: Path, facts: Facts) -> WorldFile:
-    """The embedder as a file: its weights, its folder, or what open_clip knows by a name."""
-    name, pretrained = texts["embedder"], texts.get("pretrained")
+def embedder_file(content: Mapping[str, Any], path: Path, facts: Facts) -> WorldFile:
+    """Return the embedder as a file: its weights, its folder, or a name that open_clip knows."""
+    name, pretrained = content["embedder"], content.get("pretrained")
     if pretrained is not None:
         weights = place(path, pretrained)
         if weights.is_file() or Path(pretrained).suffix in WEIGHT_SUFFIXES:
@@ -169,76 +164,73 @@ def embedder_file(texts: dict[str, str], path: Path, facts: Facts) -> WorldFile:
     if folder.is_dir() or (pretrained is None and not name.startswith(HUB)):
         if facts.hub or facts.sha256 or isinstance(facts.size, int):
             raise ValueError(
-                f"{path}: files.embedder: {name!r} is a folder: leave out hub, sha256 and a size "
-                "in bytes"
+                f"files.embedder: {name!r} is a folder: leave out hub, sha256 and a size in bytes"
             )
         return WorldFile(role="embedder", name=name, path=folder, facts=facts, folder=True)
     shown = name if pretrained is None else f"{name} ({pretrained})"
     return WorldFile(role="embedder", name=shown, path=None, facts=facts)
 
 
-def read_files(
-    content: dict[str, object], texts: dict[str, str], path: Path
-) -> dict[str, WorldFile]:
-    """The files that a world file names, by their keys, with what its tables say of them."""
+def read_files(content: Mapping[str, Any], path: Path) -> dict[str, WorldFile]:
+    """Return the files that a world file names, by their keys, with their tables."""
     tables = content.get("files", {})
     if not isinstance(tables, dict):
-        raise ValueError(f"{path}: files must be tables such as [files.generator]")
-    for role in tables:
-        if role not in FILES or role not in texts:
-            named = ", ".join(f"files.{role}" for role in FILES if role in texts)
-            raise ValueError(f"{path}: unknown files.{role}: this world can have {named}")
+        raise ValueError("files must be tables such as [files.generator]")
+    named = [role for role in FILES if role in content]
+    if unknown := [role for role in tables if role not in named]:
+        expected = ", ".join(f"files.{role}" for role in named)
+        raise ValueError(f"unknown files.{unknown[0]}: this world can have {expected}")
     files = {}
-    for role in FILES:
-        facts = Facts()
-        if role in tables:
-            facts = parse_facts(tables[role], f"{path}: files.{role}")
+    for role in named:
+        facts = parse_facts(tables.get(role, {}), f"files.{role}")
         if role == "embedder":
-            files[role] = embedder_file(texts, path, facts)
-        elif role in texts:
-            files[role] = WorldFile(
-                role=role, name=texts[role], path=place(path, texts[role]), facts=facts
-            )
+            files[role] = embedder_file(content, path, facts)
+        else:
+            where = place(path, content[role])
+            files[role] = WorldFile(role=role, name=content[role], path=where, facts=facts)
     return files
 
 
-def parse_world(content: dict[str, object], path: Path) -> World:
+def parse_world(content: Mapping[str, Any], path: Path) -> World:
     """Check the content of a world file; paths become absolute or relative to the caller."""
     if missing := sorted(set(NEEDED) - content.keys()):
-        raise ValueError(f"{path}: missing {', '.join(missing)}")
+        raise ValueError(f"missing {', '.join(missing)}")
     known = {*NEEDED, *OPTIONAL, *NUMBERS, "neutral", "files"}
     if unknown := sorted(content.keys() - known):
-        raise ValueError(
-            f"{path}: unknown {', '.join(unknown)}: expected {', '.join(sorted(known))}"
-        )
-    texts = read_texts(content, path)
-    files = read_files(content, texts, path)
-    embedder, pretrained = texts["embedder"], texts.get("pretrained")
-    if (folder := place(path, embedder)).is_dir():
-        embedder = str(folder)
-    weights = files["embedder"]
-    if weights.path is not None and not weights.folder:
-        pretrained = str(weights.path)
+        raise ValueError(f"unknown {', '.join(unknown)}: expected {', '.join(sorted(known))}")
+    check_values(content)
+    files = read_files(content, path)
+    paths = {role: file.path for role, file in files.items()}
+    folder, weights = place(path, content["embedder"]), files["embedder"]
+    has_weights = weights.path is not None and not weights.folder
     return World(
         path=path,
-        name=texts["name"],
-        makes=texts.get("makes"),
-        generator=place(path, texts["generator"]),
-        embedder=embedder,
-        pretrained=pretrained,
-        inverter=place(path, texts["inverter"]) if "inverter" in texts else None,
-        identity=place(path, texts["identity"]) if "identity" in texts else None,
-        aligner="ffhq" if "aligner" in texts else None,
-        recipe=texts["recipe"],
-        mapper=place(path, texts["mapper"]) if "mapper" in texts else None,
-        neutral=read_neutral(content, path),
+        name=content["name"],
+        makes=content.get("makes"),
+        generator=place(path, content["generator"]),
+        embedder=str(folder) if folder.is_dir() else content["embedder"],
+        pretrained=str(weights.path) if has_weights else content.get("pretrained"),
+        inverter=paths.get("inverter"),
+        identity=paths.get("identity"),
+        aligner=content.get("aligner"),
+        recipe=content.get("recipe", RECIPE),
+        mapper=paths.get("mapper"),
+        neutral=tuple(content.get("neutral", [])),
         files=tuple(files.values()),
-        **read_numbers(content, path),
+        **{key: float(content.get(key, default)) for key, default in NUMBERS.items()},
     )
 
 
-def load_any_inverter(path: Path, generator: StyleGAN2, device: torch.device) -> LatentInverter:
-    """Read an inverter of either kind, told by the suffix, that fits the generator."""
+# Loading networks
+
+
+def load_any_inverter(
+    path: Path, generator: "Generator", device: "torch.device"
+) -> "LatentInverter":
+    """Read an inverter for a generator: `.safetensors` (train.drawn.inverter) or `.pt` (e4e)."""
+    from targetclip.encoders.e4e import load_e4e
+    from targetclip.encoders.inverter import load_inverter
+
     if path.suffix == ".safetensors":
         return load_inverter(path, generator.fingerprint).to(device)
     if path.suffix == ".pt":
@@ -249,8 +241,11 @@ def load_any_inverter(path: Path, generator: StyleGAN2, device: torch.device) ->
     )
 
 
-def load_any_identity(path: Path, device: torch.device) -> IdentityModel:
-    """Read an identity model of either kind, told by the suffix."""
+def load_any_identity(path: Path, device: "torch.device") -> "IdentityModel":
+    """Read an identity model: `.safetensors` (train.drawn.identity), `.pth` or `.pt` (ArcFace)."""
+    from targetclip.encoders.arcface import load_arcface
+    from targetclip.encoders.identity import load_identity
+
     if path.suffix == ".safetensors":
         return load_identity(path).to(device)
     if path.suffix in (".pth", ".pt"):
@@ -263,11 +258,11 @@ def load_any_identity(path: Path, device: torch.device) -> IdentityModel:
 
 def load_scene(
     world: World,
-    device: torch.device | None = None,
+    device: "torch.device | None" = None,
     *,
     max_images: int | None = None,
     checkpoint_layers: bool = False,
-) -> Scene:
+) -> "Scene":
     """Load the networks of a world.
 
     Args:
@@ -276,11 +271,17 @@ def load_scene(
         checkpoint_layers: see `StyleGAN2`.
 
     Raises:
-        FileNotFoundError: a file is not there; the message says where to get it.
-        ValueError: as the readers of the parts.
+        FileNotFoundError: a file is missing; the message says where to get it.
+        ValueError: as the readers of the networks.
     """
+    import torch
+
+    from targetclip.embedder import ClipEmbedder
+    from targetclip.generators import load_generator
+    from targetclip.scene import Scene
+
     for file in world.files:
-        # Another mapper may be given instead; ClipEmbedder knows more of what an embedder can be.
+        # Another mapper may be given instead; ClipEmbedder checks every kind of embedder.
         if file.role not in ("mapper", "embedder"):
             require(file, world.given)
     device = device or torch.get_default_device()

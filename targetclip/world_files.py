@@ -1,7 +1,7 @@
-"""The files of a world: where each belongs, whether it is there and right, and fetching it.
+"""The files of a world: where they belong, whether they are there and right, and fetching them.
 
-Knows paths, what a world file says of them, and the Hugging Face hub; nothing of what is in a file.
-Nothing is fetched unless `fetch` is called.
+Knows paths, their tables in a world file, and the Hugging Face hub; nothing of the content of a
+file. Nothing is fetched unless `fetch` is called.
 """
 
 import hashlib
@@ -10,10 +10,13 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-# Of the names that open_clip gives to models and weights
+from targetclip.command import one_line, whole_file
+
+# In the names of open_clip's models and weights
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".npy")
 LOCAL_DIR, HUB = "local-dir:", "hf-hub:"
 
@@ -26,7 +29,7 @@ READY: tuple[State, ...] = ("there", "left to open_clip")
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a world file says of one of its files, in its table [files.ROLE]."""
+    """The table [files.ROLE] of a world file: the origin of one of its files."""
 
     page: str | None = None
     """Official page."""
@@ -35,7 +38,7 @@ class Facts:
     hub: str | None = None
     """A copy on the Hugging Face hub, as owner/repo:file."""
     size: int | str | None = None
-    """Bytes, or in words if they are not known exactly."""
+    """Bytes, or words where they are not known exactly."""
     sha256: str | None = None
     licence: str | None = None
 
@@ -47,20 +50,20 @@ class WorldFile:
     role: str
     """Key of the world file that names it: generator, embedder and so on."""
     name: str
-    """As the world file names it."""
+    """Its name in the world file."""
     path: Path | None
-    """Where it belongs; None: in the hub's cache, where open_clip finds its models."""
+    """Where it belongs. None: in the hub's cache, where open_clip finds its models."""
     facts: Facts = Facts()
     folder: bool = False
 
 
 def home() -> Path:
-    """Folder for files that do not ship: TARGETCLIP_HOME, or else ~/.cache/targetclip."""
+    """Return the folder of files that do not ship: TARGETCLIP_HOME, or ~/.cache/targetclip."""
     return Path(os.environ.get("TARGETCLIP_HOME") or "~/.cache/targetclip").expanduser()
 
 
 def parse_facts(table: object, where: str) -> Facts:
-    """Check a table [files.ROLE]; `where` begins the messages of its ValueErrors."""
+    """Check a table [files.ROLE]; messages of its ValueErrors begin with `where`."""
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a table, found {table!r}")
     known = [field.name for field in fields(Facts)]
@@ -69,8 +72,8 @@ def parse_facts(table: object, where: str) -> Facts:
     for key, value in table.items():
         in_bytes = key == "size" and type(value) is int and value >= 0
         if not isinstance(value, str) and not in_bytes:
-            wanted = "a number of bytes or a text" if key == "size" else "a text"
-            raise ValueError(f"{where}.{key} must be {wanted}, found {value!r}")
+            expected = "a number of bytes or a text" if key == "size" else "a text"
+            raise ValueError(f"{where}.{key} must be {expected}, found {value!r}")
         if key in ("page", "url") and not value.startswith("https://"):
             raise ValueError(f"{where}.{key} must start with https://, found {value!r}")
         if key == "hub" and (not HUB_FILE.fullmatch(value) or ".." in value):
@@ -81,16 +84,16 @@ def parse_facts(table: object, where: str) -> Facts:
 
 
 def on_hub(facts: Facts) -> tuple[str, str] | None:
-    """Repository and file of the copy on the hub."""
+    """Return repository and file of the copy on the hub."""
     match = HUB_FILE.fullmatch(facts.hub or "")
     return None if match is None else (match[1], match[2])
 
 
 def present(file: WorldFile) -> Path | None:
-    """Where a file is, if it is there."""
+    """Return where a file is; None if it is missing."""
     if file.path is not None:
-        there = file.path.is_dir() if file.folder else file.path.is_file()
-        return file.path if there else None
+        exists = file.path.is_dir() if file.folder else file.path.is_file()
+        return file.path if exists else None
     copy = on_hub(file.facts)
     if copy is None:
         return None
@@ -101,7 +104,7 @@ def present(file: WorldFile) -> Path | None:
 
 
 def compared(path: Path, facts: Facts, hashed: bool = True) -> State:
-    """Whether a file is what its facts say; its hash costs reading it."""
+    """Compare a file with its facts; `hashed` reads it whole."""
     if isinstance(facts.size, int) and path.stat().st_size != facts.size:
         return "wrong size"
     if hashed and facts.sha256 is not None:
@@ -112,16 +115,16 @@ def compared(path: Path, facts: Facts, hashed: bool = True) -> State:
 
 
 def state_of(file: WorldFile, hashed: bool = True) -> State:
-    """Whether a file is there and what its facts say; without `hashed` no file is read."""
+    """Tell whether a file is there and as its facts say; without `hashed` no file is read."""
     path = present(file)
     if path is not None:
         return "there" if file.folder else compared(path, file.facts, hashed)
-    # open_clip keeps its own list of models, and fetches one at its first use.
+    # open_clip has its own list of models, and downloads one at its first use.
     return "left to open_clip" if file.path is None and file.facts.hub is None else "missing"
 
 
 def place_of(file: WorldFile) -> str:
-    """Where a file belongs, in words."""
+    """Return where a file belongs, for a message."""
     if file.path is not None:
         return str(file.path)
     if file.facts.hub is not None:
@@ -130,9 +133,9 @@ def place_of(file: WorldFile) -> str:
 
 
 def require(file: WorldFile, world: str) -> None:
-    """Raise a FileNotFoundError, with what to do, for a file that is not there.
+    """Raise a FileNotFoundError that says what to do, for a file that is missing.
 
-    `world` is what to give as --world.
+    `world` is the value of --world.
     """
     if state_of(file, hashed=False) != "missing":
         return
@@ -146,7 +149,7 @@ def require(file: WorldFile, world: str) -> None:
 
 
 def describe(file: WorldFile, state: State) -> list[str]:
-    """Lines that say how a file is, where it belongs, and all that is known of it."""
+    """Return lines with the state of a file, its place, and its facts."""
     facts, size = file.facts, file.facts.size
     rows = {
         "place": place_of(file),
@@ -162,11 +165,10 @@ def describe(file: WorldFile, state: State) -> list[str]:
 
 
 def check_files(files: Sequence[WorldFile]) -> tuple[list[str], bool]:
-    """Lines on each file, and whether all are there and right."""
+    """Return lines on every file, and whether all are there and right."""
     states = [state_of(file) for file in files]
-    each = zip(files, states, strict=True)
-    lines = [line for file, state in each for line in describe(file, state)]
-    return lines, all(state in READY for state in states)
+    descriptions = map(describe, files, states)
+    return list(chain.from_iterable(descriptions)), all(state in READY for state in states)
 
 
 def downloaded(file: WorldFile, repository: str, name: str, folder: Path | None) -> Path:
@@ -175,8 +177,8 @@ def downloaded(file: WorldFile, repository: str, name: str, folder: Path | None)
 
     try:
         return Path(hf_hub_download(repository, name, local_dir=folder))
-    except Exception as error:  # the hub's own, and those of the libraries below it
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    except Exception as error:  # the hub's own, and those of the libraries it uses
+        reason = one_line(error)[:300] or type(error).__name__
         raise OSError(
             f"{place_of(file)}: could not be fetched from {file.facts.hub} on the hub: {reason}; "
             f"check the connection and try again, or get it from {file.facts.page or 'its page'}"
@@ -184,23 +186,24 @@ def downloaded(file: WorldFile, repository: str, name: str, folder: Path | None)
 
 
 def fetch(file: WorldFile) -> None:
-    """Get a missing file from the hub: whole and as its facts say, or not there at all.
+    """Download a missing file from the hub: whole and as its facts say, or not at all.
 
     Raises:
-        ValueError: the facts name no copy on the hub, or it is not what they say.
-        OSError: it could not be fetched or written; fetching again goes on with what came.
+        ValueError: the facts name no copy on the hub, or the copy differs from them.
+        OSError: it could not be downloaded or written. The next call continues the download.
     """
     copy, unfinished = on_hub(file.facts), None
     if copy is None:
         raise ValueError(f"{place_of(file)}: the world file names no copy on the hub")
     if file.path is not None:
-        # Stays after an interruption, and the next download goes on with what is in it.
+        # An interruption leaves this folder, and the next download continues what is in it.
         unfinished = file.path.with_name(f".{file.path.name}.download")
         unfinished.mkdir(parents=True, exist_ok=True)
     fetched = downloaded(file, *copy, unfinished)
     state = compared(fetched, file.facts)
     if file.path is not None and state == "there":
-        os.replace(fetched, file.path)
+        with whole_file(file.path) as temporary:
+            fetched.rename(temporary)
     elif state != "there":
         fetched.resolve().unlink()  # in the hub's cache its name is a link
         fetched.unlink(missing_ok=True)
@@ -214,7 +217,7 @@ def fetch(file: WorldFile) -> None:
 
 
 def fetch_missing(files: Sequence[WorldFile]) -> None:
-    """Fetch what is missing and has a copy on the hub, saying what; raises as `fetch` does."""
+    """Download missing files that have a copy on the hub, and print which; raises as `fetch`."""
     for file in files:
         if file.facts.hub and state_of(file, hashed=False) == "missing":
             print(f"fetching the {file.role} {file.name} from {file.facts.hub} on the hub")

@@ -1,11 +1,12 @@
-"""World files: what they may say, and what loading them gives."""
+"""World files: what they may hold, and the networks that loading them gives."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from targetclip.encoders.identity import (
     IdentityConfig,
@@ -13,7 +14,16 @@ from targetclip.encoders.identity import (
     SketchIdentity,
     save_identity,
 )
-from targetclip.world import BUNDLED, World, load_parts, load_world, world_names
+from targetclip.generators import load_generator
+from targetclip.world import (
+    BUNDLED,
+    World,
+    load_any_identity,
+    load_any_inverter,
+    load_scene,
+    load_world,
+    world_names,
+)
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples" / "worlds").glob("*.toml"))
 CPU = torch.device("cpu")
@@ -131,33 +141,33 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     assert "not a world file" in error_of(str(path))
 
 
-def test_the_parts_of_a_world_fit_each_other(tiny_world: Path) -> None:
-    parts = load_parts(load_world(str(tiny_world)), torch.device("cpu"))
-    assert parts.inverter is not None
+def test_the_networks_of_a_world_fit_each_other(tiny_world: Path) -> None:
+    scene = load_scene(load_world(str(tiny_world)), CPU)
+    assert scene.inverter is not None
     with torch.no_grad():
-        images = parts.generator.synthesis(parts.generator.mapping(torch.zeros(2, 8)))
-        assert parts.generator.synthesis(parts.inverter(images)).shape == (2, 3, 16, 16)
-        assert parts.embedder.embed_images(images).shape == (2, parts.embedder.embed_dim)
+        images = scene.generator.synthesis(scene.generator.mapping(torch.zeros(2, 8)))
+        assert scene.generator.synthesis(scene.inverter(images)).shape == (2, 3, 16, 16)
+        assert scene.embedder.embed_images(images).shape == (2, scene.embedder.embed_dim)
 
 
 def test_a_world_whose_files_are_not_there_is_refused(tiny_world: Path, tmp_path: Path) -> None:
     world = load_world(written(tmp_path, tiny_world.read_text()))
     with pytest.raises(FileNotFoundError, match=r"generator\.safetensors"):
-        load_parts(world, torch.device("cpu"))
+        load_scene(world, CPU)
 
 
 def test_a_world_has_an_identity_model_if_its_file_names_one(
     tiny_world: Path, tmp_path: Path
 ) -> None:
-    assert load_parts(load_world(str(tiny_world)), torch.device("cpu")).identity is None
+    assert load_scene(load_world(str(tiny_world)), CPU).identity is None
     folder = tmp_path / "world"
     shutil.copytree(tiny_world.parent, folder)
     world = load_world(written(folder, tiny_world.read_text() + 'identity = "one.safetensors"\n'))
     assert world.identity == folder / "one.safetensors"
     with pytest.raises(FileNotFoundError, match=r"one\.safetensors"):
-        load_parts(world, torch.device("cpu"))
+        load_scene(world, CPU)
     save_identity(SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)), world.identity)
-    identity = load_parts(world, torch.device("cpu")).identity
+    identity = load_scene(world, CPU).identity
     assert isinstance(identity, IdentityModel)
     assert identity.embed_images(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
 
@@ -191,25 +201,20 @@ def test_an_embedder_is_a_folder_or_a_file_of_weights_or_a_name(tmp_path: Path) 
     assert (hub.name, hub.path) == ("hf-hub:a/b", None)
 
 
-def test_what_does_not_ship_with_a_bundled_world_is_looked_for_at_home(
+def test_what_does_not_ship_with_a_bundled_world_belongs_at_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("targetclip.world.BUNDLED", tmp_path / "worlds")
-    monkeypatch.setenv("TARGETCLIP_HOME", str(tmp_path / "home"))
-    folder = tmp_path / "worlds" / "big"
-    folder.mkdir(parents=True)
-    (folder / "i.pt").touch()
-    written(folder, LEAST + 'inverter = "i.pt"\n')
-    world = load_world("big")
-    assert world.generator == tmp_path / "home" / "big" / "g.pt"
-    assert world.inverter == folder / "i.pt"
+    monkeypatch.setenv("TARGETCLIP_HOME", str(tmp_path))
+    world = load_world(str(BUNDLED / "ffhq1024" / "world.toml"))
+    assert world.given == "ffhq1024"
+    assert world.generator == tmp_path / "ffhq1024" / "stylegan2-ffhq-config-f.pt"
     with pytest.raises(FileNotFoundError) as caught:
-        load_parts(world, CPU)
+        load_scene(world, CPU)
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"{world.generator}: no such file")
-    assert message.endswith("see targetclip world check big")
-    written(folder, LEAST)
-    assert load_world(str(folder / "world.toml")).given == "big"
+    assert message.endswith("see targetclip world check ffhq1024 --download")
+    shipped = load_world("sketch64")
+    assert shipped.generator == BUNDLED / "sketch64" / "generator.safetensors"
 
 
 def test_ten_lines_make_a_world(tiny_world: Path, clip_dir: Path, tmp_path: Path) -> None:
@@ -231,46 +236,33 @@ neutral = ["a picture", "a drawing"]
     assert len(text.splitlines()) == 10
     world = load_world(written(tmp_path, text))
     assert world.given == str(tmp_path / "world.toml")
-    parts = load_parts(world, CPU)
-    ws = parts.generator.mapping(torch.zeros(1, 8), world.truncation)
-    images = parts.generator.synthesis(ws).detach()
-    assert parts.inverter is not None and parts.inverter(images).shape == ws.shape
-    assert parts.identity is not None and parts.identity.embed_images(images).shape == (1, 5)
+    scene = load_scene(world, CPU)
+    ws = scene.generator.mapping(torch.zeros(1, 8), world.truncation)
+    images = scene.generator.synthesis(ws).detach()
+    assert scene.inverter is not None and scene.inverter(images).shape == ws.shape
+    assert scene.identity is not None and scene.identity.embed_images(images).shape == (1, 5)
 
 
-class Part(nn.Module):
-    """In place of a network."""
-
-    fingerprint = "0" * 64
-
-    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
-        return images.mean(dim=(2, 3))
-
-
-def test_public_checkpoints_are_told_by_their_suffix(
-    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[tuple[object, ...]] = []
-
-    def reader(*arguments: object) -> Part:
-        read.append(arguments)
-        return Part()
-
-    monkeypatch.setattr("targetclip.world.load_e4e", reader)
-    monkeypatch.setattr("targetclip.world.load_arcface", reader)
-    folder = tmp_path / "world"
-    shutil.copytree(tiny_world.parent, folder)
-    least = tiny_world.read_text().replace("inverter.safetensors", "e4e.pt")
+def test_public_checkpoints_are_told_by_their_suffix(tiny_world: Path, tmp_path: Path) -> None:
+    """Each reader names the file that it expects."""
+    generator = load_generator(tiny_world.with_name("generator.safetensors"))
     for name in ("e4e.pt", "arc.pth", "arc.pt", "who.pkl"):
-        (folder / name).touch()
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"e4e\.pt: expected an e4e checkpoint"):
+        load_any_inverter(tmp_path / "e4e.pt", generator, CPU)
     for name in ("arc.pth", "arc.pt"):
-        parts = load_parts(load_world(written(folder, f'{least}identity = "{name}"\n')), CPU)
-        assert isinstance(parts.inverter, Part) and isinstance(parts.identity, Part)
-        assert read[-2:] == [(folder / "e4e.pt", parts.generator.num_ws, 8), (folder / name,)]
+        with pytest.raises(ValueError, match=rf"{name}: expected ArcFace's IR-SE50 weights"):
+            load_any_identity(tmp_path / name, CPU)
     with pytest.raises(ValueError, match=r"who\.pkl: expected an identity model .* found \.pkl$"):
-        load_parts(load_world(written(folder, least + 'identity = "who.pkl"\n')), CPU)
+        load_any_identity(tmp_path / "who.pkl", CPU)
     with pytest.raises(ValueError, match=r"who\.pkl: expected an inverter .* found \.pkl$"):
-        load_parts(load_world(written(folder, least.replace("e4e.pt", "who.pkl"))), CPU)
+        load_any_inverter(tmp_path / "who.pkl", generator, CPU)
+
+
+def test_a_world_is_read_without_torch() -> None:
+    code = "import sys, targetclip.world as w; w.load_world('sketch64')"
+    code += "; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=BUNDLED.parents[1])
 
 
 def test_photographs_of_faces_are_a_bundled_world_whose_files_do_not_ship(
@@ -286,7 +278,7 @@ def test_photographs_of_faces_are_a_bundled_world_whose_files_do_not_ship(
         "identity": tmp_path / "ffhq1024" / "model_ir_se50.pth",
     }
     with pytest.raises(FileNotFoundError, match=r"get it from https://.* --download$"):
-        load_parts(world, CPU)
+        load_scene(world, CPU)
 
 
 @pytest.mark.parametrize(

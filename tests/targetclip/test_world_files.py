@@ -1,4 +1,4 @@
-"""The files of a world: what is said of them, whether they are right, and fetching them."""
+"""The files of a world: their facts, whether they are right, and fetching them."""
 
 import hashlib
 from collections.abc import Callable
@@ -25,24 +25,39 @@ PAGE = "https://github.com/a/b"
 FACTS = Facts(page=PAGE, hub="a/b:sub/g.pt", size=len(CONTENT), sha256=SHA256, licence="MIT")
 
 Fetched = list[tuple[str, str, Path | None]]
+Content = bytes | Callable[[Path], None]
+Hub = Callable[[Content], Fetched]
 
 
 def file_at(path: Path | None, facts: Facts = FACTS, folder: bool = False) -> WorldFile:
     return WorldFile(role="generator", name="g.pt", path=path, facts=facts, folder=folder)
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Fetched]:
-    """Make a hub that holds one content under every name; what it is asked for is recorded."""
+def refuse(error: BaseException) -> Callable[[Path], None]:
+    """Return a writer for `hub` that raises an error."""
 
-    def make(content: bytes) -> Fetched:
+    def write(path: Path) -> None:
+        path.with_name("part").write_bytes(CONTENT[:3])
+        raise error
+
+    return write
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """Make a hub that holds one content, or calls a writer, under every name.
+
+    It records the downloads.
+    """
+
+    def make(content: Content) -> Fetched:
         asked: Fetched = []
 
         def download(repository: str, name: str, local_dir: Path | None = None) -> str:
             asked.append((repository, name, local_dir))
             path = (local_dir or tmp_path / "cache") / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            content(path) if callable(content) else path.write_bytes(content)
             return str(path)
 
         monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
@@ -51,7 +66,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], Fe
     return make
 
 
-# What is said of a file
+# Facts
 
 
 def test_facts_are_read_and_all_are_optional() -> None:
@@ -175,7 +190,7 @@ def test_a_file_that_is_needed_and_not_there_is_named_with_what_to_do(tmp_path: 
 
 
 def test_a_file_from_the_hub_is_put_in_its_place_and_leaves_nothing_beside_it(
-    tmp_path: Path, hub: Callable[[bytes], Fetched]
+    tmp_path: Path, hub: Hub
 ) -> None:
     asked = hub(CONTENT)
     path = tmp_path / "new" / "folder" / "g.pt"
@@ -189,7 +204,7 @@ def test_a_file_from_the_hub_is_put_in_its_place_and_leaves_nothing_beside_it(
 
 @pytest.mark.parametrize("content", [CONTENT.swapcase(), CONTENT + b"!"], ids=["hash", "size"])
 def test_a_file_from_the_hub_that_is_another_is_refused_and_nothing_is_kept(
-    tmp_path: Path, hub: Callable[[bytes], Fetched], content: bytes
+    tmp_path: Path, hub: Hub, content: bytes
 ) -> None:
     hub(content)
     path = tmp_path / "new" / "g.pt"
@@ -198,9 +213,7 @@ def test_a_file_from_the_hub_that_is_another_is_refused_and_nothing_is_kept(
     assert not list(path.parent.iterdir())
 
 
-def test_a_model_for_open_clip_goes_into_the_cache_of_the_hub(
-    tmp_path: Path, hub: Callable[[bytes], Fetched]
-) -> None:
+def test_a_model_for_open_clip_goes_into_the_cache_of_the_hub(tmp_path: Path, hub: Hub) -> None:
     assert hub(CONTENT) is not None
     fetch(file_at(None))
     cached = tmp_path / "cache" / "sub" / "g.pt"
@@ -219,12 +232,9 @@ def test_a_model_for_open_clip_goes_into_the_cache_of_the_hub(
     ],
 )
 def test_without_a_connection_the_error_is_one_line_that_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+    tmp_path: Path, hub: Hub, error: Exception, said: str
 ) -> None:
-    def offline(*_: object, **__: object) -> str:
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    hub(refuse(error))
     with pytest.raises(OSError) as caught:
         fetch(file_at(tmp_path / "g.pt"))
     message = str(caught.value)
@@ -232,34 +242,26 @@ def test_without_a_connection_the_error_is_one_line_that_says_what_to_do(
     assert "\n" not in message and not (tmp_path / "g.pt").exists()
 
 
-def test_an_interrupted_download_goes_on_in_the_same_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Callable[[bytes], Fetched]
-) -> None:
-    folders: list[Path] = []
-
-    def interrupted(repository: str, name: str, local_dir: Path) -> str:
-        folders.append(local_dir)
-        (local_dir / "part").write_bytes(CONTENT[:3])
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("huggingface_hub.hf_hub_download", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            fetch(file_at(tmp_path / "g.pt"))
-    assert (folders[0] / "part").is_file() and not (tmp_path / "g.pt").exists()
+def test_an_interrupted_download_goes_on_in_the_same_folder(tmp_path: Path, hub: Hub) -> None:
+    interrupted = hub(refuse(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        fetch(file_at(tmp_path / "g.pt"))
+    folder = interrupted[0][2]
+    assert folder is not None and (folder / "sub" / "part").is_file()
+    assert not (tmp_path / "g.pt").exists()
     asked = hub(CONTENT)
     fetch(file_at(tmp_path / "g.pt"))
-    assert asked[0][2] == folders[0] and not folders[0].exists()
+    assert asked[0][2] == folder and not folder.exists()
 
 
 def test_only_what_is_missing_and_has_a_copy_on_the_hub_is_fetched(
-    tmp_path: Path, hub: Callable[[bytes], Fetched]
+    tmp_path: Path, hub: Hub
 ) -> None:
     asked = hub(CONTENT)
     (tmp_path / "other").write_bytes(CONTENT.swapcase())  # somebody's own: not for us to replace
     names = ("missing", "other", "nowhere")
     facts = (FACTS, FACTS, Facts(page=PAGE))
-    files = [file_at(tmp_path / name, each) for name, each in zip(names, facts, strict=True)]
+    files = [file_at(tmp_path / name, its) for name, its in zip(names, facts, strict=True)]
     fetch_missing(files)
     assert len(asked) == 1 and (tmp_path / "missing").read_bytes() == CONTENT
     assert (tmp_path / "other").read_bytes() == CONTENT.swapcase()
