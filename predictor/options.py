@@ -1,36 +1,45 @@
-"""What the `targetclip` command takes, and which of it excludes what.
+"""The flags of the `targetclip` command, and the request that they and a world amount to.
 
-Knows flags; nothing of what they make happen.
+Knows what flags exclude and what a world lacks; nothing of how a request is carried out. Importing
+it does not import torch, so that a wrong command line is refused at once.
 """
 
-import io
-import re
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr
-from dataclasses import dataclass
-from itertools import dropwhile, takewhile
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from predictor.transfer import Mode
-from targetclip.recipes import Initial
+from predictor import Mode
+from targetclip.command import Precision, choose_precision
+from targetclip.recipes import RECIPES, Initial, Recipe
+
+if TYPE_CHECKING:
+    import targetclip.world
 
 MAX_SOURCES = 1000  # more than a person looks at; the grid is one picture
 MAX_STRENGTH = 100.0  # far beyond it images overflow
+NUM_SOURCES, WINDOW = 6, 5
+STEPS_FROM_MEAN = 300  # of a search for latents that no inverter starts
+OF_OPTIMIZER = ("recipe", "initial", "steps", "patience")
+# Containers that targetclip.media.frames reads.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts"),
+    *(".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp"),
+)
+VIDEO, FOLDER = "edited.mp4", "frames"  # written of clips
 
 
 def check_range(flag: str, value: float | None, limit: float) -> None:
-    """Raise a ValueError for a number beyond the limit, on either side, or NaN."""
+    """Raise a ValueError for NaN, or a number beyond the limit on either side."""
     if value is not None and not abs(value) <= limit:
         raise ValueError(f"--{flag}: expected a number within {limit:g} of 0, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every command takes."""
+    """Flags of every command that finds a direction."""
 
     target: tuple[Path, ...] = ()
     """Pictures whose essence is wanted."""
@@ -38,7 +47,7 @@ class Options:
     """Texts that describe an essence, such as "green hair and round glasses"."""
     weights: tuple[float, ...] | None = None
     """Of the targets, pictures first, then texts; a negative one takes an essence away.
-    Default: all the same, 1 together."""
+    Default: equal ones, of sum 1."""
     out: Path
     """Folder to write into; made if missing."""
     world: str = "sketch64"
@@ -46,27 +55,31 @@ class Options:
     recipe: str | None = None
     """Recipe of the optimizer: release, paper, consistent or identity. Default: the world's."""
     initial: Initial | None = None
-    """What the optimizer starts from. Default: the recipe's."""
+    """Where the optimizer starts. Default: the recipe's."""
     steps: int | None = None
     """Steps of the optimizer. Default: the recipe's."""
     patience: int | None = None
     """Stop early when the loss has not improved for so many steps."""
     align: Annotated[bool | None, tyro.conf.DisallowNone] = None
     """Find the face in each picture that is inverted, cut it out as FFHQ's faces are, and put it
-    back when it is edited; --no-align takes pictures that are such squares already. Default: as the
-    world says."""
+    back when it is edited; --no-align takes pictures that are such squares already. Default: the
+    world's."""
     invert_steps: int | None = None
-    """Steps of a search that brings inverted pictures closer to what they show. Default: 0, or 300
+    """Steps of a search that brings inverted pictures closer to the originals. Default: 0, or 300
     in a world without an inverter."""
     seed: int = 0
-    """Decides everything random: sources, starts, what the optimizer draws."""
+    """Of all random numbers: sources, starts, and those of the optimizer."""
     device: str | None = None
-    """Where to compute, as torch names it. Default: an accelerator if there is one."""
-    max_images: int = 64
-    """Images rendered at once; less needs less memory."""
+    """Device by torch's name. Default: an accelerator if there is one."""
+    precision: Precision | None = None
+    """Of the search for directions; pictures are rendered in fp32. Default: accelerate's, or else
+    fp32."""
+    max_images: int | None = None
+    """Images rendered at once; less needs less memory. Default: 64, or a whole step of the
+    optimizer."""
     checkpoint_layers: bool = False
-    """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
-    where not even --max-images 1 fits. The result is the same."""
+    """Keep three fifths of an image's activations for the backward pass, and compute the rest
+    again: for where not even --max-images 1 fits. The result is the same."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "patience", "max_images"):
@@ -89,17 +102,9 @@ class Options:
             if not any(self.weights):
                 raise ValueError("--weights: expected one that is not 0, found none")
 
-    def target_weights(self) -> Sequence[float]:
-        """One for each target."""
-        count = len(self.target) + len(self.text)
-        return [1 / count] * count if self.weights is None else self.weights
-
     def given(self, names: Sequence[str]) -> list[str]:
-        """Those of the named options that were given."""
+        """Return those of the named options that were given."""
         return [name for name in names if getattr(self, name) is not None]
-
-
-OF_OPTIMIZER = ("recipe", "initial", "steps", "patience")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +117,7 @@ class Transfer(Options):
     num_sources: int | None = None
     """How many sources to generate instead. Default: 6."""
     face: int | None = None
-    """Which face of each photo, 0 being the largest; of a clip, in the first frame that has it,
+    """Which face of each photo, 0 being the largest. Of a clip: in the first frame that has it,
     from where it is followed. Default: 0."""
     smooth: int | None = None
     """Over how many frames of a clip faces and latents are smoothed, an odd number; 1 smooths
@@ -174,10 +179,6 @@ class Transfer(Options):
                 f"--identity-floor: expected a number from -1 to 1, found {self.identity_floor}"
             )
 
-    def layers(self) -> dict[str, float]:
-        """The factors of the groups of layers."""
-        return {"coarse": self.coarse, "middle": self.middle, "fine": self.fine}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Optimize(Options):
@@ -211,35 +212,195 @@ Command = (
 )
 
 
-def applied(options: Transfer) -> dict[str, Any]:
-    """What a report says of how a direction was applied, beside its strength."""
-    layers = {name: factor for name, factor in options.layers().items() if factor != 1}
-    floor = {} if options.identity_floor is None else {"identity_floor": options.identity_floor}
-    return layers | floor
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A command line and its world, checked against each other, with nothing left to decide."""
+
+    world: "targetclip.world.World"
+    out: Path
+    pictures: tuple[Path, ...]
+    texts: tuple[str, ...]
+    """Targets: pictures, then texts."""
+    weights: tuple[float, ...]
+    """One for each target."""
+    mode: Mode | None
+    """How directions are found; None: `direction` is applied."""
+    falls_back: bool
+    """No mode was given, and it is "optimize" because there is no mapper."""
+    recipe_name: str
+    recipe: Recipe
+    mapper: Path | None
+    direction: Path | None
+    sources: tuple[Path, ...] | None
+    """Pictures or one clip; None: `num_sources` are generated."""
+    num_sources: int
+    face: int
+    smooth: int
+    align: bool
+    """Whether faces are cut out of pictures that are inverted."""
+    invert_steps: int
+    """Of the search for a picture's latents; 0: the inverter's answer is taken."""
+    inverts_target: bool
+    """Whether a search could start at the inversion of a target."""
+    strength: float
+    identity_floor: float | None
+    layers: dict[str, float]
+    """Factors of the coarse, the middle and the fine layers."""
+    seed: int
+    device: str | None
+    precision: Precision
+    max_images: int | None
+    checkpoint_layers: bool
+
+    @property
+    def clip(self) -> Path | None:
+        """The clip that is edited."""
+        return self.sources[0] if self.sources and is_clip(self.sources[0]) else None
+
+    @property
+    def inverts(self) -> bool:
+        """Whether any picture could be inverted."""
+        return self.sources is not None or self.inverts_target
 
 
-def usage_line(box: str) -> str:
-    """What a usage error says, without tyro's frame, title and the help below it."""
-    rows = [row.strip("│╭╮╰╯ ") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-
-    def says_something(row: str) -> bool:
-        return bool(row.strip("─-"))
-
-    # Where the terminal knows no frames there is a rule under the title instead.
-    below_title = dropwhile(lambda row: not says_something(row), rows[1:])
-    message = " ".join(takewhile(says_something, below_title))
-    return re.sub(r"^Error parsing \w+: ", "", message)  # a class's name, where options disagree
+def is_clip(path: Path) -> bool:
+    """Tell whether a source is a clip: a folder, or a video by its suffix."""
+    return path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir()
 
 
-def parse(description: str | None) -> Asked:
-    """The command asked for; a usage error is one line, as every error is, and exit code 2."""
-    box = io.StringIO()
-    try:
-        with redirect_stderr(box):
-            command: Asked = tyro.cli(Command, prog="targetclip", description=description)
-    except SystemExit as ended:
-        if ended.code:
-            line = usage_line(box.getvalue())
-            print(f"targetclip: {line} (see targetclip --help)", file=sys.stderr)
-        raise
-    return command
+def resolve(options: Transfer | Optimize) -> Request:
+    """Return the request of a command line, after checking it against the world.
+
+    Raises:
+        FileNotFoundError: no such world or picture.
+        ValueError: a damaged world file, or options that the world or each other do not allow.
+        FileExistsError: frames would be written into a folder that is not empty.
+    """
+    from targetclip.world import load_world
+
+    world = load_world(options.world)
+    if isinstance(options, Optimize):  # a transfer by the optimizer, less the edit
+        options = Transfer(**vars(options), mode="optimize")
+    name, recipe = choose_recipe(options, world.recipe)
+    mode, mapper = options.mode, options.mapper or world.mapper
+    if mode is None and options.direction is None:
+        mode = "optimize" if mapper is None or options.given(OF_OPTIMIZER) else "auto"
+    count = len(options.target) + len(options.text)
+    search_steps = STEPS_FROM_MEAN if world.inverter is None else 0
+    request = Request(
+        world=world,
+        out=options.out,
+        pictures=options.target,
+        texts=options.text,
+        weights=options.weights or (1 / count,) * count,
+        mode=mode,
+        falls_back=not options.given(("mode", "direction", *OF_OPTIMIZER)) and mapper is None,
+        recipe_name=name,
+        recipe=recipe,
+        mapper=mapper,
+        direction=options.direction,
+        sources=options.sources,
+        num_sources=options.num_sources or NUM_SOURCES,
+        face=options.face or 0,
+        smooth=options.smooth or WINDOW,
+        align=world.aligner is not None if options.align is None else options.align,
+        invert_steps=search_steps if options.invert_steps is None else options.invert_steps,
+        inverts_target=bool(options.target)
+        and mode in ("auto", "optimize")
+        and recipe.initial == "inversion",
+        strength=world.strength if options.strength is None else options.strength,
+        identity_floor=options.identity_floor,
+        layers={group: getattr(options, group) for group in ("coarse", "middle", "fine")},
+        seed=options.seed,
+        device=options.device,
+        precision=choose_precision(options.precision),
+        max_images=options.max_images,
+        checkpoint_layers=options.checkpoint_layers,
+    )
+    check_inversion(options, request)
+    check_clip(options, request)
+    check_world(request)
+    return request
+
+
+def choose_recipe(options: Options, default: str) -> tuple[str, Recipe]:
+    """Return the recipe's name, and the recipe with the changes of the command line."""
+    name = options.recipe or default
+    if name not in RECIPES:
+        raise ValueError(f"--recipe: expected one of {', '.join(RECIPES)}, found {name!r}")
+    changes = {key: getattr(options, key) for key in options.given(OF_OPTIMIZER[1:])}
+    return name, replace(RECIPES[name], **changes)
+
+
+def check_inversion(options: Transfer, request: Request) -> None:
+    """Raise a ValueError for options of an inversion that cannot be or does not happen."""
+    if options.invert_steps == 0 and request.world.inverter is None:
+        raise ValueError(
+            f"--invert-steps: world {request.world.name!r} has no inverter, so a search finds "
+            "latents: expected 1 or more, found 0"
+        )
+    flags = {"--align": options.align, "--invert-steps": options.invert_steps is not None}
+    for flag in (flag for flag, given in flags.items() if given and not request.inverts):
+        raise ValueError(
+            f"{flag}: no picture is inverted here: drop it, or give --sources or "
+            "--initial inversion"
+        )
+    if options.face is not None and not request.align:
+        raise ValueError("--face: no face is looked for here: drop it, or give --align")
+
+
+def check_clip(options: Transfer, request: Request) -> None:
+    """Check the sources for clips.
+
+    Raises:
+        ValueError: a clip among other sources, smoothing without a clip, or a clip that the results
+            would replace.
+        FileExistsError: something is already where the frames would be written.
+    """
+    clips = [path for path in request.sources or () if is_clip(path)]
+    if options.smooth is not None and not clips:
+        raise ValueError("--smooth is for clips: drop it, or give a video or a folder of frames")
+    if not request.sources or not clips:
+        return
+    clip, count = clips[0], len(request.sources)
+    if count > 1:
+        raise ValueError(
+            f"--sources: expected pictures or one clip alone, found {str(clip)!r} among {count} "
+            "sources"
+        )
+    written = request.out / (FOLDER if clip.is_dir() else VIDEO)
+    if written.resolve() == clip.resolve():
+        raise ValueError(f"--out: {str(written)!r} would replace the clip: give another folder")
+    if clip.is_dir() and written.exists() and (written.is_file() or any(written.iterdir())):
+        raise FileExistsError(
+            f"--out: expected a new or an empty folder, found {str(written)!r}: give another one"
+        )
+
+
+def check_world(request: Request) -> None:
+    """Raise a ValueError for a part that the world lacks, a FileNotFoundError for a picture."""
+    world, name = request.world, request.world.name
+    if request.texts and not world.neutral:
+        raise ValueError(
+            f"--text: world {name!r} has no neutral texts to measure others from: "
+            "give --target, or add neutral to the world's file"
+        )
+    if request.mode in ("instant", "auto", "refine") and request.mapper is None:
+        raise ValueError(
+            f"--mode {request.mode}: world {name!r} has no mapper: give --mapper, or --mode "
+            "optimize, or train one: python -m train.mapper --help"
+        )
+    # The mapper alone and its refinements do not follow the recipe's losses.
+    follows = request.mode in ("auto", "optimize")
+    if follows and request.recipe.identity_weight and world.identity is None:
+        raise ValueError(
+            f"--recipe: {request.recipe_name!r} has an identity loss, and world {name!r} no "
+            "identity model: choose another, or name one in the world's file"
+        )
+    if request.identity_floor is not None and world.identity is None:
+        raise ValueError(
+            f"--identity-floor: world {name!r} has no identity model: choose a --strength"
+        )
+    for path in (*request.pictures, *(request.sources or ())):
+        if not path.exists() and not is_clip(path):
+            raise FileNotFoundError(f"no picture at {str(path)!r}; check the path")

@@ -1,11 +1,12 @@
 """Sources of the `targetclip` command: generated ones, squares, and faces in photos.
 
-Knows what was asked and how a face is cut out of a photo, inverted, and put back edited; nothing of
-how directions are found. Clips are sources of the same kind, in predictor.clips.
+Knows how a face is cut out of a photo, inverted, and put back edited; nothing of how directions are
+found. Clips are sources of the same kind, in predictor.clips.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,25 +18,32 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from predictor.options import Options, Transfer
-from predictor.report import Wanted, write_pictures
-from predictor.transfer import EssenceTransfer
+from predictor.options import Request
+from predictor.report import NamedTarget, write_pictures
 from targetclip.encoders.inverter import InversionConfig, LatentInverter, OptimizingInverter
 from targetclip.media.alignment import align, check_quad, paste_back, quad_of
 from targetclip.media.faces import Face, FaceFinder
 from targetclip.media.images import read_picture, tensor_to_pictures
-from targetclip.recipes import Recipe
-from targetclip.world import World
+from targetclip.scene import MAX_IMAGES, Scene
 
-AT_ONCE = 4  # images searched for together: gradients take several times what rendering does
-STEPS_FROM_MEAN = 300  # of a search that no inverter starts
-NUM_SOURCES = 6
-PREDICTING = ("instant", "refine")  # modes that start at the mapper's answer
+AT_ONCE = 4  # images searched for together: gradients take several times the memory of rendering
 
-Rows = dict[str, Sequence[Image.Image]]
-"""Rows of the grid by their labels."""
-Edit = Callable[[Float[Tensor, "sources num_ws w_dim"]], Float[Tensor, "sources 3 height width"]]
-"""From latents, wherever they are kept, to edited images."""
+Edit = Callable[[Float[Tensor, "sources num_ws w_dim"]], Iterator[Image.Image]]
+"""From latents on any device to edited pictures."""
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents of sources."""
+
+    scored: Float[Tensor, "sources num_ws w_dim"]
+    """Those that the edit is scored on."""
+    rows: dict[str, Sequence[Image.Image]]
+    """Rows of the grid that show unedited sources, by their labels."""
+    whole: Float[Tensor, "frames num_ws w_dim"] | None = None
+    """Those of every frame of a clip, on the processor."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of report.json."""
 
 
 @runtime_checkable
@@ -43,79 +51,30 @@ class Sources(Protocol):
     """What is edited, wherever it comes from."""
 
     facts: dict[str, Any]
-    """What report.json says of them."""
+    """Entries of report.json."""
 
-    def latents(
-        self, essence: EssenceTransfer
-    ) -> tuple[Float[Tensor, "sources num_ws w_dim"], Rows]:
-        """Latents that the edit is scored on, and rows that show sources unedited."""
+    def latents(self, scene: Scene) -> Latents:
+        """Return the latents, inverted or generated."""
 
     def shown(self, edited: Sequence[Image.Image]) -> Sequence[Image.Image]:
-        """Those of the edited pictures that belong under the rows."""
+        """Return those of the scored edits that belong under the rows of the grid."""
 
-    def write(self, out: Path, edited: Sequence[Image.Image], edit: Edit) -> dict[str, Any]:
-        """Write what was edited; what report.json says of it."""
+    def write(
+        self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
+    ) -> dict[str, Any]:
+        """Write what was edited; return entries of report.json.
 
-
-# What was asked
-
-
-def is_aligning(options: Options, world: World) -> bool:
-    """Whether faces are cut out of pictures before these are inverted."""
-    return world.aligner is not None if options.align is None else options.align
-
-
-def steps_of_inversion(options: Options, world: World) -> int:
-    """Steps of the search for a picture's latents; 0: the inverter's answer is taken."""
-    if options.invert_steps is not None:
-        return options.invert_steps
-    return STEPS_FROM_MEAN if world.inverter is None else 0
-
-
-def inverting(options: Options, world: World) -> dict[str, Any]:
-    """What records and reports say of how pictures were inverted."""
-    return {
-        "align": is_aligning(options, world),
-        "invert_steps": steps_of_inversion(options, world),
-    }
-
-
-def has_sources(options: Options) -> bool:
-    """Whether pictures or a clip are edited."""
-    return isinstance(options, Transfer) and options.sources is not None
-
-
-def may_invert_target(options: Options, recipe: Recipe) -> bool:
-    """Whether a search could start at the inversion of a target."""
-    if isinstance(options, Transfer) and (options.direction or options.mode in PREDICTING):
-        return False
-    return bool(options.target) and recipe.initial == "inversion"
-
-
-def check_inverting(options: Options, world: World, recipe: Recipe) -> None:
-    """Raise a ValueError for what is asked of an inversion that cannot be."""
-    if options.invert_steps == 0 and world.inverter is None:
-        raise ValueError(
-            f"--invert-steps: world {world.name!r} has no inverter, so a search finds latents: "
-            "expected 1 or more, found 0"
-        )
-    if not has_sources(options) and not may_invert_target(options, recipe):
-        asked = {"--align": options.align, "--invert-steps": options.invert_steps is not None}
-        for flag in (flag for flag, given in asked.items() if given):
-            raise ValueError(
-                f"{flag}: no picture is inverted here: drop it, or give --sources or "
-                "--initial inversion"
-            )
-    face = options.face if isinstance(options, Transfer) else None
-    if face is not None and not is_aligning(options, world):
-        raise ValueError("--face: no face is looked for here: drop it, or give --align")
+        Args:
+            edited: the scored edits.
+            edit: makes the others.
+        """
 
 
 # Faces in pictures
 
 
 def quad_in(face: Face, picture: Image.Image) -> Float[ndarray, "4 2"]:
-    """Where a face's square lies in a picture; a ValueError if its middle is beyond the picture."""
+    """Return a face's square in a picture; ValueError if its middle is beyond the picture."""
     quad = quad_of(face.landmarks)
     check_quad(quad, picture)
     return quad
@@ -124,7 +83,7 @@ def quad_in(face: Face, picture: Image.Image) -> Float[ndarray, "4 2"]:
 def face_quad(
     finder: FaceFinder, picture: Image.Image, index: int, origin: str
 ) -> Float[ndarray, "4 2"]:
-    """Where a face lies in a photo; errors name the photo as `origin`.
+    """Return the square of a face in a photo; errors name the photo as `origin`.
 
     Raises:
         ValueError: no face, none of that number, or one whose middle is not in the photo.
@@ -136,26 +95,23 @@ def face_quad(
         raise ValueError(f"{origin}: {error}") from error
 
 
-def find_faces(
-    options: Options, world: World, recipe: Recipe, wanted: Sequence[Wanted]
-) -> FaceFinder | None:
-    """What finds faces, if any are wanted.
+def find_faces(request: Request, targets: Sequence[NamedTarget]) -> FaceFinder | None:
+    """Return a finder of faces if faces are cut out, after finding those of inverted targets.
 
     Raises:
         ValueError: the extra is not installed, or a target that may be inverted has no face.
     """
-    target = may_invert_target(options, recipe)
-    if not is_aligning(options, world) or not (target or has_sources(options)):
+    if not request.align or not request.inverts:
         return None
     finder = FaceFinder()
-    for one in wanted if target else ():
-        if isinstance(one.target, Image.Image):
-            face_quad(finder, one.target, 0, one.name)
+    for target in targets if request.inverts_target else ():
+        if isinstance(target.content, Image.Image):
+            face_quad(finder, target.content, 0, target.name)
     return finder
 
 
 def target_aligner(finder: FaceFinder, size: int) -> Callable[[Image.Image], Image.Image]:
-    """Cuts out the largest face of a target, to be inverted."""
+    """Return a function that cuts the largest face out of a target."""
 
     def cut_out(picture: Image.Image) -> Image.Image:
         return align(picture, face_quad(finder, picture, 0, "--target"), size)
@@ -166,10 +122,12 @@ def target_aligner(finder: FaceFinder, size: int) -> Callable[[Image.Image], Ima
 # From pictures to latents and back
 
 
-def searching_inverter(essence: EssenceTransfer, steps: int) -> LatentInverter:
-    """An inverter that searches from the answer of the one there is, or from the mean latent, with
-    a progress bar for every call."""
-    first, at_once = essence.inverter, min(AT_ONCE, essence.max_images)
+def searching_inverter(scene: Scene, steps: int) -> LatentInverter:
+    """Return an inverter that searches, with a progress bar for each call.
+
+    It starts at the answer of the scene's inverter or, without one, at the mean latent.
+    """
+    at_once = min(AT_ONCE, scene.max_images or AT_ONCE)
 
     def invert(
         images: Float[Tensor, "batch 3 height width"],
@@ -182,12 +140,11 @@ def searching_inverter(essence: EssenceTransfer, steps: int) -> LatentInverter:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
 
-            config = InversionConfig(steps=steps)
             search = OptimizingInverter(
-                generator=essence.generator,
-                embedder=essence.embedder,
-                first=first,
-                config=config,
+                generator=scene.generator,
+                embedder=scene.embedder,
+                first=scene.inverter,
+                config=InversionConfig(steps=steps),
                 at_once=at_once,
                 on_step=on_step,
             )
@@ -196,55 +153,38 @@ def searching_inverter(essence: EssenceTransfer, steps: int) -> LatentInverter:
     return invert
 
 
-def prepare_inversion(
-    essence: EssenceTransfer, options: Options, world: World, finder: FaceFinder | None
-) -> None:
-    """Make `essence` invert as asked."""
-    if steps := steps_of_inversion(options, world):
-        essence.inverter = searching_inverter(essence, steps)
-    if finder is not None:
-        essence.aligner = target_aligner(finder, essence.generator.resolution)
-
-
 def inverted(
-    essence: EssenceTransfer, pictures: Iterable[Image.Image]
+    scene: Scene, pictures: Iterable[Image.Image]
 ) -> Iterator[Float[Tensor, "batch num_ws w_dim"]]:
-    """Latents of pictures, `max_images` at a time."""
+    """Return latents of pictures, batch by batch."""
     pictures = iter(pictures)
-    while batch := list(islice(pictures, essence.max_images)):
-        yield essence.invert(batch)
-
-
-def rendered(
-    essence: EssenceTransfer, ws: Float[Tensor, "sources num_ws w_dim"]
-) -> list[Image.Image]:
-    """Pictures of unedited latents."""
-    return tensor_to_pictures(essence.edit(ws, torch.zeros_like(ws[0])))
+    while batch := list(islice(pictures, scene.max_images or MAX_IMAGES)):
+        yield scene.invert(batch)
 
 
 class Generated:
     """The generator's own samples."""
 
-    def __init__(self, count: int | None, seed: int) -> None:
-        self.count = NUM_SOURCES if count is None else count
-        self.seed = seed
-        self.facts: dict[str, Any] = {"sources": {"count": self.count, "seed": seed}}
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self.facts: dict[str, Any] = {"sources": {"count": count, "seed": seed}}
 
-    def latents(
-        self, essence: EssenceTransfer
-    ) -> tuple[Float[Tensor, "sources num_ws w_dim"], Rows]:
-        ws = essence.generated_sources(self.count, self.seed)
-        return ws, {"sources": rendered(essence, ws)}
+    def latents(self, scene: Scene) -> Latents:
+        ws = scene.sources(self.count, self.seed)
+        return Latents(ws, {"sources": tensor_to_pictures(scene.render(ws))})
 
     def shown(self, edited: Sequence[Image.Image]) -> Sequence[Image.Image]:
         return edited
 
-    def write(self, out: Path, edited: Sequence[Image.Image], edit: Edit) -> dict[str, Any]:
+    def write(
+        self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
+    ) -> dict[str, Any]:
+        """Write edited_000.png and so on."""
         return {"edited": write_pictures(out, "edited", edited)}
 
 
 class Photos:
-    """Pictures, read and their faces found when this is made.
+    """Pictures, read and their faces found at construction.
 
     Args:
         finder: None: the pictures are aligned already.
@@ -263,21 +203,22 @@ class Photos:
             self.quads = [face_quad(finder, photo, face, str(path)) for photo, path in photos]
             self.facts["face"] = face
 
-    def latents(
-        self, essence: EssenceTransfer
-    ) -> tuple[Float[Tensor, "sources num_ws w_dim"], Rows]:
-        squares, size = self.pictures, essence.generator.resolution
+    def latents(self, scene: Scene) -> Latents:
+        squares, size = self.pictures, scene.generator.resolution
         if self.quads is not None:
             faces = zip(self.pictures, self.quads, strict=True)
             squares = [align(photo, quad, size) for photo, quad in faces]
-        ws = torch.cat([*inverted(essence, squares)])
-        return ws, {"sources": squares, "sources, inverted": rendered(essence, ws)}
+        ws = torch.cat([*inverted(scene, squares)])
+        rendered = tensor_to_pictures(scene.render(ws))
+        return Latents(ws, {"sources": squares, "sources, inverted": rendered})
 
     def shown(self, edited: Sequence[Image.Image]) -> Sequence[Image.Image]:
         return edited
 
-    def write(self, out: Path, edited: Sequence[Image.Image], edit: Edit) -> dict[str, Any]:
-        """edited_000.png and so on, and, of photos, photo_000.png and so on."""
+    def write(
+        self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
+    ) -> dict[str, Any]:
+        """Write edited_000.png and so on and, of photos, photo_000.png and so on."""
         facts = {"edited": write_pictures(out, "edited", edited)}
         if self.quads is not None:
             faces = zip(self.pictures, edited, self.quads, strict=True)
