@@ -24,11 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.publish import sha256_of
+from eval.answers import earlier_report
 from eval.judging import Goal, Judges, Look, edited_images, face_judges, goal_of, judge, scores_of
 from eval.metrics import interval
 from eval.reader import BUNDLED
-from eval.report import earlier_report, number, sheet, table, with_bounds
+from eval.report import number, table, with_bounds
 from eval.sets import EvalSet, study_set
+from eval.trials import sheet
 from predictor.mapper import Mapper, Prediction, load_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord, trained_recipe
 from targetclip import command

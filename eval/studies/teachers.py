@@ -23,14 +23,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from eval.answers import earlier_report
 from eval.judging import Judges, edited_images, face_judges, goal_of, judge, scores_of
 from eval.methods import drawn_answer
-from eval.report import earlier_report, sheet, table
+from eval.report import Series, check_charts, line_chart, table
 from eval.sets import EvalSet, study_set
+from eval.trials import sheet
 from targetclip import command
 from targetclip.command import Precision, choose_precision, in_precision
 from targetclip.media.images import write_picture
@@ -146,7 +149,8 @@ def search(
     """
     pictures, count = targets.pictures, len(targets)
     embeddings = scene.embed_targets(pictures, recipe)
-    initial = scene.initial(pictures, recipe.initial, [seed_of(seed, i) for i in range(count)])
+    starts = [seed_of("initial", seed_of(seed, i)) for i in range(count)]
+    initial = scene.initial(pictures, recipe.initial, starts)
     bank = scene.sources(BANK, seed_of("bank", seed))
     seeds = [seed_of("recipes", seed, i) for i in range(count)]
     start = time.perf_counter()
@@ -277,25 +281,22 @@ def families(names: Sequence[str]) -> dict[str, list[str]]:
     return {family: [BASE, *group] for family, group in groups.items() if len(group) > 1}
 
 
-def write_charts(figures: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+def family_charts(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Image.Image]:
     """Draw a chart for each family of settings, if BASE was run: a line a setting.
 
     A line has the setting's strengths, from little essence and much identity to the opposite.
     """
-    from matplotlib.figure import Figure
-
     swept = {name: row["by_strength"] for name, row in figures.items() if "by_strength" in row}
+    charts = {}
     for family, names in families(list(swept)).items() if BASE in swept else ():
-        figure = Figure(figsize=(10, 6), layout="constrained")
-        axes = figure.add_subplot(xlabel="identity kept", ylabel="essence acquired")
-        axes.set_title(f"Essence and identity by strength: {family}")
+        series = []
         for name in names:
             rows = [row for _, row in sorted(swept[name].items(), key=lambda item: float(item[0]))]
-            identity = [row["identity"] for row in rows]
-            essence = [row["essence_in_range"] for row in rows]
-            axes.plot(identity, essence, marker="o", label=name)
-        figure.legend(loc="outside right upper")
-        figure.savefig(out / f"chart_{family}.png")
+            points = [(row["identity"], row["essence_in_range"]) for row in rows]
+            series.append(Series(name=name, points=points, joined=True))
+        title = f"Essence and identity by strength: {family}"
+        charts[family] = line_chart(title, series, "identity kept", "essence acquired")
+    return charts
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -306,6 +307,7 @@ def run(config: Config) -> dict[str, Any]:
             other options.
         OSError: files that cannot be read or written.
     """
+    check_charts()
     recipes, precision = chosen_recipes(config), choose_precision(config.precision)
     path = config.out / "report.json"
     names = ("world", "targets", "held_out", "strengths", "seed")
@@ -334,7 +336,8 @@ def run(config: Config) -> dict[str, Any]:
         write_picture(picture, config.out / f"{name.replace(' ', '_')}.png")
     rows = {name: figures for name, figures in report.items() if name != "comparison"}
     command.write_file(config.out / "report.md", report_table(rows))
-    write_charts(rows, config.out)
+    for family, picture in family_charts(rows).items():
+        write_picture(picture, config.out / f"chart_{family}.png")
     return report
 
 
