@@ -1,4 +1,4 @@
-"""Answers of methods: timed, and kept so that no finished search is ever run again.
+"""Answers of methods: timed, and kept so that no finished search is run again.
 
 Knows methods and files; nothing of scores.
 """
@@ -6,80 +6,78 @@ Knows methods and files; nothing of scores.
 import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from data.publish import replace_file
 from data.targets import digest_of, picture_id
 from eval.methods import METHODS, Answer, Bench, Method, needs_of
-from eval.sets import SOURCE_SEED, EvalSet
+from eval.sets import EvalSet
+from targetclip.seeds import TEST_SOURCES
+from targetclip.weights import save_tensors
 
 TIMED = 5  # targets that a fast method is timed on, one at a time
 
-Timing = Literal["alone", "share"]
-
 
 @dataclass(frozen=True)
-class Run:
-    """A method's answer to some targets, on the processor, and what it took."""
+class TimedAnswer:
+    """A method's answer to some targets, on the processor, and the seconds it took."""
 
     answer: Answer
     seconds: float
     """For each target, from its picture to its edits."""
-    timing: Timing
-    """Of a target alone, or its share of all that were answered together."""
+    timing: Literal["alone", "share"]
+    """Of a target alone, or the share of a target where all were answered together."""
 
 
-def on_processor(answer: Answer) -> Answer:
-    expected = None if answer.expected is None else answer.expected.cpu()
-    return Answer(answer.edits.cpu(), answer.notes, expected)
-
-
-def seconds_of(method: Method, bench: Bench, targets: EvalSet) -> tuple[Answer, float]:
+def find(method: Method, bench: Bench, targets: EvalSet) -> tuple[Answer, float]:
+    """Return a method's answer, on the processor, and the seconds it took."""
     start = time.perf_counter()
-    answer = on_processor(method.find(bench, targets))  # an accelerator has then finished, too
+    answer = method.find(bench, targets)
+    expected = None if answer.expected is None else answer.expected.cpu()
+    # Copying waits until an accelerator has finished.
+    answer = Answer(answer.edits.cpu(), answer.notes, expected)
     return answer, time.perf_counter() - start
 
 
-def timed(method: Method, bench: Bench, targets: EvalSet) -> Run:
-    """Run a method; one that searches is timed on the way, another one on single targets."""
-    answer, seconds = seconds_of(method, bench, targets)
+def timed(method: Method, bench: Bench, targets: EvalSet) -> TimedAnswer:
+    """Run a method. One that searches is timed on the way, another one on single targets."""
+    answer, seconds = find(method, bench, targets)
     if method.optimizes:
-        return Run(answer, seconds / len(targets), "share")
-    # What has just run was the warm-up.
+        return TimedAnswer(answer, seconds / len(targets), "share")
+    # The run above was the warm-up.
     singles = [targets.part(i, i + 1) for i in range(min(TIMED, len(targets)))]
-    alone = [seconds_of(method, bench, single)[1] for single in singles]
-    return Run(answer, statistics.median(alone), "alone")
+    alone = [find(method, bench, single)[1] for single in singles]
+    return TimedAnswer(answer, statistics.median(alone), "alone")
 
 
 def settings_of(name: str, bench: Bench, targets: EvalSet) -> dict[str, Any]:
-    """Everything that decides a method's answer, but for the code."""
-    method, essence = METHODS[name], bench.essence
+    """Return everything that decides a method's answer, but for the code."""
+    method, scene = METHODS[name], bench.scene
     settings: dict[str, Any] = {
         "method": name,
         "settings": dict(method.settings),
         "parts": {part: bench.digests[part] for part in needs_of(method, bench)},
-        "generator": essence.generator.fingerprint,
-        "embedder": essence.embedder.fingerprint,
+        "generator": scene.generator.fingerprint,
+        "embedder": scene.embedder.fingerprint,
         "targets": digest_of(*targets.ids, *map(picture_id, targets.pictures)),
     }
     if method.optimizes:
-        precision = "bf16" if bench.half else "fp32"
-        settings |= {"precision": precision, "seed": bench.seed, "max_steps": bench.max_steps}
-        settings |= {"truncation": essence.truncation, "recipe": bench.recipe}
+        settings |= {"precision": bench.precision, "seed": bench.seed}
+        settings |= {"max_steps": bench.max_steps, "recipe": bench.recipe}
+        settings |= {"truncation": scene.truncation}
     if method.per_source:
-        settings |= {"sources": [SOURCE_SEED, len(bench.sources)]}
+        settings |= {"sources": [TEST_SOURCES, len(bench.sources)]}
     return settings
 
 
-def kept(path: Path, settings: dict[str, Any]) -> Run | None:
-    """The run in a file, if it is there, whole, and of these settings."""
+def kept(path: Path, settings: dict[str, Any]) -> TimedAnswer | None:
+    """Return the answer in a file, if it is there, whole, and of these settings."""
     if not path.is_file():
         return None
     try:
@@ -92,21 +90,26 @@ def kept(path: Path, settings: dict[str, Any]) -> Run | None:
         return None
     facts = json.loads(metadata["facts"])
     answer = Answer(tensors["edits"], tuple(facts["notes"]), tensors.get("expected"))
-    return Run(answer, facts["seconds"], facts["timing"])
+    return TimedAnswer(answer, facts["seconds"], facts["timing"])
 
 
-def keep(path: Path, run: Run, settings: dict[str, Any]) -> None:
-    """Write a run, whole or not at all."""
-    tensors: dict[str, Tensor] = {"edits": run.answer.edits.contiguous()}
-    if run.answer.expected is not None:
-        tensors["expected"] = run.answer.expected.contiguous()
-    facts = {"notes": run.answer.notes, "seconds": run.seconds, "timing": run.timing}
+def keep(path: Path, timed_answer: TimedAnswer, settings: dict[str, Any]) -> None:
+    """Write an answer, whole or not at all."""
+    answer = timed_answer.answer
+    tensors: dict[str, Tensor] = {"edits": answer.edits}
+    if answer.expected is not None:
+        tensors["expected"] = answer.expected
+    facts = {
+        "notes": answer.notes,
+        "seconds": timed_answer.seconds,
+        "timing": timed_answer.timing,
+    }
     metadata = {"settings": json.dumps(settings, sort_keys=True), "facts": json.dumps(facts)}
-    replace_file(path, save(tensors, metadata))
+    save_tensors(path, tensors, metadata)
 
 
-def run_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> Run:
-    """A method's run on some targets: the one kept in `folder`, or a new one.
+def answer_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> TimedAnswer:
+    """Return a method's answer to some targets: the one kept in `folder`, or a new one.
 
     Raises:
         ValueError: a part that the method needs is missing, or its edits are not finite.
@@ -114,10 +117,34 @@ def run_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> Run:
     """
     path = folder / f"{targets.name} {name}.safetensors"
     settings = settings_of(name, bench, targets)
-    found = kept(path, settings)
-    if found is None:
-        found = timed(METHODS[name], bench, targets)
-        if not torch.isfinite(found.answer.edits).all():
+    answer = kept(path, settings)
+    if answer is None:
+        answer = timed(METHODS[name], bench, targets)
+        if not torch.isfinite(answer.answer.edits).all():
             raise ValueError(f"{name} on {targets.name}: expected finite edits, found NaN or more")
-        keep(path, found, settings)
-    return found
+        keep(path, answer, settings)
+    return answer
+
+
+# Reports that go on
+
+
+def earlier_report(path: Path, comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an earlier run of the same comparison reported, or a report of nothing yet.
+
+    Raises:
+        ValueError: the file is of another comparison, or damaged.
+    """
+    same = json.loads(json.dumps(comparison))  # tuples become lists, as in the file
+    if not path.exists():
+        return {"comparison": same}
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"--out: {str(path)!r} is damaged ({error}): delete it") from error
+    if report.get("comparison") != same:
+        raise ValueError(
+            f"--out: {str(path)!r} is of another comparison: expected {same}, found "
+            f"{report.get('comparison')}; give the same options, or another folder"
+        )
+    return report

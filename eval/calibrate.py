@@ -1,62 +1,58 @@
-"""Calibrate a mapper: find out when its answer will not do, and write that into its file.
+"""Calibrate a mapper: find the score below which its answer is not used, and write it to its file.
 
     python -m eval.calibrate --mapper runs/mapper/mapper.safetensors --out runs/calibrated
 
-On validation targets, none of which anything was trained on, the mapper and its teacher answer,
-and refinements of the mapper's answers are tried. What comes out is a threshold for the score on
-the probe sources (`predictor.gate`), how refinements go, and by how much its directions are
-stretched: weight decay, by which they were trained, leaves them shorter than the rest of its loss
-would have them. The score that the mapper expects is fitted anew (`eval.expectation`), and judged.
-Sources that judge are neither the probe's nor the optimizer's. Writes the mapper with its
-calibration, report.json and reliability.png.
+The mapper and its teacher answer validation targets, on which nothing was trained, and refinements
+of the mapper's answers are tried. The results are a threshold for the score on the probe sources
+and the settings of refinements (`predictor.direction.Gate`), and a factor that stretches the
+mapper's directions: the weight decay of their training leaves them shorter than the rest of the
+loss would have them. The expected score is fitted anew (`eval.expectation`) and judged. Sources
+that judge are neither the probe's nor the optimizer's. Writes the mapper with its calibration,
+report.json and reliability.png.
 """
 
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("eval.calibrate")
+
 import json
-import sys
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from data.targets import Target, of_split, open_targets
-from eval.calibration import choose_refinement, reliability, steps_to_teacher, threshold_of
-from eval.charts import COLOURS, Series, chart
 from eval.expectation import fit_expectation
-from predictor.cli import choose_device
-from predictor.gate import Gate
-from predictor.load import load_essence
+from eval.report import Series, check_charts, line_chart
+from predictor.direction import Gate
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperRecord, trained_recipe
-from predictor.report import make_folder, versions, write_file
-from predictor.transfer import EssenceTransfer
-from targetclip.editing import render
-from targetclip.embedder import EmbedsImages
-from targetclip.encoders.identity import feature_model
+from predictor.transfer import EssenceTransfer, load_essence
+from targetclip import command
+from targetclip.command import Precision
 from targetclip.media.images import write_picture
-from targetclip.optimize import losses_of, optimize_directions
-from targetclip.precision import in_bfloat16
+from targetclip.optimize import losses_of
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.sources import generated_sources, source_bank
-from targetclip.seeds import BANK, seed_of
-from targetclip.targets import embed_targets, initial_directions
+from targetclip.scene import score_features
+from targetclip.seeds import CALIBRATION_TARGETS, VALIDATION_SOURCES, seed_of
 from targetclip.world import load_world
 
-JUDGED_SEED = 1  # of the sources that judge: those that trainings validate on
 LENGTHS = (5, 10, 20, 30)  # steps of the refinements tried
-RATES = (0.01, 0.03)
+RATES = (0.01, 0.03)  # their learning rates
 STRETCHES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
+NEAR = 0.002  # a shorter refinement is preferred whose loss exceeds the lowest by no more
+TOLERANCE = 0.005  # part of the better score of mapper and teacher that passing answers may lose
+RARE = 0.01  # part of the validation targets that count as unlike all others
 
-Precision = Literal["fp32", "bf16"]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     mapper: Path
     """Mapper file to calibrate; it is left as it is."""
@@ -64,10 +60,13 @@ class Config:
     """Folder for mapper.safetensors, report.json and reliability.png."""
     world: str = "sketch64"
     """Name of a bundled world, or the path of a world's .toml file."""
-    targets: tuple[str, ...] = ("drawn:2000@29", "wide:2000@29")
-    """Where targets are from, as data.build takes them: sets that are calibrated for apart. Those
-    of the validation split judge; the expected score is fitted on those of the training split, so
-    give others than the mapper was trained on."""
+    targets: tuple[str, ...] = (
+        f"drawn:2000@{CALIBRATION_TARGETS}",
+        f"wide:2000@{CALIBRATION_TARGETS}",
+    )
+    """Sets of targets, as data.build takes them; the threshold holds on each. Those of the
+    validation split judge; the expected score is fitted on those of the training split, so give
+    others than the mapper was trained on."""
     count: int = 32
     """Targets of each set that judge, at most."""
     fitted: int = 2000
@@ -76,321 +75,378 @@ class Config:
     """Sources that judge."""
     probes: int = 8
     """Sources that the mapper's answers will be checked on."""
-    precision: Precision = "fp32"
-    """Of the optimizer; scores are always in float32."""
+    precision: Precision | None = None
+    """Of the optimizer; scores are in float32. Default: accelerate's, or else fp32."""
     half: bool = False
     """Write the mapper's weights in half precision."""
-    max_images: int = 96
-    """Images rendered at once."""
+    max_images: int | None = None
+    """Images rendered at once; fewer need less memory. Default: 64, or a whole step of a search."""
     checkpoint_layers: bool = False
     """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
     where not even --max-images 1 fits. The result is the same."""
     seed: int = 0
+    """Of every random number of the searches, and of the sources of the expected score."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
 
-    def __post_init__(self) -> None:
-        for name in ("count", "sources", "probes", "max_images"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag}: expected 1 or more, found {getattr(self, name)}")
-        if self.fitted < 0:
-            raise ValueError(f"--fitted: expected 0 or more, found {self.fitted}")
-        if self.sources < 2:
-            raise ValueError("--sources: expected 2 or more, which can be consistent, found 1")
+
+def check_config(config: Config) -> None:
+    """Raise a ValueError for an option that is out of range."""
+    for name, least in {"count": 1, "fitted": 0, "sources": 2, "probes": 1}.items():
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name}: expected {least} or more, found {getattr(config, name)}")
+    if config.max_images is not None and config.max_images < 1:
+        raise ValueError(f"--max-images: expected 1 or more, found {config.max_images}")
 
 
-# Targets
+# Figures from scores
 
 
-@dataclass(frozen=True)
-class Targets:
-    """Validation targets, one set after another."""
+def threshold_of(
+    probe: Float[Tensor, " targets"],
+    mapper: Float[Tensor, " targets"],
+    teacher: Float[Tensor, " targets"],
+    sets: Sequence[Bool[Tensor, " targets"]],
+) -> float:
+    """Return the lowest probe score that may pass.
 
+    Targets below it are answered by the better of mapper and teacher. Then every set's mean score
+    must reach the better mean of mapper and teacher, but for TOLERANCE. The threshold is no lower
+    than the probe score that all but RARE of the targets reach: an answer below that is to a target
+    unlike the validation targets.
+    """
+    floor = float(torch.quantile(probe, RARE))
+    best = torch.maximum(mapper, teacher)
+
+    def holds(threshold: float) -> bool:
+        answered = torch.where(probe >= threshold, mapper, best)
+        return all(
+            float(answered[members].mean())
+            >= (1 - TOLERANCE) * max(float(mapper[members].mean()), float(teacher[members].mean()))
+            for members in sets
+        )
+
+    # At 1.0 nothing passes, so that it always holds.
+    candidates = sorted(score for score in probe.tolist() if score > floor)
+    return next((score for score in [floor, *candidates] if holds(score)), 1.0)
+
+
+def choose_refinement(losses: Mapping[float, Mapping[int, float]]) -> tuple[float, int]:
+    """Return the rate with the lowest loss, and its fewest steps that come as near as NEAR.
+
+    Args:
+        losses: by rate and steps; 0 steps do not count.
+    """
+    refined = {rate: {n: loss for n, loss in row.items() if n > 0} for rate, row in losses.items()}
+    rate = min(refined, key=lambda rate: min(refined[rate].values()))
+    lowest = min(refined[rate].values())
+    return rate, min(steps for steps, loss in refined[rate].items() if loss <= lowest + NEAR)
+
+
+def steps_to_teacher(losses: Mapping[int, float], teacher: float) -> int | None:
+    """Return the fewest steps from predictions that reach the teacher's mean loss, or None."""
+    return min((steps for steps, loss in losses.items() if loss <= teacher), default=None)
+
+
+def reliability(
+    expected: Float[Tensor, " targets"], reached: Float[Tensor, " targets"]
+) -> dict[str, float]:
+    """Return mean error, bias and correlation of expected scores."""
+    return {
+        "expected_error": float((expected - reached).abs().mean()),
+        "expected_bias": float((expected - reached).mean()),
+        "expected_correlation": float(torch.corrcoef(torch.stack([expected, reached]))[0, 1]),
+    }
+
+
+# Validation targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Validation targets, one set after another, and what judges directions on them."""
+
+    essence: EssenceTransfer
     pictures: list[Image.Image]
     ids: list[str]
-    sets: list[str]
-    """The spec that each is from."""
-    judged: Float[Tensor, "targets embed"]
-    """Embeddings that edits are compared with."""
+    specs: list[str]
+    """The set that each target is from."""
+    embeddings: Float[Tensor, "targets embed"]
+    """Edits are compared with them."""
+    sources: Float[Tensor, "sources num_ws w_dim"]
+    """Not used by the optimizer or the probe."""
+    probes: int
+    teacher: Recipe
+    refined: Recipe
+    """The loss of refinements: the teacher's, with the identity weight of the mapper's training."""
 
-    def members(self, spec: str) -> Bool[Tensor, " targets"]:
-        return torch.tensor([each == spec for each in self.sets])
+    def members(self) -> dict[str, Bool[Tensor, " targets"]]:
+        """Return a mask of the targets of each set."""
+        return {
+            spec: torch.tensor([other == spec for other in self.specs])
+            for spec in dict.fromkeys(self.specs)
+        }
+
+    def means(self, values: Float[Tensor, " targets"]) -> dict[str, float]:
+        """Return the mean of each set."""
+        return {spec: float(values[rows].mean()) for spec, rows in self.members().items()}
+
+    @torch.no_grad()
+    def scores(
+        self, directions: Float[Tensor, "targets num_ws w_dim"]
+    ) -> dict[str, Float[Tensor, " targets"]]:
+        """Return the transfer score, the losses of refinements and of the teacher, and the transfer
+        score on the probe sources."""
+        scene = self.essence.scene
+        weight = max(self.teacher.identity_weight, self.refined.identity_weight)
+        edits = self.sources + directions[:, None]
+        after = scene.features(edits.flatten(0, 1), identity_weight=weight)
+        after = after.unflatten(0, edits.shape[:2])
+        before = scene.features(self.sources, identity_weight=weight).expand_as(after)
+        probe = [
+            self.essence.probe_score(embedding, direction, self.probes)
+            for embedding, direction in zip(self.embeddings, directions, strict=True)
+        ]
+        return {
+            "transfer": score_features(self.embeddings, before, after).transfer.cpu(),
+            "loss": losses_of(self.refined, before, after, self.embeddings).loss.cpu(),
+            "teacher_loss": losses_of(self.teacher, before, after, self.embeddings).loss.cpu(),
+            "probe": torch.tensor(probe),
+        }
 
 
-def validation_targets(config: Config, essence: EssenceTransfer) -> Targets:
-    """The first targets of the validation split of each set.
+def open_validation(config: Config, essence: EssenceTransfer, teacher: Recipe) -> Validation:
+    """Take the first targets of the validation split of each set.
 
     Raises:
         ValueError: a set has none.
     """
-    found: list[tuple[str, Target]] = []
+    scene, trained = essence.scene, essence.trained
+    targets: list[tuple[str, Target]] = []
     for spec in config.targets:
-        candidates = open_targets(spec, essence.generator, essence.truncation)
-        before = len(found)
-        found += [(spec, each) for each in of_split(candidates, "validation", config.count)]
-        if len(found) == before:
+        candidates = open_targets(spec, scene.generator, scene.truncation)
+        found = list(of_split(candidates, "validation", config.count))
+        if not found:
             raise ValueError(
                 f"--targets: expected pictures of the validation split (one in twenty), found none "
                 f"in {spec!r}; give more"
             )
-    pictures = [target.picture for _, target in found]
-    return Targets(
-        pictures,
-        [target.id for _, target in found],
-        [spec for spec, _ in found],
-        essence.embedder.embed_pictures(pictures),
-    )
-
-
-# Scores
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Scores directions on sources that nothing is optimized or checked on."""
-
-    essence: EssenceTransfer
-    sources: Float[Tensor, "sources num_ws w_dim"]
-    before: Float[Tensor, "sources seen"]
-    targets: Targets
-    probes: int
-    teacher: Recipe
-    refined: Recipe
-    """What refinements minimise: the teacher's loss, with the identity loss of the mapper's."""
-
-    @staticmethod
-    def new(essence: EssenceTransfer, targets: Targets, teacher: Recipe, config: Config) -> "Judge":
-        trained = essence.trained
-        # Decay, too, is what the mapper was trained by (`Gate.refining`), but no part of the loss.
-        refined = replace(
+        targets += [(spec, target) for target in found]
+    pictures = [target.picture for _, target in targets]
+    return Validation(
+        essence=essence,
+        pictures=pictures,
+        ids=[target.id for _, target in targets],
+        specs=[spec for spec, _ in targets],
+        embeddings=scene.embedder.embed_pictures(pictures),
+        sources=scene.sources(config.sources, VALIDATION_SOURCES),
+        probes=config.probes,
+        teacher=teacher,
+        refined=replace(
             teacher, identity_weight=trained.identity_weight, weight_decay=trained.weight_decay
-        )
-        truncation = essence.truncation
-        sources = generated_sources(essence.generator, truncation, config.sources, JUDGED_SEED)
-        seeing = Judge.feature_model(essence, teacher, refined)
-        with torch.no_grad():
-            before = seeing.embed_images(render(essence.generator, sources, essence.max_images))
-        return Judge(essence, sources, before, targets, config.probes, teacher, refined)
-
-    @staticmethod
-    def feature_model(essence: EssenceTransfer, *recipes: Recipe) -> EmbedsImages:
-        """What sees all that any of the recipes looks at."""
-        weight = max(recipe.identity_weight for recipe in recipes)
-        return feature_model(essence.embedder, essence.identity, weight)
-
-    def scores(self, vectors: Float[Tensor, "targets num_ws w_dim"]) -> dict[str, Tensor]:
-        """Each [targets]: transfer score, the loss of refinements and that of the teacher, transfer
-        score on the probe."""
-        essence, found = self.essence, []
-        seeing = Judge.feature_model(essence, self.teacher, self.refined)
-        for vector in vectors:
-            images = render(essence.generator, self.sources + vector, essence.max_images)
-            with torch.no_grad():
-                found.append(seeing.embed_images(images))
-        seen = torch.stack(found)
-        before, judged = self.before.expand_as(seen), self.targets.judged
-        losses = losses_of(self.refined, before, seen, judged)
-        taught = losses_of(self.teacher, before, seen, judged)
-        rows = zip(self.targets.judged, vectors, strict=True)
-        probe = [essence.probe_score(target, vector, self.probes) for target, vector in rows]
-        return {
-            "transfer": 1 - losses.transfer.cpu(),
-            "loss": losses.loss.cpu(),
-            "teacher_loss": taught.loss.cpu(),
-            "probe": torch.tensor(probe),
-        }
+        ),
+    )
 
 
 # Answers
 
 
 def predictions(
-    essence: EssenceTransfer, mapper: Mapper, targets: Targets
+    validation: Validation, mapper: Mapper
 ) -> tuple[Float[Tensor, "targets num_ws w_dim"], Float[Tensor, " targets"]]:
-    """The mapper's directions, and the transfer scores it expects."""
+    """Return the mapper's directions, and the transfer scores it expects."""
     recipe = trained_recipe(mapper.record)
-    wanted = embed_targets(essence.generator, essence.embedder, targets.pictures, recipe)
     with torch.no_grad():
-        prediction = mapper(wanted)
+        prediction = mapper(validation.essence.scene.embed_targets(validation.pictures, recipe))
     return prediction.directions, prediction.expected.cpu()
 
 
 def searched(
-    essence: EssenceTransfer,
-    targets: Targets,
+    validation: Validation,
     recipe: Recipe,
     initial: Float[Tensor, "targets num_ws w_dim"],
-    config: Config,
-    name: str,
+    seed: int,
+    *,
+    label: str,
+    precision: Precision,
 ) -> Float[Tensor, "targets num_ws w_dim"]:
-    """What the optimizer makes of a start, for all targets; a start that fails stays as it is."""
-    wanted = embed_targets(essence.generator, essence.embedder, targets.pictures, recipe)
-    bank = source_bank(
-        essence.generator, essence.truncation, BANK if recipe.fresh_sources else recipe.sources
+    """Return the optimizer's directions of all targets; the start where a search failed."""
+    scene = validation.essence.scene
+    directions, failures = scene.search_in_batches(
+        scene.embed_targets(validation.pictures, recipe),
+        recipe,
+        initial,
+        [seed_of("calibrate", seed, name) for name in validation.ids],
+        label=label,
+        precision=precision,
     )
-    seeds = [seed_of("calibrate", config.seed, each) for each in targets.ids]
-    at_once = max(1, config.max_images // recipe.sources)
-    found = []
-    with tqdm(total=len(seeds) * recipe.steps, desc=name, unit="step") as bar:
-        for start in range(0, len(seeds), at_once):
-            span = slice(start, start + at_once)
-            part = initial[span]
-
-            def on_step(progress: object, rows: int = len(part)) -> None:
-                bar.update(rows)
-
-            with in_bfloat16(bank.device) if config.precision == "bf16" else nullcontext():
-                optimized = optimize_directions(
-                    essence.generator, essence.embedder, wanted[span], bank, recipe, part,
-                    seeds[span], on_step, config.max_images, identity=essence.identity,
-                )  # fmt: skip
-            failed = torch.tensor([each is not None for each in optimized.failures])
-            kept = failed.to(part.device)[:, None, None]
-            found.append(torch.where(kept, part, optimized.directions))
-    return torch.cat(found)
+    failed = torch.tensor([failure is not None for failure in failures], device=initial.device)
+    return torch.where(failed[:, None, None], initial, directions)
 
 
-# The command
+def teacher_directions(
+    validation: Validation, seed: int, precision: Precision
+) -> Float[Tensor, "targets num_ws w_dim"]:
+    """Return the optimizer's directions from its own start."""
+    seeds = [seed_of("initial", seed, name) for name in validation.ids]
+    recipe = validation.teacher
+    initial = validation.essence.scene.initial(validation.pictures, recipe.initial, seeds)
+    return searched(validation, recipe, initial, seed, label="teacher", precision=precision)
 
 
 def stretched(
-    judge: Judge, predicted: Float[Tensor, "targets num_ws w_dim"]
+    validation: Validation, predicted: Float[Tensor, "targets num_ws w_dim"]
 ) -> tuple[float, dict[float, float]]:
-    """The factor of the mapper's directions with the lowest mean loss, and the loss of each."""
+    """Return the factor of the directions with the lowest mean loss, and the loss of each."""
     losses = {
-        factor: float(judge.scores(factor * predicted)["loss"].mean())
+        factor: float(validation.scores(factor * predicted)["loss"].mean())
         for factor in tqdm(STRETCHES, "stretch", unit="factor")
     }
     return min(losses, key=lambda factor: losses[factor]), losses
 
 
+Losses = dict[str, dict[float, dict[int, float]]]
+
+
 def refinements(
-    judge: Judge,
+    validation: Validation,
     predicted: Float[Tensor, "targets num_ws w_dim"],
-    config: Config,
-    first: dict[str, Tensor],
-) -> dict[str, dict[float, dict[int, float]]]:
-    """Mean losses, theirs and the teacher's, by rate and number of steps; 0 are the predictions."""
-    losses: dict[str, dict[float, dict[int, float]]] = {"loss": {}, "teacher_loss": {}}
-    for rate in RATES:
-        for name, by in losses.items():
-            by[rate] = {0: float(first[name].mean())}
-        for steps in LENGTHS:
-            gate = Gate(0.0, config.probes, steps, rate)
-            recipe = gate.refining(judge.teacher, judge.refined)
-            bar = f"refine, rate {rate:g}, {steps} steps"
-            found = judge.scores(
-                searched(judge.essence, judge.targets, recipe, predicted, config, bar)
+    scores: Mapping[str, Tensor],
+    seed: int,
+    precision: Precision,
+    lengths: Sequence[int],
+    rates: Sequence[float],
+) -> Losses:
+    """Return mean losses, `loss` and `teacher_loss`, by rate and steps of a refinement.
+
+    Args:
+        scores: of the predictions, which are those of 0 steps.
+    """
+    losses: Losses = {"loss": {}, "teacher_loss": {}}
+    for rate in rates:
+        by_steps = {0: scores}
+        for steps in lengths:
+            gate = Gate(threshold=0.0, probes=validation.probes, refine_steps=steps,
+                        refine_rate=rate)  # fmt: skip
+            recipe = gate.refining(validation.teacher, validation.refined)
+            label = f"refine, rate {rate:g}, {steps} steps"
+            directions = searched(
+                validation, recipe, predicted, seed, label=label, precision=precision
             )
-            for name, by in losses.items():
-                by[rate][steps] = float(found[name].mean())
+            by_steps[steps] = validation.scores(directions)
+        for name, by_rate in losses.items():
+            by_rate[rate] = {n: float(found[name].mean()) for n, found in by_steps.items()}
     return losses
 
 
-def teacher_answers(judge: Judge, config: Config) -> Float[Tensor, "targets num_ws w_dim"]:
-    """The optimizer's directions from its own start."""
-    essence, targets, recipe = judge.essence, judge.targets, judge.teacher
-    seeds = [seed_of("initial", config.seed, each) for each in targets.ids]
-    initial = initial_directions(
-        essence.generator, essence.inverter, targets.pictures, recipe.initial, seeds
-    )
-    return searched(essence, targets, recipe, initial, config, "teacher")
+# The command
 
 
-def means_by_set(targets: Targets, values: Float[Tensor, " targets"]) -> dict[str, float]:
-    return {
-        spec: float(values[targets.members(spec)].mean()) for spec in dict.fromkeys(targets.sets)
-    }
-
-
-def reliability_picture(
-    targets: Targets, expected: Float[Tensor, " targets"], reached: Float[Tensor, " targets"]
+def reliability_chart(
+    validation: Validation,
+    expected: Float[Tensor, " targets"],
+    reached: Float[Tensor, " targets"],
 ) -> Image.Image:
-    """Expected against reached transfer score, a dot a target."""
-    series = []
-    for colour, spec in zip(COLOURS, dict.fromkeys(targets.sets), strict=False):
-        members = targets.members(spec)
-        points = list(zip(expected[members].tolist(), reached[members].tolist(), strict=True))
-        series.append(Series(spec, points, colour))
-    title = "What the mapper expects, and what it reaches"
-    return chart(title, series, "expected transfer score", "reached", diagonal=True)
+    """Draw expected against reached transfer scores, a point for each target."""
+    series = [
+        Series(name=spec, points=list(zip(expected[m].tolist(), reached[m].tolist(), strict=True)))
+        for spec, m in validation.members().items()
+    ]
+    title = "Transfer scores that the mapper expects and reaches"
+    return line_chart(title, series, "expected transfer score", "reached", diagonal=True)
 
 
-def run(config: Config) -> MapperRecord:
+def run(
+    config: Config,
+    *,
+    teacher: Recipe | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    rates: Sequence[float] = RATES,
+) -> MapperRecord:
     """Calibrate, and return the record of the mapper that is written.
 
-    A mapper that is calibrated again is stretched again, from where it is.
+    A mapper that was calibrated before is stretched from its present length.
+
+    Args:
+        teacher: None: the world's recipe.
+        lengths, rates: of the refinements that are tried.
 
     Raises:
         FileNotFoundError, ValueError: parts that are missing or do not fit; no targets.
     """
+    check_config(config)
+    check_charts()
     world = load_world(config.world)
-    make_folder(config.out)
-    device = choose_device(config.device)
+    precision = command.choose_precision(config.precision)
+    command.make_folder(config.out)
     essence = load_essence(
-        world, device, config.mapper, config.max_images, config.checkpoint_layers
+        world,
+        command.choose_device(config.device),
+        config.mapper,
+        max_images=config.max_images,
+        checkpoint_layers=config.checkpoint_layers,
     )
-    mapper = essence.asked_mapper()
-    recipe = RECIPES[world.recipe]
-    targets = validation_targets(config, essence)
-    judge = Judge.new(essence, targets, recipe, config)
-    stretch, by_stretch = stretched(judge, predictions(essence, mapper, targets)[0])
-    mapper.scale.mul_(stretch)
-    fitted = fit_expectation(essence, mapper, config.targets, config.fitted, config.seed)
-    predicted, expected = predictions(essence, mapper, targets)
-    first = judge.scores(predicted)
-    taught = judge.scores(teacher_answers(judge, config))
-    losses = refinements(judge, predicted, config, first)
-    rate, steps = choose_refinement(losses["loss"])
-    members = [targets.members(spec) for spec in dict.fromkeys(targets.sets)]
-    threshold = threshold_of(first["probe"], first["transfer"], taught["transfer"], members)
-    gate = Gate(threshold, config.probes, steps, rate)
-    trust = reliability(expected, first["transfer"])
+    mapper, seed = essence.asked_mapper(), config.seed
     if mapper.record is None:
         raise ValueError(f"{config.mapper}: expected a mapper with a record, found none")
+    validation = open_validation(config, essence, teacher or RECIPES[world.recipe])
+
+    stretch, by_stretch = stretched(validation, predictions(validation, mapper)[0])
+    mapper.scale.mul_(stretch)
+    fitted = fit_expectation(essence.scene, mapper, config.targets, config.fitted, seed)
+
+    predicted, expected = predictions(validation, mapper)
+    scores = validation.scores(predicted)
+    teacher_scores = validation.scores(teacher_directions(validation, seed, precision))
+    losses = refinements(validation, predicted, scores, seed, precision, lengths, rates)
+    rate, steps = choose_refinement(losses["loss"])
+    gate = Gate(
+        threshold=threshold_of(
+            scores["probe"],
+            scores["transfer"],
+            teacher_scores["transfer"],
+            list(validation.members().values()),
+        ),
+        probes=config.probes,
+        refine_steps=steps,
+        refine_rate=rate,
+    )
+    trust = reliability(expected, scores["transfer"])
     figures = {**asdict(gate), **trust, "fitted": fitted, "stretch": stretch}
-    told_of = {**mapper.record.recipe, "expects": True} if fitted else mapper.record.recipe
-    record = replace(mapper.record, recipe=told_of, calibration=figures)
+    recipe = {**mapper.record.recipe, "expects": True} if fitted else mapper.record.recipe
+    record = replace(mapper.record, recipe=recipe, calibration=figures)
     save_mapper(mapper, config.out / "mapper.safetensors", record, half=config.half)
-    teacher_loss = float(taught["teacher_loss"].mean())
+
+    teacher_loss = float(teacher_scores["teacher_loss"].mean())
+    options = {name: str(value) for name, value in vars(config).items()}
     report: dict[str, Any] = {
         "calibration": record.calibration,
-        "passing": means_by_set(targets, (first["probe"] >= threshold).float()),
-        "mapper": {name: means_by_set(targets, each) for name, each in first.items()},
-        "teacher": {name: means_by_set(targets, each) for name, each in taught.items()},
+        "passing": validation.means((scores["probe"] >= gate.threshold).float()),
+        "mapper": {name: validation.means(values) for name, values in scores.items()},
+        "teacher": {name: validation.means(values) for name, values in teacher_scores.items()},
         "loss_by_stretch": by_stretch,
         "loss_by_rate_and_steps": losses,
-        "teacher_steps": recipe.steps,
+        "teacher_steps": validation.teacher.steps,
         "steps_to_teachers_loss": {
-            r: steps_to_teacher(by, teacher_loss) for r, by in losses["teacher_loss"].items()
+            r: steps_to_teacher(row, teacher_loss) for r, row in losses["teacher_loss"].items()
         },
         "each": {
-            "id": targets.ids,
-            "set": targets.sets,
+            "id": validation.ids,
+            "set": validation.specs,
             "expected": expected.tolist(),
-            **{f"mapper_{name}": each.tolist() for name, each in first.items()},
-            **{f"teacher_{name}": each.tolist() for name, each in taught.items()},
+            **{f"mapper_{name}": values.tolist() for name, values in scores.items()},
+            **{f"teacher_{name}": values.tolist() for name, values in teacher_scores.items()},
         },
-        "config": {name: str(value) for name, value in vars(config).items()},
-        "versions": versions(),
+        "config": options | {"precision": precision},
+        "versions": command.versions(),
     }
-    write_file(config.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    picture = reliability_picture(targets, expected, first["transfer"])
-    write_picture(picture, config.out / "reliability.png")
-    told = {name: report[name] for name in ("calibration", "passing", "steps_to_teachers_loss")}
-    print(json.dumps(told, indent=2))
+    command.write_json(config.out / "report.json", report)
+    chart = reliability_chart(validation, expected, scores["transfer"])
+    write_picture(chart, config.out / "reliability.png")
+    shown = {name: report[name] for name in ("calibration", "passing", "steps_to_teachers_loss")}
+    print(json.dumps(shown, indent=2))
     return record
 
 
 def main() -> None:
-    """Errors of input and of files are one line."""
-    try:
-        run(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m eval.calibrate")

@@ -1,49 +1,38 @@
-"""Compare the mapper with its teacher, baselines and peers on targets and sources none has seen.
+"""Compare the mapper with its teacher, baselines and peers on unseen targets and sources.
 
     python -m eval.compare --out runs/compare --pairs runs/pairs        # a quarter of an hour
     python -m eval.compare --out runs/compare --quick                   # under two minutes
     python -m eval.compare --out runs/mine --world mine.toml --mapper mine.safetensors --folder pics
 
-(on two cores). Writes report.json, report.md, figures and grids of pictures. Methods that need a
-part which is not there (pairs, an encoder, a calibrated mapper) are left out, and the report says
-so. What methods answer is kept in --out: the same command goes on after an interruption, and runs
-again only a method whose parts or settings have changed.
+(on two cores). Writes report.json, report.md, charts and grids of pictures. Methods that need a
+part which is not there (pairs, an encoder, a calibrated mapper) are left out, and the report names
+them. Answers are kept in --out: the same command goes on after an interruption, and runs again only
+methods whose parts or settings have changed.
 """
 
-import json
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("eval.compare")
+
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from data.publish import sha256_of
-from eval.answers import Run, run_of
-from eval.compare_judge import (
-    DRAWN_ANSWER,
-    RELEASED_SOURCES,
-    Stage,
-    judged_trials,
-    released_report,
-    set_report,
-    sweep_report,
-    write_grids,
-)
+from eval.answers import TimedAnswer, answer_of
 from eval.judging import Judges
-from eval.methods import LACKING, METHODS, Bench, Part, needs_of
-from eval.pair_methods import open_pair_table
+from eval.methods import LACKING, METHODS, Bench, Part, needs_of, open_pair_table
 from eval.reader import load_reader
-from eval.report import figures, report_text
+from eval.report import charts, check_charts, machine, report_text
 from eval.sets import (
     ADVERSARIAL,
     IN_RANGE,
-    SOURCE_SEED,
-    TARGET_SEED,
     EvalSet,
     adversarial,
     check_sources,
@@ -53,22 +42,28 @@ from eval.sets import (
     out_of_range,
     samples,
 )
-from eval.studies.benchmark import machine
-from predictor.cli import choose_device
-from predictor.gate import Gate
-from predictor.load import load_essence
+from eval.trials import (
+    DRAWN_ANSWER,
+    RELEASED_SOURCES,
+    Comparison,
+    grids,
+    released_report,
+    set_report,
+    sweep_report,
+)
+from predictor.direction import Gate
 from predictor.mapper import load_mapper
-from predictor.report import make_folder, versions, write_file
+from predictor.transfer import load_essence
+from targetclip import command
+from targetclip.command import Precision
 from targetclip.embedder import ClipEmbedder
 from targetclip.encoders.blip import BlipEmbedder
 from targetclip.encoders.inverter import load_inverter
 from targetclip.media.images import tensor_to_pictures, write_picture
-from targetclip.sources import generated_sources
+from targetclip.seeds import TEST_SOURCES, TEST_TARGETS
 from targetclip.world import World, load_world
 
-Precision = Literal["fp32", "bf16"]
-
-DRAWN_WORLD = "sketch64"  # whose pictures the attribute reader knows, and the renderer draws
+DRAWN_WORLD = "sketch64"  # the attribute reader knows its pictures, and the renderer draws them
 NAMES = (*METHODS, DRAWN_ANSWER)
 ADVERSARIES = 6
 BLIP = "blip:"
@@ -78,50 +73,52 @@ TEACHERS = ("consistent", "identity")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     out: Path
-    """Folder for the report, and for what methods answered."""
+    """Folder for the report and the answers of methods."""
     world: str = "sketch64"
     """Name of a bundled world, or the path of a world's .toml file."""
     mapper: Path | None = None
     """Mapper's file. Default: the world's."""
     pairs: Path | None = None
-    """Dataset made by data.build, for the baselines that are fitted to the teacher's pairs."""
+    """Dataset made by data.build, for the baselines that are fitted to pairs."""
     differences: Path | None = None
     """A mapper trained by --schedule differences alone."""
     encoder: Path | None = None
-    """What train.encoder wrote."""
+    """Encoder made by train.encoder."""
     judge: str | None = None
     """A second judge: a model of open_clip, a folder of one, or blip: and then a folder or a
     repository of the Hub, e.g. blip:Salesforce/blip-itm-base-coco."""
     judge_pretrained: str | None = None
     """Its weights, where --judge is a model's name."""
     folder: Path | None = None
-    """Pictures of your own as a further test set; of them only those of the test split."""
+    """Folder of your own pictures as a further test set; those of the test split are taken."""
     trust_folder: bool = False
-    """Take them all: you vouch that nothing was ever trained on them."""
+    """Take them all: you vouch that nothing was trained on them."""
     only: tuple[str, ...] = ()
     """Run these methods alone, by name. Default: all whose parts are there."""
     quick: bool = False
-    """Fewer targets, and of all that search only `consistent` and `identity`, on a few."""
+    """Fewer targets; only `consistent` and `identity` of the methods that search, on a few."""
     targets: int | None = None
-    """Of the sets in range, out of range and folder. Default: 32, or 8 if quick."""
+    """Targets of the sets in range, out of range and folder. Default: 32, or 8 if quick."""
     slow: int | None = None
-    """How many of them the slow methods are run on. Default: 4, or 2 if quick."""
+    """Targets of a set that the slow methods are run on. Default: 4, or 2 if quick."""
     sources: int = 16
+    """Sources that every method edits."""
     references: int | None = None
     """Unedited images that FID and KID compare with. Default: 1000, or 300 if quick."""
     precision: Precision | None = None
-    """Of methods that search; scores are in float32. Default: bf16 where the processor has it."""
+    """Of methods that search; scores are in float32. Default: accelerate's, or else bf16 where the
+    processor has it."""
     max_steps: int | None = None
     """Cut every search to so many steps."""
-    max_images: int = 96
-    """Images rendered at once; less needs less memory."""
+    max_images: int | None = None
+    """Images rendered at once; fewer need less memory. Default: 64, or a whole step of a search."""
     checkpoint_layers: bool = False
     """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
     where not even --max-images 1 fits. The result is the same."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
     seed: int = 0
-    """Decides what searches and bootstrap draw; targets and sources are always the same."""
+    """Of searches and bootstrap; targets and sources are always the same."""
 
     @property
     def count(self) -> int:
@@ -140,7 +137,7 @@ class Config:
 
 
 def check_config(config: Config) -> None:
-    """Raise a ValueError for a flag that cannot be; here, for tyro prints a box for its own."""
+    """Raise a ValueError for options that are out of range or do not go together."""
     least = {"sources": 2, "references": 2}
     for name, value in vars(config).items():
         if type(value) is int and name != "seed" and value < least.get(name, 1):
@@ -154,65 +151,73 @@ def check_config(config: Config) -> None:
         raise ValueError("--judge-pretrained: expected --judge as well, found none")
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is of use: accelerators of today have it, not every processor does."""
-    # Its public sibling is younger than the oldest torch that the project takes.
-    return device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
+def fast_precision(device: torch.device) -> Precision:
+    """Return bf16 where it is fast: accelerators have it, and some processors."""
+    # The public name of the check is newer than the oldest torch that the project takes.
+    fast = device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
+    return "bf16" if fast else "fp32"
 
 
-# What it takes
+# Parts
 
 
 def make_bench(config: Config, world: World, device: torch.device) -> Bench:
-    """Everything methods may use."""
+    """Load everything that methods may use."""
     path = config.mapper or world.mapper
     if path is None and (not config.only or {"mapper", "auto"} & set(config.only)):
         raise ValueError(
             f"--mapper: expected a mapper's file, for world {world.name!r} names none; train one "
             "with python -m train.mapper, or name other methods by --only"
         )
-    essence = load_essence(world, device, path, config.max_images, config.checkpoint_layers)
-    prints = (essence.generator.fingerprint, essence.embedder.fingerprint)
-    digests: dict[Part, str] = {}
+    essence = load_essence(
+        world,
+        device,
+        path,
+        max_images=config.max_images,
+        checkpoint_layers=config.checkpoint_layers,
+    )
+    scene = essence.scene
+    prints = (scene.generator.fingerprint, scene.embedder.fingerprint)
+    files: dict[Part, Path | None] = {
+        "mapper": path,
+        "inverter": world.inverter,
+        "identity": world.identity,
+        "differences": config.differences,
+        "encoder": config.encoder,
+    }
+    digests = {part: sha256_of(file) for part, file in files.items() if file is not None}
     if path is not None:
-        digests["mapper"] = sha256_of(path)
         try:
             Gate.of(essence.asked_mapper())
             digests["calibration"] = digests["mapper"]
         except ValueError:
-            pass  # the report says so
-    if world.inverter is not None:
-        digests["inverter"] = sha256_of(world.inverter)
-    if world.identity is not None:
-        digests["identity"] = sha256_of(world.identity)
+            pass  # the report names the methods that are left out
     pairs = differences = encoder = None
     if config.pairs is not None:
-        pairs = open_pair_table(config.pairs, essence.generator, essence.embedder)
+        pairs = open_pair_table(config.pairs, scene)
         digests["pairs"] = pairs.digest
     if config.differences is not None:
         differences = load_mapper(config.differences, *prints)[0].to(device)
-        digests["differences"] = sha256_of(config.differences)
     if config.encoder is not None:
         encoder = load_inverter(config.encoder, prints[0]).to(device)
-        digests["encoder"] = sha256_of(config.encoder)
     return Bench(
-        essence,
-        generated_sources(essence.generator, essence.truncation, config.sources, SOURCE_SEED),
-        pairs,
-        differences,
-        encoder,
-        config.precision == "bf16" or (config.precision is None and has_bfloat16(device)),
-        config.max_steps,
-        config.seed,
-        world.recipe,
-        digests,
+        essence=essence,
+        sources=scene.sources(config.sources, TEST_SOURCES),
+        pairs=pairs,
+        differences=differences,
+        encoder=encoder,
+        precision=command.choose_precision(config.precision, fast_precision(device)),
+        max_steps=config.max_steps,
+        seed=config.seed,
+        recipe=world.recipe,
+        digests=digests,
     )
 
 
 def load_judge(
     name: str | None, pretrained: str | None, device: torch.device
 ) -> ClipEmbedder | BlipEmbedder | None:
-    """The second judge, if one is wanted."""
+    """Load the second judge, if one is asked for."""
     if name is None:
         return None
     if not name.startswith(BLIP):
@@ -223,27 +228,24 @@ def load_judge(
 
 
 def make_judges(config: Config, world: World, bench: Bench) -> Judges:
-    """Everything that looks at images."""
-    essence, device = bench.essence, bench.sources.device
+    """Load everything that looks at images."""
+    device = bench.scene.device
     return Judges(
-        essence.generator,
-        essence.embedder,
-        load_reader().to(device) if world.name == DRAWN_WORLD else None,
-        load_judge(config.judge, config.judge_pretrained, device),
-        essence.identity,
-        config.max_images,
+        scene=bench.scene,
+        reader=load_reader().to(device) if world.name == DRAWN_WORLD else None,
+        second=load_judge(config.judge, config.judge_pretrained, device),
     )
 
 
 def make_sets(config: Config, bench: Bench, judges: Judges) -> list[EvalSet]:
-    """The test sets, checked against what may have been trained on."""
-    essence = bench.essence
+    """Make the test sets, checked against what may have been trained on."""
+    scene = bench.scene
     if judges.reader is not None:
         sets = [in_range(config.count), out_of_range(config.count)]
     else:
-        sets = [samples(essence.generator, essence.truncation, config.count)]
-    unedited = tensor_to_pictures(judges.render(bench.sources))
-    sets.append(adversarial(ADVERSARIES, essence.generator.resolution, unedited))
+        sets = [samples(scene.generator, scene.truncation, config.count)]
+    unedited = tensor_to_pictures(scene.render(bench.sources))
+    sets.append(adversarial(ADVERSARIES, scene.generator.resolution, unedited))
     if config.folder is not None:
         sets.append(folder_set(config.folder, config.count, config.trust_folder))
     trained = frozenset[str]() if bench.pairs is None else bench.pairs.ids
@@ -252,7 +254,7 @@ def make_sets(config: Config, bench: Bench, judges: Judges) -> list[EvalSet]:
 
 
 def choose_methods(config: Config, bench: Bench) -> tuple[list[str], list[str]]:
-    """Names of the methods to run, and why others are left out.
+    """Return the names of the methods to run, and why others are left out.
 
     Raises:
         ValueError: a method that was asked for lacks a part.
@@ -274,63 +276,64 @@ def choose_methods(config: Config, bench: Bench) -> tuple[list[str], list[str]]:
 
 
 def count_for(config: Config, name: str, targets: EvalSet) -> int:
-    """How many targets of a set a method is run on."""
+    """Return the number of targets of a set that a method is run on."""
     method = METHODS[name]
     if not method.slow and not (config.quick and method.optimizes):
         return len(targets)
-    # What is adversarial has no essence to bring: slow searches would be spent on nothing.
+    # Adversarial targets have no essence for a slow search to find.
     return 0 if targets.name == ADVERSARIAL else min(config.first, len(targets))
 
 
 def find_all(
     config: Config, bench: Bench, sets: Sequence[EvalSet], chosen: Sequence[str]
-) -> dict[str, dict[str, Run]]:
-    """The answer of every method to every set."""
+) -> dict[str, dict[str, TimedAnswer]]:
+    """Return the answers of every method to every set, by the names of sets and methods."""
     folder = config.out / "answers"
     folder.mkdir(exist_ok=True)
-    runs: dict[str, dict[str, Run]] = {targets.name: {} for targets in sets}
-    wanted = [(targets, name) for targets in sets for name in chosen]
-    for targets, name in (bar := tqdm(wanted, unit="run")):
+    answers: dict[str, dict[str, TimedAnswer]] = {targets.name: {} for targets in sets}
+    bar = tqdm([(targets, name) for targets in sets for name in chosen], unit="run")
+    for targets, name in bar:
         bar.set_description(f"{targets.name}, {name}")
         if count := count_for(config, name, targets):
-            runs[targets.name][name] = run_of(folder, name, bench, targets.part(0, count))
-    return runs
+            part = targets.part(0, count)
+            answers[targets.name][name] = answer_of(folder, name, bench, part)
+    return answers
 
 
 # The report
 
 
 def commit() -> str | None:
-    """The commit of this code, marked where files differ from it; None if it is no checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    """Return the commit of this code, marked where files differ from it; None outside of git."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        described = subprocess.run(
+            describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return described.stdout.strip()
 
 
 def facts(
     config: Config, world: World, bench: Bench, judges: Judges, left_out: Sequence[str]
 ) -> dict[str, Any]:
-    """What the scores belong to."""
-    essence = bench.essence
+    """Return what the scores belong to: settings, networks, seeds, judges, code and machine."""
+    second = {} if judges.second is None else {"judge": judges.second.fingerprint}
     return {
         "config": {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()},
         "world": world.name,
         "fingerprints": {
-            "generator": essence.generator.fingerprint,
-            "embedder": essence.embedder.fingerprint,
-            **({} if judges.second is None else {"judge": judges.second.fingerprint}),
+            "generator": bench.scene.generator.fingerprint,
+            "embedder": bench.scene.embedder.fingerprint,
+            **second,
             **bench.digests,
         },
-        "seeds": {"targets": TARGET_SEED, "sources": SOURCE_SEED, "draws": config.seed},
+        "seeds": {"targets": TEST_TARGETS, "sources": TEST_SOURCES, "draws": config.seed},
         "sources": len(bench.sources),
         "references": config.unedited,
         "first": config.first,
-        "precision": "bf16" if bench.half else "fp32",
+        "precision": bench.precision,
         "judges": {
             "features": judges.features_of,
             "people": judges.people_of,
@@ -338,7 +341,7 @@ def facts(
         },
         "left_out": list(left_out),
         "commit": commit(),
-        "versions": versions(),
+        "versions": command.versions(),
         "machine": machine(),
     }
 
@@ -351,51 +354,36 @@ def run(config: Config) -> dict[str, Any]:
         FloatingPointError: a search whose loss stopped being finite.
     """
     check_config(config)
-    world, device = load_world(config.world), choose_device(config.device)
-    check_sources(SOURCE_SEED, max(config.sources, RELEASED_SOURCES))
-    make_folder(config.out)
+    check_charts()
+    world, device = load_world(config.world), command.choose_device(config.device)
+    check_sources(TEST_SOURCES, max(config.sources, RELEASED_SOURCES))
+    command.make_folder(config.out)
     bench = make_bench(config, world, device)
     judges = make_judges(config, world, bench)
     sets = make_sets(config, bench, judges)
     chosen, left_out = choose_methods(config, bench)
-    runs = find_all(config, bench, sets, chosen)
-    stage = Stage.of(bench, judges, config.unedited, config.first, config.seed)
+    answers = find_all(config, bench, sets, chosen)
+    comparison = Comparison.of(bench, judges, config.unedited, config.first, config.seed)
     drawn = not config.only or DRAWN_ANSWER in config.only
     report = facts(config, world, bench, judges, left_out) | {"sets": {}}
+    pictures = {}
     for targets in sets:
-        trials = judged_trials(stage, targets, runs[targets.name], drawn)
-        if trials:
-            report["sets"][targets.name] = set_report(stage, targets, runs[targets.name], trials)
-            write_grids(config.out, stage, targets, runs[targets.name], trials)
-    report["released"] = released_report(stage, sets, runs)
-    report["sweep"] = sweep_report(stage, sets[0], runs[IN_RANGE])
-    write_file(config.out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    write_file(config.out / "report.md", report_text(report).encode())
-    for name, picture in figures(report).items():
+        own = answers[targets.name]
+        if trials := comparison.trials(targets, own, drawn):
+            report["sets"][targets.name] = set_report(comparison, targets, own, trials)
+            pictures |= grids(comparison, targets, own, trials)
+    report["released"] = released_report(comparison, sets, answers)
+    report["sweep"] = sweep_report(comparison, sets[0], answers[IN_RANGE])
+    command.write_json(config.out / "report.json", report)
+    command.write_file(config.out / "report.md", report_text(report))
+    (config.out / "grids").mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        write_picture(picture, config.out / "grids" / f"{name}.png")
+    for name, picture in charts(report).items():
         write_picture(picture, config.out / f"{name}.png")
+    print(f"look at {config.out / 'report.md'}")
     return report
 
 
 def main() -> None:
-    """The command: errors of input and of files are one line, and never a traceback."""
-    code = 0
-    try:
-        config = tyro.cli(Config, description=__doc__)
-        run(config)
-        print(f"look at {config.out / 'report.md'}")
-    except KeyboardInterrupt:
-        code = 130
-        print("stopped; the same command goes on from here", file=sys.stderr)
-    except torch.OutOfMemoryError:
-        code = 1
-        print(
-            "error: out of memory: lower --max-images, or add --checkpoint-layers", file=sys.stderr
-        )
-    except (ValueError, OSError, FloatingPointError) as error:
-        code = 1
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m eval.compare")

@@ -6,7 +6,7 @@ of images is on the processor.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -183,7 +183,7 @@ def face_judges(scene: Scene) -> Judges:
             f"--world: expected a world of drawn faces of {SIZE} px, which the attribute reader "
             f"knows, found one of {scene.generator.resolution} px"
         )
-    return Judges(scene=replace(scene, identity=None), reader=load_reader().to(scene.device))
+    return Judges(scene=scene, reader=load_reader().to(scene.device))
 
 
 @dataclass(frozen=True)

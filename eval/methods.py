@@ -1,38 +1,40 @@
 """The methods that are compared: the mapper, the teacher by its recipes, baselines and peers.
 
-Each is a function of a bench, which holds everything a method may use, and of a set of targets; it
-answers with edits. Knows how directions are found; nothing of how they are scored.
+A method is a function of a bench, which holds everything a method may use, and of a set of targets;
+it returns edits. Knows how directions are found; nothing of how they are scored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from data.card import SUMS
+from data.dataset import load_pairs, networks_of
 from data.drawn.faces import GROUPS, faces_from_z, to_images
 from data.drawn.sketch import ESSENCE, Face, draw
-from eval.pair_methods import PENALTIES, PairTable
-from eval.sets import SOURCE_SEED, EvalSet, source_seeds
+from data.pairs import dimensions
+from data.publish import sha256_of
+from eval.sets import EvalSet
 from predictor.mapper import Mapper
 from predictor.mapper_file import trained_recipe
 from predictor.transfer import EssenceTransfer
+from targetclip.command import Precision, in_precision
 from targetclip.encoders.inverter import Inverter
 from targetclip.losses import transfer_loss
-from targetclip.media.images import picture_to_tensor
-from targetclip.optimize import Progress, embed_latents, learning_rate, optimize_directions
-from targetclip.precision import in_bfloat16
+from targetclip.optimize import learning_rate
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.sources import source_bank
-from targetclip.seeds import BANK, seed_of
-from targetclip.targets import embed_targets, initial_directions
+from targetclip.scene import MAX_IMAGES, Scene
+from targetclip.seeds import TEST_SOURCES, seed_of, source_seeds
 
 Part = Literal["mapper", "calibration", "pairs", "inverter", "differences", "encoder", "identity"]
 LACKING: dict[Part, str] = {
@@ -45,68 +47,173 @@ LACKING: dict[Part, str] = {
     "identity": "the world has no identity model",
 }
 
-# Each source alone: there is no other to agree with. Fewer steps, since there are more searches.
+# Each source has a search of its own: no consistency, and fewer steps.
 BLENDING = replace(RECIPES["consistent"], sources=1, steps=100, consistency_weight=0.0)
+ROWS = 256  # directions of pairs in memory at once
+PENALTIES = tuple(10.0**power for power in range(-7, 2))
 
 
-@dataclass(frozen=True)
+# The teacher's pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTable:
+    """Pairs of the train split, and what the baselines fit to them."""
+
+    rows: datasets.Dataset = field(repr=False)
+    """Their directions stay on disk."""
+    embeddings: Float[Tensor, "pairs embed"]
+    """Of length 1."""
+    ids: frozenset[str]
+    digest: str
+    """Hash of the dataset."""
+    centre: Float64[Tensor, " embed"]
+    """Mean embedding."""
+    mean: Float64[Tensor, "num_ws w_dim"]
+    """Mean direction."""
+    weights: Float64[Tensor, "embed entries"]
+    """Ridge regression from embeddings less `centre` to flattened directions less `mean`."""
+
+    def mean_directions(
+        self, embeddings: Float[Tensor, "targets embed"]
+    ) -> Float[Tensor, "targets num_ws w_dim"]:
+        """Return the mean of all training directions, for every target."""
+        return self.mean.float().repeat(len(embeddings), 1, 1)
+
+    def nearest_directions(
+        self, embeddings: Float[Tensor, "targets embed"]
+    ) -> Float[Tensor, "targets num_ws w_dim"]:
+        """Return the direction of the training pair whose embedding has the highest cosine."""
+        nearest = (F.normalize(embeddings, dim=1) @ self.embeddings.T).argmax(dim=1)
+        # One at a time: a selection of rows would lose their order and repetitions.
+        return torch.stack([self.rows[int(i)]["direction"] for i in nearest])
+
+    def ridge_directions(
+        self, embeddings: Float[Tensor, "targets embed"]
+    ) -> Float[Tensor, "targets num_ws w_dim"]:
+        """Return the predictions of the ridge regression."""
+        offsets = F.normalize(embeddings.double(), dim=1) - self.centre
+        directions = self.mean.flatten() + offsets @ self.weights
+        return directions.float().unflatten(1, self.mean.shape)
+
+
+def ridge_by_penalty(
+    offsets: Float64[Tensor, "pairs embed"], cross: Float64[Tensor, "embed entries"]
+) -> list[Float64[Tensor, "embed entries"]]:
+    """Return the weights of a ridge regression for each of PENALTIES.
+
+    Args:
+        offsets: centred inputs. A penalty is added to the variances of their coordinates.
+        cross: covariances of inputs and outputs.
+    """
+    variances, axes = torch.linalg.eigh(offsets.T @ offsets / len(offsets))
+    projected = axes.T @ cross
+    return [axes @ (projected / (variances[:, None] + penalty)) for penalty in PENALTIES]
+
+
+def open_pair_table(folder: Path, scene: Scene) -> PairTable:
+    """Read the train pairs of a dataset, and fit the ridge regression to them.
+
+    Its penalty is that of the least squared error on the validation pairs. A few directions are in
+    memory at a time.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_pairs` and `networks_of`; pairs of other networks.
+    """
+    generator, embedder = scene.generator, scene.embedder
+    train, validation = load_pairs(folder, "train"), load_pairs(folder, "validation")
+    sizes = dimensions(train.features)
+    expected = (embedder.embed_dim, generator.num_ws, generator.w_dim)
+    prints = (generator.fingerprint, embedder.fingerprint)
+    if sizes != expected or networks_of(folder) != prints:
+        raise ValueError(
+            f"--pairs: expected pairs of generator {prints[0][:12]} and embedder {prints[1][:12]}, "
+            f"{expected}, found others, {sizes}, in {str(folder)!r}; build pairs for this world"
+        )
+    embeddings = F.normalize(train["embedding"][:].double(), dim=1)
+    centre = embeddings.mean(dim=0)
+    offsets = embeddings - centre
+    total, cross = torch.zeros(()), torch.zeros(())
+    for start in range(0, len(train), ROWS):
+        directions = train[start : start + ROWS]["direction"].double().flatten(1)
+        total = total + directions.sum(dim=0)
+        cross = cross + offsets[start : start + ROWS].T @ directions
+    mean, candidates = total / len(train), ridge_by_penalty(offsets, cross / len(train))
+    held_out = F.normalize(validation["embedding"][:].double(), dim=1) - centre
+    errors = torch.zeros(len(candidates), dtype=torch.float64)
+    for start in range(0, len(validation), ROWS):
+        directions = validation[start : start + ROWS]["direction"].double().flatten(1)
+        part = held_out[start : start + ROWS]
+        for i, weights in enumerate(candidates):
+            errors[i] += (mean + part @ weights - directions).square().sum()
+    return PairTable(
+        rows=train,
+        embeddings=F.normalize(train["embedding"][:], dim=1),
+        ids=frozenset(train["id"][:]),
+        digest=sha256_of(folder / SUMS),
+        centre=centre,
+        mean=mean.unflatten(0, expected[1:]),
+        weights=candidates[int(errors.argmin())],
+    )
+
+
+# The bench
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What methods may use. A part that is not there leaves the methods out that need it."""
+    """Everything methods may use. Methods whose parts are missing are left out."""
 
     essence: EssenceTransfer
     """With the mapper that is judged."""
     sources: Float[Tensor, "sources num_ws w_dim"]
-    """The test sources. Methods that answer for each source alone may see them; no other does."""
+    """The test sources, for methods that edit each source by itself; others ignore them."""
     pairs: PairTable | None = None
     differences: Mapper | None = None
     """A mapper trained by differences between samples alone."""
     encoder: Inverter | None = None
-    """An inverter fine-tuned to answer with directions."""
-    half: bool = False
-    """Whether optimizers compute in bfloat16."""
+    """An inverter fine-tuned to return directions."""
+    precision: Precision = "fp32"
+    """Of searches; everything else is in float32."""
     max_steps: int | None = None
-    """Cut every optimization to so many steps."""
+    """Cut every search to so many steps."""
     seed: int = 0
     recipe: str = "consistent"
     """Of the product's optimizer: the world's."""
     digests: Mapping[Part, str] = field(default_factory=dict)
-    """Of the parts that are there: what a change of them is known by."""
+    """Of the parts that are there: an answer is computed again where they change."""
+
+    @property
+    def scene(self) -> Scene:
+        return self.essence.scene
 
     def cut(self, recipe: Recipe) -> Recipe:
-        """A recipe in `max_steps` at most."""
+        """Return a recipe with `max_steps` at most."""
         most = self.max_steps
         return recipe if most is None else replace(recipe, steps=min(recipe.steps, most))
 
-    def precision(self) -> AbstractContextManager[Any]:
-        """Of optimizers; everything else is in float32."""
-        return in_bfloat16(self.sources.device) if self.half else nullcontext()
-
     def embed(self, targets: EvalSet, recipe: Recipe) -> Float[Tensor, "targets embed"]:
-        """Embeddings of targets, preprocessed as a recipe wants them."""
-        essence, pictures = self.essence, list(targets.pictures)
-        return embed_targets(essence.generator, essence.embedder, pictures, recipe)
+        """Return embeddings of targets, preprocessed as a recipe wants them."""
+        return self.scene.embed_targets(targets.pictures, recipe)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a method says of a set of targets."""
+    """A method's edits for a set of targets."""
 
     edits: Float[Tensor, "targets *sources num_ws w_dim"]
     """A direction for each target, or an offset for each of its sources."""
     notes: tuple[str, ...] = ()
-    """A word on each target; empty where there is nothing to say."""
+    """A remark on each target; empty where there is none."""
     expected: Float[Tensor, " targets"] | None = None
-    """Transfer score the method itself expects."""
-
-
-Find = Callable[[Bench, EvalSet], Answer]
+    """Transfer scores that the method itself expects."""
 
 
 # The mapper
 
 
 def mapped(bench: Bench, targets: EvalSet, mapper: Mapper) -> Answer:
-    """A mapper's answers, in one pass."""
+    """Return a mapper's predictions."""
     embeddings = bench.embed(targets, trained_recipe(mapper.record))
     with torch.no_grad():
         prediction = mapper(embeddings)
@@ -118,18 +225,18 @@ def by_mapper(bench: Bench, targets: EvalSet) -> Answer:
 
 
 def by_auto(bench: Bench, targets: EvalSet) -> Answer:
-    """As the product answers by default, one target after another; notes say by what."""
+    """Return the product's default, one target after another; notes are the `Direction.method`s."""
     recipe = bench.cut(RECIPES[bench.recipe])
-    found = [
+    directions = [
         bench.essence.direction(picture, "auto", recipe, seed_of("compare", bench.seed, name))
         for picture, name in zip(targets.pictures, targets.ids, strict=True)
     ]
-    vectors = torch.stack([direction.vector for direction in found])
-    return Answer(vectors, tuple(direction.method for direction in found))
+    vectors = torch.stack([direction.vector for direction in directions])
+    return Answer(vectors, tuple(direction.method for direction in directions))
 
 
 def by_differences(bench: Bench, targets: EvalSet) -> Answer:
-    """As DeltaEdit is trained: by differences of the generator's own samples, never by targets."""
+    """Predict by a mapper trained as DeltaEdit: by differences of the generator's own samples."""
     if bench.differences is None:
         raise ValueError(LACKING["differences"])
     return mapped(bench, targets, bench.differences)
@@ -138,56 +245,34 @@ def by_differences(bench: Bench, targets: EvalSet) -> Answer:
 # Optimizers
 
 
-def step_bar(recipe: Recipe, name: str, done: int, total: int) -> tqdm:
-    return tqdm(total=recipe.steps, desc=f"{name}, {done} of {total}", unit="step", leave=False)
-
-
 def taught(bench: Bench, targets: EvalSet, name: str) -> Answer:
-    """The teacher by one of its recipes, as many targets at once as `max_images` lets."""
-    essence, recipe = bench.essence, bench.cut(RECIPES[name])
-    generator, embeddings = essence.generator, bench.embed(targets, recipe)
-    seeds = [seed_of("compare", bench.seed, name) for name in targets.ids]
-    pictures = list(targets.pictures)
-    initial = initial_directions(generator, essence.inverter, pictures, recipe.initial, seeds)
-    count = BANK if recipe.fresh_sources else recipe.sources
-    bank = source_bank(generator, essence.truncation, count)
-    at_once = max(1, essence.max_images // recipe.sources)
-    directions, notes = [], []
-    for start in range(0, len(targets), at_once):
-        span = slice(start, start + at_once)
-        with step_bar(recipe, name, start, len(targets)) as bar, bench.precision():
-
-            def on_step(progress: Progress, bar: tqdm = bar) -> None:
-                bar.update()
-
-            found = optimize_directions(
-                generator,
-                essence.embedder,
-                embeddings[span],
-                bank,
-                recipe,
-                initial[span],
-                seeds[span],
-                on_step,
-                essence.max_images,
-                identity=essence.identity,
-            )
-        directions.append(found.directions)
-        notes += [f"failed: {reason}" if reason else "" for reason in found.failures]
-    return Answer(torch.cat(directions), tuple(notes))
+    """Search by one of the teacher's recipes."""
+    recipe = bench.cut(RECIPES[name])
+    seeds = [seed_of("compare", bench.seed, target) for target in targets.ids]
+    directions, failures = bench.scene.search_in_batches(
+        bench.embed(targets, recipe),
+        recipe,
+        bench.scene.initial(targets.pictures, recipe.initial, seeds),
+        seeds,
+        label=name,
+        precision=bench.precision,
+    )
+    return Answer(directions, tuple(f"failed: {f}" if f else "" for f in failures))
 
 
 def blended(
-    bench: Bench, ws: Float[Tensor, "images num_ws w_dim"], goals: Float[Tensor, "images embed"]
+    bench: Bench,
+    ws: Float[Tensor, "images num_ws w_dim"],
+    goals: Float[Tensor, "images embed"],
+    recipe: Recipe,
 ) -> Float[Tensor, "images num_ws w_dim"]:
-    """Offsets of latents, each optimized on its own towards its goal's embedding."""
-    essence, recipe = bench.essence, bench.cut(BLENDING)
+    """Optimize an offset of each latent on its own, towards the goal's embedding."""
+    scene = bench.scene
     offsets = torch.zeros_like(ws).requires_grad_(True)
     adam = torch.optim.Adam([offsets], weight_decay=recipe.weight_decay)
     for step in range(recipe.steps):
-        with bench.precision():
-            images = essence.generator.synthesis(ws + offsets)
-            edited = essence.embedder.embed_images(images)
+        with in_precision(scene.device, bench.precision):
+            edited = scene.embedder.embed_images(scene.generator.synthesis(ws + offsets))
         loss = transfer_loss(edited[:, None], goals).sum()
         (offsets.grad,) = torch.autograd.grad(loss, [offsets])
         if not loss.isfinite():
@@ -197,45 +282,31 @@ def blended(
     return offsets.detach()
 
 
-def by_clip_blending(bench: Bench, targets: EvalSet) -> Answer:
-    """Every source on its own towards the mean of its own and the target's unit embedding.
+def by_clip_blending(bench: Bench, targets: EvalSet, recipe: Recipe = BLENDING) -> Answer:
+    """Optimize every source on its own towards the mean of its own and the target's unit embedding.
 
-    The paper's own baseline. Its settings are BLENDING.
+    The paper's own baseline.
     """
-    essence, sources = bench.essence, bench.sources
+    scene, sources = bench.scene, bench.sources
     with torch.no_grad():
-        found = embed_latents(
-            essence.generator, essence.embedder, sources, "consistent", essence.max_images
-        )
-    judged = F.normalize(bench.embed(targets, RECIPES["consistent"]), dim=1)
-    goals = (F.normalize(found, dim=1)[None] + judged[:, None]).flatten(0, 1)
+        unedited = F.normalize(scene.features(sources), dim=1)
+    embeddings = F.normalize(bench.embed(targets, recipe), dim=1)
+    goals = (unedited[None] + embeddings[:, None]).flatten(0, 1)
     ws = sources.repeat(len(targets), 1, 1)
-    parts = zip(ws.split(essence.max_images), goals.split(essence.max_images), strict=True)
-    total = -(-len(ws) // essence.max_images)
-    bar = tqdm(parts, "clip-blending", total=total, unit="part", leave=False)
-    offsets = torch.cat([blended(bench, *part) for part in bar])
+    at_once = scene.max_images or MAX_IMAGES
+    parts = list(zip(ws.split(at_once), goals.split(at_once), strict=True))
+    bar = tqdm(parts, "clip-blending", unit="part", leave=False)
+    offsets = torch.cat([blended(bench, *part, bench.cut(recipe)) for part in bar])
     return Answer(offsets.unflatten(0, (len(targets), len(sources))))
 
 
 # One pass, without a mapper
 
 
-def by_mean_direction(bench: Bench, targets: EvalSet) -> Answer:
-    return by_pairs(bench, targets, PairTable.mean_directions)
-
-
-def by_nearest_neighbour(bench: Bench, targets: EvalSet) -> Answer:
-    return by_pairs(bench, targets, PairTable.nearest_directions)
-
-
-def by_ridge(bench: Bench, targets: EvalSet) -> Answer:
-    return by_pairs(bench, targets, PairTable.ridge_directions)
-
-
 def by_pairs(
     bench: Bench, targets: EvalSet, answer: Callable[[PairTable, Tensor], Tensor]
 ) -> Answer:
-    """What a baseline makes of the teacher's pairs."""
+    """Answer by a method of the table of pairs."""
     if bench.pairs is None:
         raise ValueError(LACKING["pairs"])
     embeddings = bench.embed(targets, RECIPES["consistent"])
@@ -243,37 +314,34 @@ def by_pairs(
 
 
 def by_latent_blending(bench: Bench, targets: EvalSet) -> Answer:
-    """The target's inversion less the mean latent: everything of the target, added to a source."""
-    inverted = bench.essence.invert(list(targets.pictures))
-    return Answer(inverted - bench.essence.generator.mean_w)
+    """Return the target's inversion less the mean latent, which adds all of the target."""
+    return Answer(bench.scene.invert(targets.pictures) - bench.scene.generator.mean_w)
 
 
 def by_encoder(bench: Bench, targets: EvalSet) -> Answer:
-    """An encoder of target pictures, as TargetCLIP-E is one: its answer less its mean latent."""
-    encoder = bench.encoder
-    if encoder is None:
+    """Ask an encoder of target pictures, such as TargetCLIP-E: its output less its mean latent."""
+    if bench.encoder is None:
         raise ValueError(LACKING["encoder"])
-    size = bench.essence.generator.resolution
-    images = torch.cat([picture_to_tensor(picture, size) for picture in targets.pictures])
     with torch.no_grad():
-        return Answer(encoder(images.to(bench.sources.device)) - encoder.mean_w)
+        latents = bench.encoder(bench.scene.images_of(targets.pictures))
+    return Answer(latents - bench.encoder.mean_w)
 
 
 # The upper reference
 
 
 def drawn_answer(
-    targets: Sequence[Face], z_dim: int, count: int, seed: int = SOURCE_SEED
+    targets: Sequence[Face], z_dim: int, count: int, seed: int = TEST_SOURCES
 ) -> tuple[Float[Tensor, "sources 3 64 64"], Float[Tensor, "targets sources 3 64 64"]]:
-    """The right answer, which no direction can reach: images of sources and of their edits.
+    """Return images of sources and of their right edits, which no direction can reach.
 
-    The faces of generated sources of a seed, drawn, and drawn anew with their own identity and a
-    target's essence; of its extras and style nothing.
+    Sources are the faces of generated sources of a seed, drawn. Edits are the same faces, drawn
+    with their own identity and a target's essence, without the target's extras and style.
     """
     z = torch.stack(
         [
-            torch.randn(z_dim, generator=torch.Generator().manual_seed(seed))
-            for seed in source_seeds(seed, count)
+            torch.randn(z_dim, generator=torch.Generator().manual_seed(source))
+            for source in source_seeds(seed, count)
         ]
     )
     values = faces_from_z(z[:, None].expand(-1, len(GROUPS), -1)).tolist()
@@ -287,19 +355,19 @@ def drawn_answer(
     return to_images(before), torch.stack(edited)
 
 
-# What is compared
+# All methods
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A method and how it is run."""
 
-    find: Find
+    find: Callable[[Bench, EvalSet], Answer]
     needs: tuple[Part, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What its answers depend on, beside the bench."""
+    """Settings of its own that decide its answers."""
     optimizes: bool = False
-    """It searches, so that its seconds count and a change of precision or seed changes it."""
+    """It searches: its seconds count, and precision and seed decide its answers."""
     slow: bool = False
     """It runs on the first few targets alone."""
     per_source: bool = False
@@ -307,43 +375,46 @@ class Method:
 
 
 def needs_of(method: Method, bench: Bench) -> tuple[Part, ...]:
-    """Parts that a method needs; the mapper's refinements, the model of who it was taught to
-    keep."""
-    taught = "calibration" in method.needs and bench.essence.trained.identity_weight
-    return (*method.needs, "identity") if taught else method.needs
+    """Return the parts that a method needs: for refinements of a mapper that was trained with an
+    identity loss, the identity model too."""
+    by_identity = "calibration" in method.needs and bench.essence.trained.identity_weight
+    return (*method.needs, "identity") if by_identity else method.needs
+
+
+def teacher(name: str, needs: tuple[Part, ...] = (), slow: bool = False) -> Method:
+    """Return the method that searches by a recipe."""
+    return Method(
+        find=partial(taught, name=name),
+        needs=needs,
+        settings=asdict(RECIPES[name]),
+        optimizes=True,
+        slow=slow,
+    )
+
+
+def baseline(answer: Callable[[PairTable, Tensor], Tensor], **settings: Any) -> Method:
+    """Return a method of the table of pairs."""
+    return Method(find=partial(by_pairs, answer=answer), needs=("pairs",), settings=settings)
 
 
 METHODS: dict[str, Method] = {
-    "mapper": Method(by_mapper, ("mapper",)),
-    "auto": Method(by_auto, ("mapper", "calibration"), optimizes=True),
-    "consistent": Method(
-        partial(taught, name="consistent"),
-        settings=asdict(RECIPES["consistent"]),
-        optimizes=True,
-    ),
-    "identity": Method(
-        partial(taught, name="identity"),
-        ("identity",),
-        asdict(RECIPES["identity"]),
-        optimizes=True,
-    ),
-    "release": Method(
-        partial(taught, name="release"),
-        ("inverter",),
-        asdict(RECIPES["release"]),
+    "mapper": Method(find=by_mapper, needs=("mapper",)),
+    "auto": Method(find=by_auto, needs=("mapper", "calibration"), optimizes=True),
+    "consistent": teacher("consistent"),
+    "identity": teacher("identity", ("identity",)),
+    "release": teacher("release", ("inverter",), slow=True),
+    "paper": teacher("paper", slow=True),
+    "mean-direction": baseline(PairTable.mean_directions),
+    "nearest-neighbour": baseline(PairTable.nearest_directions),
+    "ridge": baseline(PairTable.ridge_directions, penalties=list(PENALTIES)),
+    "latent-blending": Method(find=by_latent_blending, needs=("inverter",)),
+    "clip-blending": Method(
+        find=by_clip_blending,
+        settings=asdict(BLENDING),
         optimizes=True,
         slow=True,
+        per_source=True,
     ),
-    "paper": Method(
-        partial(taught, name="paper"), (), asdict(RECIPES["paper"]), optimizes=True, slow=True
-    ),
-    "mean-direction": Method(by_mean_direction, ("pairs",)),
-    "nearest-neighbour": Method(by_nearest_neighbour, ("pairs",)),
-    "ridge": Method(by_ridge, ("pairs",), {"penalties": list(PENALTIES)}),
-    "latent-blending": Method(by_latent_blending, ("inverter",)),
-    "clip-blending": Method(
-        by_clip_blending, (), asdict(BLENDING), optimizes=True, slow=True, per_source=True
-    ),
-    "differences": Method(by_differences, ("differences",)),
-    "encoder": Method(by_encoder, ("encoder",)),
+    "differences": Method(find=by_differences, needs=("differences",)),
+    "encoder": Method(find=by_encoder, needs=("encoder",)),
 }

@@ -1,39 +1,37 @@
-"""The report for people: tables in Markdown and figures, from what report.json holds.
+"""Reports for people: tables in Markdown and charts, of the numbers in report.json.
 
-Knows numbers by their names; nothing of how they were found.
+Knows numbers by their names; nothing of how they were found. Charts need matplotlib, the extra
+`eval`.
 """
 
-import json
 import os
 import platform
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 
-from eval.charts import COLOURS, Colour, Series, bars, chart
-from eval.compare_judge import DRAWN_ANSWER, REFERENCE
 from eval.judging import RELEASED_STRENGTH, SCORES
 from eval.methods import METHODS
-from eval.sets import ADVERSARIAL, FOLDER, IN_RANGE, OUT_OF_RANGE, EvalSet
+from eval.sets import ADVERSARIAL, FOLDER, IN_RANGE, OUT_OF_RANGE
+from eval.trials import DRAWN_ANSWER, REFERENCE
 from targetclip.command import versions
-from targetclip.media.images import labelled_grid, tensor_to_pictures
-from targetclip.scene import Scene
-from targetclip.seeds import VALIDATION_SOURCES
 
-COLOUR_OF: dict[str, Colour] = dict(zip((*METHODS, DRAWN_ANSWER), COLOURS, strict=True))
+COLOUR_OF = {name: i for i, name in enumerate((*METHODS, DRAWN_ANSWER))}  # places in PALETTE
+PALETTE = "tab20"  # matplotlib's pairs of a dark and a light colour
 ABOUT = {
     IN_RANGE: "What the generator can show",
     OUT_OF_RANGE: "Faces in another style that also have something the generator never draws",
     ADVERSARIAL: "Pictures that bring no essence, or none that a source lacks",
     FOLDER: "Pictures of your own",
 }
+INSTALL = 'pip install "targetclip[eval]"'
 MEMORY_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
 MAIN = ("transfer", "consistency", "essence", "identity")
 BARS = ("mapper", "identity", "consistent", "ridge", DRAWN_ANSWER)
@@ -48,90 +46,88 @@ RELEASED = {
 READING = """## How to read it
 
 Scores are means over sources, then over targets; brackets hold 95 % of bootstrap means over
-targets. Every method edits the same sources at strength 1; none but `clip-blending` has seen them.
+targets. Every method edits the same sources at strength 1; only `clip-blending` has used them.
 
 - transfer score: cosine of edited sources to the target in the embedder's space.
-- consistency: mean cosine of the shifts of two sources there. Additivity weighs them by their
-  lengths: the part of the shift that is the same for all sources.
-- essence acquired: how much of the way from source to target the target's essence attributes went,
-  by the attribute reader; 1 is all of it. Identity kept: 1 is all of it, 0 as little as between two
-  sources. Same person is the identity model's cosine: of the model that the recipe `identity` is
-  optimized by, and a mapper that it taught. There only the reader, another network, judges freely.
+- consistency: mean cosine of the shifts of two sources there. Additivity weighs the shifts by their
+  lengths: it is the part of the shift that is the same for all sources.
+- essence acquired: the part of the way from source to target that the target's essence attributes
+  went, by the attribute reader; 1 is all of it. Identity kept: 1 is all of it, 0 as little as
+  between two sources. Same person is the cosine of the identity model, which the recipe `identity`
+  optimizes and which trained the mapper if its recipe has an identity weight. For these two only
+  the reader, another network, is independent.
 - second judge: transfer score in another embedder's space.
 - change outside: mean change of the picture's left and right border, of the range of values.
-  Perceived outside is the same to the eyes of a network (the reader's): how differently it sees an
-  unedited picture with the edit's border, as LPIPS measures it, but without learned weights.
+  Perceived outside is the same as a network (the reader) measures it: the distance of an unedited
+  picture from itself with the edit's border, as in LPIPS, but without learned weights.
 - FID and KID, by torchmetrics: of all edited images of a table's targets against {references}
   unedited ones, by {features}.
   FID is biased by the number of images: compare it within a table alone. Drawn pictures are sharper
   than any the generator makes, which counts against `drawn-answer`.
 - seconds are of a new target, from its picture to its direction. Those with a star are means over a
-  set's targets, of which `auto` takes one after another, in fp32, as the product does, and the
-  other searches several at once; those without are of one target alone, after a warm-up.
+  set's targets: `auto` takes one after another, in fp32, as the product does, and the other
+  searches several at once. Those without are of one target alone, after a warm-up.
 - `clip-blending` searches for every source on its own: its seconds are of a target and
   {sources} sources, and new sources cost as much again.
-- `drawn-answer` is what no direction can reach: each source drawn with its own identity and the
-  target's essence, but none of its style or of what the generator never draws.
+- `drawn-answer` cannot be reached by any direction: each source drawn with its own identity and the
+  target's essence, without the target's style and what the generator never draws.
 """
 
 
+# Tables
+
+
 def number(value: float | None, digits: int = 3) -> str:
+    """Return a number with so many digits after the point; empty for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def with_bounds(found: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """A mean and its interval; empty where there is no such score."""
-    if found is None:
+def with_bounds(score: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """Return a mean and its interval (see `interval`); empty for None."""
+    if score is None:
         return ""
-    mean = number(found["mean"], digits)
-    if found["low"] is None:
+    mean = number(score["mean"], digits)
+    if score["low"] is None:
         return mean
-    return f"{mean} [{number(found['low'], digits)}, {number(found['high'], digits)}]"
+    return f"{mean} [{number(score['low'], digits)}, {number(score['high'], digits)}]"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table in Markdown."""
+    """Return the lines of a table in Markdown."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
+# report.md of the comparison
+
+
 def seconds_of(method: Mapping[str, Any]) -> str:
+    """Return the seconds of a method, with a star for a share; empty where it was not timed."""
     if "seconds" not in method:
         return ""
     return f"{method['seconds']:.3g}{'*' if method['timing'] == 'share' else ''}"
 
 
-def score_tables(found: Mapping[str, Any], block: str) -> list[str]:
-    """Two tables of a block of means: what matters most, and the rest."""
-    means = found[block]
+def score_tables(scored: Mapping[str, Any], block: str) -> list[str]:
+    """Return two tables of a block of means: the main scores, and the rest."""
+    means = scored[block]
     have = [score for score in SCORES if any(score in row for row in means.values())]
     main = [score for score in have if score in MAIN]
     rest = [score for score in have if score not in MAIN]
-    lines = table(
-        ["method", *(SCORES[score] for score in main), "s a target"],
-        [
-            [name, *(with_bounds(row.get(s)) for s in main), seconds_of(found["methods"][name])]
-            for name, row in means.items()
-        ],
-    )
-    return lines + table(
-        ["method", *(SCORES[score] for score in rest), "FID", "KID", "images"],
-        [
-            [
-                name,
-                *(with_bounds(row.get(score)) for score in rest),
-                f"{row['fid']:.3g}",
-                f"{row['kid']:.3g}",
-                str(row["images"]),
-            ]
-            for name, row in means.items()
-        ],
-    )
+    main_rows, rest_rows = [], []
+    for name, row in means.items():
+        seconds = seconds_of(scored["methods"][name])
+        main_rows.append([name, *(with_bounds(row.get(score)) for score in main), seconds])
+        sizes = [f"{row['fid']:.3g}", f"{row['kid']:.3g}", str(row["images"])]
+        rest_rows.append([name, *(with_bounds(row.get(score)) for score in rest), *sizes])
+    main_heads = ["method", *(SCORES[score] for score in main), "s a target"]
+    rest_heads = ["method", *(SCORES[score] for score in rest), "FID", "KID", "images"]
+    return table(main_heads, main_rows) + table(rest_heads, rest_rows)
 
 
-def difference_table(found: Mapping[str, Any]) -> list[str]:
-    """The reference less each other method; nothing where there is no other."""
-    others = found["differences"]
+def difference_table(scored: Mapping[str, Any]) -> list[str]:
+    """Return the table of the reference less each other method; nothing where there is no other."""
+    others = scored["differences"]
     if not others:
         return []
     have = [score for score in MAIN if any(score in row for row in others.values())]
@@ -139,59 +135,61 @@ def difference_table(found: Mapping[str, Any]) -> list[str]:
         [name, str(row["transfer"]["count"]), *(with_bounds(row.get(score)) for score in have)]
         for name, row in others.items()
     ]
-    head = f"`{found['reference']}` less each other method, paired by target:"
+    head = f"`{scored['reference']}` less each other method, paired by target:"
     return [head, "", *table(["other", "targets", *(SCORES[score] for score in have)], rows)]
 
 
-def answered_by(method: Mapping[str, Any]) -> str:
-    """How often each note was made; empty if none was."""
+def counted_notes(method: Mapping[str, Any]) -> str:
+    """Return how often each note was made; empty if none was."""
     notes = [note for note in method.get("notes", []) if note]
-    counts = {note: notes.count(note) for note in sorted(set(notes))}
-    return ", ".join(f"{note} {count}" for note, count in counts.items())
+    return ", ".join(f"{note} {notes.count(note)}" for note in sorted(set(notes)))
 
 
-def set_section(name: str, found: Mapping[str, Any]) -> list[str]:
-    """All that is said of a set."""
-    count = len(found["targets"])
+def set_section(name: str, scored: Mapping[str, Any]) -> list[str]:
+    """Return the section of a set."""
+    count = len(scored["targets"])
     lines = [f"## {name}: {count} targets", ""]
-    lines += [f"{ABOUT[name]}. Transfer score of unedited sources: {found['unedited']:.3f}.", ""]
-    lines += score_tables(found, "all")
-    if found["first"]:
-        fewer = min(method["count"] for method in found["methods"].values())
+    lines += [f"{ABOUT[name]}. Transfer score of unedited sources: {scored['unedited']:.3f}.", ""]
+    lines += score_tables(scored, "all")
+    if scored["first"]:
+        fewer = min(method["count"] for method in scored["methods"].values())
         lines += [f"Of the first {fewer} alone, which every method answered:", ""]
-        lines += score_tables(found, "first")
-    lines += difference_table(found)
-    noted = {m: answered_by(row) for m, row in found["methods"].items() if answered_by(row)}
-    return lines + [f"- `{m}` on these targets: {words}" for m, words in noted.items()] + [""]
+        lines += score_tables(scored, "first")
+    lines += difference_table(scored)
+    notes = {method: counted_notes(row) for method, row in scored["methods"].items()}
+    return (
+        lines + [f"- `{m}` on these targets: {words}" for m, words in notes.items() if words] + [""]
+    )
 
 
-def released_section(found: Mapping[str, Any], people: str | None) -> list[str]:
-    """The released evaluation's table."""
-    have = [s for s in RELEASED if any(s in row for row in found["methods"].values())]
+def released_section(released: Mapping[str, Any], people: str | None) -> list[str]:
+    """Return the section of the released evaluation; nothing where no method has directions."""
+    methods = released["methods"]
+    if not methods:
+        return []
+    have = [score for score in RELEASED if any(score in row for row in methods.values())]
     rows = []
-    for name, row in found["methods"].items():
+    for name, row in methods.items():
         spreads = [row[score] for score in have]
         cells = [f"{spread['mean']:.1f} ± {spread['deviation']:.1f}" for spread in spreads]
         rows.append([name, *cells])
-    if not rows:
-        return []
-    who = f"Who is who says {people}. " if people else ""
-    targets = f"{found['targets']} targets (the first of each set)"
+    source = f"Identity is by {people}. " if people else ""
+    targets = f"{released['targets']} targets (the first of each set)"
     return [
         "## By the released evaluation's protocol",
         "",
-        f"{found['sources']} sources, strength {RELEASED_STRENGTH}, {targets}: means over sources, "
-        f"then mean and deviation over targets; cosines times 100. {who}As released, it is shown "
-        "sources in [-1, 1] and results in [0, 1]; corrected, all alike. FID is each target's "
-        "results against unedited images. None of the sources was optimized on; of the released "
-        "ones four are.",
+        f"{released['sources']} sources, strength {RELEASED_STRENGTH}, {targets}: means over "
+        f"sources, then mean and deviation over targets; cosines times 100. {source}As released, "
+        "sources are shown in [-1, 1] and results in [0, 1]; corrected, all in [-1, 1]. FID is of "
+        "each target's results against unedited images. None of the sources was optimized on; of "
+        "the released ones four are.",
         "",
         *table(["method", *(RELEASED[score] for score in have)], rows),
     ]
 
 
 def report_text(report: Mapping[str, Any]) -> str:
-    """report.md."""
+    """Return report.md."""
     seeds, judges = report["seeds"], report["judges"]
     lines = [
         f"# Methods compared on {report['world']}",
@@ -203,8 +201,8 @@ def report_text(report: Mapping[str, Any]) -> str:
     ]
     lines += [f"- left out: {words}" for words in report["left_out"]]
     lines += [""] if report["left_out"] else []
-    for name, found in report["sets"].items():
-        lines += set_section(name, found)
+    for name, scored in report["sets"].items():
+        lines += set_section(name, scored)
     lines += released_section(report["released"], judges["people"])
     reading = READING.format(
         references=report["references"], features=judges["features"], sources=report["sources"]
@@ -212,121 +210,221 @@ def report_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n" + reading
 
 
-# Figures
+# Charts
 
 
-def seconds_figure(name: str, found: Mapping[str, Any]) -> Image.Image | None:
-    """Transfer score against seconds; hollow where a method answered the first targets alone."""
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """Points under a name."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    colour: int | None = None
+    """Place in PALETTE. None: the dark colours, in the order of the series."""
+    spans: Sequence[tuple[float, float]] = ()
+    """A lower and an upper y for each point, or none at all."""
+    joined: bool = False
+    """Draw a line through the points."""
+    hollow: bool = False
+
+
+def check_charts() -> None:
+    """Raise a ValueError where matplotlib is missing; called before any work."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"charts need matplotlib, which is not installed: {INSTALL}")
+
+
+def new_chart(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
+    """Return a figure of 1000 x 600 pixels, drawn without a screen, and its axes."""
+    check_charts()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def colour_at(place: int) -> Any:
+    """Return a colour of PALETTE, which begins anew after its last."""
+    from matplotlib import colormaps
+
+    palette = colormaps[PALETTE]
+    return palette(place % palette.N)
+
+
+def picture_of(figure: Any, axes: Any) -> Image.Image:
+    """Draw a figure with a legend on the right."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    levels: Mapping[str, float] | None = None,
+    diagonal: bool = False,
+) -> Image.Image:
+    """Draw points and lines.
+
+    Args:
+        levels: dashed horizontal lines, by their names.
+        diagonal: draw y = x, dashed.
+
+    Raises:
+        ValueError: there is no point, or no matplotlib.
+    """
+    if not any(line.points for line in series):
+        raise ValueError(f"expected points for the chart {title!r}, found none")
+    figure, axes = new_chart(title, x_label, y_label)
+    for i, line in enumerate(series):
+        x, y = zip(*line.points, strict=True)
+        colour = colour_at(2 * i if line.colour is None else line.colour)
+        style = {"color": colour, "marker": "o", "linestyle": "-" if line.joined else "none"}
+        if line.hollow:
+            style["markerfacecolor"] = "white"
+        if line.spans:
+            low, high = (np.array(bounds) for bounds in zip(*line.spans, strict=True))
+            axes.errorbar(x, y, (y - low, high - y), label=line.name, **style)
+        else:
+            axes.plot(x, y, label=line.name, **style)
+    for name, level in (levels or {}).items():
+        axes.axhline(level, color="0.2", linestyle="--", linewidth=1)
+        axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom")
+    if diagonal:
+        axes.axline((0, 0), slope=1, color="0.2", linestyle="--", linewidth=1)
+    if log_x:
+        axes.set_xscale("log")
+    return picture_of(figure, axes)
+
+
+def bar_chart(
+    title: str,
+    groups: Mapping[str, Mapping[str, float]],
+    y_label: str,
+    colours: Mapping[str, int] | None = None,
+) -> Image.Image:
+    """Draw a bar for each value, side by side: `groups[name][kind]`, kinds along the axis.
+
+    Args:
+        colours: places in PALETTE, by the names of the groups.
+
+    Raises:
+        ValueError: there is no value, or no matplotlib.
+    """
+    kinds = list(dict.fromkeys(kind for values in groups.values() for kind in values))
+    if not kinds:
+        raise ValueError(f"expected values for the chart {title!r}, found none")
+    figure, axes = new_chart(title, "", y_label)
+    width = 0.8 / len(groups)
+    for i, (name, values) in enumerate(groups.items()):
+        places = [kinds.index(kind) + (i + 0.5) * width - 0.4 for kind in values]
+        colour = colour_at((colours or {}).get(name, 2 * i))
+        axes.bar(places, list(values.values()), width, label=name, color=colour)
+    labels = [kind.replace("_", " ") for kind in kinds]
+    axes.set_xticks(range(len(kinds)), labels, rotation=40, ha="right", rotation_mode="anchor")
+    return picture_of(figure, axes)
+
+
+# Charts of the comparison
+
+
+def seconds_chart(name: str, scored: Mapping[str, Any]) -> Image.Image | None:
+    """Draw transfer score against seconds; hollow: a method that answered the first targets alone.
+    None where no method was timed."""
     series = []
-    for method, row in found["methods"].items():
+    for method, row in scored["methods"].items():
         if "seconds" not in row:
             continue
-        whole = method in found["all"]
-        score = found["all" if whole else "first"][method]["transfer"]
-        spans = [] if score["low"] is None else [(score["low"], score["high"])]
-        label = method if whole else f"{method} (first {row['count']})"
-        points = [(row["seconds"], score["mean"])]
-        series.append(Series(label, points, COLOUR_OF[method], spans, hollow=not whole))
-    levels = {"unedited": found["unedited"]}
-    if DRAWN_ANSWER in found["all"]:
-        levels["drawn answer"] = found["all"][DRAWN_ANSWER]["transfer"]["mean"]
+        whole = method in scored["all"]
+        score = scored["all" if whole else "first"][method]["transfer"]
+        line = Series(
+            name=method if whole else f"{method} (first {row['count']})",
+            points=[(row["seconds"], score["mean"])],
+            colour=COLOUR_OF[method],
+            spans=[] if score["low"] is None else [(score["low"], score["high"])],
+            hollow=not whole,
+        )
+        series.append(line)
+    levels = {"unedited": scored["unedited"]}
+    if DRAWN_ANSWER in scored["all"]:
+        levels["drawn answer"] = scored["all"][DRAWN_ANSWER]["transfer"]["mean"]
     if not series:
         return None
     title = f"{name}: transfer score against seconds for a new target"
-    return chart(title, series, "seconds a target", SCORES["transfer"], True, levels)
+    y_label = SCORES["transfer"]
+    return line_chart(title, series, "seconds a target", y_label, log_x=True, levels=levels)
 
 
-def strength_figure(report: Mapping[str, Any]) -> Image.Image | None:
-    """Identity against essence as the strength grows, or against transfer without a reader."""
-    rows = [row for each in report["sweep"].values() for row in each]
+def strength_chart(report: Mapping[str, Any]) -> Image.Image | None:
+    """Draw identity against essence by strength, or against transfer without a reader. None where
+    nothing measures identity."""
+    rows = [row for by_strength in report["sweep"].values() for row in by_strength]
     across = next((s for s in ("identity", "person") if all(s in row for row in rows)), None)
     upward = "essence" if all("essence" in row for row in rows) else "transfer"
     if not rows or across is None:
         return None
     series = [
-        Series(name, [(row[across], row[upward]) for row in each], COLOUR_OF[name], joined=True)
-        for name, each in report["sweep"].items()
+        Series(
+            name=name,
+            points=[(row[across], row[upward]) for row in by_strength],
+            colour=COLOUR_OF[name],
+            joined=True,
+        )
+        for name, by_strength in report["sweep"].items()
     ]
     strengths = sorted({row["strength"] for row in rows})
     title = f"Strength from {strengths[0]:g} to {strengths[-1]:g}, first {report['first']} targets"
-    return chart(f"{title} in range", series, SCORES[across], SCORES[upward])
+    return line_chart(f"{title} in range", series, SCORES[across], SCORES[upward])
 
 
-def attribute_figures(name: str, found: Mapping[str, Any]) -> dict[str, Image.Image]:
-    """Essence acquired and identity kept, attribute by attribute."""
+def attribute_charts(name: str, scored: Mapping[str, Any]) -> dict[str, Image.Image]:
+    """Draw essence acquired and identity kept of each attribute."""
     pictures = {}
     for kind in ("essence", "identity"):
         groups = {
-            method: found["methods"][method]["attributes"][kind]
+            method: scored["methods"][method]["attributes"][kind]
             for method in BARS
-            if method in found["all"] and kind in found["methods"][method]["attributes"]
+            if method in scored["all"] and kind in scored["methods"][method]["attributes"]
         }
         if groups:
             title = f"{name}: {SCORES[kind]} by attribute"
-            pictures[f"{name} {kind}"] = bars(title, groups, COLOUR_OF, SCORES[kind])
+            pictures[f"{name} {kind}"] = bar_chart(title, groups, SCORES[kind], COLOUR_OF)
     return pictures
 
 
-def expected_figure(report: Mapping[str, Any]) -> Image.Image | None:
-    """The score a mapper expects against the one it reaches, for every target."""
+def expected_chart(report: Mapping[str, Any]) -> Image.Image | None:
+    """Draw the score that the mapper expects against the one it reaches, for every target."""
     series = []
-    for colour, (name, found) in zip(COLOURS, report["sets"].items(), strict=False):
-        row = found["methods"].get(REFERENCE)
+    for name, scored in report["sets"].items():
+        row = scored["methods"].get(REFERENCE)
         if row is not None and row["expected"] is not None:
             points = list(zip(row["expected"], row["scores"]["transfer"], strict=True))
-            series.append(Series(name, points, colour))
+            series.append(Series(name=name, points=points))
     if not series:
         return None
-    title = "Does the mapper know? Each dot is a target"
-    return chart(title, series, "score it expects", SCORES["transfer"], diagonal=True)
+    title = "The transfer score that the mapper expects: a point for each target"
+    return line_chart(title, series, "expected score", SCORES["transfer"], diagonal=True)
 
 
-def figures(report: Mapping[str, Any]) -> dict[str, Image.Image]:
-    """All figures that there are numbers for, by their files' names."""
-    found = {"strength": strength_figure(report), "expected": expected_figure(report)}
-    pictures = {name: picture for name, picture in found.items() if picture is not None}
-    for name, each in report["sets"].items():
-        shown = seconds_figure(name, each)
-        pictures |= attribute_figures(name, each)
-        pictures |= {} if shown is None else {f"{name} seconds": shown}
-    return pictures
+def charts(report: Mapping[str, Any]) -> dict[str, Image.Image]:
+    """Draw all charts that there are numbers for, by their files' names."""
+    pictures = {"strength": strength_chart(report), "expected": expected_chart(report)}
+    for name, scored in report["sets"].items():
+        pictures |= {f"{name} seconds": seconds_chart(name, scored)}
+        pictures |= attribute_charts(name, scored)
+    return {name: picture for name, picture in pictures.items() if picture is not None}
 
 
-# Of the studies
-
-
-def sheet(
-    scene: Scene, targets: EvalSet, directions: Float[Tensor, "targets num_ws w_dim"]
-) -> Image.Image:
-    """Return nine sources, then for each target a row: its picture, and the sources edited."""
-    sources = scene.sources(9, VALIDATION_SOURCES)
-    unedited = tensor_to_pictures(scene.render(sources))
-    rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
-    for i, (picture, direction) in enumerate(zip(targets.pictures, directions, strict=True)):
-        edited = tensor_to_pictures(scene.edit(sources, direction))
-        rows[f"target {i} and sources with its essence"] = [picture, *edited]
-    return labelled_grid(None, rows)
-
-
-def earlier_report(path: Path, comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an earlier run of the same comparison reported, or a report of nothing yet.
-
-    Raises:
-        ValueError: the file is of another comparison, or damaged.
-    """
-    same = json.loads(json.dumps(comparison))  # tuples become lists, as in the file
-    if not path.exists():
-        return {"comparison": same}
-    try:
-        report: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"--out: {str(path)!r} is damaged ({error}): delete it") from error
-    if report.get("comparison") != same:
-        raise ValueError(
-            f"--out: {str(path)!r} is of another comparison: expected {same}, found "
-            f"{report.get('comparison')}; give the same options, or another folder"
-        )
-    return report
+# The machine
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,347 @@
+"""Trials: methods' answers judged on every set, and the numbers and grids that follow.
+
+Knows answers and judges; nothing of how answers were found, nor of how a report looks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.answers import TimedAnswer
+from eval.judging import (
+    Goal,
+    Judged,
+    Judges,
+    Look,
+    edited_images,
+    goal_of,
+    judge,
+    released_scores,
+    scores_of,
+)
+from eval.methods import METHODS, Bench, drawn_answer
+from eval.metrics import (
+    essence_by_attribute,
+    frechet_distance,
+    identity_by_attribute,
+    interval,
+    kernel_distance,
+)
+from eval.sets import ADVERSARIAL, EvalSet
+from targetclip.losses import unit_cosines
+from targetclip.media.images import labelled_grid, tensor_to_pictures
+from targetclip.scene import MAX_IMAGES, Scene
+from targetclip.seeds import TEST_SOURCES, VALIDATION_SOURCES, seed_of
+
+DRAWN_ANSWER = "drawn-answer"
+REFERENCE = "mapper"  # compared with the others, where it was run
+RELEASED_SOURCES = 68
+STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
+SHOWN = 8  # sources in a row of a grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A method judged on the targets of a set, or on the first of them."""
+
+    judged: Judged
+    before: Look
+    """At the sources, unedited."""
+    goal: Goal
+    scores: Mapping[str, Float[Tensor, " targets"]]
+    """Of SCORES."""
+
+    @staticmethod
+    def of(judged: Judged, before: Look, goal: Goal) -> "Trial":
+        """Score what was judged."""
+        scores = scores_of(judged, before, goal)
+        return Trial(judged=judged, before=before, goal=goal, scores=scores)
+
+    def __len__(self) -> int:
+        return len(self.judged.outside)
+
+
+# Numbers of trials
+
+
+def means(
+    trials: Mapping[str, Trial],
+    count: int,
+    references: Float[Tensor, "images features"],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Return scores over the first `count` targets, of every method that has as many."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, trial in trials.items():
+        if len(trial) < count:
+            continue
+        features = trial.judged.look.features[:count].flatten(0, 1)
+        rows[name] = {
+            **{score: interval(v[:count], seed) for score, v in trial.scores.items()},
+            "fid": frechet_distance(features, references),
+            "kid": kernel_distance(features, references),
+            "images": len(features),
+        }
+    return rows
+
+
+def differences(
+    trials: Mapping[str, Trial], reference: str, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Return scores of the reference less those of each other method, over the targets of both."""
+    rows: dict[str, dict[str, Any]] = {}
+    own = trials[reference]
+    for name, trial in trials.items():
+        count = min(len(own), len(trial))
+        if name != reference:
+            rows[name] = {
+                score: interval(own.scores[score][:count] - values[:count], seed)
+                for score, values in trial.scores.items()
+            }
+    return rows
+
+
+def by_attribute(trial: Trial) -> dict[str, dict[str, float]]:
+    """Return essence acquired and identity kept of each attribute; empty without a reader."""
+    readings, before, truth = trial.judged.look.readings, trial.before.readings, trial.goal.truth
+    if readings is None or before is None:
+        return {}
+    scores = {"identity": identity_by_attribute(readings, before)}
+    if truth is not None:
+        scores["essence"] = essence_by_attribute(readings, before, truth.readings, truth.seen)
+    return scores
+
+
+def by_rank(scores: Float[Tensor, " targets"]) -> dict[str, int]:
+    """Return the places of the targets with the best, the median and the worst score."""
+    order: Sequence[int] = scores.argsort(descending=True, stable=True).tolist()
+    return {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+
+
+def reference_of(trials: Mapping[str, Trial]) -> str:
+    return REFERENCE if REFERENCE in trials else next(iter(trials))
+
+
+# The comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that all methods are judged with, beside their answers."""
+
+    bench: Bench
+    judges: Judges
+    before: Float[Tensor, "sources 3 height width"]
+    """Images of the test sources, unedited."""
+    look: Look
+    """At `before`."""
+    references: Float[Tensor, "images features"]
+    """Features of unedited images for FID and KID."""
+    first: int
+    """Targets of a set that every method has answered."""
+    seed: int
+    """Of the bootstrap."""
+
+    @staticmethod
+    def of(bench: Bench, judges: Judges, references: int, first: int, seed: int) -> "Comparison":
+        """Render the sources, and as many `references` as asked."""
+        before = bench.scene.render(bench.sources)
+        latents = bench.scene.latents([seed_of("reference", i) for i in range(references)])
+        parts = latents.split(bench.scene.max_images or MAX_IMAGES)
+        bar = tqdm(parts, "references", unit="batch", leave=False)
+        features = [judges.look(bench.scene.render(part)).features for part in bar]
+        return Comparison(
+            bench=bench,
+            judges=judges,
+            before=before,
+            look=judges.look(before),
+            references=torch.cat(features),
+            first=first,
+            seed=seed,
+        )
+
+    def trial(self, edits: Tensor, goal: Goal, strength: float = 1.0) -> Trial:
+        """Judge edits [targets, *sources, num_ws, w_dim] of the test sources."""
+        edited = edited_images(self.judges, self.bench.sources, edits, strength)
+        return Trial.of(judge(self.judges, self.before, edited), self.look, goal)
+
+    def drawn_trial(self, targets: EvalSet) -> Trial | None:
+        """Judge the drawn answer; None where the content of targets is not known."""
+        sources = self.bench.sources
+        if targets.truth is None:
+            return None
+        z_dim = self.bench.scene.generator.z_dim
+        before, edited = drawn_answer(targets.truth.faces, z_dim, len(sources))
+        before = before.to(sources.device)
+        judged = judge(self.judges, before, edited.to(sources.device))
+        return Trial.of(judged, self.judges.look(before), goal_of(self.judges, targets))
+
+    def trials(
+        self, targets: EvalSet, answers: Mapping[str, TimedAnswer], drawn: bool
+    ) -> dict[str, Trial]:
+        """Judge every method's answer to a set; the drawn answer too, if asked for and there."""
+        trials: dict[str, Trial] = {}
+        for name, timed in tqdm(answers.items(), f"judge {targets.name}", unit="method"):
+            edits = timed.answer.edits
+            trials[name] = self.trial(edits, goal_of(self.judges, targets.part(0, len(edits))))
+        answer = self.drawn_trial(targets) if drawn else None
+        return trials if answer is None else {**trials, DRAWN_ANSWER: answer}
+
+
+# Parts of report.json
+
+
+def method_report(trial: Trial, timed: TimedAnswer | None) -> dict[str, Any]:
+    """Return the report of one method on one set; the drawn answer has no seconds."""
+    row: dict[str, Any] = {"count": len(trial)}
+    if timed is not None:
+        expected = timed.answer.expected
+        row |= {"seconds": timed.seconds, "timing": timed.timing}
+        row |= {"notes": list(timed.answer.notes)}
+        row |= {"expected": None if expected is None else expected.tolist()}
+    scores = {score: values.tolist() for score, values in trial.scores.items()}
+    return row | {"scores": scores, "attributes": by_attribute(trial)}
+
+
+def set_report(
+    comparison: Comparison,
+    targets: EvalSet,
+    answers: Mapping[str, TimedAnswer],
+    trials: Mapping[str, Trial],
+) -> dict[str, Any]:
+    """Return the report of a set."""
+    goal, count, reference = goal_of(comparison.judges, targets), len(targets), reference_of(trials)
+    references, seed = comparison.references, comparison.seed
+    fewer = {len(trial) for trial in trials.values()} - {count}
+    unedited = unit_cosines(comparison.look.embeddings, goal.embeddings[:, None])
+    return {
+        "targets": [list(pair) for pair in zip(targets.ids, targets.origins, strict=True)],
+        "unedited": float(unedited.mean()),
+        "methods": {name: method_report(t, answers.get(name)) for name, t in trials.items()},
+        # Over all targets, of methods that answered them all; over the first ones, of all methods.
+        "all": means(trials, count, references, seed),
+        "first": means(trials, min(fewer), references, seed) if fewer else {},
+        "reference": reference,
+        "differences": differences(trials, reference, seed),
+    }
+
+
+def released_report(
+    comparison: Comparison,
+    sets: Sequence[EvalSet],
+    answers: Mapping[str, Mapping[str, TimedAnswer]],
+    count: int = RELEASED_SOURCES,
+) -> dict[str, Any]:
+    """Return the released evaluation of every method that answers with directions.
+
+    Targets are the first ones of each set but the adversarial one, the same for all methods.
+
+    Args:
+        count: of sources.
+    """
+    parts = [t.part(0, comparison.first) for t in sets if t.name != ADVERSARIAL]
+    targets = EvalSet(
+        name="released",
+        ids=tuple(name for part in parts for name in part.ids),
+        origins=tuple(origin for part in parts for origin in part.origins),
+        pictures=tuple(picture for part in parts for picture in part.pictures),
+    )
+    sources = comparison.bench.scene.sources(count, TEST_SOURCES)
+    names = [
+        name
+        for name, method in METHODS.items()
+        if not method.per_source and all(name in answers[part.name] for part in parts)
+    ]
+    methods: dict[str, Any] = {}
+    for name in tqdm(names, "released", unit="method"):
+        edits = [answers[part.name][name].answer.edits[: len(part)] for part in parts]
+        scores = released_scores(
+            comparison.judges, sources, torch.cat(edits), targets, comparison.references
+        )
+        methods[name] = {score: asdict(spread) for score, spread in scores.items()}
+    return {"targets": len(targets), "sources": len(sources), "methods": methods}
+
+
+def sweep_report(
+    comparison: Comparison, targets: EvalSet, answers: Mapping[str, TimedAnswer]
+) -> dict[str, list[dict[str, float]]]:
+    """Return mean scores by strength, over the first targets of a set, of every method."""
+    few = targets.part(0, comparison.first)
+    goal = goal_of(comparison.judges, few)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for name, timed in tqdm(answers.items(), "strengths", unit="method"):
+        rows[name] = []
+        for strength in STRENGTHS:
+            trial = comparison.trial(timed.answer.edits[: len(few)], goal, strength)
+            scores = {score: float(values.mean()) for score, values in trial.scores.items()}
+            rows[name].append({"strength": strength, **scores})
+    return rows
+
+
+# Grids of pictures
+
+
+def sheet(
+    scene: Scene, targets: EvalSet, directions: Float[Tensor, "targets num_ws w_dim"]
+) -> Image.Image:
+    """Return nine sources, then for each target a row: its picture, and the sources edited."""
+    sources = scene.sources(9, VALIDATION_SOURCES)
+    unedited = tensor_to_pictures(scene.render(sources))
+    rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
+    for i, (picture, direction) in enumerate(zip(targets.pictures, directions, strict=True)):
+        edited = tensor_to_pictures(scene.edit(sources, direction))
+        rows[f"target {i} and sources with its essence"] = [picture, *edited]
+    return labelled_grid(None, rows)
+
+
+def grids(
+    comparison: Comparison,
+    targets: EvalSet,
+    answers: Mapping[str, TimedAnswer],
+    trials: Mapping[str, Trial],
+) -> dict[str, Image.Image]:
+    """Return a grid of each method, and one of all on the same target, by their files' names.
+
+    Targets are chosen by rank. A method's grid shows its best, median and worst target. The grid of
+    all shows the reference's median among the first ones, which every method has answered.
+    """
+    sources = comparison.bench.sources
+    unedited = tensor_to_pictures(comparison.before)
+
+    def edited(name: str, place: int) -> list[Image.Image]:
+        if name in answers:
+            edit = answers[name].answer.edits[place : place + 1]
+            (images,) = edited_images(comparison.judges, sources, edit)
+        else:
+            truth = targets.part(place, place + 1).truth
+            if truth is None:
+                raise ValueError(f"expected edits of {name!r}, found none")
+            z_dim = comparison.bench.scene.generator.z_dim
+            images = drawn_answer(truth.faces, z_dim, len(sources))[1][0]
+        return tensor_to_pictures(images[:SHOWN])
+
+    pictures = {}
+    for name, trial in trials.items():
+        scores = trial.scores["transfer"]
+        rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
+        for rank, i in by_rank(scores).items():
+            label = f"{name}, {rank} of {len(scores)}: {targets.origins[i]}, {float(scores[i]):.3f}"
+            rows[label] = [targets.pictures[i], *edited(name, i)]
+        pictures[f"{targets.name} {name}"] = labelled_grid(None, rows)
+    first = trials[reference_of(trials)].scores["transfer"][: comparison.first]
+    place = by_rank(first)["median"]
+    rows = {"sources": unedited}
+    for name, trial in trials.items():
+        if place < len(trial):
+            score = float(trial.scores["transfer"][place])
+            rows[f"{name}: transfer score {score:.3f}"] = edited(name, place)
+    pictures[f"{targets.name} all"] = labelled_grid(
+        targets.pictures[place], rows, targets.origins[place]
+    )
+    return pictures
