@@ -188,6 +188,8 @@ class Clip:
         rendered = tensor_to_pictures(scene.render(ws[shown].to(scene.device)))
         return Latents(
             scored=ws[scored].to(scene.device),
+            # Every second one of 16, or as evenly spaced as these are themselves.
+            shown=evenly_spaced(len(scored), SHOWN),
             rows={"frames": [*self.squares(size, shown)], "frames, inverted": rendered},
             whole=ws,
             facts={
@@ -195,10 +197,6 @@ class Clip:
                 "scored_frames": [numbers[i] for i in scored],
             },
         )
-
-    def shown(self, edited: Sequence[Image.Image]) -> Sequence[Image.Image]:
-        # Every second one of 16, or as evenly spaced as they are themselves.
-        return [edited[i] for i in evenly_spaced(len(edited), SHOWN)]
 
     def pasted(self, faces: Iterator[Image.Image]) -> Iterator[Image.Image]:
         """Return the frames, with edited faces put back where faces were cut out."""

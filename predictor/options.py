@@ -7,16 +7,14 @@ it does not import torch, so that a wrong command line is refused at once.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from predictor import Mode
 from targetclip.command import Precision, choose_precision
 from targetclip.recipes import RECIPES, Initial, Recipe
-
-if TYPE_CHECKING:
-    import targetclip.world
+from targetclip.world import World, load_world
 
 MAX_SOURCES = 1000  # more than a person looks at; the grid is one picture
 MAX_STRENGTH = 100.0  # far beyond it images overflow
@@ -216,7 +214,7 @@ Command = (
 class Request:
     """A command line and its world, checked against each other, with nothing left to decide."""
 
-    world: "targetclip.world.World"
+    world: World
     out: Path
     pictures: tuple[Path, ...]
     texts: tuple[str, ...]
@@ -276,8 +274,6 @@ def resolve(options: Transfer | Optimize) -> Request:
         ValueError: a damaged world file, or options that the world or each other do not allow.
         FileExistsError: frames would be written into a folder that is not empty.
     """
-    from targetclip.world import load_world
-
     world = load_world(options.world)
     if isinstance(options, Optimize):  # a transfer by the optimizer, less the edit
         options = Transfer(**vars(options), mode="optimize")

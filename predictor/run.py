@@ -5,7 +5,8 @@ Knows the order of the work and how long each phase takes. Every choice is in th
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 from jaxtyping import Float
@@ -14,7 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from predictor.clips import Clip
-from predictor.direction import Direction, Gate, Interrupted, Method, mixed
+from predictor.direction import (
+    Direction,
+    Gate,
+    Interrupted,
+    Method,
+    WatchSearch,
+    WatchStep,
+    mixed,
+)
 from predictor.options import Request
 from predictor.report import (
     NamedTarget,
@@ -60,31 +69,6 @@ from targetclip.world import load_scene
 RELEASED = "released"  # method of the directions of TargetCLIP's release
 
 
-class Bars:
-    """A progress bar for each search of the optimizer."""
-
-    def __init__(self, recipe: str) -> None:
-        self.recipe = recipe
-        self.bar: Any = None
-
-    def watch(self, method: Method, recipe: Recipe) -> Callable[[Progress], None]:
-        """Begin a search."""
-        self.close()
-        verb = "refine" if method == "refined" else "optimize"
-        self.bar = bar = tqdm(total=recipe.steps, desc=f"{verb} ({self.recipe})", unit="step")
-
-        def on_step(progress: Progress) -> None:
-            bar.set_postfix(loss=f"{progress.loss[0]:.4f}", refresh=False)
-            bar.update()
-
-        return on_step
-
-    def close(self) -> None:
-        """Leave the bar of the last search as it is."""
-        if self.bar is not None:
-            self.bar.close()
-
-
 def read_targets(request: Request) -> list[NamedTarget]:
     """Read the targets: pictures, then texts."""
     contents: list[tuple[str, Image.Image | str]] = [
@@ -118,6 +102,24 @@ def load(request: Request, finder: FaceFinder | None) -> EssenceTransfer:
     return essence_of(scene, request.world, request.mapper, aligner)
 
 
+def progress_bars(bars: ExitStack, recipe_name: str) -> WatchSearch:
+    """Return a function that opens a bar in `bars` for a search, and closes that of the last."""
+
+    def watch(method: Method, recipe: Recipe) -> WatchStep:
+        bars.close()
+        verb = "refine" if method == "refined" else "optimize"
+        bar = tqdm(total=recipe.steps, desc=f"{verb} ({recipe_name})", unit="step")
+        bars.enter_context(bar)
+
+        def on_step(progress: Progress) -> None:
+            bar.set_postfix(loss=f"{progress.loss[0]:.4f}", refresh=False)
+            bar.update()
+
+        return on_step
+
+    return watch
+
+
 def find_direction(
     essence: EssenceTransfer, targets: list[NamedTarget], request: Request
 ) -> Outcome:
@@ -126,23 +128,18 @@ def find_direction(
         return read_direction(essence.scene, request)
     if request.falls_back:
         print("targetclip: this world has no mapper: the optimizer it is", file=sys.stderr)
-    bars, parts, interrupted = Bars(request.recipe_name), list[Direction](), False
+    parts, interrupted = list[Direction](), False
     try:
-        with in_precision(essence.scene.device, request.precision):
+        with ExitStack() as bars, in_precision(essence.scene.device, request.precision):
+            given = request.mode, request.recipe, request.seed
+            watch = progress_bars(bars, request.recipe_name)
             for target in targets:
-                parts.append(
-                    essence.direction(
-                        target.content, request.mode, request.recipe, request.seed, bars.watch
-                    )
-                )
+                parts.append(essence.direction(target.content, *given, watch))
     except Interrupted as stopped:
         if len(targets) > 1:  # half a mixture is none
             raise
-        bars.close()
         print("targetclip: interrupted; going on with the direction so far", file=sys.stderr)
         parts, interrupted = [stopped.direction], True
-    finally:
-        bars.close()
     direction = parts[0] if request.weights == (1,) else mixed(parts, request.weights)
     record = record_of(essence, direction, request)
     if interrupted:
@@ -257,7 +254,8 @@ def run_transfer(request: Request) -> int:
 
     with watch.phase("write"):
         pictures = tensor_to_pictures(edited)
-        write_grid(request.out, targets, latents.rows, sources.shown(pictures), strength)
+        shown = [pictures[i] for i in latents.shown]
+        write_grid(request.out, targets, latents.rows, shown, strength)
         written = sources.write(request.out, pictures, latents, edited_pictures)
     rows = target_facts(targets, outcome)
     for row, its in zip(rows, scores, strict=True):

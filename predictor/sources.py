@@ -32,14 +32,16 @@ Edit = Callable[[Float[Tensor, "sources num_ws w_dim"]], Iterator[Image.Image]]
 """From latents on any device to edited pictures."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Latents:
-    """Latents of sources."""
+    """Latents of sources, and how they are shown."""
 
     scored: Float[Tensor, "sources num_ws w_dim"]
     """Those that the edit is scored on."""
-    rows: dict[str, Sequence[Image.Image]]
-    """Rows of the grid that show unedited sources, by their labels."""
+    shown: Sequence[int]
+    """Places of those among them that the grid shows."""
+    rows: Mapping[str, Sequence[Image.Image]]
+    """Rows of the grid of unedited sources, by their labels."""
     whole: Float[Tensor, "frames num_ws w_dim"] | None = None
     """Those of every frame of a clip, on the processor."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -55,9 +57,6 @@ class Sources(Protocol):
 
     def latents(self, scene: Scene) -> Latents:
         """Return the latents, inverted or generated."""
-
-    def shown(self, edited: Sequence[Image.Image]) -> Sequence[Image.Image]:
-        """Return those of the scored edits that belong under the rows of the grid."""
 
     def write(
         self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
@@ -171,10 +170,8 @@ class Generated:
 
     def latents(self, scene: Scene) -> Latents:
         ws = scene.sources(self.count, self.seed)
-        return Latents(ws, {"sources": tensor_to_pictures(scene.render(ws))})
-
-    def shown(self, edited: Sequence[Image.Image]) -> Sequence[Image.Image]:
-        return edited
+        rows = {"sources": tensor_to_pictures(scene.render(ws))}
+        return Latents(scored=ws, shown=range(len(ws)), rows=rows)
 
     def write(
         self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
@@ -209,11 +206,8 @@ class Photos:
             faces = zip(self.pictures, self.quads, strict=True)
             squares = [align(photo, quad, size) for photo, quad in faces]
         ws = torch.cat([*inverted(scene, squares)])
-        rendered = tensor_to_pictures(scene.render(ws))
-        return Latents(ws, {"sources": squares, "sources, inverted": rendered})
-
-    def shown(self, edited: Sequence[Image.Image]) -> Sequence[Image.Image]:
-        return edited
+        rows = {"sources": squares, "sources, inverted": tensor_to_pictures(scene.render(ws))}
+        return Latents(scored=ws, shown=range(len(ws)), rows=rows)
 
     def write(
         self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit

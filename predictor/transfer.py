@@ -156,10 +156,9 @@ class EssenceTransfer:
         """Find the direction of a target.
 
         Args:
-            mode: "instant": the mapper's answer. "auto": the mapper's answer, if its score on the
-                probe sources reaches the mapper's threshold; else a refinement, if that does; else
-                the optimizer's result; the best of the three where none does. "refine": the
-                mapper's answer, refined. "optimize": the optimizer's result, without a mapper.
+            mode: "instant": the mapper's answer. "refine": that answer, refined by the optimizer.
+                "optimize": the optimizer's result. "auto": the first of the three whose score on
+                the probe sources reaches the mapper's threshold, or the best of them.
             recipe: of the optimizer. None: the one given at construction.
             seed: of the optimizer's random numbers.
 
@@ -179,9 +178,8 @@ class EssenceTransfer:
         # Checked now, not after minutes of searching.
         if refining.identity_weight and self.scene.identity is None:
             raise ValueError(
-                "the mapper was trained with an identity loss, and refining its answers needs an "
-                "identity model, found none: name one in the world's file, or ask the mapper "
-                "unchecked (--mode instant)"
+                "refining this mapper's answers needs an identity model, found none: name one in "
+                "the world's file, or ask the mapper unchecked (--mode instant)"
             )
         if mode == "auto":
             self.scene.feature_model(recipe.identity_weight)
