@@ -1,12 +1,13 @@
-"""Datasets that are to be equal, and datasets that are damaged: is `verify` right about them?
+"""Compare datasets that must be equal, and damage datasets to check what `verify` says of them.
 
-Knows the rows and the files of a finished dataset; nothing of builds. The judge of `tests.proof.faults`.
+Knows the rows and the files of a finished dataset; nothing of builds. The judge of
+`tests.proof.faults`.
 """
 
 import random
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,18 @@ KINDS = ("truncated", "removed", "swapped", "extra", *["flipped"] * FLIPS)
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
-    """All rows of a dataset in their order."""
+    """Return all rows of a dataset in their order."""
     shards = [path for split in SPLITS for path in sorted((out / "data").glob(f"{split}-*"))]
     return [row for path in shards for row in pq.read_table(path).to_pylist()]
 
 
-def unequal_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
-    """How rows differ in any column but `seconds`, a line each; bit by bit and in their order."""
-    ids, planned = [row["id"] for row in found], [row["id"] for row in expected]
+def unequal_rows(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> list[str]:
+    """Describe how rows differ in any column but `seconds`, bit by bit, in order, a line each."""
+    ids, planned = [row["id"] for row in rows], [row["id"] for row in expected]
     if ids != planned:
         return [f"other targets or another order: {such_as(ids)}; expected {such_as(planned)}"]
     problems = []
-    for row, other in zip(found, expected, strict=True):
+    for row, other in zip(rows, expected, strict=True):
         # A float32 is a Python float exactly, and its repr tells it from any other, -0.0 from 0.0.
         named = {name for name in row.keys() | other.keys() if name not in row or name not in other}
         named |= {
@@ -55,7 +56,7 @@ def truncate(path: Path, rng: random.Random) -> None:
 
 
 def damage(out: Path, kind: str, rng: random.Random) -> set[str]:
-    """Damage the training shards of a dataset in one of KINDS; names of what is wrong now."""
+    """Damage the training shards of a dataset in one of KINDS; return the names of wrong files."""
     one, other = rng.sample(sorted((out / "data").glob("train-*")), 2)
     wrong = {one}
     if kind == "flipped":
@@ -77,14 +78,21 @@ def damage(out: Path, kind: str, rng: random.Random) -> set[str]:
 
 
 def check_damages(
-    out: Path, copy: Path, splits: Mapping[str, str], rng: random.Random
+    out: Path,
+    copy: Path,
+    splits: Mapping[str, str],
+    rng: random.Random,
+    verify: Callable[[Path, Mapping[str, str]], list[str]] = verify,
 ) -> tuple[Counter[str], list[str]]:
-    """Damage copies of a dataset; how many of each kind `verify` names rightly, and what is wrong.
+    """Damage copies of a dataset, and check that `verify` names the damaged files alone.
 
     Args:
         out: a whole dataset of two training shards or more.
-        copy: where the copies go, one after the other; nothing may be there.
+        copy: folder of the copies, one after the other; must not exist.
         splits: the split of every target that must be in it.
+
+    Returns:
+        How many damages of each kind are named, and a line for each that is not.
     """
     named: Counter[str] = Counter()
     problems = verify(out, splits)
@@ -93,8 +101,8 @@ def check_damages(
         expected = damage(copy, kind, rng)
         lines = verify(copy, splits)
         # Other lines, which count ids, begin with several words.
-        found = {line.partition(": ")[0] for line in lines if " " not in line.partition(": ")[0]}
-        if found == expected:
+        files = {line.partition(": ")[0] for line in lines if " " not in line.partition(": ")[0]}
+        if files == expected:
             named[kind] += 1
         else:
             problems.append(f"{kind} {', '.join(sorted(expected))}: verify says {lines}")

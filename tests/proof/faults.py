@@ -1,15 +1,19 @@
-"""Proof by fault: a build that is killed, stalled, starved of disk and damaged comes out right.
+"""Prove that a build which is killed, stalled, starved of disk and damaged comes out right.
 
     python -m tests.proof.faults --out runs/faults --targets 300 --kills 200
 
-Its dataset must equal, bit by bit, that of a build which nobody disturbed. Knows which fault comes
-when and what must come of it; nothing of how pairs are made. Every decision is drawn from the seed
-and the number of the round, and every fault is logged; only the clock is not the same twice.
+Its dataset must equal, bit by bit, that of an undisturbed build. Knows which fault comes when and
+what must follow; nothing of how pairs are made. Every decision is drawn from the seed and the
+number of the round, and every fault is logged; only the clock is not the same twice.
 """
+
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("tests.proof.faults")
 
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -17,23 +21,25 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
-import tyro
 from tqdm import tqdm
 
 from data.claims import create, remove_only
 from data.plan import PICTURES, load_plan
 from data.worker import chunk_name
+from targetclip import command
+from targetclip.command import FAILED, one_line, write_json
 from tests.proof.damage import KINDS, check_damages, flip_bit, rows_of, truncate, unequal_rows
-from tests.proof.forked import DISK, Fault, Folder, Stage, Worker, make_world, start
+from tests.proof.forked import DISK, BuildFolder, Child, Fault, Stage, make_world
+from tests.proof.forked import start as start_child
 
 STAGES: tuple[Stage, ...] = ("plan", "run", "merge")
 PATIENCE = 600.0  # seconds after which a worker that should end counts as hanging
 OWNER = "faults"  # of the claims made here
+PROG = "python -m tests.proof.faults"
 ROUNDS = 10  # for every kill and stall, before they count as impossible
 
 
@@ -69,8 +75,8 @@ class Config:
         least |= {"stalls": 0, "spoils": 0, "processes": 1, "lease": 0.1, "checkpoint_seconds": 0}
         for name, value in least.items():
             if not getattr(self, name) >= value:
-                flag, found = name.replace("_", "-"), getattr(self, name)
-                raise ValueError(f"--{flag}: expected {value} or more, found {found}")
+                flag, given = name.replace("_", "-"), getattr(self, name)
+                raise ValueError(f"--{flag}: expected {value} or more, found {given}")
         if self.out.exists() and any(self.out.iterdir()):
             raise ValueError(f"--out: expected a new or empty folder, found {str(self.out)!r}")
 
@@ -80,7 +86,7 @@ class Config:
         return -(-self.targets // self.batch_size)
 
     def arguments(self, out: Path) -> list[str]:
-        """Of the command that builds into a folder."""
+        """Return the arguments of the command that builds into a folder."""
         world = self.world or self.out / "world/world.toml"
         rest = (
             f"--targets drawn:{self.targets} --steps {self.steps} --batch-size {self.batch_size} "
@@ -90,31 +96,31 @@ class Config:
         return ["--out", str(out), "--world", str(world), *rest.split()]
 
 
-class Trial:
-    """A build that is disturbed, and what was seen of it."""
+class DisturbedBuild:
+    """A build that is disturbed, and its record."""
 
     def __init__(self, config: Config, bar: Any) -> None:
         self.config = config
         self.bar = bar
-        self.build = Folder(config.out / "pairs", config.chunks)
+        self.build = BuildFolder(config.out / "pairs", config.chunks)
         self.began = time.monotonic()
         self.rounds = self.started = 0
-        self.living: list[Worker] = []
+        self.living: list[Child] = []
         self.usual: dict[Stage, float] = {}
-        self.seen: dict[str, int] = {}
+        self.published: dict[str, int] = {}
         self.faults: list[dict[str, Any]] = []
         self.wrong: list[str] = []
 
-    def start(self, *more: str, out: Path | None = None, **changes: Any) -> Worker:
-        """A worker on its way; see `tests.proof.forked.start`."""
+    def start(self, *more: str, out: Path | None = None, **changes: Any) -> Child:
+        """Start a worker; see `tests.proof.forked.start`."""
         log = self.config.out / f"logs/{self.started:04d}.txt"
         arguments = [*self.config.arguments(out or self.build.out), *more]
-        self.living.append(start(arguments, log, **changes))
+        self.living.append(start_child(arguments, log, **changes))
         self.started += 1
         return self.living[-1]
 
-    def ended(self, worker: Worker, *codes: int) -> str:
-        """What a worker has said when it ended, as it must, with one of these codes."""
+    def ended(self, worker: Child, *codes: int) -> str:
+        """Wait for the end of a worker, with one of these codes; return its output."""
         worker.process.join(PATIENCE)
         if worker.process.exitcode is None:
             self.wrong.append(f"{worker.log.name}: hangs")
@@ -127,17 +133,17 @@ class Trial:
             self.wrong.append(f"{worker.log.name}: ended with {worker.process.exitcode}: {last}")
         return said
 
-    def refused(self, worker: Worker, reason: str) -> None:
+    def refused(self, worker: Child, reason: str) -> None:
         """A worker must end with exit code 1 and one line that gives this reason."""
-        said = self.ended(worker, 1)
-        if reason not in said or said.count("error: ") != 1:
+        output = self.ended(worker, 1)
+        if reason not in output or output.count("error: ") != 1:
             self.wrong.append(f"{worker.log.name}: expected one error with {reason!r} in it")
 
     def count(self, kind: str) -> int:
-        """How many faults of a kind there were so far."""
+        """Return the number of faults of a kind so far."""
         return sum(fault["kind"] == kind for fault in self.faults)
 
-    def note(self, kind: str, stage: Stage, worker: Worker | None = None, **more: Any) -> None:
+    def note(self, kind: str, stage: Stage, worker: Child | None = None, **more: Any) -> None:
         """Log a fault that has come."""
         entry = {"round": self.rounds, "stage": stage, "kind": kind, **more}
         entry |= worker.met() if worker else {}
@@ -148,22 +154,22 @@ class Trial:
         self.bar.set_postfix(stage=stage, chunks=len(self.build.published()))
 
     def watch(self) -> None:
-        """What is published must stay as it is."""
+        """Check that published chunks stay as they are."""
         now = {path.name: path.stat().st_ino for path in self.build.published()}
-        for name, inode in self.seen.items():
+        for name, inode in self.published.items():
             if now.get(name) != inode:
                 self.wrong.append(f"round {self.rounds}: published chunk {name} was replaced")
-        self.seen = now
+        self.published = now
 
     def kills_left(self, stage: Stage) -> int:
-        """A twentieth is for planning and a tenth for merging, which gets what is left over too."""
+        """Return the kills left for a stage: a twentieth for planning, a tenth for merging."""
         kills, killed = self.config.kills, self.count("kill")
         if stage == "plan":
             return max(1, kills // 20) - killed
         return kills - killed - (max(1, kills // 10) if stage == "run" else 0)
 
     def draw(self, stage: Stage, rng: random.Random, action: Any = "kill") -> Fault:
-        """A fault that is to come during a stage: half by place and half by time."""
+        """Draw a fault for a stage: half of them by place and half by time."""
         left = self.config.chunks - len(self.build.published())
         chunks = max(1.0, 1.5 * left / max(1, self.kills_left("run")))
         usual = self.usual[stage] * (chunks / self.config.chunks if stage == "run" else 1.0)
@@ -190,7 +196,7 @@ class Trial:
             time.sleep(1.1 * self.config.lease)
 
     def kill_some(self, stage: Stage, rng: random.Random) -> None:
-        """Start some workers at once and kill them all, but for those that end before."""
+        """Start some workers at once and kill them all, but those that end before."""
         self.settle()
         count = min(rng.randint(1, self.config.processes), self.kills_left(stage))
         workers = [self.start(fault=self.draw(stage, rng)) for _ in range(count)]
@@ -225,14 +231,14 @@ class Trial:
         beside = rng.random() < 0.5
         time.sleep(rng.uniform(0.2, 0.6)) if beside else thief.process.join(PATIENCE)
         zombie.signal(signal.SIGCONT)
-        said = self.ended(thief, 0)
+        output = self.ended(thief, 0)
         time.sleep(rng.uniform(0, 1))
         zombie.signal(signal.SIGTERM)
-        said += self.ended(zombie, 0, 130, -signal.SIGTERM)
+        output += self.ended(zombie, 0, 130, -signal.SIGTERM)
         for path in others:
-            remove_only(path, lambda seen: seen.owner == OWNER)
+            remove_only(path, lambda claim: claim.owner == OWNER)
         signs = {"taken over": "lost its claim", "another worker was first": "one came second"}
-        met = [name for text, name in signs.items() if text in said]
+        met = [name for text, name in signs.items() if text in output]
         self.note("stall", stage, zombie, held=held, beside=beside, met=met)
 
     def spoil_one(self, stage: Stage, rng: random.Random) -> None:
@@ -245,7 +251,7 @@ class Trial:
             self.note("spoil", stage, place=damage.__name__, file=path.name)
 
     def first_visit(self, stage: Stage) -> None:
-        """What is tried once in a stage: a full disk, and other settings."""
+        """Try once in a stage: a full disk, and other settings."""
         if stage != "plan" or 128 * self.config.targets > DISK:  # bytes of their embeddings
             worker = self.start("--only", stage, starved=True)
             self.refused(worker, "expected room for")
@@ -256,7 +262,7 @@ class Trial:
             self.note("other settings", stage, worker, place="start")
 
     def stall_due(self, stage: Stage) -> bool:
-        """Stalls come evenly over the chunks; of three or more one while planning, one merging."""
+        """Tell whether a stall is due: evenly over the chunks; one while planning, one merging."""
         stalls, stalled = self.config.stalls, self.count("stall")
         if stage == "plan":
             return stalls > 2 and not stalled
@@ -266,7 +272,7 @@ class Trial:
         return stalled < stalls
 
     def disturb(self) -> None:
-        """Rounds of faults, until all have come and every chunk is done."""
+        """Disturb the build in rounds, until all faults have come and every chunk is done."""
         config, visited = self.config, set[Stage]()
         for self.rounds in range(1, ROUNDS * (config.kills + config.stalls) + 4):
             stage = self.build.stage()
@@ -283,20 +289,20 @@ class Trial:
             elif stage == "merge":
                 return
             else:
-                time.sleep(config.lease)  # what the dead hold is free then
+                time.sleep(config.lease)  # claims of the dead are free then
                 self.ended(self.start("--only", stage), 0)
             self.watch()
         self.wrong.append(f"after {self.rounds} rounds not all faults have come")
 
     def undisturbed(self, out: Path) -> None:
-        """The build to compare with, and how long its stages take."""
+        """Make the build to compare with, and measure its stages."""
         for stage in STAGES:
             began = time.monotonic()
             self.ended(self.start("--only", stage, out=out), 0)
             self.usual[stage] = time.monotonic() - began
 
     def finish(self) -> None:
-        """Damage a chunk, which must be named; delete it, and let the command run in peace."""
+        """Damage a chunk, which must be named; delete it, and let the command run undisturbed."""
         rng = random.Random(self.config.seed)
         chunk = rng.choice(self.build.published())
         flip_bit(chunk, rng)
@@ -308,11 +314,11 @@ class Trial:
             self.wrong.append("the dataset is not clean")
 
 
-def judge(trial: Trial, reference: Path) -> dict[str, Any]:
-    """Compare both datasets, and damage copies of the disturbed one; adds to what is wrong."""
+def judge(trial: DisturbedBuild, reference: Path) -> dict[str, Any]:
+    """Compare both datasets, and damage copies of the disturbed one; adds to `trial.wrong`."""
     config, out = trial.config, trial.build.out
-    found, expected = rows_of(out), rows_of(reference)
-    trial.wrong += unequal_rows(found, expected)
+    rows, expected = rows_of(out), rows_of(reference)
+    trial.wrong += unequal_rows(rows, expected)
     if len(expected) != config.targets:
         trial.wrong.append(f"expected {config.targets} pairs, found {len(expected)}")
     named: Counter[str] = Counter()
@@ -326,19 +332,18 @@ def judge(trial: Trial, reference: Path) -> dict[str, Any]:
         named, wrong = check_damages(many, config.out / "damaged", splits, rng)
         trial.wrong += wrong
     return {
-        "pairs": len(found),
+        "pairs": len(rows),
         "pairs_equal": sum(
-            not unequal_rows([a], [b]) for a, b in zip(found, expected, strict=False)
+            not unequal_rows([a], [b]) for a, b in zip(rows, expected, strict=False)
         ),
         "damages": dict(Counter(KINDS)),
         "damages_named": dict(named),
     }
 
 
-def report_of(trial: Trial, judged: dict[str, Any]) -> dict[str, Any]:
-    """What happened and what came of it."""
+def report_of(trial: DisturbedBuild, judged: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts of faults and of what followed."""
     names = sorted(f"{f['kind']}, {f['stage']}, {f['place']}" for f in trial.faults)
-    packages = ("torch", "accelerate", "datasets", "numpy", "pyarrow")
     return {
         "wrong": trial.wrong,
         "kills": trial.count("kill"),
@@ -352,19 +357,18 @@ def report_of(trial: Trial, judged: dict[str, Any]) -> dict[str, Any]:
         "of_these": Counter(name for fault in trial.faults for name in fault.get("met", ())),
         "unfinished_files_left": len(list(trial.build.out.rglob(".*.tmp"))),
         "settings": {name: str(value) for name, value in asdict(trial.config).items()},
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in packages},
+        "versions": command.versions(),
     }
 
 
 def prove(config: Config) -> dict[str, Any]:
-    """Build undisturbed and disturbed, compare and damage; the report, also in report.json."""
+    """Build undisturbed and disturbed, compare and damage; return the report of report.json."""
     (config.out / "logs").mkdir(parents=True, exist_ok=True)
-    # Neither a lock that a killed child may hold nor a thread that a fork may cut off.
+    # No lock that a killed child may hold, and no thread that a fork may cut off.
     tqdm.set_lock(RLock())
     tqdm.monitor_interval = 0
     with tqdm(desc="faults", total=config.kills, unit="kill") as bar:
-        trial = Trial(config, bar)
+        trial = DisturbedBuild(config, bar)
         if config.world is None:
             make_world(config.out / "world")
         try:
@@ -377,24 +381,32 @@ def prove(config: Config) -> dict[str, Any]:
         finally:
             for worker in trial.living:
                 worker.signal(signal.SIGKILL)
-    (config.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(config.out / "report.json", report)
     return report
 
 
-def main() -> None:
-    """The command: exit code 1 and the reason if anything was not as it must be."""
-    try:
-        report = prove(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+def outcome(report: dict[str, Any]) -> int:
+    """Print the outcome; return exit code 1 and print the reason if anything is wrong."""
     print(
         f"{report['kills']} kills, {report['stalls']} stalls in {report['rounds']} rounds and "
         f"{report['seconds']} s: {report['pairs_equal']} of {report['pairs']} pairs equal, "
         f"{sum(report['damages_named'].values())} of {len(KINDS)} damages named"
     )
-    if report["wrong"]:
-        sys.exit(f"error: {len(report['wrong'])} not as expected, the first: {report['wrong'][0]}")
+    if not report["wrong"]:
+        return 0
+    first = one_line(report["wrong"][0])
+    print(
+        f"{PROG}: error: {len(report['wrong'])} not as expected, the first: {first}",
+        file=sys.stderr,
+    )
+    return FAILED
 
 
-if __name__ == "__main__":
-    main()
+def run(config: Config) -> int:
+    """Prove, and return the exit code."""
+    return outcome(prove(config))
+
+
+def main() -> None:
+    """Run the command."""
+    command.main(run, Config, __doc__, PROG)

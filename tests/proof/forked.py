@@ -1,7 +1,7 @@
-"""The command `data.build` in forked children, to be killed and halted; and a tiny world for it.
+"""Run the command `data.build` in forked children, to be killed and halted, in a tiny world.
 
 A child of a process that has imported everything starts in a third of a second. Knows the command,
-processes, and what a look at a build's folder tells; nothing of which fault comes when.
+processes and the folder of a build; nothing of which fault comes when.
 """
 
 import contextlib
@@ -20,15 +20,18 @@ from pathlib import Path
 from threading import RLock
 from typing import Any, Literal
 
-import open_clip  # here and not when a worker needs it, for that takes it seconds
+import open_clip  # here and not in every child, where it takes seconds
 import psutil  # type: ignore[import-untyped]
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import build, dataset, plan
+from data.publish import At, go_on
+from targetclip import command
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from tests.proof.points import Action, fault_at
 
 Stage = Literal["plan", "run", "merge"]
 
@@ -48,7 +51,7 @@ truncation = 1.0
 
 
 def write_world(folder: Path) -> None:
-    """A 16 px generator and a 32-dim CLIP with random weights, for quick chunks."""
+    """Write a world with a 16 px generator and a 32-dim CLIP of random weights."""
     (folder / "clip").mkdir(parents=True)
     config = {"model_cfg": CLIP, "preprocess_cfg": {}}
     (folder / "clip/open_clip_config.json").write_text(json.dumps(config))
@@ -68,8 +71,8 @@ def write_world(folder: Path) -> None:
 
 
 def make_world(folder: Path) -> None:
-    """A world to build with, `world.toml` in a new folder."""
-    # In a child, for a process whose torch has started threads is not to be forked.
+    """Make a world to build with, `world.toml` in a new folder."""
+    # In a child: a process whose torch has started threads must not be forked.
     process = get_context("fork").Process(target=write_world, args=(folder,))
     process.start()
     process.join()
@@ -77,53 +80,56 @@ def make_world(folder: Path) -> None:
 
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """Files cannot grow beyond DISK; what is said meanwhile is written afterwards."""
-    said, before = io.StringIO(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    """Let no file grow beyond DISK; messages are written afterwards."""
+    messages, before = io.StringIO(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (DISK, before[1]))
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(messages):
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(messages.getvalue())
 
 
-def child(arguments: list[str], log: Path, fault: str, starved: bool, shard_bytes: int) -> None:
-    """`python -m data.build` with these arguments; TARGETCLIP_FAULT is `fault`."""
+def child(arguments: list[str], log: Path, at: At, starved: bool, shard_bytes: int) -> None:
+    """Run `python -m data.build` with these arguments and with a fault."""
+
+    def run(config: build.Config) -> int:
+        return build.run(config, at)
+
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ["TARGETCLIP_FAULT"] = fault
     os.environ["ACCELERATE_USE_CPU"] = "true"  # elsewhere the same work may end in other bits
     tqdm.set_lock(RLock())  # one of its own: another's holder may be killed
     torch.set_num_threads(1)
-    plan.SAVE_SECONDS = 0.0  # or so small a plan would be saved but once
+    plan.SAVE_SECONDS = 0.0  # else so small a plan would be saved only once
     dataset.SHARD_BYTES = shard_bytes
     sys.argv = ["data.build", *arguments]
     with full_disk() if starved else contextlib.nullcontext():
-        build.main()
+        command.main(run, build.Config, None, "python -m data.build")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is to happen to a worker: at the `count`-th call of a place, or else after a time."""
+    """An end or a halt of a worker: at the `count`-th call of a place, or else after a time."""
 
     place: str
-    """A name of `fault_point`, or `time`."""
+    """A point of the code, or `time`."""
     count: int
     seconds: float
-    action: Literal["kill", "stop"] = "kill"
+    action: Action = "kill"
 
     @property
-    def setting(self) -> str:
-        """For TARGETCLIP_FAULT."""
-        return "" if self.place == "time" else f"{self.place}:{self.count}:{self.action}"
+    def at(self) -> At:
+        """For `data.build.run`."""
+        return go_on if self.place == "time" else fault_at(self.place, self.count, self.action)
 
 
-@dataclass
-class Worker:
-    """A worker that was started."""
+@dataclass(kw_only=True)
+class Child:
+    """A worker in a process of its own."""
 
     process: ForkProcess
     log: Path
@@ -132,10 +138,10 @@ class Worker:
     late: bool = False
     """Its fault came by time."""
     lasted: float = 0.0
-    """Seconds it was seen alive before its fault."""
+    """Seconds that it lived before its fault."""
 
     def strike(self) -> bool:
-        """Kill or stop it if the time for that has come; False if it has ended."""
+        """Kill or stop it if the time for that has come; return False if it has ended."""
         alive = self.process.is_alive()
         if alive and not self.late:
             self.lasted = time.monotonic() - self.began
@@ -152,15 +158,15 @@ class Worker:
             os.kill(self.process.pid, number)
 
     def met(self) -> dict[str, Any]:
-        """Where and when its fault came, and where to read what it said."""
-        found: dict[str, Any] = {"log": self.log.name}
+        """Return where and when its fault came, and the name of its log."""
+        record: dict[str, Any] = {"log": self.log.name}
         if self.fault:
             place = "time" if self.late else self.fault.place
-            found |= {"place": place, "count": self.fault.count, "seconds": round(self.lasted, 3)}
-        return found
+            record |= {"place": place, "count": self.fault.count, "seconds": round(self.lasted, 3)}
+        return record
 
     def halted(self) -> bool:
-        """Wait until it is halted; False if it ended before."""
+        """Wait until it is halted; return False if it ended before."""
         while self.strike():
             if psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED:
                 return True
@@ -174,51 +180,51 @@ def start(
     fault: Fault | None = None,
     starved: bool = False,
     shard_bytes: int = dataset.SHARD_BYTES,
-) -> Worker:
-    """A worker on its way, in a session of its own.
+) -> Child:
+    """Start a worker, in a session of its own.
 
     Args:
-        log: file for what it says.
-        starved: whether its disk is full.
+        log: file for its output.
+        starved: its disk is full.
         shard_bytes: of the dataset it merges.
     """
-    setting = fault.setting if fault else ""
-    arguments_of_child = (arguments, log, setting, starved, shard_bytes)
+    at = fault.at if fault else go_on
+    arguments_of_child = (arguments, log, at, starved, shard_bytes)
     process = get_context("fork").Process(target=child, args=arguments_of_child)
     process.start()
-    return Worker(process, log, fault)
+    return Child(process=process, log=log, fault=fault)
 
 
 @dataclass(frozen=True)
-class Folder:
-    """A build's folder, seen from outside."""
+class BuildFolder:
+    """A build's folder, read from outside."""
 
     out: Path
     chunks: int
 
     @property
     def work(self) -> Path:
-        """Where its workers are at work."""
+        """Folder of the plan, the chunks and the claims."""
         return self.out / build.WORK
 
     def published(self) -> list[Path]:
-        """The chunks that are done."""
+        """Return the chunks that are done."""
         return sorted((self.work / "chunks").glob("[0-9]*.parquet"))
 
     def checkpoints(self) -> list[Path]:
-        """Those of chunks that are not done."""
+        """Return the checkpoints of chunks that are not done."""
         done = {path.stem for path in self.published()}
-        found = sorted((self.work / "checkpoints").glob("[0-9]*.pt"))
-        return [path for path in found if path.name.partition(".")[0] not in done]
+        paths = sorted((self.work / "checkpoints").glob("[0-9]*.pt"))
+        return [path for path in paths if path.name.partition(".")[0] not in done]
 
     def stage(self) -> Stage:
-        """What the build is at."""
+        """Return the stage that the build is in."""
         if not (self.work / "plan/plan.json").is_file():
             return "plan"
         return "run" if len(self.published()) < self.chunks else "merge"
 
     def claimed(self, pid: int | None) -> list[str]:
-        """Names that a process has claimed."""
+        """Return the names that a process has claimed."""
         names = []
         for path in (self.work / "claims").glob("[!.]*"):
             with contextlib.suppress(FileNotFoundError, ValueError):

@@ -2,7 +2,7 @@
 
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from data.card import DatasetInfo
 from data.dataset import merge
 from data.pairs import SPLITS, chunk_bytes
 from data.publish import publish_file
-from tests.proof import damage
 from tests.proof.damage import KINDS, check_damages, flip_bit, rows_of, truncate, unequal_rows
 
 ROWS = 20
@@ -160,23 +159,22 @@ def test_every_damage_is_named_and_the_dataset_stays_as_it_is(made: Path, tmp_pa
     assert not (tmp_path / "copy").exists()
 
 
-def name_nothing(out: Path, splits: dict[str, str]) -> list[str]:
+def name_nothing(out: Path, splits: Mapping[str, str]) -> list[str]:
     return []
 
 
-def name_too_much(out: Path, splits: dict[str, str]) -> list[str]:
+def name_too_much(out: Path, splits: Mapping[str, str]) -> list[str]:
     return [f"{path.relative_to(out)}: altered" for path in (out / "data").iterdir()]
 
 
-def name_another(out: Path, splits: dict[str, str]) -> list[str]:
+def name_another(out: Path, splits: Mapping[str, str]) -> list[str]:
     return ["README.md: altered", "1 expected but in no file that can be read: " + "0" * 16]
 
 
 @pytest.mark.parametrize("verify", [name_nothing, name_too_much, name_another])
 def test_a_verify_that_names_no_file_or_the_wrong_one_is_reported(
-    made: Path, tmp_path: Path, verify: Any, monkeypatch: pytest.MonkeyPatch
+    made: Path, tmp_path: Path, verify: Any
 ) -> None:
-    monkeypatch.setattr(damage, "verify", verify)
-    named, wrong = check_damages(made, tmp_path / "copy", IDS, random.Random(0))
+    named, wrong = check_damages(made, tmp_path / "copy", IDS, random.Random(0), verify)
     assert not named
     assert len([line for line in wrong if "verify says" in line]) == len(KINDS)
