@@ -11,26 +11,31 @@ Examples:
 """
 
 import sys
+from functools import partial
 
 from targetclip.command import guarded, parse
 
 PROG = "targetclip"
 
 
-def main() -> None:
-    """Run the command line and end the process; for exit codes see targetclip.command."""
-    sys.exit(guarded(run, PROG))
+def main(args: list[str] | None = None) -> None:
+    """Run a command line and end the process; for exit codes see targetclip.command.
+
+    Args:
+        args: None: those of the process.
+    """
+    sys.exit(guarded(partial(run, args), PROG))
 
 
-def run() -> int:
-    """Parse the command line, check it, and do what it asks; return the exit code.
+def run(args: list[str] | None) -> int:
+    """Parse a command line, check it, and do what it asks; return the exit code.
 
     Imports come late: Ctrl-C is answered in one line from here on, and torch is imported only for a
     command line that is right.
     """
     from predictor.options import Asked, Command, Transfer, WorldCheck, WorldList, resolve
 
-    asked: Asked = parse(Command, PROG, __doc__)
+    asked: Asked = parse(Command, PROG, __doc__, args)
     if isinstance(asked, WorldList):
         return list_worlds()
     if isinstance(asked, WorldCheck):
