@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from predictor.options import FOLDER, VIDEO, WINDOW
 from predictor.sources import Edit, Latents, inverted, quad_in
-from targetclip.media.alignment import align, paste_back
-from targetclip.media.faces import Face, FaceFinder
+from targetclip.media.alignment import Face, FaceFinder, align, paste_back
 from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
 from targetclip.media.images import tensor_to_pictures
 from targetclip.scene import Scene

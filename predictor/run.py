@@ -59,7 +59,7 @@ from targetclip.directions import (
     load_direction,
     released_direction,
 )
-from targetclip.media.faces import FaceFinder
+from targetclip.media.alignment import FaceFinder
 from targetclip.media.images import read_picture, tensor_to_pictures
 from targetclip.optimize import Progress
 from targetclip.recipes import Recipe

@@ -21,8 +21,7 @@ from tqdm import tqdm
 from predictor.options import Request
 from predictor.report import NamedTarget, write_pictures
 from targetclip.encoders.inverter import InversionConfig, LatentInverter, OptimizingInverter
-from targetclip.media.alignment import align, check_quad, paste_back, quad_of
-from targetclip.media.faces import Face, FaceFinder
+from targetclip.media.alignment import Face, FaceFinder, align, check_quad, paste_back, quad_of
 from targetclip.media.images import read_picture, tensor_to_pictures
 from targetclip.scene import MAX_IMAGES, Scene
 

@@ -1,1 +1,1 @@
-"""Pictures and clips: reading and writing them, and the faces in them."""
+"""Pictures and clips: reading and writing them, and faces in them."""

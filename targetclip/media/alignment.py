@@ -1,16 +1,34 @@
-"""Where a face lies in a photo: cutting it out as FFHQ's faces were, and putting it back.
+"""Faces in photos: finding them, cutting them out as FFHQ's faces were, and putting them back.
 
-Knows pixels and corners, not how landmarks are found. A quad is the corners of the aligned square
-in the photo: upper left, lower left, lower right, upper right as the face has them, x and y in
-pixels, (0, 0) being the middle of the photo's first pixel, as landmarks are counted.
+Faces are found by dlib, an extra (`pip install "targetclip[faces]"`) that is imported only when a
+`FaceFinder` is made. The landmark file that the extra installs was trained on the 300-W data set,
+whose terms exclude commercial use: it may not go into a commercial product. Nothing else of the
+project needs it.
+
+A quad is the corners of the aligned square in the photo: upper left, lower left, lower right, upper
+right of the face, as x and y in pixels. (0, 0) is the middle of the photo's first pixel, as for
+landmarks. Knows nothing of generators.
 """
 
+import importlib.util
 import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 from PIL import Image, ImageFilter
+
+from targetclip.media.images import check_rgb
+
+INSTALL = 'pip install "targetclip[faces]"'
+MODELS, LANDMARKS = "face_recognition_models", "shape_predictor_68_face_landmarks.dat"
+# dlib finds faces of 80 px and more, so a photo is doubled, but to no more pixels than take it
+# about two seconds.
+UPSAMPLING = 2
+MAX_SIDE = 3000
 
 LEFT_EYE, RIGHT_EYE = slice(36, 42), slice(42, 48)  # as the picture shows them
 MOUTH_CORNERS = [48, 54]
@@ -21,16 +39,117 @@ SUPERSAMPLING = 4
 HALF_PIXEL = 0.5  # Pillow counts from the corner of a pixel
 
 
+# Finding faces
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """A face in a photo, in the photo's pixels."""
+
+    box: tuple[int, int, int, int]
+    """Left, top, right and bottom; it may leave the photo."""
+    landmarks: Float[ndarray, "68 2"]
+    """x and y in the order of 300-W; (0, 0) is the middle of the first pixel."""
+
+    @property
+    def size(self) -> int:
+        """The longer side of the box."""
+        left, top, right, bottom = self.box
+        return max(right - left, bottom - top)
+
+
+def landmark_file() -> Path:
+    """Return the path of the installed landmark file.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    # Newer setuptools break the import of its package, so only the package's files are used.
+    spec = importlib.util.find_spec(MODELS)
+    for folder in spec.submodule_search_locations or () if spec else ():
+        path = Path(folder) / "models" / LANDMARKS
+        if path.is_file():
+            return path
+    raise ValueError(f"finding faces needs {LANDMARKS!r}, found none installed: {INSTALL}")
+
+
+class FaceFinder:
+    """dlib's face detector and its 68 landmarks; always on the processor.
+
+    Args:
+        landmarks: dlib's landmark file. None: the installed one.
+
+    Raises:
+        ValueError: dlib or the landmark file is missing or broken; says how to install them.
+    """
+
+    def __init__(self, landmarks: Path | None = None) -> None:
+        try:
+            import dlib
+        except ImportError as error:
+            raise ValueError(f"finding faces needs dlib ({error}): {INSTALL}") from error
+        path = landmarks or landmark_file()
+        try:
+            self.predictor = dlib.shape_predictor(str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{str(path)!r} is damaged; install it again: {INSTALL}") from error
+        self.detector = dlib.get_frontal_face_detector()
+        self.dlib: Any = dlib
+
+    def find(self, picture: Image.Image) -> list[Face]:
+        """Find the faces in an RGB picture, the largest first.
+
+        Boxes are searched in a copy of at most twice the size, landmarks in the picture itself.
+        """
+        check_rgb(picture)
+        scale = min(UPSAMPLING, MAX_SIDE / max(picture.size))
+        width, height = (max(1, round(scale * pixels)) for pixels in picture.size)
+        copy = picture.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(picture)
+        faces = []
+        for box in self.detector(np.asarray(copy)):
+            corners = (box.left(), box.top(), box.right(), box.bottom())
+            left, top, right, bottom = (round(corner / scale) for corner in corners)
+            shape = self.predictor(pixels, self.dlib.rectangle(left, top, right, bottom))
+            points = np.array([(point.x, point.y) for point in shape.parts()], np.float64)
+            faces.append(Face((left, top, right, bottom), points))
+        return sorted(faces, key=lambda face: (-face.size, face.box))
+
+    def face_of(self, picture: Image.Image, index: int = 0, origin: str = "the photo") -> Face:
+        """Find one face of an RGB picture; 0 is the largest. Errors name the picture as `origin`.
+
+        Raises:
+            ValueError: no face is found, or none of that number.
+        """
+        faces = self.find(picture)
+        if not faces:
+            raise ValueError(
+                f"{origin}: no face found in {picture.width} x {picture.height} px; take a photo "
+                "with a larger face that looks into the camera, or give --no-align if it is "
+                "aligned already"
+            )
+        if not 0 <= index < len(faces):
+            listed = (f"{i} ({face.size} px at {face.box[:2]})" for i, face in enumerate(faces))
+            raise ValueError(
+                f"{origin}: expected the number of a face, found {index}; faces are: "
+                f"{', '.join(listed)}"
+            )
+        return faces[index]
+
+
+# Quads
+
+
 def quarter_turn(vector: Float[ndarray, " 2"]) -> Float[ndarray, " 2"]:
-    """The vector turned from the right to below."""
+    """Turn a vector from the right to below."""
     return np.array([-vector[1], vector[0]])
 
 
 def quad_of(landmarks: Float[ndarray, "68 2"]) -> Float[ndarray, "4 2"]:
-    """The quad of a face of which 68 landmarks are known, in pixels; it may leave the photo.
+    """Return the quad of a face with 68 landmarks, in pixels; it may leave the photo.
 
     Raises:
-        ValueError: landmarks of no face: eyes and mouth in one place, or on one line.
+        ValueError: eyes and mouth lie in one place or on one line.
     """
     left, right = landmarks[LEFT_EYE].mean(axis=0), landmarks[RIGHT_EYE].mean(axis=0)
     eyes, eye_to_eye = (left + right) / 2, right - left
@@ -50,26 +169,20 @@ def quad_of(landmarks: Float[ndarray, "68 2"]) -> Float[ndarray, "4 2"]:
 
 
 def side_of(quad: Float[ndarray, "4 2"]) -> float:
-    """Length of the quad's longest side, in pixels."""
+    """Return the length of the quad's longest side, in pixels."""
     return float(np.hypot(*(np.roll(quad, -1, axis=0) - quad).T).max())
 
 
-def check_picture(picture: Image.Image) -> None:
-    """Raise a ValueError for a picture that is not RGB."""
-    if picture.mode != "RGB":
-        raise ValueError(f"expected an RGB picture, found mode {picture.mode!r}; use read_picture")
-
-
-def is_turning_left(quad: Float[ndarray, "4 2"]) -> bool:
-    """Whether each edge turns to the left of the one before, so that the quad is convex."""
+def turns_left(quad: Float[ndarray, "4 2"]) -> bool:
+    """Tell whether each edge turns to the left of the one before, so that the quad is convex."""
     edges = np.diff(quad, axis=0, append=quad[:1])
     (x, y), (u, v) = edges.T, np.roll(edges, -1, axis=0).T
     return bool((x * v - y * u < 0).all())
 
 
 def check_quad(quad: Float[ndarray, "4 2"], picture: Image.Image) -> None:
-    """Raise a ValueError for corners in another order, or of a face beyond the picture."""
-    if not np.isfinite(quad).all() or not is_turning_left(quad):
+    """Raise a ValueError for corners in another order, or for a face beyond the picture."""
+    if not np.isfinite(quad).all() or not turns_left(quad):
         raise ValueError(
             "expected a quad of upper left, lower left, lower right and upper right corner, "
             f"found {np.round(quad, 1).tolist()}; use quad_of"
@@ -83,7 +196,7 @@ def check_quad(quad: Float[ndarray, "4 2"], picture: Image.Image) -> None:
 
 
 def perspective(corners: Float[ndarray, "4 2"], others: Float[ndarray, "4 2"]) -> tuple[float, ...]:
-    """Pillow's eight numbers of the perspective map that takes `corners` to `others`."""
+    """Return Pillow's eight numbers of the perspective map that takes `corners` to `others`."""
     rows = []
     for (x, y), (u, v) in zip(corners, others, strict=True):
         rows.append([x, y, 1, 0, 0, 0, -u * x, -u * y])
@@ -92,12 +205,15 @@ def perspective(corners: Float[ndarray, "4 2"], others: Float[ndarray, "4 2"]) -
 
 
 def square(side: int) -> Float[ndarray, "4 2"]:
-    """Corners of a whole picture, in the order of a quad's, counted from a pixel's corner."""
+    """Return the corners of a whole picture, in the order of a quad, from a pixel's corner on."""
     return np.array([[0.0, 0.0], [0.0, side], [side, side], [side, 0.0]])
 
 
+# Cutting out
+
+
 def outside(before: int, inside: int, after: int) -> Float[ndarray, " pixels"]:
-    """How far each pixel of a padded row lies outside of the picture, in pixels; 0 inside."""
+    """Return how far each pixel of a padded row lies outside of the picture, in px; 0 inside."""
     place = np.arange(before + inside + after) - before
     return np.maximum(np.maximum(-place, place - inside + 1), 0).astype(np.float64)
 
@@ -105,13 +221,13 @@ def outside(before: int, inside: int, after: int) -> Float[ndarray, " pixels"]:
 def padded(
     picture: Image.Image, before: tuple[int, int], after: tuple[int, int], side: float
 ) -> Image.Image:
-    """The picture mirrored at its edges, ever more blurred outwards, and fading to its median.
+    """Pad a picture by its mirror image, ever more blurred outwards, and fading to its median.
 
-    Its own pixels stay as they are, so that they can be put back.
+    The picture's own pixels stay as they are, so that they can be put back.
 
     Args:
         before, after: pixels to add on the left and above, on the right and below.
-        side: of the quad, in pixels: blur and fading go by it.
+        side: of the quad, in pixels; scales blur and fading.
     """
     (left, above), (right, below) = before, after
     sides = ((above, below), (left, right), (0, 0))
@@ -131,14 +247,14 @@ def padded(
 
 
 def align(picture: Image.Image, quad: Float[ndarray, "4 2"], size: int) -> Image.Image:
-    """The face in `quad` as an upright square of `size` px, as FFHQ's were made.
+    """Return the face in `quad` as an upright square of `size` px, as FFHQ's were made.
 
     Where the quad leaves the picture, the picture is mirrored, blurred and faded.
 
     Raises:
         ValueError: not RGB, a size below 1, corners in another order, a face beyond the picture.
     """
-    check_picture(picture)
+    check_rgb(picture)
     check_quad(quad, picture)
     if size < 1:
         raise ValueError(f"expected a size of 1 px or more, found {size}")
@@ -166,12 +282,15 @@ def align(picture: Image.Image, quad: Float[ndarray, "4 2"], size: int) -> Image
     large = size * SUPERSAMPLING
     numbers = perspective(square(large), corners)
     method, bilinear = Image.Transform.PERSPECTIVE, Image.Resampling.BILINEAR
-    drawn = picture.transform((large, large), method, numbers, bilinear)
-    return drawn.resize((size, size), Image.Resampling.LANCZOS)
+    enlarged = picture.transform((large, large), method, numbers, bilinear)
+    return enlarged.resize((size, size), Image.Resampling.LANCZOS)
+
+
+# Putting back
 
 
 def soft_mask(side: int, softness: float) -> Image.Image:
-    """A rounded square, white, black along the edges, smooth over `softness` of the way out."""
+    """Return a rounded white square that fades to black edges over `softness` of the way out."""
     place = (np.arange(side) + 0.5) / side * 2 - 1
     radius = (place[:, None] ** 4 + place**4) ** 0.25
     rise = ((1 - radius) / max(softness, 1e-6)).clip(0, 1)
@@ -184,7 +303,7 @@ def paste_back(
     quad: Float[ndarray, "4 2"],
     mask_softness: float = 0.3,
 ) -> Image.Image:
-    """The photo with an edited face put back to where `align` cut it out, of any square size.
+    """Return the photo with an edited face of any square size where `align` cut it out.
 
     The edges of the face fade into the photo. Every pixel outside of the quad keeps its value.
 
@@ -195,8 +314,8 @@ def paste_back(
         ValueError: not RGB, no square, corners in another order, a face beyond the photo, a
             softness out of range.
     """
-    check_picture(photo)
-    check_picture(aligned_edited)
+    check_rgb(photo)
+    check_rgb(aligned_edited)
     check_quad(quad, photo)
     if aligned_edited.width != aligned_edited.height:
         raise ValueError(
@@ -211,7 +330,7 @@ def paste_back(
     high = np.minimum(np.ceil(corners.max(axis=0)), photo.size).astype(int)
     width, height = (high - low).tolist()
 
-    # A face larger than its place is made smaller first: the map alone would skip pixels of it.
+    # A face larger than its place is made smaller first: the map alone would skip its pixels.
     side = min(aligned_edited.width, math.ceil(side_of(quad)))
     face = aligned_edited.resize((side, side), Image.Resampling.LANCZOS)
     numbers = perspective(corners - low, square(side))

@@ -1,8 +1,8 @@
-"""Clips in and out: a video file or a folder of frames, one picture at a time, and its audio.
+"""Clips: a video file or a folder of frames, read and written one picture at a time, with audio.
 
 Knows files, time and the smoothing of latents along it; nothing of generators or directions.
-Frames are numbered from 0. Video needs PyAV, an extra that is imported only here and only when
-a video file is read or written; a folder of frames needs nothing.
+Frames are numbered from 0. Video needs PyAV, an extra that is imported only when a video file is
+read or written; a folder of frames needs nothing.
 """
 
 import heapq
@@ -12,7 +12,6 @@ import math
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,20 +25,21 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from targetclip.media.images import MAX_SIDE, read_picture, write_picture
+from targetclip.command import full_disk_explained, temporary_beside, whole_file
+from targetclip.media.images import MAX_SIDE, read_picture
 
 FOLDER_RATE = Fraction(25)
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-# Formats that hold a clip and nothing else. FFmpeg also knows playlists, which open other files and
-# addresses of the network, and shows pictures, texts and lists as videos.
+# Formats that hold a clip and nothing else. FFmpeg also reads playlists, which open other files and
+# addresses of the network, and takes pictures, texts and lists for videos.
 READABLE_VIDEOS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
 WRITABLE_VIDEOS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 QUARTERS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
 BT709 = 1  # of matrix, primaries and transfer alike
 LIMITED_RANGE = 1
-H264_OPTIONS = {"crf": "18"}  # no loss to see
-MPEG4_OPTIONS = {"flags": "+qscale", "global_quality": str(3 * 118)}  # quantiser 3, in its unit
-MPEG4_TICKS = 65535  # a second's, at most
+H264_OPTIONS = {"crf": "18"}  # no visible loss
+MPEG4_OPTIONS = {"flags": "+qscale", "global_quality": str(3 * 118)}  # quantiser 3, times 118
+MPEG4_TICKS = 65535  # a second has at most so many
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Frames:
 
     path: Path
     rate: Fraction
-    """Frames a second; of a video whose rate varies, the mean."""
+    """Frames a second; the mean of a video whose rate varies."""
     count: int | None
-    """How many: of a folder for certain, of a video as its header says, None if it says nothing."""
+    """Of a folder exact, of a video from its header. None: the header has no count."""
     read: Callable[[], Iterator[Image.Image]]
 
     def __iter__(self) -> Iterator[Image.Image]:
@@ -58,11 +58,7 @@ class Frames:
 
 
 def pyav() -> Any:
-    """The module `av`.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """Import and return the module `av`; ValueError if it is not installed."""
     try:
         import av
     except ImportError as error:
@@ -73,18 +69,18 @@ def pyav() -> Any:
 
 
 def reason(error: Any) -> str:
-    """What FFmpeg says, without the path and the number it adds."""
+    """Return the message of an FFmpeg error without its path and number."""
     return str(error.strerror or error)
 
 
 def natural_order(path: Path) -> tuple[list[str | int], str]:
-    """A key that puts frame_2 before frame_10."""
-    parts = re.split(r"([0-9]+)", path.name)  # texts and numbers take turns
+    """Return a key that sorts frame_2 before frame_10."""
+    parts = re.split(r"([0-9]+)", path.name)  # texts and numbers alternate
     return [int(part) if i % 2 else part.lower() for i, part in enumerate(parts)], path.name
 
 
 def folder_frames(folder: Path) -> Frames:
-    """The pictures of a folder in natural order, hidden files and other kinds left out."""
+    """Return the pictures of a folder in natural order, without hidden and other files."""
     paths = [
         path
         for path in folder.iterdir()
@@ -107,14 +103,14 @@ def folder_frames(folder: Path) -> Frames:
 
 
 def open_file(path: Path) -> Any:
-    """A container to read, of one of the known formats."""
+    """Open a container of one of the known formats."""
     if path.is_dir():
         raise ValueError(f"expected a video, found a folder: {str(path)!r}")
     if not path.is_file():
         raise FileNotFoundError(f"no video at {str(path)!r}; check the path")
     av, options = pyav(), {"format_whitelist": READABLE_VIDEOS}
     try:
-        # With the protocol named, no file name is taken for an address.
+        # With "file:", no file name is taken for an address of the network.
         return av.open(f"file:{path}", options=options, metadata_errors="replace")
     except av.FFmpegError as error:
         raise ValueError(
@@ -124,27 +120,27 @@ def open_file(path: Path) -> Any:
 
 
 def moving_streams(container: Any) -> list[Any]:
-    """The video streams that can be decoded and are no cover picture."""
+    """Return the video streams that can be decoded and are no cover picture."""
     cover = pyav().stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if stream.codec_context is not None]
     return [stream for stream in streams if not stream.disposition & cover]
 
 
 def as_shown(frame: Any) -> Image.Image:
-    """The RGB picture of a decoded frame, turned as a player would."""
+    """Return a decoded frame as an RGB picture, turned by its rotation."""
     picture: Image.Image = frame.to_image()
     turn = QUARTERS[round(frame.rotation / 90) % 4]
     return picture if turn is None else picture.transpose(turn)
 
 
 def decoded(container: Any, stream: Any, rate: Fraction, path: Path) -> Iterator[Image.Image]:
-    """Pictures of a video stream in the order of time."""
+    """Yield the pictures of a video stream in the order of time."""
     av, number, count = pyav(), 0, 0
     try:
         for packet in container.demux(stream):
-            # Decoders deliver late, so the packet's own time says which frame it is.
-            since = None if packet.pts is None else packet.pts - (stream.start_time or 0)
-            number = count if since is None else round(since * stream.time_base * rate)
+            # Decoders return frames late, so an error's frame is numbered by the packet's time.
+            ticks = None if packet.pts is None else packet.pts - (stream.start_time or 0)
+            number = count if ticks is None else round(ticks * stream.time_base * rate)
             for frame in packet.decode():
                 if frame.is_corrupt:
                     number = count
@@ -159,7 +155,7 @@ def decoded(container: Any, stream: Any, rate: Fraction, path: Path) -> Iterator
 
 
 def video_frames(path: Path) -> Frames:
-    """The frames of the first video stream of a file."""
+    """Return the frames of the first video stream of a file."""
     with open_file(path) as container:
         streams = moving_streams(container)
         if not streams:
@@ -183,15 +179,15 @@ def video_frames(path: Path) -> Frames:
 
 
 def open_frames(path: str | Path) -> Frames:
-    """The frames of a video file, or of a folder of pictures in natural order at 25 a second.
+    """Open a video file, or a folder of pictures in natural order at 25 a second.
 
-    Iteration gives RGB pictures, a video's turned as its rotation says; pixels count as square,
-    and colours of HDR are not mapped. The first frame is decoded here, to find faults early.
+    Iteration gives RGB pictures, a video's turned by its rotation. Pixels count as square, and
+    colours of HDR are not mapped. The first frame is decoded here, to find faults early.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: not a video, no video stream, no frames, or PyAV is not installed; here and
-            while iterating, a frame that cannot be decoded, named by its number.
+        FileNotFoundError: no such file or folder.
+        ValueError: not a video, no video stream, no frames, or PyAV is not installed; also while
+            iterating, a frame that cannot be decoded, named by its number.
     """
     path = Path(path)
     frames = folder_frames(path) if path.is_dir() else video_frames(path)
@@ -205,9 +201,9 @@ def smooth_latents(
 ) -> Float[Tensor, "frames num_ws w_dim"]:
     """Smooth latents along time by a centred Gaussian over `window` frames.
 
-    Its standard deviation is (window - 1) / 4 frames, so the window ends at two of them. Near the
-    ends of the clip the weights of the frames that exist are scaled to sum to 1. Window 1 changes
-    nothing, nor does any window a constant sequence. Cuts are not looked for.
+    The window spans two standard deviations, of (window - 1) / 4 frames each, to either side. Near
+    the ends of the clip the weights of the existing frames are scaled to sum to 1. Window 1 changes
+    nothing, and a constant sequence stays exactly as it is. Cuts are not detected.
 
     Raises:
         ValueError: the window is not odd and positive.
@@ -217,7 +213,7 @@ def smooth_latents(
     if window == 1:
         return ws
     deviation, frames = (window - 1) / 4, len(ws)
-    # Differences to the frame itself are summed: of a constant sequence they are exactly 0.
+    # Sums differences to the frame itself: those of a constant sequence are exactly 0.
     pull = torch.zeros_like(ws)
     total = ws.new_ones(frames, 1, 1)
     for offset in range(1, min(window // 2 + 1, frames)):
@@ -230,14 +226,8 @@ def smooth_latents(
     return ws + pull / total
 
 
-def check_folder(folder: Path) -> None:
-    """Raise a FileNotFoundError where there is no folder to write into."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {str(folder)!r} to write into; create it first")
-
-
 def yuv_frame(picture: Image.Image) -> Any:
-    """A frame of limited-range BT.709; an odd side gets one more row or column, like its last."""
+    """Return a frame in limited-range BT.709; the last row or column of an odd side is repeated."""
     pixels = np.asarray(picture.convert("RGB"))
     height, width = pixels.shape[:2]
     even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -246,7 +236,7 @@ def yuv_frame(picture: Image.Image) -> Any:
 
 
 def add_video(output: Any, size: tuple[int, int], rate: Fraction) -> Any:
-    """A stream for pictures of `size`: H.264, or MPEG-4 where FFmpeg has no x264."""
+    """Add a stream for pictures of `size`: H.264, or MPEG-4 where FFmpeg has no x264."""
     if "libx264" in pyav().codecs_available:
         stream = output.add_stream("libx264", rate=rate, options=H264_OPTIONS)
     else:
@@ -255,7 +245,7 @@ def add_video(output: Any, size: tuple[int, int], rate: Fraction) -> Any:
     stream.width, stream.height = (side + side % 2 for side in size)
     stream.pix_fmt = "yuv420p"
     context = stream.codec_context
-    # Said aloud, because players guess an unsaid matrix from the size.
+    # Stated, because players guess a matrix that is not stated from the size.
     context.colorspace = context.color_primaries = context.color_trc = BT709
     context.color_range = LIMITED_RANGE
     return stream
@@ -264,7 +254,7 @@ def add_video(output: Any, size: tuple[int, int], rate: Fraction) -> Any:
 def video_packets(
     stream: Any, pictures: Iterable[Image.Image], size: tuple[int, int]
 ) -> Iterator[Any]:
-    """The pictures, encoded, at the stream's rate."""
+    """Yield the packets of pictures, encoded at the stream's rate."""
     for number, picture in enumerate(pictures):
         if picture.size != size:
             raise ValueError(
@@ -278,9 +268,9 @@ def video_packets(
 
 
 def copied_audio(source: Any, audio: Any, stream: Any, start: Fraction) -> Iterator[Any]:
-    """The audio's packets as they are; what was at `start` seconds is at 0."""
+    """Yield the packets of the audio as they are, shifted so that `start` seconds become 0."""
     for packet in source.demux(audio):
-        if packet.dts is None:  # the mark of the end
+        if packet.dts is None:  # marks the end
             continue
         shift = round(start / packet.time_base)
         packet.dts -= shift
@@ -290,7 +280,7 @@ def copied_audio(source: Any, audio: Any, stream: Any, start: Fraction) -> Itera
 
 
 def encoded_audio(source: Any, audio: Any, stream: Any, start: Fraction) -> Iterator[Any]:
-    """The audio decoded and encoded again; what was at `start` seconds is at 0."""
+    """Yield packets of the audio encoded again, shifted so that `start` seconds become 0."""
     for frame in source.decode(audio):
         if frame.pts is not None:
             frame.pts -= round(start / frame.time_base)
@@ -298,15 +288,15 @@ def encoded_audio(source: Any, audio: Any, stream: Any, start: Fraction) -> Iter
     yield from stream.encode(None)
 
 
-def takes(format_name: str, path: Path) -> bool:
-    """Whether a container of this format takes a file's audio as it is; found by trying."""
+def accepts_audio(format_name: str, path: Path) -> bool:
+    """Try whether a container of a format accepts the audio of a file as it is."""
     av = pyav()
     with open_file(path) as source:
         audio = source.streams.audio[0]
         try:
             with av.open(io.BytesIO(), "w", format=format_name) as trial:
                 stream = trial.add_stream_from_template(audio)
-                # With a packet, because some codecs pass the header and fail behind it.
+                # Also a packet, because some codecs pass the header and fail after it.
                 for packet in itertools.islice(copied_audio(source, audio, stream, Fraction(0)), 1):
                     trial.mux(packet)
         except (av.FFmpegError, ValueError):
@@ -315,13 +305,13 @@ def takes(format_name: str, path: Path) -> bool:
 
 
 def add_audio(output: Any, source: Any, path: Path) -> Iterator[Any]:
-    """Add a stream for the source's first audio, if any; its packets, in time with its video."""
+    """Add a stream for the source's first audio, if any; return packets in time with its video."""
     if not source.streams.audio:
         return iter(())
     audio = source.streams.audio[0]
     first = (moving_streams(source) or [audio])[0]
     start = (first.start_time or 0) * first.time_base
-    if takes(output.format.name, path):
+    if accepts_audio(output.format.name, path):
         return copied_audio(source, audio, output.add_stream_from_template(audio), start)
     return encoded_audio(source, audio, output.add_stream("aac", rate=48000), start)
 
@@ -329,12 +319,11 @@ def add_audio(output: Any, source: Any, path: Path) -> Iterator[Any]:
 def write_video(
     path: str | Path, pictures: Iterable[Image.Image], rate: Fraction, audio_from: Path | None
 ) -> None:
-    """Write pictures of one size as .mp4, .mov or .mkv; a reader never sees half a file.
+    """Write pictures of one size as .mp4, .mov or .mkv, whole or not at all.
 
     H.264 in yuv420p (MPEG-4 where FFmpeg has no x264), so odd sides become even. The audio of the
-    video `audio_from` is copied as it is where the container takes it, otherwise encoded as AAC;
-    it keeps its place in time to the first frame. Pictures are taken one at a time; if they raise
-    anything, no file is left.
+    video `audio_from` is copied where the container accepts it, otherwise encoded as AAC; it keeps
+    its time relative to the first frame. Pictures are taken one at a time.
 
     Raises:
         FileNotFoundError: the folder or `audio_from` does not exist.
@@ -348,50 +337,46 @@ def write_video(
         raise ValueError(
             f"expected a file name ending in {', '.join(WRITABLE_VIDEOS)}, found {str(path)!r}"
         )
-    check_folder(path.parent)
     if rate <= 0:
         raise ValueError(f"expected a rate of more than 0 frames a second, found {rate}")
-    pictures = iter(pictures)
-    first = next(pictures, None)
-    if first is None:
-        raise ValueError(f"expected at least one picture for {str(path)!r}, found none")
-    pictures = itertools.chain([first], pictures)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
-        with ExitStack() as stack:
+        with whole_file(path) as temporary, ExitStack() as stack:
+            pictures = iter(pictures)
+            first = next(pictures, None)
+            if first is None:
+                raise ValueError(f"expected at least one picture for {str(path)!r}, found none")
+            pictures, size = itertools.chain([first], pictures), first.size
             source = audio_from and stack.enter_context(open_file(audio_from))
             output = stack.enter_context(av.open(f"file:{temporary}", "w", format=format_name))
-            tracks = [video_packets(add_video(output, first.size, rate), pictures, first.size)]
+            tracks = [video_packets(add_video(output, size, rate), pictures, size)]
             if audio_from is not None:
                 tracks.append(add_audio(output, source, audio_from))
-            # By the time they are decoded at, as players want them side by side.
+            # By the time of decoding, as players need them side by side.
             for packet in heapq.merge(*tracks, key=lambda packet: packet.dts * packet.time_base):
                 output.mux(packet)
-        os.replace(temporary, path)
     except av.FFmpegError as error:
         audio = f" with the audio of {str(audio_from)!r}" if audio_from else ""
         raise OSError(f"{str(path)!r} cannot be written{audio} ({reason(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_frames(folder: str | Path, pictures: Iterable[Image.Image]) -> None:
-    """Write frame_000000.png and so on into a folder that is whole or not there.
+    """Write frame_000000.png and so on into a new folder, whole or not at all.
 
     Raises:
         FileNotFoundError: the folder above does not exist.
-        FileExistsError: the folder holds something, whose frames would mix with these.
+        FileExistsError: the folder is not empty.
+        OSError: it cannot be written.
         ValueError: no pictures.
     """
     folder = Path(folder)
-    check_folder(folder.parent)
+    temporary = temporary_beside(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"expected a new or an empty folder, found {str(folder)!r}")
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
     temporary.mkdir()
     try:
-        for number, picture in enumerate(pictures):
-            write_picture(picture, temporary / f"frame_{number:06d}.png")
+        with full_disk_explained(folder):
+            for number, picture in enumerate(pictures):
+                picture.save(temporary / f"frame_{number:06d}.png")
         if not any(temporary.iterdir()):
             raise ValueError(f"expected at least one picture for {str(folder)!r}, found none")
         os.replace(temporary, folder)

@@ -1,4 +1,4 @@
-"""Pictures in and out: reading what people have on disk, writing, laying results side by side.
+"""Pictures: reading files of people, writing, and grids of results.
 
 Knows the one image convention of the project: in memory NCHW float in [-1, 1], on disk HWC uint8,
 always RGB. Knows nothing of generators, embedders or directions.
@@ -6,8 +6,6 @@ always RGB. Knows nothing of generators, embedders or directions.
 
 import io
 import logging
-import os
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +16,11 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from targetclip.command import whole_file
+
 logger = logging.getLogger(__name__)
 
-# TIFF is left out on purpose: its many compressions are the least trodden decoders of Pillow.
+# Without TIFF: its many compressions are the least tested decoders of Pillow.
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_FILE_BYTES = 50_000_000
@@ -31,26 +31,14 @@ MAX_TILE = 512
 MARGIN = 12
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file that may be a picture, one more than allowed if it is too large."""
-    if path.is_dir():
-        raise ValueError(
-            f"expected a picture, found a folder: {str(path)!r}; give the path of one file"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"no picture at {str(path)!r}; check the path")
-    with path.open("rb") as file:
-        return file.read(MAX_FILE_BYTES + 1)
-
-
 def eight_bit(picture: Image.Image) -> Image.Image:
-    """Rescale 16-bit grey (modes I;16 and I) to 8 bits; Pillow alone would clip at 255."""
+    """Rescale 16-bit grey (modes I;16 and I) to 8 bits; Pillow would clip at 255."""
     values = np.asarray(picture).astype(np.float64) / 257.0  # 65535 / 255
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
 def upright(picture: Image.Image, origin: str) -> Image.Image:
-    """Turn the picture as its EXIF orientation says."""
+    """Turn a picture by its EXIF orientation."""
     try:
         return ImageOps.exif_transpose(picture)
     except Exception as error:  # a broken EXIF block raises nearly anything
@@ -59,7 +47,7 @@ def upright(picture: Image.Image, origin: str) -> Image.Image:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """RGB, with whatever is transparent showing a white background."""
+    """Return a picture as RGB, with a white background where it is transparent."""
     if picture.mode.startswith("I"):
         picture = eight_bit(picture)
     if not picture.has_transparency_data:
@@ -69,7 +57,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def decode_picture(content: bytes, origin: str) -> Image.Image:
-    """Decode the bytes of a picture file as `read_picture` does; errors name it as `origin`.
+    """Decode the bytes of a picture file as `read_picture`; errors name it as `origin`.
 
     Raises:
         ValueError: empty, too large, damaged or unknown content.
@@ -80,7 +68,7 @@ def decode_picture(content: bytes, origin: str) -> Image.Image:
         raise ValueError(
             f"{origin!r} is larger than {MAX_FILE_BYTES // 10**6} MB; save it smaller, e.g. as JPEG"
         )
-    # Pillow warns of oddities in files (EXIF, palettes); the picture either decodes or is refused.
+    # Pillow warns of oddities in files (EXIF, palettes); a picture either decodes or is refused.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -104,50 +92,67 @@ def decode_picture(content: bytes, origin: str) -> Image.Image:
                 "side; make it smaller"
             )
         try:
-            # A phone's JPEG may carry previews as further frames (MPO): that is no animation.
+            # A phone's JPEG may hold previews as further frames (MPO); that is no animation.
             if picture.format != "MPO" and getattr(picture, "is_animated", False):
                 logger.warning("%r is animated; its first frame is used", origin)
                 picture.seek(0)
             picture.load()
             return on_white(upright(picture, origin))
-        except Exception as error:  # so do damaged pixels
+        except Exception as error:  # damaged pixels raise nearly anything, too
             raise ValueError(
                 f"{origin!r} is damaged or cut short; copy or download the picture again"
             ) from error
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture as a person would see it: upright, 8-bit RGB, transparency on white.
+    """Read a picture as people see it: upright, 8-bit RGB, transparency on white.
 
     Of an animation the first frame is taken, with a warning in the log. Colour profiles are not
     applied. File size and picture size are checked before any pixel is decoded.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: no such file.
         ValueError: a folder, an empty, too large, damaged or unknown file.
     """
     path = Path(path)
-    return decode_picture(read_file(path), str(path))
+    if path.is_dir():
+        raise ValueError(
+            f"expected a picture, found a folder: {str(path)!r}; give the path of one file"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture at {str(path)!r}; check the path")
+    with path.open("rb") as file:
+        content = file.read(MAX_FILE_BYTES + 1)  # one byte more is too large
+    return decode_picture(content, str(path))
+
+
+def check_rgb(picture: Image.Image) -> None:
+    """Raise a ValueError for a picture that is not RGB."""
+    if picture.mode != "RGB":
+        raise ValueError(f"expected an RGB picture, found mode {picture.mode!r}; use read_picture")
 
 
 def center_square(picture: Image.Image) -> Image.Image:
-    """The largest square around the middle of the picture."""
+    """Return the largest square around the middle of a picture."""
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     return picture.crop((left, top, left + side, top + side))
 
 
 def picture_to_tensor(picture: Image.Image, size: int) -> Float[Tensor, "1 3 {size} {size}"]:
-    """The middle square of an RGB picture, resized with antialiasing, in [-1, 1]."""
-    if picture.mode != "RGB":
-        raise ValueError(f"expected an RGB picture, found mode {picture.mode!r}; use read_picture")
+    """Return the middle square of an RGB picture, resized with antialiasing, in [-1, 1].
+
+    Raises:
+        ValueError: not RGB.
+    """
+    check_rgb(picture)
     square = center_square(picture).resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
     return pixels.float() / 127.5 - 1
 
 
 def tensor_to_pictures(images: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
-    """RGB pictures of images in [-1, 1]; values outside are clamped, as a screen would.
+    """Return RGB pictures of images in [-1, 1]; values outside are clamped.
 
     Raises:
         ValueError: an image holds NaN or infinity.
@@ -162,10 +167,11 @@ def tensor_to_pictures(images: Float[Tensor, "batch 3 height width"]) -> list[Im
 
 
 def write_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write PNG, JPEG or WEBP by the suffix of `path`; a reader never sees half a file.
+    """Write PNG, JPEG or WEBP by the suffix of `path`, whole or not at all.
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: it cannot be written.
         ValueError: another suffix.
     """
     path = Path(path)
@@ -174,14 +180,8 @@ def write_picture(picture: Image.Image, path: str | Path) -> None:
         raise ValueError(
             f"expected a file name ending in {', '.join(WRITABLE_FORMATS)}, found {str(path)!r}"
         )
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {str(path.parent)!r} to write into; create it first")
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
+    with whole_file(path) as temporary:
         picture.save(temporary, format=format_name, quality=95)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def labelled_grid(
@@ -189,11 +189,14 @@ def labelled_grid(
     rows: Mapping[str, Sequence[Image.Image]],
     target_label: str = "target",
 ) -> Image.Image:
-    """One picture to look at: the target on the left, a labelled row of pictures for each entry.
+    """Return one picture with the target on the left and a labelled row for each entry.
 
     `labelled_grid(target, {"sources": sources, "results, strength 1.2": results})`. Every picture
-    is cut to its middle square and shown at one size: the largest one's, within 128 to 512 px.
-    Without a target the rows stand alone.
+    is cut to its middle square and has the size of the largest, within 128 to 512 px. None: no
+    target.
+
+    Raises:
+        ValueError: no picture in the rows.
     """
     pictures = [picture for row in rows.values() for picture in row]
     if not pictures:
@@ -205,7 +208,7 @@ def labelled_grid(
     target_label = " ".join(target_label.split())
     label_height = sum(font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (11, 2))
 
-    # Long labels widen their column rather than being cut.
+    # Long labels widen their column and are not cut.
     left = MARGIN
     if target is not None:
         left += MARGIN + max(tile, int(font.getlength(target_label)) + 1)
@@ -223,9 +226,9 @@ def labelled_grid(
     if target is not None:
         draw.text((MARGIN, MARGIN), target_label, fill="black", font=font)
         place(target, MARGIN, MARGIN)
-    for row, (label, shown) in enumerate(rows.items()):
+    for row, (label, row_pictures) in enumerate(rows.items()):
         y = MARGIN + row * row_height
         draw.text((left, y), labels[label], fill="black", font=font)
-        for column, picture in enumerate(shown):
+        for column, picture in enumerate(row_pictures):
             place(picture, left + column * (tile + MARGIN), y)
     return canvas

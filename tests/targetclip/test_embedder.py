@@ -409,9 +409,13 @@ def test_a_failed_download_is_one_line(
     assert "connection" in message_of("tiny", "openai")
 
 
-def test_open_clip_is_imported_only_when_a_model_is_loaded() -> None:
+def test_open_clip_and_extras_are_imported_only_when_they_are_used() -> None:
     import subprocess
     import sys
 
-    code = "import sys, targetclip.embedder; sys.exit('open_clip' in sys.modules)"
+    code = """
+import sys
+import targetclip.embedder, targetclip.media.alignment, targetclip.media.frames
+sys.exit(bool({"open_clip", "dlib", "av", "transformers"} & sys.modules.keys()))
+"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

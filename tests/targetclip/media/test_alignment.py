@@ -1,7 +1,11 @@
-"""Cutting a face out of a photo as FFHQ's were, and putting it back."""
+"""Finding a face in a photo, cutting it out as FFHQ's were, and putting it back."""
 
 import math
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +14,20 @@ from hypothesis import strategies as st
 from numpy import ndarray
 from PIL import Image
 
-from targetclip.media.alignment import align, paste_back, quad_of, side_of
+from targetclip.media.alignment import (
+    INSTALL,
+    LANDMARKS,
+    MODELS,
+    FaceFinder,
+    align,
+    landmark_file,
+    paste_back,
+    quad_of,
+    side_of,
+)
+from targetclip.media.images import read_picture
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 GREY, RED = (120, 120, 120), (255, 0, 0)
 ANGLES = [0, 17, 90, -45, 180]
@@ -315,3 +332,214 @@ def test_what_cannot_be_put_back_is_refused() -> None:
     for softness in (-0.1, 1.1, math.nan):
         message = error_of(lambda softness=softness: paste_back(photo, face, quad, softness))
         assert "from 0 to 1" in message
+
+
+# Finding faces: with a stand-in for dlib everywhere, and with dlib where it is installed
+
+
+class Rectangle:
+    def __init__(self, *corners: int) -> None:
+        self.corners = corners
+
+    def left(self) -> int:
+        return self.corners[0]
+
+    def top(self) -> int:
+        return self.corners[1]
+
+    def right(self) -> int:
+        return self.corners[2]
+
+    def bottom(self) -> int:
+        return self.corners[3]
+
+
+@dataclass
+class StandIn:
+    """The parts of dlib that are used: its detector returns `boxes`."""
+
+    boxes: list[tuple[int, int, int, int]] = field(default_factory=list)
+    searched: list[tuple[int, ...]] = field(default_factory=list)
+    """Shapes of the pictures that the detector was given."""
+    measured: list[tuple[int, ...]] = field(default_factory=list)
+    """Shapes of the pictures that landmarks were looked for in."""
+    rectangle: type[Rectangle] = Rectangle
+
+    def get_frontal_face_detector(self) -> Callable[[ndarray], list[Rectangle]]:
+        def detect(pixels: ndarray) -> list[Rectangle]:
+            self.searched.append(pixels.shape)
+            return [Rectangle(*corners) for corners in self.boxes]
+
+        return detect
+
+    def shape_predictor(self, path: str) -> Callable[[ndarray, Rectangle], SimpleNamespace]:
+        def predict(pixels: ndarray, box: Rectangle) -> SimpleNamespace:
+            self.measured.append(pixels.shape)
+            points = [SimpleNamespace(x=box.left() + i, y=box.top()) for i in range(68)]
+            return SimpleNamespace(parts=lambda: points)
+
+        return predict
+
+
+@pytest.fixture
+def dlib(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn()
+    monkeypatch.setitem(sys.modules, "dlib", stand_in)
+    return stand_in
+
+
+def stand_in_finder() -> FaceFinder:
+    """A finder of the stand-in, which reads no landmark file."""
+    return FaceFinder(Path("landmarks"))
+
+
+def grey(width: int = 200, height: int = 100) -> Image.Image:
+    return Image.new("RGB", (width, height), "grey")
+
+
+# Missing files
+
+
+def test_without_dlib_no_finder_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    message = error_of(FaceFinder)
+    assert "dlib" in message and INSTALL in message
+
+
+def test_a_landmark_file_is_found_without_importing_its_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / MODELS
+    package.mkdir()
+    (package / "__init__.py").write_text("import pkg_resources_of_old")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert INSTALL in error_of(landmark_file)
+    (package / "models").mkdir()
+    assert LANDMARKS in error_of(landmark_file)
+    (package / "models" / LANDMARKS).write_bytes(b"landmarks")
+    assert landmark_file() == package / "models" / LANDMARKS
+    assert MODELS not in sys.modules
+
+
+def test_without_a_landmark_file_no_finder_can_be_made(
+    dlib: StandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / MODELS).mkdir()
+    (tmp_path / MODELS / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    message = error_of(FaceFinder)
+    assert LANDMARKS in message and INSTALL in message
+
+
+# The finder
+
+
+def test_faces_are_found_in_a_doubled_copy_and_measured_in_the_photo(dlib: StandIn) -> None:
+    dlib.boxes = [(20, 40, 120, 140)]
+    [face] = stand_in_finder().find(grey())
+    assert dlib.searched == [(200, 400, 3)] and dlib.measured == [(100, 200, 3)]
+    assert face.box == (10, 20, 60, 70) and face.size == 50
+    assert face.landmarks.tolist() == [[10 + i, 20] for i in range(68)]
+
+
+def test_a_large_photo_is_searched_in_a_smaller_copy(dlib: StandIn) -> None:
+    dlib.boxes = [(300, 30, 600, 330)]
+    [face] = stand_in_finder().find(grey(6000, 600))
+    assert dlib.searched == [(300, 3000, 3)] and dlib.measured == [(600, 6000, 3)]
+    assert face.box == (600, 60, 1200, 660)
+
+
+def test_the_largest_face_is_the_first(dlib: StandIn) -> None:
+    dlib.boxes = [(0, 0, 20, 20), (200, 0, 260, 60), (100, 0, 140, 40), (50, 0, 90, 40)]
+    finder = stand_in_finder()
+    faces = finder.find(grey())
+    assert [face.size for face in faces] == [30, 20, 20, 10]
+    dlib.boxes.reverse()
+    assert [face.box for face in finder.find(grey())] == [face.box for face in faces]
+    for index in range(4):
+        assert finder.face_of(grey(), index).box == faces[index].box
+    assert finder.face_of(grey()).size == 30
+
+
+def test_a_photo_without_a_face_is_named_with_what_to_try(dlib: StandIn) -> None:
+    assert stand_in_finder().find(grey()) == []
+    message = error_of(lambda: stand_in_finder().face_of(grey(), origin="--sources 'me.png'"))
+    assert message.startswith("--sources 'me.png': no face found in 200 x 100 px")
+    assert "larger face" in message and "--no-align" in message
+
+
+@pytest.mark.parametrize("index", [-1, 2, 50])
+def test_a_number_that_no_face_has_is_answered_with_those_there_are(
+    dlib: StandIn, index: int
+) -> None:
+    dlib.boxes = [(0, 0, 20, 20), (200, 0, 260, 60)]
+    message = error_of(lambda: stand_in_finder().face_of(grey(), index))
+    assert f"found {index};" in message
+    assert "0 (30 px at (100, 0)), 1 (10 px at (0, 0))" in message
+
+
+def test_a_picture_that_is_not_rgb_is_refused(dlib: StandIn) -> None:
+    assert "RGB" in error_of(lambda: stand_in_finder().find(grey().convert("L")))
+
+
+# dlib itself
+
+
+@pytest.fixture(scope="module")
+def finder() -> FaceFinder:
+    pytest.importorskip("dlib", reason="the extra 'faces' is not installed")
+    return FaceFinder()
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return read_picture(FIXTURES / "grace_hopper.jpg")
+
+
+def test_a_face_in_a_photo_is_found_with_its_eyes_and_mouth(
+    finder: FaceFinder, photo: Image.Image
+) -> None:
+    [face] = finder.find(photo)
+    assert face.size == pytest.approx(100, abs=25)
+    places = {(36, 42): (112, 97), (42, 48): (155, 94), (48, 68): (134, 139)}
+    for (start, end), place in places.items():
+        assert face.landmarks[start:end].mean(axis=0) == pytest.approx(place, abs=5)
+
+
+@pytest.mark.parametrize("angle", [-20, 20])
+def test_a_turned_photo_gives_nearly_the_same_aligned_face(
+    finder: FaceFinder, photo: Image.Image, angle: float
+) -> None:
+    turned = photo.rotate(angle, Image.Resampling.BICUBIC, expand=True)
+    quads = [quad_of(finder.face_of(picture).landmarks) for picture in (photo, turned)]
+    assert side_of(quads[1]) == pytest.approx(side_of(quads[0]), rel=0.1)
+    tilts = [math.degrees(math.atan2(*(quad[3] - quad[0])[::-1])) for quad in quads]
+    assert tilts[0] - tilts[1] == pytest.approx(angle, abs=3)
+    aligned = [
+        np.asarray(align(picture, quad, 32)).astype(float)[6:26, 6:26].flatten()
+        for picture, quad in zip((photo, turned), quads, strict=True)
+    ]
+    assert np.corrcoef(aligned)[0, 1] > 0.93
+
+
+def test_two_faces_are_found_in_the_order_of_their_sizes(
+    finder: FaceFinder, photo: Image.Image
+) -> None:
+    group = grey(700, 450)
+    group.paste(photo, (10, 100))
+    group.paste(photo.resize((384, 450)), (300, 0))
+    large, small = finder.find(group)
+    assert large.box[0] > 300 > small.box[2] and large.size > 1.2 * small.size
+
+
+def test_a_photo_that_shows_no_face_has_none(finder: FaceFinder, photo: Image.Image) -> None:
+    for picture in (grey(), grey(1, 1), photo.crop((0, 180, 256, 300)), photo.rotate(180)):
+        assert finder.find(picture) == []
+
+
+def test_a_damaged_landmark_file_is_named(finder: FaceFinder, tmp_path: Path) -> None:
+    path = tmp_path / LANDMARKS
+    for content in (b"", b"no landmarks", b"\0" * 1000):
+        path.write_bytes(content)
+        message = error_of(lambda: FaceFinder(path))
+        assert str(path) in message and INSTALL in message
