@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from data.publish import sha256_of
@@ -366,7 +367,7 @@ def run(config: Config) -> dict[str, Any]:
     comparison = Comparison.of(bench, judges, config.unedited, config.first, config.seed)
     drawn = not config.only or DRAWN_ANSWER in config.only
     report = facts(config, world, bench, judges, left_out) | {"sets": {}}
-    pictures = {}
+    pictures: dict[str, Image.Image] = {}
     for targets in sets:
         own = answers[targets.name]
         if trials := comparison.trials(targets, own, drawn):

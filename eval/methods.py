@@ -93,8 +93,8 @@ class PairTable:
     ) -> Float[Tensor, "targets num_ws w_dim"]:
         """Return the predictions of the ridge regression."""
         offsets = F.normalize(embeddings.double(), dim=1) - self.centre
-        directions = self.mean.flatten() + offsets @ self.weights
-        return directions.float().unflatten(1, self.mean.shape)
+        directions = (self.mean.flatten() + offsets @ self.weights).float()
+        return directions.reshape(-1, *self.mean.shape)
 
 
 def ridge_by_penalty(
@@ -294,10 +294,11 @@ def by_clip_blending(bench: Bench, targets: EvalSet, recipe: Recipe = BLENDING) 
     goals = (unedited[None] + embeddings[:, None]).flatten(0, 1)
     ws = sources.repeat(len(targets), 1, 1)
     at_once = scene.max_images or MAX_IMAGES
-    parts = list(zip(ws.split(at_once), goals.split(at_once), strict=True))
-    bar = tqdm(parts, "clip-blending", unit="part", leave=False)
-    offsets = torch.cat([blended(bench, *part, bench.cut(recipe)) for part in bar])
-    return Answer(offsets.unflatten(0, (len(targets), len(sources))))
+    offsets = []
+    for start in tqdm(range(0, len(ws), at_once), "clip-blending", unit="part", leave=False):
+        part = slice(start, start + at_once)
+        offsets.append(blended(bench, ws[part], goals[part], bench.cut(recipe)))
+    return Answer(torch.cat(offsets).unflatten(0, (len(targets), len(sources))))
 
 
 # One pass, without a mapper

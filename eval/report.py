@@ -277,7 +277,7 @@ def line_chart(
 
     Args:
         levels: dashed horizontal lines, by their names.
-        diagonal: draw y = x, dashed.
+        diagonal: draw y = x, dashed, over the range of both axes.
 
     Raises:
         ValueError: there is no point, or no matplotlib.
@@ -286,21 +286,20 @@ def line_chart(
         raise ValueError(f"expected points for the chart {title!r}, found none")
     figure, axes = new_chart(title, x_label, y_label)
     for i, line in enumerate(series):
-        x, y = zip(*line.points, strict=True)
+        x, y = np.reshape(line.points, (-1, 2)).T
         colour = colour_at(2 * i if line.colour is None else line.colour)
         style = {"color": colour, "marker": "o", "linestyle": "-" if line.joined else "none"}
         if line.hollow:
             style["markerfacecolor"] = "white"
-        if line.spans:
-            low, high = (np.array(bounds) for bounds in zip(*line.spans, strict=True))
-            axes.errorbar(x, y, (y - low, high - y), label=line.name, **style)
-        else:
-            axes.plot(x, y, label=line.name, **style)
+        reach = np.abs(np.transpose(line.spans) - y) if line.spans else None
+        axes.errorbar(x, y, reach, label=line.name, **style)
     for name, level in (levels or {}).items():
         axes.axhline(level, color="0.2", linestyle="--", linewidth=1)
         axes.annotate(name, (0.01, level), xycoords=("axes fraction", "data"), va="bottom")
     if diagonal:
-        axes.axline((0, 0), slope=1, color="0.2", linestyle="--", linewidth=1)
+        values = np.concatenate([np.ravel(line.points) for line in series])
+        ends = (values.min(), values.max())
+        axes.plot(ends, ends, color="0.2", linestyle="--", linewidth=1)
     if log_x:
         axes.set_xscale("log")
     return picture_of(figure, axes)
