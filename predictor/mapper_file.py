@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -18,6 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from targetclip.command import one_line, write_file
 from targetclip.recipes import RECIPES, Recipe, stored_recipe
 from targetclip.weights import GET_AGAIN
+
+Kept = TypeVar("Kept", bound="OnTheHub")
 
 FORMAT = "targetclip-mapper/2"
 FIRST_FORMAT = "targetclip-mapper/1"  # read as well
@@ -194,7 +196,7 @@ class OnTheHub:
     record: MapperRecord | None
 
     @classmethod
-    def from_file(cls, path: Path, generator: str | None, embedder: str | None) -> Self:
+    def from_file(cls: type[Kept], path: Path, generator: str | None, embedder: str | None) -> Kept:
         """Load the weights' file; the mapper knows how."""
         raise NotImplementedError
 
@@ -204,14 +206,14 @@ class OnTheHub:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Kept],
         name_or_path: str | Path,
         *,
         generator: str | None = None,
         embedder: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
-    ) -> Self:
+    ) -> Kept:
         """Load a mapper from a folder, a file or a repository of the Hub, checked as load_mapper.
 
         Raises:

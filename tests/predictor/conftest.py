@@ -1,22 +1,21 @@
-"""What the tests of the command line share: pictures, a direction, and a way to run it."""
+"""What the tests of the command line share: pictures, worlds, a direction, and a way to run it."""
 
-import sys
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_runs import exit_code
 from PIL import Image
 
 from data.drawn.faces import draw_wide
-from predictor import cli
-from predictor import sources as photos
-from predictor.load import load_essence
-from predictor.transfer import EssenceTransfer
+from predictor import sources
+from predictor.transfer import EssenceTransfer, load_essence
 from targetclip.directions import direction_bytes
-from targetclip.media.faces import Face, FaceFinder
-from targetclip.world import load_parts, load_world
+from targetclip.media.alignment import Face, FaceFinder
+from targetclip.world import load_scene, load_world
 
 Run = Callable[..., int]
 
@@ -32,9 +31,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture
-def run(
-    tiny_world: Path, faces: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Run:
+def run(tiny_world: Path, faces: list[Path], tmp_path: Path) -> Run:
     """Run a command; what is not given of --world, --target, --out and --steps is small."""
 
     def run_command(command: str, *arguments: object, steps: int | None = 3) -> int:
@@ -45,19 +42,39 @@ def run(
         for flag, value in {**common, **target, **few}.items():
             if value is not None and not any(argument.split("=")[0] == flag for argument in given):
                 given += [flag, str(value)]
-        monkeypatch.setattr(sys, "argv", ["targetclip", command, *given])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code
+        return exit_code(command, *given)
 
     return run_command
 
 
+@pytest.fixture
+def aligned_world(tiny_world: Path) -> Path:
+    """The tiny world, that wants photos."""
+    world = tiny_world.with_name("aligned.toml")
+    world.write_text(tiny_world.read_text() + 'aligner = "ffhq"\n')
+    return world
+
+
+@pytest.fixture
+def bare_world(tiny_world: Path) -> Path:
+    """The tiny world without its inverter."""
+    world = tiny_world.with_name("no_inverter.toml")
+    world.write_text(re.sub("inverter = .*", "", tiny_world.read_text()))
+    return world
+
+
+@pytest.fixture
+def unloadable_world(tiny_world: Path) -> Path:
+    """The tiny world without its generator: a command that loads networks fails by that."""
+    world = tiny_world.with_name("unloadable.toml")
+    world.write_text(tiny_world.read_text().replace("generator.safetensors", "nowhere.safetensors"))
+    return world
+
+
 @pytest.fixture(scope="session")
 def direction_file(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A direction of the tiny world's generator, found by nobody."""
-    generator = load_parts(load_world(str(tiny_world)), torch.device("cpu")).generator
+    """A random direction of the tiny world's generator."""
+    generator = load_scene(load_world(str(tiny_world))).generator
     vector = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     path = tmp_path_factory.mktemp("direction") / "direction.safetensors"
     path.write_bytes(direction_bytes(vector, generator, {"method": "optimizer", "recipe": "paper"}))
@@ -66,7 +83,7 @@ def direction_file(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def tiny(tiny_world: Path) -> EssenceTransfer:
-    return load_essence(load_world(str(tiny_world)), torch.device("cpu"))
+    return load_essence(str(tiny_world))
 
 
 def upright_face(x: float, y: float, size: int) -> Face:
@@ -94,7 +111,7 @@ def seeing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Seeing], FaceFinder]:
             def find(self, picture: Image.Image) -> list[Face]:
                 return [upright_face(*place) for place in see(picture)]
 
-        monkeypatch.setattr(photos, "FaceFinder", StandIn)
+        monkeypatch.setattr(sources, "FaceFinder", StandIn)
         return StandIn()
 
     return put

@@ -1,6 +1,5 @@
 """Clips as sources: a face followed through them, one direction for all frames, whole files."""
 
-import json
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -9,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_runs import report_of
 from PIL import Image
 
-from predictor import cli, clips
+from predictor import clips
 from predictor.clips import Clip, evenly_spaced, find_track
 from predictor.transfer import EssenceTransfer
+from targetclip.command import STOPPED
 from targetclip.directions import load_direction
-from targetclip.media.faces import FaceFinder
+from targetclip.media.alignment import FaceFinder
 from targetclip.media.frames import open_frames, write_video
 from targetclip.media.images import read_picture, tensor_to_pictures
 
@@ -54,12 +55,6 @@ def video(tmp_path: Path) -> Path:
     return tmp_path / "clip.mp4"
 
 
-def report_of(out: Path) -> dict[str, Any]:
-    report = json.loads((out / "report.json").read_text())
-    assert isinstance(report, dict)
-    return report
-
-
 def frames_of(folder: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]
 
@@ -80,8 +75,8 @@ def test_frames_of_a_folder_are_edited_in_natural_order(
     for name, arguments in {"out": (), "few": ("--max-images", 5)}.items():
         assert run("transfer", *given, "--smooth", 1, *arguments, "--out", tmp_path / name) == 0
     pictures = [read_picture(folder / f"frame_{number + 1}.png") for number in range(12)]
-    vector = load_direction(direction_file, tiny.generator).direction
-    expected = tensor_to_pictures(tiny.edit(tiny.invert(pictures), vector))
+    vector = load_direction(direction_file, tiny.scene.generator).direction
+    expected = tensor_to_pictures(tiny.edit(tiny.scene.invert(pictures), vector))
     for name in ("out", "few"):
         found = frames_of(tmp_path / name / "frames")
         np.testing.assert_allclose(found, np.stack(expected), atol=1)
@@ -121,14 +116,10 @@ def test_a_clip_without_any_face_is_refused_before_networks_are_loaded(
     run: Run,
     tmp_path: Path,
     folder: Path,
+    unloadable_world: Path,
     seeing: Seeing,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def working(*_: object) -> None:
-        raise AssertionError("loaded the networks")
-
-    monkeypatch.setattr(cli, "load", working)
     said = {
         "no face found in any of 12 frames": ([], 0),
         "found 1; no frame shows more than 1": ([(30, 30, 20)], 1),
@@ -136,9 +127,10 @@ def test_a_clip_without_any_face_is_refused_before_networks_are_loaded(
     }
     for message, (seen, face) in said.items():
         seeing(lambda picture, seen=seen: seen)
-        assert run("transfer", "--align", "--sources", folder, "--face", face) == 1
+        arguments = ("--align", "--sources", folder, "--face", face)
+        assert run("transfer", "--world", unloadable_world, *arguments) == 1
         line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith(f"targetclip: {folder}: ") and message in line
+        assert line.startswith(f"targetclip: error: {folder}: ") and message in line
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -180,7 +172,7 @@ def test_ctrl_c_leaves_no_half_a_clip(
 
     monkeypatch.setattr(clips, place, interrupted)
     arguments = ("--align", "--sources", folder, "--direction", direction_file)
-    assert run("transfer", *arguments) == cli.INTERRUPTED
+    assert run("transfer", *arguments) == STOPPED
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == ({"direction.safetensors", "grid.png"} if place == "paste_back" else set())
 
@@ -212,8 +204,9 @@ def test_a_video_comes_back_as_long_and_as_fast(
 
 def shaking(tiny: EssenceTransfer, clip: Clip) -> float:
     """How far latents of neighbouring frames are apart."""
-    clip.latents(tiny)
-    return float(clip.ws.diff(dim=0).square().mean())
+    ws = clip.latents(tiny.scene).whole
+    assert ws is not None
+    return float(ws.diff(dim=0).square().mean())
 
 
 def test_smoothing_brings_neighbouring_frames_closer(tiny: EssenceTransfer, folder: Path) -> None:
@@ -233,8 +226,8 @@ def test_nothing_is_smoothed_over_a_gap(
     torch.testing.assert_close(eyes[5], raw[5])
     for run in eyes.split(clip.track.runs):
         assert (run.diff() > 0).all() and (run.diff() < 1).all()
-    clip.latents(tiny)
-    assert len(clip.ws) == 9
+    ws = clip.latents(tiny.scene).whole
+    assert ws is not None and len(ws) == 9
 
 
 def test_a_face_is_followed_when_another_becomes_the_largest(folder: Path, seeing: Seeing) -> None:

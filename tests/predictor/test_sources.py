@@ -1,26 +1,25 @@
 """Faces in photos as sources and targets: cut out, inverted, edited, put back."""
 
 import dataclasses
-import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_runs import one_line, report_of
 from PIL import Image
 
-from predictor import cli
+from predictor.options import Transfer, resolve
 from predictor.sources import Photos, face_quad, searching_inverter
 from predictor.transfer import EssenceTransfer
+from targetclip.command import STOPPED
 from targetclip.directions import load_direction
-from targetclip.media.alignment import align, paste_back
-from targetclip.media.faces import FaceFinder
+from targetclip.media.alignment import FaceFinder, align, paste_back
 from targetclip.media.images import picture_to_tensor, read_picture, tensor_to_pictures
 from targetclip.recipes import RECIPES
+from targetclip.scene import Scene
 
 Run = Callable[..., int]
 Seen = list[tuple[float, float, int]]
@@ -36,34 +35,6 @@ def photo(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
-
-
-@pytest.fixture
-def aligned_world(tiny_world: Path) -> Path:
-    """The tiny world, that wants photos."""
-    world = tiny_world.with_name("aligned.toml")
-    world.write_text(tiny_world.read_text() + 'aligner = "ffhq"\n')
-    return world
-
-
-@pytest.fixture
-def bare_world(tiny_world: Path) -> Path:
-    """The tiny world without its inverter."""
-    world = tiny_world.with_name("no_inverter.toml")
-    world.write_text(re.sub("inverter = .*", "", tiny_world.read_text()))
-    return world
-
-
-def report_of(out: Path) -> dict[str, Any]:
-    report = json.loads((out / "report.json").read_text())
-    assert isinstance(report, dict)
-    return report
-
-
-def one_line(text: str) -> str:
-    [line] = text.splitlines()
-    assert line.startswith("targetclip: ")
-    return line
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -97,8 +68,8 @@ def test_a_photo_comes_back_with_its_face_edited_and_every_other_pixel_as_it_was
 
     picture = read_picture(photo)
     quad = face_quad(finder, picture, 0, "photo")
-    ws = tiny.invert([align(picture, quad, 16)])
-    vector = load_direction(direction_file, tiny.generator).direction
+    ws = tiny.scene.invert([align(picture, quad, 16)])
+    vector = load_direction(direction_file, tiny.scene.generator).direction
     [edited] = tensor_to_pictures(tiny.edit(ws, vector))
     np.testing.assert_array_equal(pixels(out / "edited_000.png"), np.asarray(edited))
     pasted = paste_back(picture, edited, quad)
@@ -163,28 +134,24 @@ def test_another_face_than_the_largest_can_be_chosen(
     assert str(photo) in line and "found 2; faces are: 0 (24 px" in line
 
 
-def working(*_: object) -> None:
-    raise AssertionError("loaded the networks")
-
-
 @pytest.mark.parametrize("fault", ["no dlib", "no face", "cut off"])
 def test_what_keeps_a_face_from_being_found_is_one_line_before_networks_are_loaded(
     run: Run,
     tmp_path: Path,
     photo: Path,
     fault: str,
+    unloadable_world: Path,
     seeing: Seeing,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "load", working)
     if fault == "no dlib":
         monkeypatch.setitem(sys.modules, "dlib", None)
         said = 'pip install "targetclip[faces]"'
     else:
         seeing(lambda picture: [] if fault == "no face" else [(200, 40, 24)])
         said = f"{photo}: " + ("no face" if fault == "no face" else "expected a face inside")
-    assert run("transfer", "--align", "--sources", photo) == 1
+    assert run("transfer", "--world", unloadable_world, "--align", "--sources", photo) == 1
     assert said in one_line(capsys.readouterr().err)
     out = tmp_path / "out"
     assert not out.exists() or (fault != "no dlib" and not [*out.iterdir()])
@@ -211,11 +178,10 @@ def test_an_option_that_nothing_would_read_is_refused_in_one_line(
     tmp_path: Path,
     arguments: list[str],
     said: str,
-    monkeypatch: pytest.MonkeyPatch,
+    unloadable_world: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "load", working)
-    assert run("transfer", *arguments) in (1, 2)
+    assert run("transfer", "--world", unloadable_world, *arguments) in (1, 2)
     assert said in one_line(capsys.readouterr().err)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
@@ -231,12 +197,15 @@ def test_an_aligned_target_is_where_a_search_starts_and_the_whole_one_what_it_lo
     assert run("optimize", *arguments) == 0
     picture = read_picture(photo)
     face = align(picture, face_quad(finder, picture, 0, "photo"), 16)
-    tiny.aligner = lambda whole: align(whole, face_quad(finder, whole, 0, "photo"), 16)
-    torch.testing.assert_close(tiny.initial(picture, "inversion", 0), tiny.invert([face])[0])
-    assert tiny.initial(picture, "zero", 0).abs().max() == 0
+    aligning = EssenceTransfer(
+        tiny.scene, aligner=lambda whole: align(whole, face_quad(finder, whole, 0, "photo"), 16)
+    )
+    start = aligning.initial(picture, "inversion", 0)
+    torch.testing.assert_close(start, tiny.scene.invert([face])[0])
+    assert aligning.initial(picture, "zero", 0).abs().max() == 0
     recipe = dataclasses.replace(RECIPES["consistent"], steps=3, initial="inversion")
-    stored = load_direction(tmp_path / "out" / "direction.safetensors", tiny.generator)
-    torch.testing.assert_close(stored.direction, tiny.optimize(picture, recipe).vector)
+    stored = load_direction(tmp_path / "out" / "direction.safetensors", tiny.scene.generator)
+    torch.testing.assert_close(stored.direction, aligning.optimize(picture, recipe).vector)
     assert stored.record["align"] is True and stored.record["invert_steps"] == 0
 
 
@@ -260,21 +229,19 @@ def test_a_target_without_a_face_is_refused_only_where_it_would_be_inverted(
 # Searches for latents
 
 
-def pixel_error(essence: EssenceTransfer, photos: Photos) -> float:
-    ws, _ = photos.latents(essence)
+def pixel_error(scene: Scene, photos: Photos) -> float:
     images = torch.cat([picture_to_tensor(picture, 16) for picture in photos.pictures])
-    return float((essence.edit(ws, torch.zeros_like(ws[0])) - images).square().mean())
+    return float((scene.render(photos.latents(scene).scored) - images).square().mean())
 
 
 def test_more_steps_bring_the_inversion_closer_to_the_picture(
     tiny: EssenceTransfer, faces: list[Path]
 ) -> None:
-    photos, first, errors = Photos(faces[1:], None), tiny.inverter, []
-    for steps in (0, 10, 60):
-        tiny.inverter = searching_inverter(tiny, steps) if steps else first
-        errors.append(pixel_error(tiny, photos))
-        tiny.inverter = first
-    assert errors[0] > errors[1] > errors[2]
+    photos, scene = Photos(faces[1:], None), tiny.scene
+    little, much = (
+        dataclasses.replace(scene, inverter=searching_inverter(scene, steps)) for steps in (10, 60)
+    )
+    assert pixel_error(scene, photos) > pixel_error(little, photos) > pixel_error(much, photos)
 
 
 def test_an_inversion_searches_with_a_bar_and_the_report_says_how_long(
@@ -297,12 +264,12 @@ def test_a_world_without_inverter_searches_for_the_latents_of_pictures(
     bare_world: Path,
     faces: list[Path],
     direction_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("predictor.sources.STEPS_FROM_MEAN", 3)
+    asked = Transfer(target=(faces[0],), out=tmp_path, world=str(bare_world))
+    assert resolve(asked).invert_steps == 300
     given = ("--world", bare_world, "--direction", direction_file)
-    assert run("transfer", *given, "--sources", faces[1]) == 0
+    assert run("transfer", *given, "--sources", faces[1], "--invert-steps", 3) == 0
     assert report_of(tmp_path / "out")["invert_steps"] == 3
     assert run("transfer", *given, "--num-sources", 1) == 0
     assert "invert_steps" not in report_of(tmp_path / "out")
@@ -318,7 +285,7 @@ def test_ctrl_c_while_photos_are_inverted_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("targetclip.encoders.inverter.invert_by_optimization", interrupted)
-    assert run("transfer", "--sources", faces[1], "--invert-steps", 5) == cli.INTERRUPTED
+    assert run("transfer", "--sources", faces[1], "--invert-steps", 5) == STOPPED
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from predictor.text import NOISE, TextTargets, seen_in
+from predictor.text import NOISE, TextTargets, among_pictures
 
 NEUTRAL = ("a face", "a drawn face")
 
@@ -64,7 +64,9 @@ def test_a_text_is_measured_from_the_mean_of_the_neutral_ones() -> None:
     units = {name: F.normalize(raw, dim=0) for name, raw in KNOWN.items()}
     said = units["green hair"] - (units["a face"] + units["a drawn face"]) / 2
     sources = pictures()
-    expected = F.normalize(sources, dim=1).mean(dim=0) + seen_in(F.normalize(sources, dim=1), said)
+    expected = F.normalize(sources, dim=1).mean(dim=0) + among_pictures(
+        F.normalize(sources, dim=1), said
+    )
     torch.testing.assert_close(target("green hair", sources), F.normalize(expected, dim=0))
 
 
@@ -72,11 +74,11 @@ def test_what_no_two_pictures_differ_in_is_left_out() -> None:
     """Texts differ in what they share with neutral ones as well: TEXT, which no picture has."""
     said = F.normalize(KNOWN["green hair"], dim=0) - TEXT
     assert said @ TEXT < -0.05
-    kept = seen_in(F.normalize(pictures(), dim=1), said)
+    kept = among_pictures(F.normalize(pictures(), dim=1), said)
     assert abs(kept @ TEXT) < 1e-3 and kept @ GREEN == pytest.approx(float(said @ GREEN), rel=0.1)
     # Where pictures differ evenly, nothing is preferred.
     even = torch.cat([torch.eye(8), -torch.eye(8)])
-    torch.testing.assert_close(seen_in(even, said), said / (1 + NOISE), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(among_pictures(even, said), said / (1 + NOISE), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
