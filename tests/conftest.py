@@ -17,7 +17,7 @@ from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_id
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.world import load_parts, load_world
+from targetclip.world import load_scene, load_world
 
 TINY_CLIP = {
     "embed_dim": 32,
@@ -96,9 +96,16 @@ def who_world(tiny_world: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibrated mapper's file for the tiny world, of random weights: far from any target."""
-    parts = load_parts(load_world(str(tiny_world)), torch.device("cpu"))
-    fingerprints = parts.generator.fingerprint, parts.embedder.fingerprint
-    config = MapperConfig(32, parts.generator.num_ws, 8, *fingerprints, width=16, depth=1)
+    scene = load_scene(load_world(str(tiny_world)))
+    config = MapperConfig(
+        embed_dim=32,
+        num_ws=scene.generator.num_ws,
+        w_dim=8,
+        generator=scene.generator.fingerprint,
+        embedder=scene.embedder.fingerprint,
+        width=16,
+        depth=1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mapper = Mapper(config)
@@ -106,7 +113,13 @@ def tiny_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for tensor in mapper.state_dict().values():
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=numbers))
     calibration = {"threshold": 0.5, "probes": 4, "refine_steps": 6, "refine_rate": 0.5}
-    record = MapperRecord({"name": "random"}, calibration, "MIT", "nothing", "0.1.0")
+    record = MapperRecord(
+        recipe={"name": "random"},
+        calibration=calibration,
+        licence="MIT",
+        trained_on="nothing",
+        version="0.1.0",
+    )
     path = tmp_path_factory.mktemp("tiny_mapper") / "mapper.safetensors"
     save_mapper(mapper, path, record)
     return path

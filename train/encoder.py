@@ -17,7 +17,9 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("train.encoder")
 
 from collections.abc import Callable, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.targets import digest_of, open_targets
 from targetclip import command
@@ -266,7 +269,18 @@ def run(config: Config, stop: Stop | None = None) -> Inverter:
     def evaluate(average: Inverter) -> dict[str, float]:
         return figures(average, validation)
 
-    average = train(encoder, loss_at, config.out, schedule, evaluate, settings, stop=stop)
+    # Chunks of images are computed again in the backward pass, by the attention of `in_precision`.
+    unfused = scene.device.type == "cpu" and precision == "bf16"
+    average = train(
+        encoder,
+        loss_at,
+        config.out,
+        schedule,
+        evaluate,
+        settings,
+        stop=stop,
+        in_backward=partial(sdpa_kernel, SDPBackend.MATH) if unfused else nullcontext,
+    )
     save_inverter(average, config.out / ENCODER)
     return average
 

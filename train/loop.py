@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from targetclip.command import (
-    Precision,
     Stop,
     Stopped,
-    in_precision,
     make_folder,
     one_line,
     whole_file,
@@ -147,8 +145,8 @@ class Trainer(Generic[Network]):
     """Everything the weights depend on: a checkpoint of other settings is refused. Plain values."""
     processes: Any = field(default_factory=OneProcess)
     """An Accelerator, where several processes train together or batches are accumulated."""
-    precision: Precision = "fp32"
-    """Of the losses and their gradients."""
+    in_backward: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Context of the backward pass, which may compute parts of a loss again."""
     clock: Callable[[], float] = time.monotonic
     average: Network = field(init=False)
     """The moving average of the weights, which is judged and returned."""
@@ -226,14 +224,15 @@ class Trainer(Generic[Network]):
         rate = schedule.learning_rate * schedule.factor(self.step)
         for group, factor in zip(self.optimizer.param_groups, self.group_factors, strict=True):
             group["lr"] = rate * factor
-        device, batches = next(model.parameters()).device, processes.gradient_accumulation_steps
+        batches = processes.gradient_accumulation_steps
         losses: dict[str, Tensor] = {}
         for batch in range(batches):
             # Numbered through all processes: two of them draw what one would in two batches.
             shard = batch * processes.num_processes + processes.process_index
-            with processes.accumulate(model), in_precision(device, self.precision):
+            with processes.accumulate(model):
                 parts = losses_at(self.step, shard)
-                processes.backward(parts["loss"])
+                with self.in_backward():
+                    processes.backward(parts["loss"])
             for name, value in parts.items():
                 losses[name] = losses.get(name, 0) + value.detach().float() / batches
         length = processes.clip_grad_norm_(self.network.parameters(), schedule.clip).float()
@@ -319,13 +318,14 @@ def train(
     *,
     groups: list[dict[str, Any]] | None = None,
     stop: Stop | None = None,
+    in_backward: Callable[[], AbstractContextManager[Any]] = nullcontext,
     clock: Callable[[], float] = time.monotonic,
 ) -> Network:
     """Train a network by Adam in this process alone, and return the average of its weights.
 
     Args:
         loss_at: returns the loss of a step, and must depend on its number alone.
-        evaluate, settings: see `Trainer`.
+        evaluate, settings, in_backward: see `Trainer`.
         groups: parameter groups for Adam; `lr` in a group is a factor of the learning rate.
         stop: None: one that listens to the signals of this process from here on.
 
@@ -342,6 +342,7 @@ def train(
         out=out,
         schedule=schedule,
         settings=settings,
+        in_backward=in_backward,
         clock=clock,
     )
     return trainer.run(lambda step, shard: {"loss": loss_at(step)}, evaluate, stop)

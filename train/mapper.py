@@ -18,8 +18,9 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("train.mapper")
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,14 @@ from data.targets import digest_of
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from targetclip import command
-from targetclip.command import Precision, Stop, choose_precision, versions, write_json
+from targetclip.command import (
+    Precision,
+    Stop,
+    choose_precision,
+    in_precision,
+    versions,
+    write_json,
+)
 from targetclip.media.images import write_picture
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
@@ -234,20 +242,17 @@ def make_mapper(
     pairs: Pairs | None,
 ) -> Mapper:
     """Return a fresh mapper, the same for the same seed, with its centre, whitening and scale."""
-    generator, embedder = scene.generator, scene.embedder
-    mapper_config = MapperConfig(
-        embed_dim=embedder.embed_dim,
-        num_ws=generator.num_ws,
-        w_dim=generator.w_dim,
-        generator=generator.fingerprint,
-        embedder=embedder.fingerprint,
-        width=config.sizes.width,
-        depth=config.sizes.depth,
-        rank=config.sizes.rank,
+    sizes = MapperConfig(
+        embed_dim=scene.embedder.embed_dim,
+        num_ws=scene.generator.num_ws,
+        w_dim=scene.generator.w_dim,
+        generator=scene.generator.fingerprint,
+        embedder=scene.embedder.fingerprint,
+        **vars(config.sizes),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("mapper", config.seed))
-        mapper = Mapper(mapper_config)
+        mapper = Mapper(sizes)
     sources = embedded_sources(scene, recipe)
     mapper.centre.copy_(sources.mean(dim=0))
     every = 1 if targets is None else -(-len(targets) // WHITENED)
@@ -260,31 +265,17 @@ def make_mapper(
     return mapper.to(scene.device)
 
 
-def settings_of(
-    config: Config,
-    scene: Scene,
-    recipe_name: str,
-    recipe: Recipe,
-    *,
-    targets: str | None,
-    pairs: Pairs | None,
-    left_out: Set[str],
-    processes: int,
-    precision: Precision,
-) -> dict[str, Any]:
+def settings_of(config: Config, objective: Objective, **more: Any) -> dict[str, Any]:
     """Return everything a run's weights depend on, in values that JSON and a checkpoint hold."""
     flags = {name: value for name, value in flags_of(config).items() if name not in FREE}
+    scene, pairs = objective.scene, objective.training_pairs
     return {
         **FIXED,
         **flags,
         "schedule": list(config.schedule),
-        **settings_of_scene(scene, recipe),
-        "recipe_name": recipe_name,
-        "targets": targets,
+        **settings_of_scene(scene, objective.recipe),
         "pairs": None if pairs is None else pairs.digest,
-        "left_out": digest_of(sorted(left_out)),
-        "processes": processes,
-        "precision": "bf16" if precision == "bf16" else "no",
+        **more,
     }
 
 
@@ -326,7 +317,9 @@ class MapperTraining:
     def losses_at(self, step: int, shard: int) -> dict[str, Tensor]:
         """Return the losses of a batch of a step."""
         seed = seed_of("mapper step", self.config.seed, step, shard)
-        losses: dict[str, Tensor] = self.model(stage_at(self.stages, step).terms, seed)
+        terms = stage_at(self.stages, step).terms
+        with self.trainer.in_backward():
+            losses: dict[str, Tensor] = self.model(terms, seed)
         return losses
 
     @torch.no_grad()
@@ -375,7 +368,6 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
     optimizer = torch.optim.AdamW(
         mapper.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY
     )
-    model = accelerator.prepare(objective)
     trainer = Trainer(
         network=mapper,
         optimizer=accelerator.prepare(optimizer),
@@ -391,23 +383,21 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
         ),
         settings=settings_of(
             config,
-            scene,
-            recipe_name,
-            recipe,
+            objective,
+            recipe_name=recipe_name,
             targets=name,
-            pairs=pairs,
-            left_out=validation.ids,
+            left_out=digest_of(sorted(validation.ids)),
             processes=accelerator.num_processes,
-            precision=precision,
+            precision="bf16" if precision == "bf16" else "no",
         ),
         processes=accelerator,
-        precision=precision,
+        in_backward=partial(in_precision, scene.device, precision),
     )
     return MapperTraining(
         config=config,
         stages=stages,
         objective=objective,
-        model=model,
+        model=accelerator.prepare(objective),
         trainer=trainer,
         validation=validation,
     )

@@ -69,12 +69,11 @@ def stage_at(stages: Sequence[TrainingStage], step: int) -> TrainingStage:
     Raises:
         ValueError: the step is after the last one.
     """
-    left = step
     for stage in stages:
-        if left < stage.steps:
+        if step < stage.steps:
             return stage
-        left -= stage.steps
-    raise ValueError(f"expected a step before the end, found {step}, which is {left} after it")
+        step -= stage.steps
+    raise ValueError(f"expected a step before the end, found one {step} after it")
 
 
 # Terms
@@ -123,11 +122,8 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         self.mapper = mapper
-        self.scene = scene
-        self.recipe = recipe
-        self.sizes = sizes
-        self.targets = targets
-        self.training_pairs = pairs
+        self.scene, self.recipe, self.sizes = scene, recipe, sizes
+        self.targets, self.training_pairs = targets, pairs
 
     def target_embeddings(self, random: torch.Generator) -> Float[Tensor, "batch embed"]:
         """Return unit embeddings of random training targets: of the bank and of the pairs alike."""
@@ -167,14 +163,9 @@ class Objective(nn.Module):
         }
 
     def pairs(self, random: torch.Generator) -> dict[str, Tensor]:
-        """Return the squared error of the optimizer's directions, in units of their deviation.
-
-        Raises:
-            ValueError: there are no pairs.
-        """
+        """Return the squared error of the optimizer's directions, in units of their deviation."""
         pairs = self.training_pairs
-        if pairs is None:
-            raise ValueError("expected pairs for the term of that name, found none")
+        assert pairs is not None, "a stage of pairs has pairs"
         chosen = torch.randint(len(pairs), (self.sizes.pairs_batch_size,), generator=random)
         embeddings = pairs.embeddings[chosen].to(self.scene.device)
         directions = self.predict(noisy(embeddings, self.sizes.noise, random)).directions
