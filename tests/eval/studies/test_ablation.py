@@ -1,11 +1,9 @@
-"""Mappers side by side at a size that takes seconds: what is said, kept and refused."""
+"""Mappers side by side at a size that takes seconds: what is reported, kept and refused."""
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,102 +11,63 @@ import pytest
 import torch
 from PIL import Image
 
-from data.drawn.sketch import SIZE
-from eval.studies import ablation
-from eval.studies.ablation import Config, Course, network_of, run, scores_of_each, trained_by
-from eval.studies.teachers import HELD_OUT_SEED, draw_targets
-from eval.studies.teachers import judge as study_judge
-from predictor.mapper import Mapper, Prediction, load_mapper, save_mapper
+from eval.judging import face_judges
+from eval.sets import study_set
+from eval.studies.ablation import (
+    Config,
+    answer,
+    figures_of,
+    main,
+    make_task,
+    network_of,
+    run,
+    target_scores,
+    training_of,
+)
+from eval.studies.teachers import direction_scores
+from predictor.mapper import Prediction, load_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
-from predictor.transfer import EssenceTransfer
-from targetclip.generators.rosinality import save_safetensors
-from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.recipes import RECIPES
-from targetclip.world import load_parts, load_world
+from targetclip.scene import Scene
+from targetclip.seeds import VALIDATION_SOURCES
 
 TRAINED = {"schedule": ["pairs:600", "transfer+pairs:40"], "num_pairs": 50, "pairs": "1f"}
 TRAINED |= {"noise": 0.1, "expects": True}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def once() -> Iterator[None]:
-    """Nothing is drawn or loaded twice: the checks of types make both slow."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_targets", "load_parts", "load_reader"):
-            patch.setattr(ablation, name, cache(getattr(ablation, name)))
-        yield
-
-
-@pytest.fixture(scope="module")
-def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the tiny world, but of the size that the reader of faces reads."""
-    folder = tmp_path_factory.mktemp("tiny64")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        generator = StyleGAN2(
-            StyleGAN2Config(
-                resolution=SIZE, w_dim=16, z_dim=16, mapping_layers=2, channels=(8, 8, 8, 8, 8)
-            )
-        )
-    save_safetensors(generator, folder / "generator.safetensors")
-    path = folder / "world.toml"
-    path.write_text(tiny_world.read_text().replace('inverter = "inverter.safetensors"\n', ""))
-    return path
-
-
-@pytest.fixture(scope="module")
-def essence(world: Path) -> EssenceTransfer:
-    parts = load_parts(load_world(str(world)), torch.device("cpu"))
-    return EssenceTransfer(parts.generator, parts.embedder, truncation=1.0)
-
-
-Write = Callable[..., Path]
-
-
 @pytest.fixture
-def write(essence: EssenceTransfer, tmp_path: Path) -> Write:
+def write(write_mapper: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Writes mappers of random weights into folders of their own."""
 
     def written(name: str, seed: int = 0, record: dict[str, Any] | None = None) -> Path:
-        generator, embedder = essence.generator, essence.embedder
-        prints = (generator.fingerprint, embedder.fingerprint)
-        sizes = (embedder.embed_dim, generator.num_ws, generator.w_dim)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            mapper = Mapper(MapperConfig(*sizes, *prints, width=8, depth=1))
-            torch.nn.init.normal_(mapper.direction.weight)
         path = tmp_path / "mappers" / name / "mapper.safetensors"
-        said = TRAINED if record is None else record
-        save_mapper(mapper, path, MapperRecord(said, {}, "MIT", "nothing", "0"))
-        return path
+        return write_mapper(path, TRAINED if record is None else record, seed)
 
     return written
 
 
 @pytest.fixture
-def config(world: Path, tmp_path: Path) -> Callable[..., Config]:
+def config(face_world: Path, tmp_path: Path) -> Callable[..., Config]:
     def made(*mappers: Path, **changes: Any) -> Config:
-        usual: dict[str, Any] = {"world": str(world), "targets": 4, "held_out": 2}
+        usual: dict[str, Any] = {"world": str(face_world), "targets": 4, "held_out": 2}
         return Config(**{"out": tmp_path / "out", "mappers": mappers, **usual, **changes})
 
     return made
 
 
-@pytest.fixture
-def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Fingerprints of the mappers that are judged from here on."""
-    found: list[str] = []
-    original = ablation.row_of
-
-    def counted(course: Course, mapper: Mapper, seed: int) -> dict[str, Any]:
-        found.append(mapper.fingerprint)
-        return original(course, mapper, seed)
-
-    monkeypatch.setattr(ablation, "row_of", counted)
-    return found
-
-
+Write = Callable[..., Path]
 Configured = Callable[..., Config]
+
+
+def mark(config: Config, name: str) -> dict[str, Any]:
+    """Run, and mark a row of the report, so that it is known again if it is kept."""
+    run(config)
+    path = config.out / "report.json"
+    report = json.loads(path.read_text())
+    row: dict[str, Any] = report["mappers"][name]
+    row["norm"] = -1.0 - len(report["mappers"])
+    path.write_text(json.dumps(report))
+    return row
 
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
@@ -119,16 +78,15 @@ def figures(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_mapper_is_judged_as_the_study_judges_directions(
-    write: Write, config: Configured, essence: EssenceTransfer
+    write: Write, config: Configured, scene: Scene
 ) -> None:
     path = write("a")
     row = run(config(path))["a"]
-    mapper = load_mapper(path)[0]
-    targets = draw_targets(4)
+    mapper, targets = load_mapper(path)[0], study_set(4)
     with torch.no_grad():
-        answered = mapper(essence.embedder.embed_pictures(targets.pictures))
-    sources = essence.generated_sources(2, HELD_OUT_SEED)
-    expected = study_judge(essence, targets, sources, answered.directions)
+        answered = mapper(scene.embedder.embed_pictures(targets.pictures))
+    sources = scene.sources(2, VALIDATION_SOURCES)
+    expected = direction_scores(face_judges(scene), targets, sources, answered.directions)
     assert row["transfer"]["mean"] == pytest.approx(expected.pop("transfer"), abs=1e-5)
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     norms = answered.directions.flatten(1).norm(dim=1)
@@ -152,40 +110,36 @@ def test_identical_mappers_have_identical_figures_and_others_have_not(
         assert rows["c"][name] != rows["a"][name], name
 
 
-def test_the_better_of_two_answers_has_the_better_scores(essence: EssenceTransfer) -> None:
+def test_the_better_of_two_answers_has_the_better_scores(scene: Scene) -> None:
     """Directions to sources that are judged good or bad by the target's own embedding."""
-    targets = draw_targets(2)
-    course = Course.of(essence, targets, 3)
+    task = make_task(scene, study_set(2), 3)
     random = torch.Generator().manual_seed(0)
-    tried = 3 * torch.randn(8, *course.sources.shape[1:], generator=random)
-    each = [
-        scores_of_each(course, Prediction(one.expand(2, -1, -1), torch.zeros(2))) for one in tried
-    ]
-    scores = torch.stack([found["transfer"] for found in each])
-    best, worst = tried[scores.argmax(dim=0)], tried[scores.argmin(dim=0)]
-    rows = [
-        ablation.figures_of(scores_of_each(course, Prediction(edits, torch.zeros(2))), True, 0)
-        for edits in (best, worst)
-    ]
-    assert rows[0]["transfer"]["mean"] > rows[1]["transfer"]["mean"] + 1e-3
-    still = scores_of_each(course, Prediction(torch.zeros_like(best), torch.zeros(2)))
+    tried = 3 * torch.randn(8, *task.sources.shape[1:], generator=random)
+
+    def scores(directions: torch.Tensor) -> dict[str, torch.Tensor]:
+        return target_scores(task, Prediction(directions, torch.zeros(2)))
+
+    transfer = torch.stack([scores(one.expand(2, -1, -1))["transfer"] for one in tried])
+    best, worst = tried[transfer.argmax(dim=0)], tried[transfer.argmin(dim=0)]
+    means = [figures_of(scores(edits), True, 0)["transfer"]["mean"] for edits in (best, worst)]
+    assert means[0] > means[1] + 1e-3
+    still = scores(torch.zeros_like(best))
     torch.testing.assert_close(still["identity"], torch.ones(2))
     assert still["essence"].abs().max() < 1e-5 and not still["norm"].any()
 
 
 def test_scores_depend_neither_on_the_other_targets_nor_on_the_batch(
-    write: Write, config: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Write, config: Configured, scene: Scene
 ) -> None:
     path = write("a")
     whole = run(config(path))["a"]["each"]
-    few = run(config(path, targets=2, out=tmp_path / "few"))["a"]["each"]
-    monkeypatch.setattr(
-        ablation, "EssenceTransfer", lambda *a, **k: EssenceTransfer(*a, **k, max_images=1)
-    )
-    single = run(config(path, out=tmp_path / "single"))["a"]["each"]
-    for name, values in whole.items():
-        assert values[:2] == pytest.approx(few[name], abs=1e-5), name
-        assert values == pytest.approx(single[name], abs=1e-5), name
+    mapper = load_mapper(path)[0]
+    for part, at_once in ((2, None), (4, 1)):
+        targets, small = study_set(part), scene.with_max_images(at_once)
+        answered = answer(small, mapper, targets)
+        scores = target_scores(make_task(small, targets, 2), answered)
+        for name, values in whole.items():
+            assert values[:part] == pytest.approx(scores[name].tolist(), abs=1e-5), name
 
 
 def test_the_table_has_a_row_a_mapper_in_the_order_given(
@@ -223,49 +177,52 @@ def test_a_mapper_that_was_not_taught_what_to_expect_is_not_blamed(
 
 def test_a_training_without_pairs_used_none() -> None:
     recipe = {"schedule": ["transfer:4000"], "num_pairs": None, "pairs": None, "noise": 0.0}
-    found = trained_by(MapperRecord(recipe, {}, "MIT", "nothing", "0"))
-    said = {"stages": ["transfer:4000"], "steps": 4000, "pairs": None, "noise": 0.0}
-    assert found == {**said, "decay": None, "identity_weight": None}
+    record = MapperRecord(
+        recipe=recipe, calibration={}, licence="MIT", trained_on="nothing", version="0"
+    )
+    facts = {"stages": ["transfer:4000"], "steps": 4000, "pairs": None, "noise": 0.0}
+    assert training_of(record) == {**facts, "decay": None, "identity_weight": None}
     recipe["recipe"] = vars(RECIPES["identity"])
-    found = trained_by(MapperRecord(recipe, {}, "MIT", "nothing", "0"))
-    assert found == {**said, "decay": 1e-2, "identity_weight": 0.15}
-    config = MapperConfig(4, 2, 3, "g", "e", width=8, depth=2, rank=5)
+    assert training_of(record) == {**facts, "decay": 1e-2, "identity_weight": 0.15}
+    config = MapperConfig(
+        embed_dim=4, num_ws=2, w_dim=3, generator="g", embedder="e", width=8, depth=2, rank=5
+    )
     assert network_of(config) == "8 x 2, rank 5"
 
 
 # Going on
 
 
-def test_a_mapper_that_was_judged_is_not_judged_again(
-    write: Write, config: Configured, judged: list[str]
-) -> None:
+def test_a_mapper_that_was_judged_is_not_judged_again(write: Write, config: Configured) -> None:
     first, second = write("a"), write("b", seed=1)
-    before = run(config(first))
+    before = mark(config(first), "a")
     sheet = config().out / "a.png"
-    seen = sheet.stat().st_mtime_ns
+    written = sheet.stat().st_mtime_ns
     rows = run(config(second, first))
-    assert len(judged) == 2 and rows["a"] == before["a"] and list(rows) == ["b", "a"]
-    assert sheet.stat().st_mtime_ns == seen
-    assert run(config(second, first)) == rows and len(judged) == 2
+    assert rows["a"] == before and list(rows) == ["b", "a"]
+    assert sheet.stat().st_mtime_ns == written
+    marked = mark(config(second, first), "b")
+    assert run(config(second, first)) == {"b": marked, "a": before}
     # One alone: the other is not lost.
     assert list(run(config(first))) == ["a"]
-    assert run(config(first, second)) == {"a": rows["a"], "b": rows["b"]} and len(judged) == 2
+    assert run(config(first, second)) == {"a": before, "b": marked}
 
 
 def test_a_mapper_that_changed_is_judged_again_and_one_that_moved_is_not(
-    write: Write, config: Configured, judged: list[str]
+    write: Write, config: Configured
 ) -> None:
     first = write("a")
-    row = run(config(first))["a"]
+    row = mark(config(first), "a")
     moved = shutil.copytree(first.parent, first.parents[1] / "moved") / first.name
-    assert run(config(moved))["moved"] == row and len(judged) == 1
+    assert run(config(moved))["moved"] == row
     assert (config().out / "moved.png").is_file()
     old = (config().out / "a.png").read_bytes()
-    again = run(config(write("a", seed=1)))["a"]
-    assert len(judged) == 2 and again["transfer"] != row["transfer"]
+    again = mark(config(write("a", seed=1)), "a")
+    assert again["transfer"] != row["transfer"]
     assert (config().out / "a.png").read_bytes() != old
-    # The same weights, but trained as another recipe has it: targets may look different to it
-    assert run(config(write("a", seed=1, record={})))["a"]["recipe"] == {} and len(judged) == 3
+    # The same weights, trained by another recipe: targets may be preprocessed otherwise
+    last = run(config(write("a", seed=1, record={})))["a"]
+    assert last["recipe"] == {} and last["norm"] != again["norm"]
 
 
 # What is refused
@@ -300,11 +257,11 @@ def test_what_cannot_be_is_one_line(
 
 
 def test_a_mapper_of_another_generator_is_refused_before_any_is_judged(
-    tiny_mapper: Path, write: Write, config: Configured, judged: list[str]
+    tiny_mapper: Path, write: Write, config: Configured
 ) -> None:
     with pytest.raises(ValueError, match=f"{tiny_mapper} was trained for generator"):
         run(config(write("a"), tiny_mapper))
-    assert judged == []
+    assert not config().out.exists()
 
 
 def test_two_mappers_of_one_name_are_refused(
@@ -349,15 +306,15 @@ def test_a_damaged_report_is_refused(write: Write, config: Configured) -> None:
 
 
 def test_an_error_is_one_line_and_exit_code_one(
-    world: Path,
+    face_world: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--out", str(tmp_path), "--world", str(world), "--mappers", "nowhere.safetensors"]
-    monkeypatch.setattr(sys, "argv", ["ablation", *arguments])
+    arguments = ["--out", str(tmp_path), "--world", str(face_world)]
+    monkeypatch.setattr("sys.argv", ["ablation", *arguments, "--mappers", "nowhere.safetensors"])
     with pytest.raises(SystemExit) as ended:
-        ablation.main()
+        main()
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: nowhere.safetensors") and error.count("\n") == 1
+    assert "error: nowhere.safetensors" in error and error.count("\n") == 1

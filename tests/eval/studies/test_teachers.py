@@ -1,27 +1,34 @@
 """The comparison of recipes at a size that takes seconds: what it reports, and going on."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from data.drawn.sketch import NAMES, SIZE
-from eval.studies import teachers as recipes
-from eval.studies.teachers import Config, draw_targets, judge, run, table, variants
-from predictor.transfer import EssenceTransfer
-from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
-from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
-from targetclip.generators.rosinality import save_safetensors
-from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from data.drawn.sketch import SIZE
+from eval.judging import face_judges
+from eval.sets import study_set
+from eval.studies.teachers import (
+    Config,
+    direction_scores,
+    families,
+    family_charts,
+    family_of,
+    report_table,
+    run,
+    variants,
+)
 from targetclip.recipes import RECIPES
-from targetclip.world import load_parts, load_world
+from targetclip.scene import Scene
 
-Z_DIM = 32  # a coordinate for each parameter of a face
 SCORES = {
     "transfer",
     "transfer_in_range",
@@ -35,46 +42,6 @@ OTHERS = {"own_transfer", "norm", "seconds_per_target", "by_strength", "settings
 TWICE = {"agreement", "again"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_bank() -> Iterator[None]:
-    """A bank of eight sources, for all of it is embedded first."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "BANK", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the tiny world, but of the size that the reader of faces reads."""
-    folder = tmp_path_factory.mktemp("tiny64")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        generator = StyleGAN2(
-            StyleGAN2Config(
-                resolution=SIZE,
-                w_dim=Z_DIM,
-                z_dim=Z_DIM,
-                mapping_layers=2,
-                channels=(8, 8, 8, 8, 8),
-            )
-        )
-        config = InverterConfig(
-            resolution=SIZE,
-            num_ws=generator.num_ws,
-            w_dim=Z_DIM,
-            generator=generator.fingerprint,
-            channels=(8, 8, 8, 8),
-            hidden=16,
-        )
-        save_inverter(Inverter(config), folder / "inverter.safetensors")
-        identity = SketchIdentity(IdentityConfig(SIZE, (8, 8, 8, 8), 16, 5))
-        save_identity(identity, folder / "identity.safetensors")
-    save_safetensors(generator, folder / "generator.safetensors")
-    path = folder / "world.toml"
-    path.write_text(tiny_world.read_text() + 'identity = "identity.safetensors"\n')
-    return path
-
-
 def configured(world: Path, out: Path, **changes: Any) -> Config:
     """Two targets and two steps."""
     usual: dict[str, Any] = {"targets": 2, "held_out": 2, "max_steps": 2, "strengths": (0.5, 1.0)}
@@ -82,36 +49,35 @@ def configured(world: Path, out: Path, **changes: Any) -> Config:
 
 
 @pytest.fixture
-def small(world: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Makes configurations."""
-    return partial(configured, world=world, out=tmp_path / "out")
+def small(face_world: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Makes configurations; nothing is optimized twice."""
+    return partial(configured, world=face_world, out=tmp_path / "out", twice=False)
 
 
 @pytest.fixture(scope="module")
-def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(face_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a comparison of the named recipes."""
     out = tmp_path_factory.mktemp("recipes") / "out"
-    run(configured(world, out))
+    run(configured(face_world, out))
     return out
 
 
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Steps of the settings that are run from here on, in order; nothing is optimized twice."""
-    steps: list[int] = []
-    run_recipe = recipes.run_recipe
-
-    def counted(essence: Any, recipe: Any, targets: Any, config: Any) -> Any:
-        steps.append(recipe.steps)
-        return run_recipe(essence, recipe, targets, replace(config, twice=False))
-
-    monkeypatch.setattr(recipes, "run_recipe", counted)
-    yield steps
+def names_run(config: Config) -> list[str]:
+    """Run a comparison, and return the settings that were optimized, as they were printed."""
+    with redirect_stdout(StringIO()) as printed:
+        run(config)
+    lines = printed.getvalue().splitlines()
+    return [line[:22].strip() for line in lines if not line.startswith("left out")]
 
 
 def read(out: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     return report
+
+
+def put(out: Path, report: Mapping[str, Any]) -> None:
+    out.mkdir()
+    (out / "report.json").write_text(json.dumps(report))
 
 
 # The report
@@ -143,35 +109,22 @@ def test_full_strength_is_one_of_the_strengths(finished: Path) -> None:
 
 
 def test_the_drawn_answer_has_the_essence_and_the_identity(finished: Path) -> None:
-    answer, found = read(finished)["drawn answer"], read(finished)["paper"]
+    answer, paper = read(finished)["drawn answer"], read(finished)["paper"]
     assert min(answer["essence_in_range"], answer["identity"]) > 0.5
-    assert answer["essence_in_range"] > found["essence_in_range"]
+    assert answer["essence_in_range"] > paper["essence_in_range"]
 
 
-def test_scores_are_means_over_the_targets_at_every_strength(world: Path) -> None:
-    named = load_world(str(world))
-    parts = load_parts(named, torch.device("cpu"))
-    essence = EssenceTransfer(
-        parts.generator, parts.embedder, parts.inverter, truncation=named.truncation
-    )
-    sources = essence.generated_sources(2, seed=1)
+def test_scores_are_means_over_the_targets_at_every_strength(scene: Scene) -> None:
+    judges, both, sources = face_judges(scene), study_set(2), scene.sources(2, seed=1)
     random = torch.Generator().manual_seed(0)
     directions = torch.randn(2, *sources.shape[1:], generator=random)
-    both = draw_targets(2)
-    each = [
-        replace(
-            both,
-            pictures=[both.pictures[i]],
-            readings=both.readings[i : i + 1],
-            seen=both.seen[i : i + 1],
-        )
-        for i in range(2)
-    ]
     for strength in (0.0, 0.5, 1.0):
-        together = judge(essence, both, sources, strength * directions)
-        alone = [
-            judge(essence, each[i], sources, strength * directions[i : i + 1]) for i in range(2)
-        ]
+        together = direction_scores(judges, both, sources, directions, strength)
+        alone = []
+        for i in range(2):
+            rows = slice(i, i + 1)
+            part = both.part(i, i + 1)
+            alone.append(direction_scores(judges, part, sources, directions[rows], strength))
         for key in ("transfer", "consistency", "identity"):
             mean = sum(scores[key] for scores in alone) / 2
             assert together[key] == pytest.approx(mean, abs=1e-5), key
@@ -188,7 +141,7 @@ def test_the_table_has_a_row_a_setting(finished: Path) -> None:
     report = read(finished)
     del report["comparison"]
     lines = (finished / "report.md").read_text().splitlines()
-    assert lines == table(report).splitlines()
+    assert lines == report_table(report).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(report)
     assert {line.count("|") for line in lines} == {11}
     heads = [head.strip() for head in lines[0].split("|")]
@@ -203,32 +156,27 @@ def test_the_table_has_a_row_a_setting(finished: Path) -> None:
 
 
 def test_a_comparison_goes_on_with_what_is_missing(
-    finished: Path, small: Callable[..., Config], made: list[int]
+    finished: Path, small: Callable[..., Config]
 ) -> None:
-    config = small()
-    config.out.mkdir()
-    before = read(finished)
+    config, before = small(), read(finished)
     del before["paper"]
-    (config.out / "report.json").write_text(json.dumps(before))
-    run(config)
+    put(config.out, before)
+    assert names_run(config) == ["paper"]
     after = read(config.out)
-    assert len(made) == 1 and after["paper"]["settings"]["differences"] == "raw"
+    assert after["paper"]["settings"]["differences"] == "raw"
     assert {name: after[name] for name in before} == before
     assert "| paper |" in (config.out / "report.md").read_text()
-    run(config)
-    assert len(made) == 1 and read(config.out) == after
+    assert names_run(config) == [] and read(config.out) == after
 
 
 def test_a_recipe_that_changed_since_is_run_again(
-    finished: Path, small: Callable[..., Config], made: list[int]
+    finished: Path, small: Callable[..., Config]
 ) -> None:
-    config = small()
-    config.out.mkdir()
-    before = read(finished)
+    config, before = small(), read(finished)
     before["paper"]["settings"]["steps"] = 7
-    (config.out / "report.json").write_text(json.dumps(before))
-    run(config)
-    assert len(made) == 1 and read(config.out)["paper"]["settings"]["steps"] == 2
+    put(config.out, before)
+    assert names_run(config) == ["paper"]
+    assert read(config.out)["paper"]["settings"]["steps"] == 2
 
 
 @pytest.mark.parametrize(
@@ -236,65 +184,96 @@ def test_a_recipe_that_changed_since_is_run_again(
     [({"seed": 1}, "another comparison"), ({"only": ("paper", "peper")}, "found peper")],
 )
 def test_what_does_not_belong_together_is_refused(
-    finished: Path, world: Path, changes: dict[str, Any], words: str
+    finished: Path, face_world: Path, changes: dict[str, Any], words: str
 ) -> None:
     before = (finished / "report.json").read_bytes()
     with pytest.raises(ValueError, match=words):
-        run(configured(world, finished, **changes))
+        run(configured(face_world, finished, **changes))
     assert (finished / "report.json").read_bytes() == before
 
 
-def test_a_recipe_for_identity_is_left_out_where_no_model_knows_who_is_seen(
-    world: Path, made: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_recipe_for_identity_is_left_out_where_there_is_no_identity_model(
+    face_world: Path, small: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without = world.with_name("without.toml")
-    without.write_text(world.read_text().replace('identity = "identity.safetensors"\n', ""))
-    run(configured(without, tmp_path / "out", twice=False))
-    assert set(read(tmp_path / "out")) == {"comparison", "drawn answer", *RECIPES} - {"identity"}
+    without = face_world.with_name("without.toml")
+    without.write_text(face_world.read_text().replace('identity = "identity.safetensors"\n', ""))
+    config = small(world=without)
+    run(config)
+    assert set(read(config.out)) == {"comparison", "drawn answer", *RECIPES} - {"identity"}
     assert "left out: identity: the world has no identity model" in capsys.readouterr().out
     with pytest.raises(ValueError, match="needs an identity model"):
-        run(configured(without, tmp_path / "named", only=("identity",)))
+        run(small(world=without, out=config.out.with_name("named"), only=("identity",)))
 
 
 def test_a_report_from_before_a_setting_was_there_is_gone_on_with(
-    finished: Path, world: Path, made: list[int], tmp_path: Path
+    finished: Path, small: Callable[..., Config]
 ) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    report = read(finished)
+    config, report = small(), read(finished)
     for name in RECIPES:
         if not RECIPES[name].identity_weight:
             del report[name]["settings"]["identity_weight"]
-    (out / "report.json").write_text(json.dumps(report))
-    run(configured(world, out))
-    assert made == []
+    put(config.out, report)
+    assert names_run(config) == []
 
 
-def test_only_the_settings_named_are_run_and_steps_are_cut(
-    small: Callable[..., Config], made: list[int]
-) -> None:
+def test_only_the_settings_named_are_run_and_steps_are_cut(small: Callable[..., Config]) -> None:
     config = small(variants="all", only=("tied layers", "75 steps"), max_steps=1)
-    run(config)
+    assert names_run(config) == ["75 steps", "tied layers"]
     report = read(config.out)
-    assert list(report)[1:] == ["drawn answer", "75 steps", "tied layers"] and made == [1, 1]
+    assert list(report)[1:] == ["drawn answer", "75 steps", "tied layers"]
     assert report["tied layers"]["settings"]["tied_layers"] is True
+    assert report["tied layers"]["settings"]["steps"] == 1
     assert not TWICE & report["tied layers"].keys()
     sheets = sorted(path.name for path in config.out.glob("*.png"))
     assert sheets == ["75_steps.png", "tied_layers.png"]
 
 
 def test_variants_differ_from_each_other() -> None:
-    found = variants()
-    assert RECIPES.items() <= found.items() and len(found) > len(RECIPES)
-    settings = [json.dumps(asdict(recipe), sort_keys=True) for recipe in found.values()]
+    recipes = variants()
+    assert RECIPES.items() <= recipes.items() and len(recipes) > len(RECIPES)
+    settings = [json.dumps(asdict(recipe), sort_keys=True) for recipe in recipes.values()]
     assert len(set(settings)) == len(settings)
 
 
 def test_half_of_the_targets_are_out_of_range_and_fewer_are_the_first_of_more() -> None:
-    four, two = draw_targets(4), draw_targets(2)
+    four, two = study_set(4), study_set(2)
     assert [picture.tobytes() for picture in four.pictures[:2]] == [
         picture.tobytes() for picture in two.pictures
     ]
-    assert torch.equal(four.readings[:2], two.readings) and torch.equal(four.seen[:2], two.seen)
+    assert four.truth is not None and two.truth is not None
+    assert torch.equal(four.truth.readings[:2], two.truth.readings)
+    assert torch.equal(four.truth.seen[:2], two.truth.seen)
     assert all(picture.size == (SIZE, SIZE) for picture in four.pictures)
-    assert len({picture.tobytes() for picture in four.pictures}) == 4 and len(NAMES) <= Z_DIM
+    assert len({picture.tobytes() for picture in four.pictures}) == 4
+
+
+# Charts
+
+
+def swept(identity: float, essence: float) -> dict[str, Any]:
+    by_strength = {
+        str(s): {"identity": identity / s, "essence_in_range": essence * s} for s in (0.5, 1.0)
+    }
+    return {"by_strength": by_strength}
+
+
+def test_settings_that_change_the_same_thing_are_a_family() -> None:
+    names = ["1 fixed source", "3 fresh sources", "decay 0", "75 steps"]
+    assert [family_of(name) for name in names] == ["sources", "sources", "decay", "steps"]
+    names = ["consistent", "1 fixed source", "decay 0", "3 fresh sources", "tied layers"]
+    assert families(names) == {"sources": ["consistent", "1 fixed source", "3 fresh sources"]}
+
+
+def test_every_family_has_a_chart_and_what_has_no_strengths_is_left_out() -> None:
+    report = {
+        "drawn answer": {"identity": 0.6},
+        "consistent": swept(0.2, 0.6),
+        "decay 0": swept(0.1, 0.7),
+        "decay 1": swept(0.4, 0.1),
+    }
+    charts = family_charts(report)
+    assert list(charts) == ["decay"] and isinstance(charts["decay"], Image.Image)
+    moved = family_charts({**report, "decay 1": swept(0.4, 0.3)})
+    assert moved["decay"].tobytes() != charts["decay"].tobytes()
+    del report["consistent"]
+    assert family_charts(report) == {}
