@@ -30,7 +30,7 @@ def fill(path: Path, content: bytes, at: At) -> None:
     at("after-write")
 
 
-def replace_file(path: Path, content: bytes, at: At) -> None:
+def replace_file(path: Path, content: bytes, at: At = go_on) -> None:
     """Write a file as `targetclip.command.write_file` does, with points before and after.
 
     Raises:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from data.card import CARD
-from data.dataset import verify
-from targetclip import load_generator, load_world
+from data.dataset import networks_of, verify
+from targetclip.world import load_scene, load_world
 
 PAIRS = Path(__file__).parents[1] / "data" / "sketch64"
 
@@ -13,6 +12,6 @@ def test_the_shipped_pairs_are_as_they_were_made() -> None:
     assert verify(PAIRS) == []
 
 
-def test_the_shipped_pairs_are_the_bundled_generators() -> None:
-    generator = load_generator(load_world("sketch64").generator)
-    assert generator.fingerprint in (PAIRS / CARD).read_text("utf-8")
+def test_the_shipped_pairs_are_of_the_bundled_world() -> None:
+    scene = load_scene(load_world("sketch64"))
+    assert networks_of(PAIRS) == (scene.generator.fingerprint, scene.embedder.fingerprint)

@@ -41,13 +41,13 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
-def started(folder: Path, code: str, fault: str = "") -> "subprocess.Popen[str]":
+def started(folder: Path, code: str) -> "subprocess.Popen[str]":
     head = "import time\nfrom pathlib import Path\nfrom data.claims import *\n"
+    head += "from tests.proof.points import fault_at\n"
     head += f"folder = Path({str(folder)!r})\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + code],
         cwd=ROOT,
-        env=os.environ | {"TARGETCLIP_FAULT": fault},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -231,7 +231,7 @@ def test_a_claim_released_or_broken_under_ones_eyes_is_no_error(
     first = claimed(tmp_path)
     look = claims.look
 
-    def too_late(path: Path) -> claims.Seen | None:
+    def too_late(path: Path) -> claims.ClaimFile | None:
         monkeypatch.setattr(claims, "look", look)
         first.release()
         return look(path)
@@ -247,7 +247,7 @@ def test_a_breaker_that_dozes_before_it_claims_gets_nothing(
     made: list[Claim] = []
     remove_only = claims.remove_only
 
-    def dozing(path: Path, wanted: Callable[[claims.Seen], bool]) -> bool:
+    def dozing(path: Path, wanted: Callable[[claims.ClaimFile], bool]) -> bool:
         removed = remove_only(path, wanted)
         made.append(claimed(tmp_path, "second"))
         return removed
@@ -340,8 +340,8 @@ def test_a_claim_lost_in_the_background_is_marked(tmp_path: Path) -> None:
 def test_the_claim_of_a_killed_owner_can_be_broken_after_a_lease(
     tmp_path: Path, point: str
 ) -> None:
-    code = "claim(folder, '00012', 'first', 100).release()"
-    process = started(tmp_path, code, f"{point}:1:kill")
+    code = f"claim(folder, '00012', 'first', 100, fault_at({point!r}, 1)).release()"
+    process = started(tmp_path, code)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     assert claim(tmp_path, "00012", "second", LEASE) is None

@@ -32,9 +32,8 @@ from pairs_made import (
     split_of_index,
 )
 
-from data import dataset as module
 from data.card import MEANS, DatasetInfo
-from data.dataset import load_pairs, merge, verify
+from data.dataset import load_pairs, merge, networks_of, verify
 from data.pairs import COLUMNS, SPLITS, WRITING, Failure, chunk_bytes, features, read_chunk
 
 ROOT = Path(__file__).parents[2]
@@ -268,14 +267,11 @@ def test_the_same_rows_give_the_same_bytes_however_they_were_chunked(
     assert contents(other) == before
 
 
-def test_row_groups_are_small_and_do_not_follow_chunks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "GROUP_ROWS", 4)
-    merge(write_chunks(tmp_path / "chunks", [7, 1, 12]), tmp_path / "pairs", FEATURES, INFO)
+def test_row_groups_are_small_and_do_not_follow_chunks(tmp_path: Path) -> None:
+    merge(write_chunks(tmp_path / "chunks", [300, 1, 399]), tmp_path / "pairs", FEATURES, INFO)
     file = pq.ParquetFile(tmp_path / "pairs/data/train-00000-of-00001.parquet")
     groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    assert groups == [4, 4, 4, 4]
+    assert groups == [256, 256, 48]
 
 
 def test_memory_does_not_grow_with_the_number_of_chunks(tmp_path: Path) -> None:
@@ -595,22 +591,20 @@ def test_no_damage_raises(dataset: Path, tmp_path: Path) -> None:
 
 
 def test_an_unfinished_merge_is_called_one_and_merging_again_heals_it(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: Path, tmp_path: Path
 ) -> None:
     before = contents(dataset)
     chunks = sorted((tmp_path / "chunks").iterdir())
     for stop_at in range(5):
-        written: list[Path] = []
+        written: list[str] = []
 
-        def fail(path: Path, content: bytes, stop: int = stop_at, log: Any = written) -> None:
-            if len(log) == stop:
+        def fail(point: str, stop: int = stop_at, log: Any = written) -> None:
+            if point == "before-write" and len(log) == stop:
                 raise OSError(28, "No space left on device")
-            log.append(path)
-            path.write_bytes(content)
+            log += [point] * (point == "after-write")
 
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-            patch.setattr(module, "replace_file", fail)
-            merge(chunks[:2], dataset, FEATURES, INFO)
+        with pytest.raises(OSError, match="No space left"):
+            merge(chunks[:2], dataset, FEATURES, INFO, at=fail)
         (problem,) = verify(dataset)
         assert "the merge did not finish" in problem
         merge(chunks, dataset, FEATURES, INFO, rows_per_shard=6)
@@ -624,13 +618,14 @@ from pathlib import Path
 from data.card import DatasetInfo
 from data.dataset import merge
 from data.pairs import features
-chunks, out, info, limit = sys.argv[1:]
+from tests.proof.points import fault_at
+chunks, out, info, limit, place, count = sys.argv[1:]
 if int(limit):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
     merge(sorted(Path(chunks).iterdir()), Path(out), features(8, 4, 6),
-          DatasetInfo(**json.loads(info)))
+          DatasetInfo(**json.loads(info)), at=fault_at(place, int(count)))
 except OSError as error:
     print(type(error).__name__, error)
     sys.exit(7)
@@ -638,15 +633,14 @@ except OSError as error:
 
 
 def merge_elsewhere(
-    chunks: Path, out: Path, limit: int = 0, fault: str = ""
+    chunks: Path, out: Path, limit: int = 0, place: str = "", count: int = 1
 ) -> subprocess.CompletedProcess[str]:
     info = json.dumps({name: getattr(INFO, name) for name in INFO.__dataclass_fields__})
     return subprocess.run(
-        [sys.executable, "-c", MERGER, str(chunks), str(out), info, str(limit)],
+        [sys.executable, "-c", MERGER, str(chunks), str(out), info, str(limit), place, str(count)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "TARGETCLIP_FAULT": fault},
     )
 
 
@@ -660,11 +654,25 @@ def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path: Path) 
     assert contents(out) == {}
 
 
-@pytest.mark.parametrize("point", ["before-sums:1", "after-write:2"])
-def test_a_merge_that_is_killed_leaves_nothing_that_passes(tmp_path: Path, point: str) -> None:
+def test_the_networks_of_a_dataset_are_read_from_its_report(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"report.json' is missing"):
+        networks_of(tmp_path)
+    report = tmp_path / "report.json"
+    report.write_text('{"settings": {"generator": "a", "embedder": "b"}}')
+    assert networks_of(tmp_path) == ("a", "b")
+    for text in ("", "[]", '{"settings": {"generator": "a"}}', '{"settings": 1}', "\udc00"):
+        report.write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(ValueError, match=r"report.json' is damaged"):
+            networks_of(tmp_path)
+
+
+@pytest.mark.parametrize(("place", "count"), [("before-sums", 1), ("after-write", 2)])
+def test_a_merge_that_is_killed_leaves_nothing_that_passes(
+    tmp_path: Path, place: str, count: int
+) -> None:
     chunks, out = tmp_path / "chunks", tmp_path / "pairs"
     paths = write_chunks(chunks, [9])
-    done = merge_elsewhere(chunks, out, fault=f"{point}:kill")
+    done = merge_elsewhere(chunks, out, place=place, count=count)
     assert done.returncode == -9, done.stderr
     assert_named(verify(out), "the merge did not finish")
     merge(paths, out, FEATURES, INFO)

@@ -48,9 +48,13 @@ def planned(
     prepare: module.Prepare = embed,
     settings: dict[str, Any] = SETTINGS,
     batch_size: int = 2,
+    **more: Any,
 ) -> Plan:
+    """A plan made of two pictures at once."""
     work.mkdir(exist_ok=True)
-    return module.make_plan(work, owner, sets, settings, batch_size, prepare, on_batch)
+    return module.make_plan(
+        work, owner, sets, settings, batch_size, prepare, on_batch, pictures=2, **more
+    )
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -82,11 +86,6 @@ class Counted:
         for found in self.inner.starting_at(start):
             self.drawn.append(found.origin)
             yield found
-
-
-@pytest.fixture
-def two_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PICTURES", 2)
 
 
 # What is in it
@@ -164,7 +163,6 @@ def test_candidates_without_a_single_target_are_an_error_that_tells_where_the_re
 # Going on
 
 
-@pytest.mark.usefixtures("two_a_batch")
 def test_a_stopped_plan_goes_on_without_decoding_again(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         assert total == 7
@@ -185,19 +183,16 @@ def test_a_stopped_plan_goes_on_without_decoding_again(tmp_path: Path) -> None:
     assert content(plan.folder) == content(undisturbed.folder)
 
 
-@pytest.mark.usefixtures("two_a_batch")
 def test_a_killed_plan_goes_on_from_what_was_saved_and_forgets_what_came_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0.0)
-
     def end(done: int, total: int) -> None:
         if done == 6:
             raise Ended
 
     targets = Counted(7)
     with pytest.raises(Ended):
-        planned(tmp_path / "work", [targets], on_batch=end)
+        planned(tmp_path / "work", [targets], on_batch=end, save_seconds=0.0)
     # The third batch reached the files, as it may, and not the record of what counts.
     lines = (tmp_path / "work" / "draft.first" / module.TARGETS).read_text().splitlines()
     record = json.loads((tmp_path / "work" / "draft.first" / "draft.json").read_text())
@@ -208,7 +203,6 @@ def test_a_killed_plan_goes_on_from_what_was_saved_and_forgets_what_came_after(
     assert content(plan.folder) == content(undisturbed.folder)
 
 
-@pytest.mark.usefixtures("two_a_batch")
 def test_a_duplicate_is_known_after_going_on(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise RuntimeError("stopped")
@@ -221,7 +215,6 @@ def test_a_duplicate_is_known_after_going_on(tmp_path: Path) -> None:
     assert plan.failures[-1].reason == "duplicate of faces/a.png"
 
 
-@pytest.mark.usefixtures("two_a_batch")
 def test_a_draft_of_other_settings_is_not_gone_on_with_and_does_not_stay(tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         raise RuntimeError("stopped")
@@ -243,7 +236,6 @@ def test_a_draft_of_other_settings_is_not_gone_on_with_and_does_not_stay(tmp_pat
 # Two who plan at once
 
 
-@pytest.mark.usefixtures("two_a_batch")
 def test_who_was_only_halted_finds_itself_replaced_by_a_plan_that_was_finished(
     tmp_path: Path,
 ) -> None:
@@ -259,7 +251,6 @@ def test_who_was_only_halted_finds_itself_replaced_by_a_plan_that_was_finished(
     assert drafts(tmp_path) == [] and check_plan(tmp_path / "plan") == []
 
 
-@pytest.mark.usefixtures("two_a_batch")
 def test_who_was_only_halted_finds_itself_replaced_by_one_who_goes_on_with_its_work(
     tmp_path: Path,
 ) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import io
 import os
 import resource
 import signal
@@ -11,25 +10,29 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from data import publish
-from data.publish import fault_point, publish_file, replace_file, sha256_of
+from data.publish import publish_file, replace_file, sha256_of
+from targetclip.command import write_file
 
 ROOT = Path(__file__).parents[2]
 OLD, NEW = b"old" * 1000, b"new" * 1000
 Write = Callable[[Path, bytes], object]
 
 
-def started(
-    code: str, fault: str = "", preexec_fn: Callable[[], None] | None = None
-) -> "subprocess.Popen[str]":
+HEAD = """
+from pathlib import Path
+from data.publish import *
+from targetclip.command import write_file
+from tests.proof.points import fault_at
+"""
+
+
+def started(code: str, preexec_fn: Callable[[], None] | None = None) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", f"from pathlib import Path\nfrom data.publish import *\n{code}"],
+        [sys.executable, "-c", HEAD + code],
         cwd=ROOT,
-        env=os.environ | {"TARGETCLIP_FAULT": fault},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -53,7 +56,7 @@ def visible(folder: Path) -> list[str]:
 def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for content in (OLD, NEW, b""):
-        replace_file(path, content)
+        write_file(path, content)
         assert path.read_bytes() == content
     assert os.listdir(tmp_path) == ["file"]
 
@@ -74,40 +77,27 @@ def test_even_a_link_to_nowhere_keeps_its_name(tmp_path: Path) -> None:
     assert path.is_symlink() and not path.exists()
 
 
-def test_a_disk_that_takes_little_at_a_time_gets_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Slow(io.FileIO):
-        def write(self, data: Any) -> int:
-            return super().write(data[:7])
-
-    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Slow(path, mode))
-    replace_file(tmp_path / "file", bytes(range(100)))
-    monkeypatch.undo()
-    assert (tmp_path / "file").read_bytes() == bytes(range(100))
-
-
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     contents = [bytes([i]) * 300_000 for i in range(4)]
-    replace_file(path, contents[0])
+    write_file(path, contents[0])
     done = threading.Event()
-    seen = set()
+    read_contents = set()
 
     def read() -> None:
         while not done.is_set():
-            seen.add(path.read_bytes())
+            read_contents.add(path.read_bytes())
 
     reader = threading.Thread(target=read)
     reader.start()
     for i in range(40):
-        replace_file(path, contents[i % 4])
+        write_file(path, contents[i % 4])
     done.set()
     reader.join()
-    assert seen <= set(contents)
+    assert read_contents <= set(contents)
 
 
-@pytest.mark.parametrize("write", [replace_file, publish_file])
+@pytest.mark.parametrize("write", [write_file, publish_file])
 def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_return(
     tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,11 +116,13 @@ def test_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_return(
 def test_the_loser_too_makes_the_winners_name_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders: list[Path] = []
+    synced: list[Path] = []
     publish_file(tmp_path / "file", OLD)
-    monkeypatch.setattr(publish, "sync_folder", folders.append)
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append(Path(os.readlink(f"/proc/self/fd/{file}")))
+    )
     publish_file(tmp_path / "file", NEW)
-    assert folders == [tmp_path]
+    assert synced[-1] == tmp_path
 
 
 def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(
@@ -147,7 +139,7 @@ def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(
     assert publish_file(tmp_path / "file", NEW)
     monkeypatch.setattr(os, "fsync", lambda file: files_only(file, errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        replace_file(tmp_path / "file", NEW)
+        write_file(tmp_path / "file", NEW)
 
 
 # Kills and halts
@@ -157,7 +149,7 @@ def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(
 def test_killed_before_the_name_the_old_file_stays(tmp_path: Path, point: str) -> None:
     path = tmp_path / "file"
     path.write_bytes(OLD)
-    process = started(f"replace_file(Path({str(path)!r}), {NEW!r})", f"{point}:1:kill")
+    process = started(f"replace_file(Path({str(path)!r}), {NEW!r}, fault_at({point!r}, 1))")
     assert is_killed(process)
     assert path.read_bytes() == OLD and visible(tmp_path) == ["file"]
     replace_file(path, NEW)
@@ -171,7 +163,7 @@ def test_killed_at_any_point_a_file_is_whole_or_absent(
     tmp_path: Path, point: str, published: bool
 ) -> None:
     path = tmp_path / "file"
-    process = started(f"publish_file(Path({str(path)!r}), {OLD!r})", f"{point}:1:kill")
+    process = started(f"publish_file(Path({str(path)!r}), {OLD!r}, fault_at({point!r}, 1))")
     assert is_killed(process)
     assert visible(tmp_path) == (["file"] if published else [])
     assert publish_file(path, NEW) is not published
@@ -180,7 +172,8 @@ def test_killed_at_any_point_a_file_is_whole_or_absent(
 
 def test_a_writer_that_was_stopped_loses_to_the_one_that_went_on(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    process = started(f"print(publish_file(Path({str(path)!r}), {OLD!r}))", "after-write:1:stop")
+    at = "fault_at('after-write', 1, 'stop')"
+    process = started(f"print(publish_file(Path({str(path)!r}), {OLD!r}, {at}))")
     _, status = os.waitpid(process.pid, os.WUNTRACED)
     assert os.WIFSTOPPED(status), process.communicate()
     try:
@@ -192,42 +185,13 @@ def test_a_writer_that_was_stopped_loses_to_the_one_that_went_on(tmp_path: Path)
 
 
 def test_the_fault_comes_at_the_call_it_names(tmp_path: Path) -> None:
-    code = f"for i in range(5): publish_file(Path({str(tmp_path)!r}) / str(i), b'x')"
-    assert is_killed(started(code, "after-link:3:kill"))
+    code = f"""
+at = fault_at('after-link', 3)
+for i in range(5):
+    publish_file(Path({str(tmp_path)!r}) / str(i), b'x', at)
+"""
+    assert is_killed(started(code))
     assert visible(tmp_path) == ["0", "1", "2"]
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "x",
-        "a:1",
-        ":1:kill",
-        "a:0:kill",
-        "a:-1:kill",
-        "a:²:kill",
-        "a:1:halt",
-        "a:1:kill:",
-        "a:1:kill\n",
-    ],
-)
-def test_a_malformed_fault_is_refused_at_any_point(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TARGETCLIP_FAULT", fault)
-    with pytest.raises(ValueError, match="NAME:COUNT:ACTION") as caught:
-        fault_point("elsewhere")
-    assert repr(fault) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_without_a_fault_or_with_another_points_nothing_happens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for fault in ("", "elsewhere:1:kill"):
-        monkeypatch.setenv("TARGETCLIP_FAULT", fault)
-        fault_point("here")
-    monkeypatch.delenv("TARGETCLIP_FAULT")
-    fault_point("here")
 
 
 # Races
@@ -321,7 +285,7 @@ except OSError as error:
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("write", [replace_file, publish_file])
+@pytest.mark.parametrize("write", [write_file, publish_file])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_fails_only_when_synced_leaves_nothing_too(
     tmp_path: Path, write: Write, code: int, monkeypatch: pytest.MonkeyPatch
@@ -353,7 +317,7 @@ def test_a_file_system_without_hard_links_is_refused(
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("write", [replace_file, publish_file])
+@pytest.mark.parametrize("write", [write_file, publish_file])
 def test_a_missing_folder_is_named(tmp_path: Path, write: Write) -> None:
     with pytest.raises(FileNotFoundError, match="create it first") as caught:
         write(tmp_path / "missing" / "file", NEW)
@@ -362,7 +326,7 @@ def test_a_missing_folder_is_named(tmp_path: Path, write: Write) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-@pytest.mark.parametrize("write", [replace_file, publish_file])
+@pytest.mark.parametrize("write", [write_file, publish_file])
 def test_a_read_only_folder_is_an_error_that_names_it(tmp_path: Path, write: Write) -> None:
     tmp_path.chmod(0o500)
     try:

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 from builds_made import config
+from data.batch_size import fitting_batch_size, time_step
 from torch.nn import functional as F
 
 from data import batch_size as sizes
-from data.batch_size import fitting_batch_size, time_step
 from data.build import make_teacher
 from data.claims import Claim, create, look
 from data.pairs import Failure, features, read_chunk
