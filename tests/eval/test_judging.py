@@ -1,23 +1,48 @@
-"""What the judges see of a picture's outside."""
+"""The judges: which scores there are, the change outside, the released evaluation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.drawn.sketch import SIZE
-from eval.judging import Judges, edited_images, judge
+from eval.judging import (
+    Judges,
+    edited_images,
+    face_judges,
+    goal_of,
+    judge,
+    released_scores,
+    scores_of,
+)
+from eval.metrics import released_score
 from eval.reader import load_reader
-from targetclip.scene import random_latents
-from targetclip.world import load_parts, load_world
+from eval.sets import samples
+from targetclip.scene import Scene
+from targetclip.world import load_scene, load_world
+
+
+class Brightness:
+    """An identity model whose features are colours, and that expects images in [-1, 1]."""
+
+    fingerprint = "bright"
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        return F.normalize(images.mean(dim=(2, 3)) + 0.02, dim=1)
 
 
 @pytest.fixture(scope="module")
-def judges(tiny_world: Path) -> Judges:
-    """With the reader of drawn faces, whatever the world makes."""
-    parts = load_parts(load_world(str(tiny_world)), torch.device("cpu"))
-    return Judges(parts.generator, parts.embedder, load_reader(), None, None, 8)
+def scene(tiny_world: Path) -> Scene:
+    return load_scene(load_world(str(tiny_world)), max_images=8)
+
+
+@pytest.fixture(scope="module")
+def bright(scene: Scene) -> Scene:
+    """The scene with an identity model."""
+    return replace(scene, identity=Brightness())
 
 
 def images(seed: int) -> Tensor:
@@ -25,7 +50,51 @@ def images(seed: int) -> Tensor:
     return 2 * torch.rand(2, 3, SIZE, SIZE, generator=numbers) - 1
 
 
-def test_only_what_an_edit_does_outside_is_perceived(judges: Judges) -> None:
+# Scores
+
+
+def test_all_judges_that_are_there_give_a_score(bright: Scene) -> None:
+    judges = Judges(scene=bright, second=bright.embedder)
+    sources, targets = bright.sources(3), samples(bright.generator, 1.0, 2)
+    before = bright.render(sources)
+    edits = torch.zeros(2, *sources.shape[1:])
+    judged = judge(judges, before, edited_images(judges, sources, edits))
+    scores = scores_of(judged, judges.look(before), goal_of(judges, targets))
+    assert list(scores) == [
+        "transfer", "consistency", "person", "second", "additivity", "outside",
+    ]  # fmt: skip
+    torch.testing.assert_close(scores["person"], torch.ones(2))
+    torch.testing.assert_close(scores["second"], scores["transfer"])
+    assert not scores["additivity"].any() and not scores["outside"].any()
+    assert judges.features_of == "the second judge's embedding"
+    assert judges.people_of == "the identity model"
+
+
+def test_scores_are_those_of_the_scene(bright: Scene) -> None:
+    judges = Judges(scene=bright)
+    sources, targets = bright.sources(3), samples(bright.generator, 1.0, 2)
+    before = bright.render(sources)
+    edits = torch.randn(2, *sources.shape[1:], generator=torch.Generator().manual_seed(0))
+    judged = judge(judges, before, edited_images(judges, sources, edits, 0.5))
+    goal = goal_of(judges, targets)
+    scores = scores_of(judged, judges.look(before), goal)
+    expected = bright.score(goal.embeddings, sources, 0.5 * edits, with_identity=True)
+    torch.testing.assert_close(scores["transfer"], expected.transfer)
+    torch.testing.assert_close(scores["consistency"], expected.consistency)
+    assert expected.identity is not None
+    torch.testing.assert_close(scores["person"], expected.identity.mean(dim=1))
+
+
+def test_judges_of_faces_want_faces(scene: Scene) -> None:
+    with pytest.raises(ValueError, match="a world of drawn faces of 64 px"):
+        face_judges(scene)
+
+
+# Outside
+
+
+def test_only_what_an_edit_does_outside_is_perceived(scene: Scene) -> None:
+    judges = Judges(scene=scene, reader=load_reader())
     before, inside = images(0), images(0)
     inside[..., 4:-4] = images(1)[..., 4:-4]
     found = judges.perceived(before, inside)
@@ -36,9 +105,41 @@ def test_only_what_an_edit_does_outside_is_perceived(judges: Judges) -> None:
     assert found is not None and found[0] == 0 and found[1] > 1e-3
 
 
-def test_without_a_network_that_knows_such_pictures_nothing_is_perceived(judges: Judges) -> None:
-    blind = Judges(judges.generator, judges.embedder, None, None, None, 8)
-    sources = random_latents(judges.generator, range(2))
-    before = blind.render(sources)
+def test_without_a_reader_nothing_is_perceived(scene: Scene) -> None:
+    judges, sources = Judges(scene=scene), scene.sources(2)
     edits = torch.zeros(1, *sources.shape[1:])
-    assert judge(blind, before, edited_images(blind, sources, edits)).perceived is None
+    judged = judge(judges, scene.render(sources), edited_images(judges, sources, edits))
+    assert judged.perceived is None
+
+
+# The released evaluation
+
+
+def test_the_released_fault_is_in_the_range_of_results_alone(bright: Scene) -> None:
+    judges = Judges(scene=bright)
+    sources, targets = bright.sources(3), samples(bright.generator, 1.0, 2)
+    unedited = bright.render(sources)
+    references = judges.look(unedited).features
+    nothing = torch.zeros(2, *sources.shape[1:])
+    found = released_scores(judges, sources, nothing, targets, references)
+    assert found["identity"].mean == pytest.approx(100, abs=1e-3)
+    assert found["identity"].deviation == pytest.approx(0, abs=1e-3)
+    shown, model = unedited.clamp(-1, 1), Brightness()
+    faulty = model.embed_images(shown / 2 + 0.5)
+    expected = released_score(faulty[None], model.embed_images(shown)[None])
+    assert found["identity_released"].mean == pytest.approx(expected.mean, abs=1e-3)
+    assert expected.mean < 99
+    assert found["fid"].mean == pytest.approx(0, abs=1e-4)
+
+
+def test_the_released_evaluation_edits_at_strength_1_2(scene: Scene) -> None:
+    judges = Judges(scene=scene)
+    sources, targets = scene.sources(3), samples(scene.generator, 1.0, 2)
+    references = judges.look(scene.render(sources)).features
+    edits = torch.randn(2, *sources.shape[1:], generator=torch.Generator().manual_seed(0))
+    found = released_scores(judges, sources, edits, targets, references)
+    assert set(found) == {"semantic", "fid"}  # without identity features
+    goal = scene.embedder.embed_pictures(list(targets.pictures))
+    edited = [scene.render(sources + 1.2 * edit) for edit in edits]
+    embeddings = torch.stack([judges.look(images).embeddings for images in edited])
+    assert found["semantic"] == released_score(embeddings, goal[:, None])

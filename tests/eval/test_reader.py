@@ -71,7 +71,7 @@ def test_a_reader_of_other_attributes_or_another_network_is_refused(
         None,
     ):
         save_file(state, path, metadata)
-        assert "not a reader" in error_of(path)
+        assert "make one with python -m train.drawn.reader" in error_of(path)
     save_file(dict(list(state.items())[1:]), path, {"format": FORMAT, "readings": NAMES})
     assert "weights do not fit" in error_of(path)
     save_inverter(
@@ -82,7 +82,7 @@ def test_a_reader_of_other_attributes_or_another_network_is_refused(
         ),
         path,
     )
-    assert "not a reader" in error_of(path)
+    assert "targetclip-reader/1" in error_of(path)
 
 
 def test_missing_cut_and_foreign_files_are_refused(reader: AttributeReader, tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from data.targets import Target, open_targets, picture_id, split_of, wide_indice
 from eval.sets import (
     ADVERSARIES,
     FOLDER,
-    SOURCE_SEED,
-    TARGET_SEED,
     EvalSet,
     adversarial,
     check_sources,
@@ -25,8 +23,10 @@ from eval.sets import (
     in_range,
     out_of_range,
     samples,
+    study_set,
 )
-from targetclip.world import load_parts, load_world
+from targetclip.seeds import PAIR_SOURCES, TEST_SOURCES, TEST_TARGETS, VALIDATION_SOURCES
+from targetclip.world import load_scene, load_world
 
 FACE = Face(**dict.fromkeys(NAMES, 0.5) | {"glasses": 1.0, "lens": 0.0, "hat": 0.0})
 
@@ -48,13 +48,13 @@ def same(a: EvalSet, b: EvalSet) -> bool:
 def index_of(origin: str) -> int:
     kind, _, rest = origin.partition(":")
     index, _, seed = rest.partition("@")
-    assert kind in ("drawn", "wide", "generated") and seed == str(TARGET_SEED)
+    assert kind in ("drawn", "wide", "generated") and seed == str(TEST_TARGETS)
     return int(index)
 
 
 def taken(spec: str, place: int) -> Target:
     """What data.build and every trainer would take as this target."""
-    target = next(open_targets(f"{spec}:{place + 1}@{TARGET_SEED}").starting_at(place))
+    target = next(open_targets(f"{spec}:{place + 1}@{TEST_TARGETS}").starting_at(place))
     assert isinstance(target, Target)
     return target
 
@@ -68,7 +68,7 @@ def test_drawn_targets_are_of_the_test_split_as_every_trainer_would_name_them() 
         for i, origin in enumerate(found.origins):
             index = index_of(origin)
             # The builder counts wide faces without those that came out plain.
-            wide = list(islice(wide_indices(TARGET_SEED), index + 1))
+            wide = list(islice(wide_indices(TEST_TARGETS), index + 1))
             target = taken(spec, index if spec == "drawn" else wide.index(index))
             assert (target.id, target.origin) == (found.ids[i], origin)
             assert target.picture.tobytes() == found.pictures[i].tobytes()
@@ -111,14 +111,25 @@ def test_what_a_mask_or_grey_hides_is_not_asked_for() -> None:
 
 
 def test_a_generators_own_samples_are_in_range_of_it(tiny_world: Path) -> None:
-    generator = load_parts(load_world(str(tiny_world)), torch.device("cpu")).generator
+    generator = load_scene(load_world(str(tiny_world))).generator
     found = samples(generator, 1.0, 2)
     assert found.truth is None and {split_of(name) for name in found.ids} == {"test"}
     place = index_of(found.origins[1])
-    targets = open_targets(f"generated:{place + 1}@{TARGET_SEED}", generator, 1.0)
+    targets = open_targets(f"generated:{place + 1}@{TEST_TARGETS}", generator, 1.0)
     target = next(targets.starting_at(place))
     assert isinstance(target, Target) and target.id == found.ids[1]
     assert target.picture.tobytes() == found.pictures[1].tobytes()
+
+
+def test_every_second_face_of_the_study_is_out_of_range() -> None:
+    study = study_set(4)
+    assert same(study.part(0, 2), study_set(2)) and study.truth is not None
+    # A style that hides readings changes the picture, not what counts.
+    plain = drawn_set("plain", {"a": ""}, [(study.truth.faces[0], Extras(), Style())])
+    assert pixels(plain) == pixels(study)[:1]
+    other = drawn_set("plain", {"a": ""}, [(study.truth.faces[1], Extras(), Style())])
+    assert pixels(other) != pixels(study)[1:2] and other.truth is not None
+    assert torch.equal(other.truth.seen[0], study.truth.seen[1])
 
 
 # Adversaries
@@ -179,7 +190,8 @@ def test_a_folder_without_test_pictures_says_what_to_do(folder: Path, tmp_path: 
 
 def named(*names: str, kind: str = FOLDER) -> EvalSet:
     pictures = tuple(blotches(len(names)))
-    return EvalSet(kind, names, tuple(f"{name}.png" for name in names), pictures)
+    origins = tuple(f"{name}.png" for name in names)
+    return EvalSet(name=kind, ids=names, origins=origins, pictures=pictures)
 
 
 def test_a_target_that_may_have_been_trained_on_is_refused() -> None:
@@ -197,7 +209,10 @@ def test_a_target_that_may_have_been_trained_on_is_refused() -> None:
 
 
 def test_sources_that_others_use_are_refused() -> None:
-    check_sources(SOURCE_SEED, 68)
-    for seed, owner in ((1, "trainings validate on"), (2, "score pairs")):
+    check_sources(TEST_SOURCES, 68)
+    for seed, owner in (
+        (VALIDATION_SOURCES, "trainings validate on"),
+        (PAIR_SOURCES, "score pairs"),
+    ):
         with pytest.raises(ValueError, match=f"16 of sources that {owner}"):
             check_sources(seed, 16)
