@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from predictor.load import load_essence
 from safetensors import safe_open
 from safetensors.torch import load
 
 from data.drawn.faces import draw_wide
 from predictor import cli
 from predictor import report as reporting
-from predictor.load import load_essence
 from predictor.mapper import load_mapper, save_mapper
 from predictor.report import write_file
 from predictor.transfer import Direction, EssenceTransfer

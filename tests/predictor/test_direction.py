@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,13 +36,7 @@ def made(seed: int, method: str = "mapper", **facts: Any) -> Direction:
 
 
 def test_a_mixture_is_the_weighted_sum() -> None:
-    found = mixed(
-        [
-            made(0),
-            made(1),
-        ],
-        [2.0, -0.5],
-    )
+    found = mixed([made(0), made(1)], [2.0, -0.5])
     torch.testing.assert_close(found.vector, 2 * vector(0) - 0.5 * vector(1))
 
 

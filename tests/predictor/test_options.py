@@ -1,17 +1,14 @@
-"""What the command line's options exclude, and what they mean together."""
+"""What the command line's options exclude, and what they and a world amount to."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from predictor import cli
-from predictor.load import load_essence
-from predictor.options import OF_OPTIMIZER, Optimize, Options, Transfer, applied
-from predictor.transfer import EssenceTransfer
-from targetclip.world import load_world
+from predictor.options import OF_OPTIMIZER, Optimize, Request, Transfer, resolve
+from predictor.report import edit_facts
+from targetclip.recipes import RECIPES
 
 GIVEN: dict[str, Any] = {"recipe": "paper", "initial": "zero", "steps": 9, "patience": 2}
 FINDING = {**GIVEN, "weights": (1.0,), "mode": "auto", "mapper": Path("m")}
@@ -59,46 +56,116 @@ def test_options_that_fit_are_taken(changes: dict[str, Any]) -> None:
     assert dataclasses.asdict(transfer(**changes)).items() >= changes.items()
 
 
+# With a world
+
+
+@pytest.fixture
+def worlds(tiny_world: Path, tiny_mapper: Path) -> dict[bool, str]:
+    """With a mapper and neutral texts, and without."""
+    path = tiny_world.with_name("with_mapper.toml")
+    more = f'mapper = "{tiny_mapper}"\nneutral = ["a face"]\n'
+    path.write_text(tiny_world.read_text() + more)
+    return {True: str(path), False: str(tiny_world)}
+
+
+@pytest.fixture
+def picture(faces: list[Path]) -> tuple[Path, ...]:
+    return (faces[0],)
+
+
+def test_a_request_has_the_worlds_defaults(
+    worlds: dict[bool, str], picture: tuple[Path, ...]
+) -> None:
+    request = resolve(transfer(target=picture, world=worlds[True]))
+    assert (request.recipe_name, request.recipe) == ("consistent", RECIPES["consistent"])
+    assert (request.strength, request.num_sources, request.weights) == (1.0, 6, (1.0,))
+    assert (request.align, request.invert_steps, request.inverts) == (False, 0, False)
+    assert request.mapper is not None and request.precision == "fp32"
+
+
+def test_what_is_given_goes_before_the_worlds_defaults(
+    worlds: dict[bool, str], faces: list[Path]
+) -> None:
+    changes: dict[str, Any] = {"sources": (faces[1],), "align": True, "invert_steps": 5}
+    changes |= {"strength": 0.0, "mapper": Path("m"), "face": 2}
+    given = transfer(target=(faces[0],), world=worlds[True], **changes)
+    request = resolve(given)
+    assert {name: getattr(request, name) for name in changes} == changes and request.inverts
+    steps = resolve(dataclasses.replace(given, mapper=None, **GIVEN)).recipe
+    assert steps == dataclasses.replace(RECIPES["paper"], initial="zero", steps=9, patience=2)
+
+
 @pytest.mark.parametrize("pictures", [0, 1, 4])
-def test_weights_are_all_the_same_and_one_together_unless_given(pictures: int) -> None:
-    paths = tuple(Path(f"{i}.png") for i in range(pictures))
-    options = transfer(target=paths, text=("green hair", "a hat"))
-    assert options.target_weights() == pytest.approx([1 / (pictures + 2)] * (pictures + 2))
+def test_weights_are_all_the_same_and_one_together_unless_given(
+    worlds: dict[bool, str], faces: list[Path], pictures: int
+) -> None:
+    given = transfer(
+        target=(faces[0],) * pictures, text=("green hair", "a hat"), world=worlds[True]
+    )
+    assert resolve(given).weights == pytest.approx([1 / (pictures + 2)] * (pictures + 2))
     weights = (1.0, -0.5, *range(pictures))
-    assert dataclasses.replace(options, weights=weights).target_weights() == weights
+    assert resolve(dataclasses.replace(given, weights=weights)).weights == weights
 
 
-def test_a_report_says_how_a_direction_was_changed_and_nothing_of_what_was_not() -> None:
-    assert applied(transfer(strength=2.0)) == {}
-    assert applied(transfer(fine=0.0, identity_floor=0.0)) == {"fine": 0.0, "identity_floor": 0.0}
+def test_a_report_says_how_a_direction_was_changed_and_nothing_of_what_was_not(
+    who_world: Path, picture: tuple[Path, ...]
+) -> None:
+    def facts(**changes: Any) -> dict[str, Any]:
+        return edit_facts(resolve(transfer(target=picture, world=str(who_world), **changes)))
+
+    assert facts(strength=2.0) == {}
+    assert facts(fine=0.0, identity_floor=0.0) == {"fine": 0.0, "identity_floor": 0.0}
 
 
-@pytest.fixture(scope="module")
-def essences(tiny_world: Path, tiny_mapper: Path) -> dict[bool, EssenceTransfer]:
-    """With a mapper and without."""
-    world, device = load_world(str(tiny_world)), torch.device("cpu")
-    return {True: load_essence(world, device, tiny_mapper), False: load_essence(world, device)}
+def test_a_mode_that_is_given_is_used_and_the_optimizers_options_ask_for_it(
+    worlds: dict[bool, str], picture: tuple[Path, ...]
+) -> None:
+    def mode_of(**changes: Any) -> str | None:
+        return resolve(transfer(target=picture, world=worlds[True], **changes)).mode
+
+    for mode in ("instant", "auto", "refine", "optimize"):
+        assert mode_of(mode=mode) == mode
+    for name in OF_OPTIMIZER:
+        assert mode_of(**{name: GIVEN[name]}) == "optimize"
+    assert mode_of(mode="auto", steps=9) == "auto"
+    assert mode_of(direction=Path("d")) is None
+
+
+def test_the_mode_is_auto_where_there_is_a_mapper_and_else_the_optimizer(
+    worlds: dict[bool, str], picture: tuple[Path, ...]
+) -> None:
+    def asked(mapper: bool, **changes: Any) -> Request:
+        return resolve(transfer(target=picture, world=worlds[mapper], **changes))
+
+    assert (asked(True).mode, asked(True).falls_back) == ("auto", False)
+    assert (asked(False).mode, asked(False).falls_back) == ("optimize", True)
+    assert not asked(False, steps=9).falls_back and not asked(False, mode="optimize").falls_back
+    with pytest.raises(ValueError, match="--mode instant: world 'tiny' has no mapper"):
+        asked(False, mode="instant")
 
 
 @pytest.mark.parametrize("mapper", [True, False])
-def test_a_mode_that_is_asked_for_is_used_and_the_optimizers_options_ask_for_it(
-    essences: dict[bool, EssenceTransfer], mapper: bool, capsys: pytest.CaptureFixture[str]
+def test_optimize_is_a_transfer_by_the_optimizer(
+    worlds: dict[bool, str], picture: tuple[Path, ...], mapper: bool
 ) -> None:
-    asked: list[tuple[Options, str]] = [
-        *((transfer(mode=mode), mode) for mode in ("instant", "auto", "refine", "optimize")),
-        *((transfer(**{name: GIVEN[name]}), "optimize") for name in OF_OPTIMIZER),
-        (transfer(mode="auto", steps=9), "auto"),
-        (Optimize(target=(Path("t.png"),), out=Path("out")), "optimize"),
-    ]
-    for options, mode in asked:
-        assert cli.choose_mode(options, essences[mapper]) == mode
-    assert not capsys.readouterr().err
+    common: dict[str, Any] = {"target": picture, "out": Path("out"), "world": worlds[mapper]}
+    request = resolve(Optimize(**common))
+    assert request == resolve(Transfer(**common, mode="optimize")) and not request.falls_back
 
 
-def test_the_mode_is_auto_where_there_is_a_mapper_and_else_the_optimizer_as_is_said(
-    essences: dict[bool, EssenceTransfer], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("changes", "inverts"),
+    [
+        ({"initial": "inversion"}, True),
+        ({"initial": "inversion", "mode": "auto"}, True),
+        ({"recipe": "release", "mode": "refine"}, False),
+        ({"recipe": "release"}, True),
+        ({"initial": "zero"}, False),
+        ({}, False),
+    ],
+)
+def test_a_target_is_inverted_where_a_search_may_start_there(
+    worlds: dict[bool, str], picture: tuple[Path, ...], changes: dict[str, Any], inverts: bool
 ) -> None:
-    assert cli.choose_mode(transfer(), essences[True]) == "auto"
-    assert not capsys.readouterr().err
-    assert cli.choose_mode(transfer(), essences[False]) == "optimize"
-    assert "no mapper" in capsys.readouterr().err
+    request = resolve(transfer(target=picture, world=worlds[True], **changes))
+    assert request.inverts_target is request.inverts is inverts

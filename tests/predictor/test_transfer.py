@@ -1,8 +1,10 @@
 """EssenceTransfer: sources, targets, directions and edits of a tiny world."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,41 +13,44 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from predictor.direction import Direction, Interrupted, Method
+from predictor import Mode
+from predictor.direction import Direction, Interrupted, Method, WatchStep
 from predictor.mapper import load_mapper
 from predictor.text import TextTargets
-from predictor.transfer import EssenceTransfer, Mode, WatchStep
+from predictor.transfer import EssenceTransfer, load_essence
+from targetclip.embedder import ClipEmbedder
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity, identity_similarity
 from targetclip.media.images import picture_to_tensor
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe
-from targetclip.sources import source_bank
-from targetclip.world import Parts, load_parts, load_world
+from targetclip.scene import Scene
+from targetclip.world import load_scene, load_world
 
 Predicting = Callable[..., EssenceTransfer]
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_world: Path) -> Parts:
-    return load_parts(load_world(str(tiny_world)), torch.device("cpu"))
+def scene(tiny_world: Path) -> Scene:
+    """The tiny world at truncation 0.7."""
+    return dataclasses.replace(load_scene(load_world(str(tiny_world))), truncation=0.7)
+
+
+@pytest.fixture(scope="module")
+def essence(scene: Scene) -> EssenceTransfer:
+    return EssenceTransfer(scene)
 
 
 @pytest.fixture
-def essence(parts: Parts) -> EssenceTransfer:
-    return EssenceTransfer(parts.generator, parts.embedder, parts.inverter)
-
-
-@pytest.fixture
-def predicting(parts: Parts, tiny_mapper: Path) -> Predicting:
+def predicting(scene: Scene, tiny_mapper: Path) -> Predicting:
     """Makes one with a mapper whose answers pass from a threshold on."""
 
-    def make(threshold: float = 0.5, max_images: int = 64, **figures: float) -> EssenceTransfer:
+    def make(
+        threshold: float = 0.5, max_images: int | None = None, **figures: float
+    ) -> EssenceTransfer:
         mapper, record = load_mapper(tiny_mapper)
         calibration = {**record.calibration, "threshold": threshold, **figures}
         mapper.record = dataclasses.replace(record, calibration=calibration)
-        return EssenceTransfer(
-            parts.generator, parts.embedder, parts.inverter, mapper, max_images=max_images
-        )
+        return EssenceTransfer(scene.with_max_images(max_images), mapper)
 
     return make
 
@@ -56,15 +61,15 @@ class Watch:
     def __init__(self, stop: Method | None = None, after: int = 0) -> None:
         self.stop, self.after = stop, after
         self.searches: list[Method] = []
-        self.told: list[Progress] = []
+        self.steps: list[Progress] = []
 
     def __call__(self, method: Method, recipe: Recipe) -> WatchStep:
         self.searches.append(method)
-        self.told = told = []
+        self.steps = steps = []
 
         def on_step(progress: Progress) -> None:
-            told.append(progress)
-            if method == self.stop and len(told) == self.after:
+            steps.append(progress)
+            if method == self.stop and len(steps) == self.after:
                 raise KeyboardInterrupt
 
         if method == self.stop and self.after == 0:
@@ -72,11 +77,12 @@ class Watch:
         return on_step
 
 
-def somebody() -> SketchIdentity:
-    """A small identity model of random weights."""
+def knowing(scene: Scene) -> Scene:
+    """The scene with a small identity model of random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return SketchIdentity(IdentityConfig(16, (8, 8), 16, 5)).requires_grad_(False)
+        model = SketchIdentity(IdentityConfig(16, (8, 8), 16, 5)).requires_grad_(False)
+    return dataclasses.replace(scene, identity=model)
 
 
 def probed(essence: EssenceTransfer, target: Image.Image, direction: Direction) -> float:
@@ -93,34 +99,19 @@ def quick(name: str = "consistent", **changes: object) -> Recipe:
     return dataclasses.replace(RECIPES[name], **{"steps": 3, **changes})
 
 
-def test_a_generated_source_depends_on_its_seed_and_place_only(essence: EssenceTransfer) -> None:
-    few, many = essence.generated_sources(2, seed=5), essence.generated_sources(4, seed=5)
-    torch.testing.assert_close(few, many[:2])
-    others = torch.cat([many, essence.generated_sources(4, seed=6)])[:, 0]
-    assert torch.pdist(others).min() > 1e-3
-
-
-def test_truncation_brings_generated_sources_nearer_to_the_mean(parts: Parts) -> None:
-    def distance(truncation: float) -> Tensor:
-        essence = EssenceTransfer(parts.generator, parts.embedder, truncation=truncation)
-        return (essence.generated_sources(3) - parts.generator.mean_w).norm()
-
-    torch.testing.assert_close(distance(0.25), 0.25 * distance(1.0))
-
-
 def test_each_picture_is_inverted_as_if_alone(essence: EssenceTransfer) -> None:
     pictures = [picture(0), picture(1, (24, 40)), picture(2, (16, 16))]
-    together = essence.invert(pictures)
+    together = essence.scene.invert(pictures)
     assert together.shape == (3, 6, 8) and not together.requires_grad
     for shown, ws in zip(pictures, together, strict=True):
-        torch.testing.assert_close(essence.invert([shown])[0], ws)
+        torch.testing.assert_close(essence.scene.invert([shown])[0], ws)
     assert not torch.allclose(together[0], together[1], atol=1e-3)
 
 
-def test_a_world_without_inverter_says_what_to_do_instead(parts: Parts) -> None:
-    essence = EssenceTransfer(parts.generator, parts.embedder)
+def test_a_world_without_inverter_says_what_to_do_instead(scene: Scene) -> None:
+    essence = EssenceTransfer(dataclasses.replace(scene, inverter=None))
     with pytest.raises(ValueError, match="--num-sources"):
-        essence.invert([picture()])
+        essence.scene.invert([picture()])
     with pytest.raises(ValueError, match="no inverter"):
         essence.optimize(picture(), quick(initial="inversion"))
     assert essence.optimize(picture(), quick(initial="zero")).steps == 3
@@ -130,10 +121,10 @@ def test_the_target_reaches_the_encoder_as_the_recipe_says(essence: EssenceTrans
     shown = picture()
     image = picture_to_tensor(shown, 16)
     expected = {
-        ("encoder", "release"): essence.embedder.embed_pictures([shown])[0],
-        ("encoder", "consistent"): essence.embedder.embed_pictures([shown])[0],
-        ("same", "release"): essence.embedder.embed_images(image, "release")[0],
-        ("same", "consistent"): essence.embedder.embed_images(image, "consistent")[0],
+        ("encoder", "release"): essence.scene.embedder.embed_pictures([shown])[0],
+        ("encoder", "consistent"): essence.scene.embedder.embed_pictures([shown])[0],
+        ("same", "release"): essence.scene.embedder.embed_images(image, "release")[0],
+        ("same", "consistent"): essence.scene.embedder.embed_images(image, "consistent")[0],
     }
     for (target_preprocess, preprocess), embedding in expected.items():
         recipe = quick(target_preprocess=target_preprocess, preprocess=preprocess)
@@ -149,14 +140,14 @@ def test_a_direction_starts_from_what_is_asked(essence: EssenceTransfer) -> None
         return essence.initial(picture(), kind, seed)
 
     assert torch.equal(start("zero"), torch.zeros(6, 8))
-    torch.testing.assert_close(start("inversion"), essence.invert([picture()])[0])
+    torch.testing.assert_close(start("inversion"), essence.scene.invert([picture()])[0])
     assert torch.equal(start("random"), start("random"))
     assert not torch.allclose(start("random"), start("random", 1))
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_a_seed_gives_the_same_direction_again(essence: EssenceTransfer, name: str) -> None:
-    essence.identity = somebody()
+def test_a_seed_gives_the_same_direction_again(scene: Scene, name: str) -> None:
+    essence = EssenceTransfer(knowing(scene))
     first, again = (essence.optimize(picture(), quick(name), seed=3) for _ in range(2))
     assert torch.equal(first.vector, again.vector)
     assert (first.transfer, first.consistency) == (again.transfer, again.consistency)
@@ -175,37 +166,25 @@ def test_another_seed_matters_where_sources_are_fresh(
 def test_the_search_brings_edits_nearer_to_the_target(essence: EssenceTransfer) -> None:
     target = picture(3)
     direction = essence.optimize(target, quick(steps=40)).vector
-    ws = essence.generated_sources(8)
+    ws = essence.scene.sources(8)
     scores = essence.score(target, essence.edit(ws, direction, 0.0), essence.edit(ws, direction))
-    assert scores.transfer > float(scores.target_before.mean()) + 0.05
+    assert float(scores.transfer) > float(scores.target_before.mean()) + 0.05
 
 
-def test_progress_is_told_after_every_step(essence: EssenceTransfer) -> None:
-    told: list[Progress] = []
-    direction = essence.optimize(picture(), quick(), on_step=told.append)
-    assert [progress.step for progress in told] == [0, 1, 2]
-    assert torch.equal(told[-1].kept_directions[0], direction.vector)
+def test_progress_is_reported_after_every_step(essence: EssenceTransfer) -> None:
+    steps: list[Progress] = []
+    direction = essence.optimize(picture(), quick(), on_step=steps.append)
+    assert [progress.step for progress in steps] == [0, 1, 2]
+    assert torch.equal(steps[-1].kept_directions[0], direction.vector)
 
 
-def test_a_loss_that_is_not_finite_is_an_error_and_no_direction(
-    essence: EssenceTransfer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embed = essence.embedder.embed_images
-    monkeypatch.setattr(
-        essence.embedder, "embed_images", lambda images, kind: embed(images, kind) * float("nan")
-    )
+def test_a_loss_that_is_not_finite_is_an_error_and_no_direction(scene: Scene) -> None:
+    embedder = copy.deepcopy(scene.embedder)
+    for parameter in cast("ClipEmbedder", embedder).parameters():
+        parameter.fill_(float("nan"))
+    essence = EssenceTransfer(dataclasses.replace(scene, embedder=embedder))
     with pytest.raises(FloatingPointError, match="step 0"):
         essence.optimize(picture(), quick())
-
-
-def test_an_edit_moves_along_the_direction(parts: Parts, essence: EssenceTransfer) -> None:
-    ws = essence.generated_sources(3)
-    direction = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = parts.generator.synthesis(ws + 0.7 * direction)
-    torch.testing.assert_close(essence.edit(ws, direction, 0.7), expected)
-    one_by_one = EssenceTransfer(parts.generator, parts.embedder, max_images=1)
-    torch.testing.assert_close(one_by_one.edit(ws, direction, 0.7), expected, rtol=1e-4, atol=1e-4)
 
 
 # A mapper's answers, and what is done where they fall short
@@ -269,43 +248,41 @@ def test_a_refinement_that_passes_spares_the_optimizer(predicting: Predicting) -
 
 
 def test_a_mapper_taught_identity_is_refined_by_it_and_needs_the_model_for_that(
-    parts: Parts, predicting: Predicting
+    scene: Scene, predicting: Predicting
 ) -> None:
     mapper = predicting(threshold=2).mapper
     assert mapper is not None and mapper.record is not None
     taught = dataclasses.asdict(quick(identity_weight=5.0))
     mapper.record = dataclasses.replace(mapper.record, recipe={"recipe": taught})
-    without = EssenceTransfer(parts.generator, parts.embedder, parts.inverter, mapper)
+    without = EssenceTransfer(scene, mapper)
     assert without.direction(picture(), "instant").method == "mapper"
     for mode in ("auto", "refine"):  # also where no refinement would be needed
         with pytest.raises(ValueError, match="needs an identity model"):
             without.direction(picture(), mode, quick())
-    essence = EssenceTransfer(
-        parts.generator, parts.embedder, parts.inverter, mapper, identity=somebody()
-    )
+    essence = EssenceTransfer(knowing(scene), mapper)
     found = essence.direction(picture(), "refine", quick())
     plain = predicting(threshold=2).direction(picture(), "refine", quick())
     assert not torch.allclose(found.vector, plain.vector, atol=1e-3)
 
 
-def test_auto_by_a_recipe_for_identity_needs_the_model_before_anything_is_asked(
-    predicting: Predicting, monkeypatch: pytest.MonkeyPatch
+def test_auto_by_a_recipe_for_identity_needs_the_model_though_the_answer_would_pass(
+    predicting: Predicting,
 ) -> None:
-    essence = predicting(threshold=-2)
-    monkeypatch.setattr(EssenceTransfer, "predict", None)
     with pytest.raises(ValueError, match="needs an identity model, found none"):
-        essence.direction(picture(), "auto", quick("identity"))
+        predicting(threshold=-2).direction(picture(), "auto", quick("identity"))
 
 
 def test_what_searches_see_of_sources_is_kept_apart_from_their_embeddings(
-    essence: EssenceTransfer,
+    scene: Scene,
 ) -> None:
-    essence.identity = somebody()
+    essence = EssenceTransfer(knowing(scene))
     embedded = essence.source_embeddings()
-    seen = essence.seen_sources("consistent", 0.2)
+    seen = essence.source_features("consistent", 0.2)
     assert torch.equal(seen[:, : embedded.shape[1]], embedded)
     assert seen.shape[1] == embedded.shape[1] + 5
-    assert essence.source_embeddings() is embedded and essence.seen_sources("consistent", 1) is seen
+    assert (
+        essence.source_embeddings() is embedded and essence.source_features("consistent", 1) is seen
+    )
 
 
 def test_a_refinement_starts_at_the_prediction(predicting: Predicting) -> None:
@@ -313,8 +290,8 @@ def test_a_refinement_starts_at_the_prediction(predicting: Predicting) -> None:
     found = essence.direction(picture(), "refine", quick(), watch=watch)
     predicted = essence.direction(picture(), "instant")
     assert watch.searches == ["refined"] and found.method == "refined"
-    assert [progress.step for progress in watch.told] == list(range(6))
-    start = watch.told[0].directions[0]
+    assert [progress.step for progress in watch.steps] == list(range(6))
+    start = watch.steps[0].directions[0]
     assert (start - predicted.vector).norm() < 0.1 * predicted.vector.norm()
     assert (found.vector - predicted.vector).norm() > 0 and found.expected == predicted.expected
 
@@ -338,11 +315,11 @@ def test_a_mapper_that_is_not_calibrated_answers_unchecked_only(predicting: Pred
 
 
 @pytest.mark.parametrize("part", ["generator", "embedder"])
-def test_a_mapper_of_other_networks_is_refused(parts: Parts, tiny_mapper: Path, part: str) -> None:
+def test_a_mapper_of_other_networks_is_refused(scene: Scene, tiny_mapper: Path, part: str) -> None:
     mapper, _ = load_mapper(tiny_mapper)
     mapper.config = dataclasses.replace(mapper.config, **{part: "b" * 64})
     with pytest.raises(ValueError, match=f"{part} bbbbbbbbbbbb.*the {part} loaded is"):
-        EssenceTransfer(parts.generator, parts.embedder, mapper=mapper)
+        EssenceTransfer(scene, mapper)
 
 
 @pytest.mark.parametrize(
@@ -388,8 +365,8 @@ def test_a_seed_gives_the_same_checked_answer_again(predicting: Predicting) -> N
     assert not torch.equal(first.vector, other.vector)
 
 
-def test_where_no_recipe_is_given_its_own_is_taken(parts: Parts) -> None:
-    own = EssenceTransfer(parts.generator, parts.embedder, parts.inverter, recipe=quick(steps=2))
+def test_where_no_recipe_is_given_its_own_is_taken(scene: Scene) -> None:
+    own = EssenceTransfer(scene, recipe=quick(steps=2))
     found = own.direction(picture(), "optimize")
     assert found.steps == 2
     assert torch.equal(found.vector, own.optimize(picture(), quick(steps=2)).vector)
@@ -399,17 +376,17 @@ def test_where_no_recipe_is_given_its_own_is_taken(parts: Parts) -> None:
 # Texts
 
 
-def reading(parts: Parts) -> EssenceTransfer:
+def reading(scene: Scene) -> EssenceTransfer:
     """With texts."""
-    texts = TextTargets(parts.embedder, ("a face",))
-    return EssenceTransfer(parts.generator, parts.embedder, parts.inverter, texts=texts)
+    texts = TextTargets(scene.embedder, ("a face",))
+    return EssenceTransfer(scene, texts=texts)
 
 
-def test_a_text_becomes_a_target_beside_the_bank_of_sources(parts: Parts) -> None:
-    essence = reading(parts)
+def test_a_text_becomes_a_target_beside_the_bank_of_sources(scene: Scene) -> None:
+    essence = reading(scene)
     with torch.no_grad():
-        images = parts.generator.synthesis(source_bank(parts.generator, 0.7))
-        sources = parts.embedder.embed_images(images)
+        images = scene.generator.synthesis(scene.bank())
+        sources = scene.embedder.embed_images(images)
     torch.testing.assert_close(essence.source_embeddings(), sources, rtol=1e-4, atol=1e-4)
     assert essence.source_embeddings() is essence.source_embeddings()
     assert essence.texts is not None
@@ -417,14 +394,14 @@ def test_a_text_becomes_a_target_beside_the_bank_of_sources(parts: Parts) -> Non
     torch.testing.assert_close(essence.embed_target("a hat"), expected)
 
 
-def test_a_text_is_a_target_like_any_other(parts: Parts) -> None:
-    essence = reading(parts)
+def test_a_text_is_a_target_like_any_other(scene: Scene) -> None:
+    essence = reading(scene)
     direction = essence.direction("green hair", "optimize", quick(steps=40)).vector
-    ws = essence.generated_sources(4)
+    ws = essence.scene.sources(4)
     before, after = essence.edit(ws, direction, 0.0), essence.edit(ws, direction)
     scores, other = (essence.score(text, before, after) for text in ("green hair", "glasses"))
-    assert scores.transfer > float(scores.target_before.mean()) + 0.05
-    assert scores.transfer != pytest.approx(other.transfer, abs=1e-2)
+    assert float(scores.transfer) > float(scores.target_before.mean()) + 0.05
+    assert float(scores.transfer) != pytest.approx(float(other.transfer), abs=1e-2)
 
 
 def test_a_text_is_refused_where_nothing_is_said_of_texts(essence: EssenceTransfer) -> None:
@@ -432,24 +409,40 @@ def test_a_text_is_refused_where_nothing_is_said_of_texts(essence: EssenceTransf
         essence.direction("green hair", "optimize", quick())
 
 
-def test_the_inversion_of_a_text_is_refused(parts: Parts) -> None:
+def test_the_inversion_of_a_text_is_refused(scene: Scene) -> None:
     with pytest.raises(ValueError, match="'green hair' is a text, which has no inversion"):
-        reading(parts).direction("green hair", "optimize", quick("release"))
-    assert reading(parts).initial("green hair", "random", 0).shape == (6, 8)
+        reading(scene).direction("green hair", "optimize", quick("release"))
+    assert reading(scene).initial("green hair", "random", 0).shape == (6, 8)
+
+
+# Loading
+
+
+def test_a_world_is_loaded_by_its_name_or_itself_with_its_mapper_or_another(
+    tiny_world: Path, tiny_mapper: Path
+) -> None:
+    named = load_essence(str(tiny_world), max_images=3)
+    world = load_world(str(tiny_world))
+    given = load_essence(world, torch.device("cpu"), tiny_mapper)
+    assert named.mapper is None and named.texts is None and named.scene.max_images == 3
+    assert named.scene.generator.fingerprint == given.scene.generator.fingerprint
+    assert named.recipe == RECIPES[world.recipe] and named.scene.truncation == world.truncation
+    assert given.asked_mapper().fingerprint == load_mapper(tiny_mapper)[0].fingerprint
+    world = dataclasses.replace(world, mapper=tiny_mapper, neutral=("a face",))
+    assert load_essence(world).direction("a hat", "instant").method == "mapper"
 
 
 # Identity
 
 
-def test_sources_keep_an_identity_floor(parts: Parts, essence: EssenceTransfer) -> None:
-    ws = essence.generated_sources(3)
+def test_sources_keep_an_identity_floor(scene: Scene, essence: EssenceTransfer) -> None:
+    ws = essence.scene.sources(3)
     direction = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="no identity model"):
         essence.strength_at_identity(ws, direction, 0.9)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)).requires_grad_(False)
-    holding = EssenceTransfer(parts.generator, parts.embedder, identity=model)
+    holding = EssenceTransfer(knowing(scene))
+    model = holding.scene.identity
+    assert model is not None
 
     def kept(strength: float) -> float:
         edited = essence.edit(ws, direction, strength)
