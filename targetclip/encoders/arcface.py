@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
-from targetclip.encoders.irse import COUNTER, STAGES, IrSe50, fill, read_checkpoint
+from targetclip.encoders.irse import COUNTER, STAGES, IrSe50, fill
+from targetclip.generators.rosinality import read_checkpoint
 from targetclip.weights import digest_of_weights
 
 EXPECTED = "ArcFace's IR-SE50 weights, a state dict as in model_ir_se50.pth"

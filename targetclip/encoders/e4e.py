@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
-from targetclip.encoders.irse import STAGES, IrSe50, counted, fill, read_checkpoint
+from targetclip.encoders.irse import STAGES, IrSe50, counted, fill
+from targetclip.generators.rosinality import read_checkpoint
 from targetclip.generators.stylegan2 import EqualizedLinear
 
 EXPECTED = 'an e4e checkpoint {"state_dict": {"encoder...": ...}, "latent_avg": ...}'

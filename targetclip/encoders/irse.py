@@ -5,9 +5,7 @@ al. 2018) under the names of the public checkpoints, and how such a file fills a
 nothing of faces or latents. Errors do not name the file: the loaders of the two networks do.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -89,27 +87,6 @@ class IrSe50(nn.Module):
                 x = next(blocks)(x)
             outputs.append(x)
         return outputs
-
-
-def read_checkpoint(path: Path, expected: str, allowed: Sequence[Callable[..., Any]] = ()) -> Any:
-    """Load a file of torch.save without running code from it.
-
-    Args:
-        expected: what the file should be, for messages.
-        allowed: harmless classes that the file may name beside tensors.
-
-    Raises:
-        ValueError: a damaged file, or one that asks to run code.
-    """
-    with path.open("rb") as file:
-        try:
-            with torch.serialization.safe_globals(list(allowed)):
-                return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged bytes raise nearly anything
-            raise ValueError(
-                f"expected {expected}, found a file that torch.load(weights_only=True) refuses "
-                f"({type(error).__name__}): it is damaged, or asks to run code; get it again"
-            ) from error
 
 
 def counted(names: set[str]) -> str:

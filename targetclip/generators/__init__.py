@@ -1,6 +1,6 @@
-"""Generators: what the project asks of one, and how a checkpoint file becomes one.
+"""Generators: their interface, and reading one from a checkpoint file.
 
-Knows the three file formats by their suffix; the network is in `stylegan2.py`, each format in its
+Knows the three file formats by their suffix. The network is in `stylegan2.py`; each layout has its
 own reader.
 """
 
@@ -14,74 +14,65 @@ from targetclip.generators.nvidia import read_nvidia
 from targetclip.generators.rosinality import read_rosinality, read_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2
 
+READERS = {".pt": read_rosinality, ".pkl": read_nvidia, ".safetensors": read_safetensors}
+
 
 @runtime_checkable
 class Generator(Protocol):
-    """What the project asks of a generator: z to W+ to an image, always the same image.
+    """The interface of a generator: z to W+ to an image, always the same image.
 
-    Images are NCHW in [-1, 1] (a little beyond where the network overshoots); latents are W+.
+    Images are NCHW in [-1, 1], a little beyond where the network overshoots.
     """
 
     @property
     def resolution(self) -> int:
         """Height and width of the images, in pixels."""
-        ...
 
     @property
     def z_dim(self) -> int:
         """Length of the Gaussian latent z."""
-        ...
 
     @property
     def w_dim(self) -> int:
         """Length of one w vector."""
-        ...
 
     @property
     def num_ws(self) -> int:
         """Number of w vectors in W+."""
-        ...
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the weights: a direction is valid only for the generator it was found on."""
-        ...
+        """Digest of the weights: a direction is valid for the generator it was found on."""
 
     @property
     def mean_w(self) -> Float[Tensor, " w_dim"]:
         """The average w, towards which truncation pulls."""
-        ...
 
     def mapping(
         self, z: Float[Tensor, "batch z_dim"], truncation: float = 1.0
     ) -> Float[Tensor, "batch num_ws w_dim"]:
         """Map z ~ N(0, I) to W+; `truncation` 1 leaves w as it is, 0 gives the average."""
-        ...
 
     def synthesis(
         self, ws: Float[Tensor, "batch num_ws w_dim"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Render W+ latents to images in [-1, 1]; deterministic, differentiable in `ws`."""
-        ...
 
 
 def load_generator(path: str | Path) -> StyleGAN2:
     """Read a StyleGAN2 checkpoint; no code in the file is ever run.
 
-    `.pt` is a rosinality checkpoint, `.pkl` an NVIDIA stylegan2-ada-pytorch pickle, `.safetensors`
-    what `save_safetensors` wrote. The network is on the CPU in float32, in eval mode and without
-    gradients for its weights. Raises FileNotFoundError, and ValueError (one line, with the path)
-    for any file that is not such a checkpoint.
+    `.pt` is a rosinality checkpoint, `.pkl` a pickle of NVIDIA's stylegan2-ada-pytorch,
+    `.safetensors` a file of `save_safetensors`. The network is on the CPU in float32, in eval mode,
+    without gradients for its weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another suffix, or a file that is not such a checkpoint.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix == ".pt":
-        read = read_rosinality
-    elif suffix == ".pkl":
-        read = read_nvidia
-    elif suffix == ".safetensors":
-        read = read_safetensors
-    else:
+    read = READERS.get(path.suffix.lower())
+    if read is None:
         raise ValueError(
             f"{path}: expected a generator checkpoint ending in .pt (rosinality), .pkl (NVIDIA "
             f"stylegan2-ada-pytorch) or .safetensors, found {path.suffix or 'no suffix'}"

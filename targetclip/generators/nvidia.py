@@ -1,8 +1,8 @@
 """NVIDIA's stylegan2-ada-pytorch pickles, read without executing anything in them.
 
-Such a file carries its own Python source, which NVIDIA's loader runs. Here an unpickler knows
-eight names, each replaced by inert code of this module; any other name is refused, and the source
-stays the text it is. Knows StyleGAN2 only. Errors do not name the file: `load_generator` does.
+Such a file holds its own Python source, which NVIDIA's loader runs. The unpickler here knows eight
+names, each replaced by inert code of this module; any other name is refused, and the source stays
+text. Knows StyleGAN2 only. Errors do not name the file: `load_generator` does.
 """
 
 import io
@@ -30,12 +30,12 @@ NUMBER_FORMATS = {"f4": "<f", "f8": "<d", "i4": "<i", "i8": "<q", "b1": "<?"}
 
 
 class _RefusedError(ValueError):
-    """The file is readable, but something we do not accept."""
+    """The file can be read, but is not supported."""
 
 
 @dataclass
 class _Module:
-    """A pickled network or layer: the name of its class and its attributes, nothing that runs."""
+    """A pickled network or layer: the name of its class and its attributes, without code."""
 
     name: str
     attributes: dict[str, Any] = field(repr=False)
@@ -45,7 +45,7 @@ class _Module:
         return {k: v for k, v in self.attributes["_modules"].items() if v is not None}
 
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        """Every parameter and buffer below, named as `state_dict()` would."""
+        """Yield every parameter and buffer with its name in `state_dict()`."""
         for kind in ("_parameters", "_buffers"):
             for key, tensor in self.attributes[kind].items():
                 if tensor is not None:
@@ -54,18 +54,18 @@ class _Module:
             yield from child.tensors(f"{prefix}{key}.")
 
     def layers(self, prefix: str = "") -> Iterator[tuple[str, "_Module"]]:
-        """Every module below, with its dotted name."""
+        """Yield every submodule with its dotted name."""
         for key, child in self.children.items():
             yield prefix + key, child
             yield from child.layers(f"{prefix}{key}.")
 
 
 class _EasyDict(dict[str, Any]):
-    """Stands for dnnlib's dictionary with attributes."""
+    """Replaces dnnlib's dictionary with attributes."""
 
 
 class _NumberType:
-    """Stands for numpy.dtype, for the few plain numbers a network stores."""
+    """Replaces numpy.dtype, for the few plain numbers that a network stores."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.code = code
@@ -75,7 +75,7 @@ class _NumberType:
 
 
 def _module(meta: dict[str, Any]) -> _Module:
-    """Stands for the function that executes the embedded source `meta["module_src"]`."""
+    """Replace the function that executes the embedded source `meta["module_src"]`."""
     return _Module(meta["class_name"], meta["state"])
 
 
@@ -85,9 +85,9 @@ def _number(kind: _NumberType, data: bytes) -> float:
 
 
 def _storage(data: bytes) -> torch.storage.TypedStorage:
-    """Stands for a PyTorch function that unpickles without limits."""
+    """Replace a PyTorch function that unpickles without limits."""
     storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    # Such bytes can also hold one of PyTorch's own functions, which the pickle could then call.
+    # The bytes can also hold one of PyTorch's own functions, which the pickle could then call.
     if not isinstance(storage, torch.storage.TypedStorage):
         raise _RefusedError(f"expected the numbers of a tensor, found a {type(storage).__name__}")
     return storage
@@ -137,13 +137,13 @@ class _Unpickler(pickle.Unpickler):
         return ALLOWED[module, name]
 
 
-def _require(what: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise _RefusedError(f"{what} is {found!r}, but only {expected!r} is supported")
+def _require(name: str, value: object, expected: object) -> None:
+    if value != expected:
+        raise _RefusedError(f"{name} is {value!r}, but only {expected!r} is supported")
 
 
 def _one_clamp(synthesis: _Module) -> float | None:
-    """The bound on every layer's output, which the file states once for each layer."""
+    """Return the bound on every layer's output, which the file states for each layer."""
     clamps = {
         m.attributes["conv_clamp"] for _, m in synthesis.layers() if "conv_clamp" in m.attributes
     }
@@ -154,7 +154,7 @@ def _one_clamp(synthesis: _Module) -> float | None:
 
 
 def _check_architecture(generator: _Module) -> None:
-    """Refuse what loads but would render another image with our network."""
+    """Refuse a network that loads, but for which ours would render other images."""
     if generator.attributes["c_dim"] != 0:
         raise _RefusedError(
             f"this generator is conditional (c_dim {generator.attributes['c_dim']}): "
@@ -198,7 +198,7 @@ def _config(tensors: dict[str, Tensor], conv_clamp: float | None) -> StyleGAN2Co
 
 
 def nvidia_names(config: StyleGAN2Config) -> dict[str, str]:
-    """Our name -> NVIDIA's name, for every parameter and buffer."""
+    """Map our name of every parameter and buffer to NVIDIA's."""
     names = {"const": "synthesis.b4.const", "mapping_network.w_avg": "mapping.w_avg"}
     for layer in range(config.mapping_layers):
         for leaf in ("weight", "bias"):
@@ -217,7 +217,7 @@ def nvidia_names(config: StyleGAN2Config) -> dict[str, str]:
 
 
 def _network(data: bytes) -> StyleGAN2:
-    # Before unpickling, because StyleGAN3 stores arrays that the unpickler would call hostile.
+    # Checked before unpickling, because the unpickler would take StyleGAN3's arrays for hostile.
     if b"SynthesisInput" in data:
         raise _RefusedError(f"this is a StyleGAN3 pickle: expected {EXPECTED}")
     checkpoint = _Unpickler(io.BytesIO(data)).load()
@@ -241,9 +241,11 @@ def _network(data: bytes) -> StyleGAN2:
 def read_nvidia(path: Path) -> StyleGAN2:
     """Read the "G_ema" of a stylegan2-ada-pytorch `.pkl`; nothing in the file is executed.
 
-    Layers stored for float16 (`num_fp16_res`) run in float32; `conv_clamp` is kept. Raises
-    ValueError for a file that names foreign code, for StyleGAN3, TensorFlow and conditional
-    networks, and for damaged files.
+    Layers stored for float16 (`num_fp16_res`) run in float32; `conv_clamp` is kept.
+
+    Raises:
+        ValueError: a file that names foreign code, a StyleGAN3, TensorFlow or conditional network,
+            or a damaged file.
     """
     data = path.read_bytes()
     try:

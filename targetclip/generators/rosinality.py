@@ -1,21 +1,22 @@
 """The layout of rosinality's stylegan2-pytorch, in two containers: `.pt` and `.safetensors`.
 
-Knows that layout's names and shapes, in both directions. Sizes are read off the shapes, so nobody
-has to state a resolution. Errors do not name the file: `load_generator` does.
+Knows that layout's names and shapes, in both directions. The shapes give all sizes. Errors do not
+name the file: `load_generator` does.
 """
 
 import argparse
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config, blur_kernel, build_network
+from targetclip.weights import save_tensors
 
 EXPECTED = 'a rosinality StyleGAN2 checkpoint {"g_ema": ..., "latent_avg": ...}'
 MEAN_SAMPLES = 4096  # the mean is then within 2 % of the spread of w
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def rosinality_names(config: StyleGAN2Config) -> dict[str, str]:
-    """Our name -> rosinality's name, for every parameter and buffer."""
+    """Map our name of every parameter and buffer to rosinality's."""
     names = {"const": "input.input", "mapping_network.w_avg": "latent_avg"}
     for layer in range(config.mapping_layers):
         for leaf in ("weight", "bias"):
@@ -52,7 +53,7 @@ def _modulated_names(ours: str, theirs: str) -> dict[str, str]:
 
 
 def _kernel_names(config: StyleGAN2Config) -> list[str]:
-    """The low-pass filters of every upsampling; constants, but the layout stores them."""
+    """Return the names of the low-pass filters: constants, but the layout stores them."""
     levels = range(len(config.channels) - 1)
     return [f"convs.{2 * level}.conv.blur.kernel" for level in levels] + [
         f"to_rgbs.{level}.upsample.kernel" for level in levels
@@ -60,7 +61,7 @@ def _kernel_names(config: StyleGAN2Config) -> list[str]:
 
 
 def _config(state: dict[str, Tensor], conv_clamp: float | None) -> StyleGAN2Config:
-    """Read the sizes off the shapes; what does not fit them is found when the network is built."""
+    """Read the sizes off the shapes; `build_network` checks that everything fits them."""
     mapping_layers = sum(k.startswith("style.") and k.endswith(".weight") for k in state)
     levels = 1 + sum(k.startswith("to_rgbs.") and k.endswith(".conv.weight") for k in state)
     to_rgbs = ["to_rgb1", *(f"to_rgbs.{level}" for level in range(levels - 1))]
@@ -96,7 +97,7 @@ def _take_kernels(state: dict[str, Tensor], config: StyleGAN2Config) -> None:
 
 
 def _one_row(latent_avg: Tensor, w_dim: int) -> Float[Tensor, " w_dim"]:
-    """The average w of a file that stores it as [w_dim], [1, w_dim] or repeated [num_ws, w_dim]."""
+    """Return the average w, stored as [w_dim], [1, w_dim] or repeated [num_ws, w_dim]."""
     if latent_avg.ndim not in (1, 2) or latent_avg.shape[-1] != w_dim or latent_avg.numel() == 0:
         raise ValueError(
             f"expected latent_avg of shape [{w_dim}] or [num_ws, {w_dim}], "
@@ -139,22 +140,35 @@ def _network(
     return network
 
 
-def read_rosinality(path: Path) -> StyleGAN2:
-    """Read a rosinality `.pt`, converted from NVIDIA's weights or trained with that repository.
+def read_checkpoint(path: Path, expected: str, allowed: Sequence[Callable[..., Any]] = ()) -> Any:
+    """Load a file of torch.save without running code from it.
 
-    Loaded with `weights_only=True`: a file that asks for more is refused. A file without
-    `latent_avg` gets the mean of 4096 mapped samples, and the log says so. Raises ValueError.
+    Args:
+        expected: what the file should be, for messages.
+        allowed: harmless classes that the file may name beside tensors.
+
+    Raises:
+        ValueError: a damaged file, or one that asks to run code.
     """
     with path.open("rb") as file:
         try:
-            # Checkpoints written by rosinality's training keep its options: plain attributes.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(list(allowed)):
+                return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged bytes raise nearly anything
             raise ValueError(
-                f"expected {EXPECTED}, found a file that torch.load(weights_only=True) refuses "
-                f"({type(error).__name__}): it is damaged, or asks to run code"
+                f"expected {expected}, found a file that torch.load(weights_only=True) refuses "
+                f"({type(error).__name__}): it is damaged, or asks to run code; get it again"
             ) from error
+
+
+def read_rosinality(path: Path) -> StyleGAN2:
+    """Read a rosinality `.pt`, converted from NVIDIA's weights or trained with that repository.
+
+    A file without `latent_avg` gets the mean of 4096 mapped samples, and the log says so. Raises
+    ValueError for any other file.
+    """
+    # Files of rosinality's training hold its options, which are plain attributes.
+    checkpoint = read_checkpoint(path, EXPECTED, [argparse.Namespace])
     state = checkpoint.get("g_ema") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict):
         keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else "no keys"
@@ -168,7 +182,7 @@ def read_rosinality(path: Path) -> StyleGAN2:
 
 
 def read_safetensors(path: Path) -> StyleGAN2:
-    """Read what `save_safetensors` wrote, or any g_ema saved so. Raises ValueError."""
+    """Read a file of `save_safetensors`. Raises ValueError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -183,13 +197,13 @@ def read_safetensors(path: Path) -> StyleGAN2:
 
 
 def rosinality_state(network: StyleGAN2) -> dict[str, Tensor]:
-    """The weights under rosinality's g_ema names and shapes, plus `latent_avg`."""
+    """Return the weights under rosinality's g_ema names and shapes, and `latent_avg`."""
     own = network.state_dict()
     state = {}
     for ours, theirs in rosinality_names(network.config).items():
         tensor = own[ours]
         if theirs.endswith("conv.weight"):
-            tensor = tensor[None]  # shared by the batch, an axis that layout keeps
+            tensor = tensor[None]  # the layout has an axis for the batch
         elif theirs.endswith("noise.weight"):
             tensor = tensor.reshape(1)
         elif ours.startswith("to_rgbs.") and ours.endswith(".bias") and "affine" not in ours:
@@ -203,11 +217,13 @@ def rosinality_state(network: StyleGAN2) -> dict[str, Tensor]:
 def save_safetensors(network: StyleGAN2, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a network as `.safetensors` in rosinality's names; float16 halves the file.
 
-    Raises ValueError where `dtype` cannot hold a weight (float16 ends at 65504).
+    Raises:
+        FileNotFoundError, OSError: it cannot be written.
+        ValueError: `dtype` cannot hold a weight (float16 ends at 65504).
     """
-    state = {name: t.to("cpu", dtype).contiguous() for name, t in rosinality_state(network).items()}
+    state = {name: tensor.to(dtype) for name, tensor in rosinality_state(network).items()}
     lost = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if lost:
         raise ValueError(f"{path}: {lost[0]} does not fit {dtype}: save it as torch.float32")
     clamp = network.config.conv_clamp
-    save_file(state, path, metadata={} if clamp is None else {"conv_clamp": str(clamp)})
+    save_tensors(path, state, {} if clamp is None else {"conv_clamp": str(clamp)})

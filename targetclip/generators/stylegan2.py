@@ -5,11 +5,10 @@ Convolution weights are shared by the whole batch: a style scales the input chan
 demodulation scales the output channels, which equals modulating the weights of each sample
 (paper section 2.2, equations 1 and 3) without a grouped convolution.
 
-Layers pass on their outputs in the channels_last layout: convolutions, the low-pass filter and the
-products with the RGB weights read it as it is, where the other layout is copied before and after.
+Outputs of layers have the channels_last layout: convolutions, the low-pass filter and the products
+with the RGB weights read it as it is; the other layout would be copied before and after.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from targetclip.weights import digest_of_weights
+
 MAPPING_LR_MULTIPLIER = 0.01  # weights of the mapping network are stored a hundred times larger
 DEMODULATION_EPSILON = 1e-8
 SQRT2 = math.sqrt(2.0)
@@ -30,18 +31,16 @@ PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows, even and odd col
 
 @dataclass(frozen=True, kw_only=True)
 class StyleGAN2Config:
-    """Sizes of one network, all of them readable off the shapes in a checkpoint.
-
-    `channels` holds the width at 4, 8, ... `resolution` pixels. `conv_clamp` bounds every
-    layer's output to [-conv_clamp, conv_clamp]; None is no bound.
-    """
+    """Sizes of one network; the shapes in a checkpoint give all but the last."""
 
     resolution: int
     w_dim: int
     z_dim: int
     mapping_layers: int
     channels: tuple[int, ...]
+    """Widths at 4, 8, ... `resolution` pixels."""
     conv_clamp: float | None = None
+    """Bounds every layer's output to [-conv_clamp, conv_clamp]. None: no bound."""
 
     def __post_init__(self) -> None:
         if self.resolution < 4 or self.resolution & (self.resolution - 1):
@@ -57,12 +56,12 @@ class StyleGAN2Config:
 
     @property
     def num_ws(self) -> int:
-        """How many w vectors the synthesis takes: one a convolution, and one for the last RGB."""
+        """Number of w vectors: one for each convolution, and one for the last RGB layer."""
         return 2 * len(self.channels)
 
 
 def blur_kernel(gain: float) -> Float[Tensor, "4 4"]:
-    """The [1, 3, 3, 1] low-pass filter every released StyleGAN2 resamples with, times `gain`."""
+    """Return the [1, 3, 3, 1] low-pass filter of every released StyleGAN2, times `gain`."""
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
     kernel = taps[:, None] * taps[None, :]
     return kernel * (gain / kernel.sum())
@@ -85,7 +84,7 @@ class EqualizedLinear(nn.Module):
 
 
 class Mapping(nn.Module):
-    """z to w: normalise z, then fully connected layers with leaky ReLU."""
+    """z to w: normalisation, then fully connected layers with leaky ReLU."""
 
     w_avg: Tensor
 
@@ -105,12 +104,12 @@ class Mapping(nn.Module):
 
 
 def normalize_latent(z: Float[Tensor, "batch z_dim"]) -> Float[Tensor, "batch z_dim"]:
-    """Scale each z to a mean square of 1, as the mapping network does first."""
+    """Scale each z to a mean square of 1, the first step of the mapping network."""
     return z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-8)
 
 
 class Interleave(torch.autograd.Function):
-    """Four images of the even and odd rows and columns of one (see `PHASES`) to that image."""
+    """Interleave four images of even and odd rows and columns (see `PHASES`) into one."""
 
     @staticmethod
     def forward(ctx: Any, *phases: Tensor) -> Tensor:
@@ -132,11 +131,11 @@ class Interleave(torch.autograd.Function):
 def transposed_convolution(
     x: Float[Tensor, "batch channels height width"], weight: Float[Tensor, "out channels 3 3"]
 ) -> Float[Tensor, "batch out out_height out_width"]:
-    """`conv_transpose2d` of stride 2: height h becomes 2 h + 1.
+    """Compute `conv_transpose2d` of stride 2: height h becomes 2 h + 1.
 
-    Even rows of the result see two rows of the kernel, odd rows the third, and so for columns.
-    Each of the four parts is a convolution of stride 1, which runs at several times the speed of
-    one with stride 2 on a CPU in bfloat16.
+    Even rows of the result depend on two rows of the kernel, odd rows on the third; so do columns.
+    Each of the four parts is a convolution of stride 1, several times as fast as one of stride 2 on
+    a CPU in bfloat16.
     """
     weight = weight.transpose(0, 1)
     phases = [F.conv_transpose2d(x, weight[:, :, row::2, column::2]) for row, column in PHASES]
@@ -177,13 +176,13 @@ class StyledConv(nn.Module):
         # Equation 3: the norm of each modulated filter, without building the filters.
         power = F.linear(style.square(), self.weight.square().sum(dim=(2, 3)) * gain**2)
         demodulation = torch.rsqrt(power + DEMODULATION_EPSILON) * SQRT2
-        # The gain belongs to the weight; the style is smaller.
+        # The gain belongs to the weight, but scaling the style is cheaper.
         x = x * (style * gain).to(x.dtype)[:, :, None, None]
         if self.upsample:
             x = depthwise(transposed_convolution(x, self.weight), self.blur, padding=1)
         else:
             x = F.conv2d(x, self.weight, padding=1)
-        # sqrt(2) after the leaky ReLU is the same as before it; here it costs nothing.
+        # The factor sqrt(2) after the leaky ReLU is applied before it, where it costs nothing.
         bias = (self.bias * SQRT2).to(x.dtype)
         noise = (self.noise_strength * SQRT2 * self.noise[:, 0, :, :, None]).to(x.dtype)
         offset = (noise + bias).permute(0, 3, 1, 2)
@@ -223,11 +222,10 @@ class ToRGB(nn.Module):
 
 
 class StyleGAN2(nn.Module):
-    """A StyleGAN2 generator with skip connections and fixed noise.
+    """A StyleGAN2 generator with skip connections and fixed noise; see `Generator`.
 
-    Images are NCHW in [-1, 1] (a little beyond where the network overshoots); latents `ws` are W+.
-    With `checkpoint_layers` set a layer keeps its input alone and is computed again in the backward
-    pass: gradients stay the same to the last bit, for less memory and more time.
+    With `checkpoint_layers` set, a layer stores only its input and is computed again in the
+    backward pass. Gradients stay the same to the last bit, for less memory and more time.
     """
 
     rgb_kernel: Tensor
@@ -235,6 +233,8 @@ class StyleGAN2(nn.Module):
     def __init__(self, config: StyleGAN2Config) -> None:
         super().__init__()
         self.config = config
+        self.resolution, self.z_dim = config.resolution, config.z_dim
+        self.num_ws, self.w_dim = config.num_ws, config.w_dim
         self.checkpoint_layers = False
         self.mapping_network = Mapping(config)
         self.const = nn.Parameter(torch.randn(1, config.channels[0], 4, 4))
@@ -254,48 +254,21 @@ class StyleGAN2(nn.Module):
         self.register_buffer("rgb_kernel", blur_kernel(4.0), persistent=False)
 
     @property
-    def resolution(self) -> int:
-        """Height and width of the images, in pixels."""
-        return self.config.resolution
-
-    @property
-    def z_dim(self) -> int:
-        """Length of the Gaussian latent z."""
-        return self.config.z_dim
-
-    @property
-    def w_dim(self) -> int:
-        """Length of one w vector."""
-        return self.config.w_dim
-
-    @property
-    def num_ws(self) -> int:
-        """Number of w vectors in W+."""
-        return self.config.num_ws
-
-    @property
     def mean_w(self) -> Float[Tensor, " w_dim"]:
         """The average w, towards which truncation pulls."""
         return self.mapping_network.w_avg
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of every weight: a direction is valid for this generator only.
-
-        Computed once; do not change weights after reading it.
-        """
-        digest = hashlib.sha256(repr(self.config).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 of sizes and weights. Computed once; do not change weights after reading it."""
+        return digest_of_weights(repr(self.config), self.state_dict())
 
     def mapping(
         self, z: Float[Tensor, "batch z_dim"], truncation: float = 1.0
     ) -> Float[Tensor, "batch num_ws w_dim"]:
-        """Map z ~ N(0, I) to W+ (all `num_ws` vectors equal).
+        """Map z ~ N(0, I) to W+, with all `num_ws` vectors equal.
 
-        `truncation` 1 leaves w as it is, 0 gives the average face, 0.7 is usual.
+        `truncation` 1 leaves w as it is, 0 gives the average, 0.7 is usual.
         """
         w: Tensor = self.mapping_network(z)
         w = self.mean_w + truncation * (w - self.mean_w)
@@ -304,19 +277,24 @@ class StyleGAN2(nn.Module):
     def synthesis(
         self, ws: Float[Tensor, "batch num_ws w_dim"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Render W+ latents to images in [-1, 1]; deterministic, differentiable in `ws`."""
+        """Render W+ latents to images in [-1, 1]; deterministic, differentiable in `ws`.
+
+        Raises:
+            ValueError: latents of another shape.
+        """
         if ws.shape[1:] != (self.num_ws, self.w_dim):
             raise ValueError(
                 f"expected ws of shape [batch, {self.num_ws}, {self.w_dim}], "
                 f"found {list(ws.shape)}: is this latent from another generator?"
             )
-        again = self.checkpoint_layers and ws.requires_grad and torch.is_grad_enabled()
+        recompute = self.checkpoint_layers and ws.requires_grad and torch.is_grad_enabled()
 
         def run(layer: nn.Module, x: Tensor, w: Tensor) -> Tensor:
-            if not again:
+            if not recompute:
                 return layer(x, w)  # type: ignore[no-any-return]
-            found = checkpoint(layer, x, w, use_reentrant=False, preserve_rng_state=False)
-            return found  # type: ignore[no-any-return]
+            return checkpoint(  # type: ignore[no-any-return]
+                layer, x, w, use_reentrant=False, preserve_rng_state=False
+            )
 
         x = self.const.expand(len(ws), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         rgb: Tensor | None = None
@@ -328,18 +306,18 @@ class StyleGAN2(nn.Module):
             level_rgb = run(to_rgb, x, ws[:, 2 * level + 1])
             # Colours add up over the levels: half precision would lose the faint ones.
             level_rgb = level_rgb.to(torch.promote_types(level_rgb.dtype, torch.float32))
-            rgb = level_rgb if rgb is None else self._upsample(rgb) + level_rgb
+            if rgb is not None:  # doubled in size
+                kernel = self.rgb_kernel.to(rgb.dtype).expand(3, 1, 4, 4)
+                level_rgb = level_rgb + F.conv_transpose2d(
+                    rgb, kernel, stride=2, padding=1, groups=3
+                )
+            rgb = level_rgb
         assert rgb is not None
         return rgb
 
-    def _upsample(
-        self, rgb: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch 3 height2 width2"]:
-        weight = self.rgb_kernel.to(rgb.dtype).expand(3, 1, 4, 4)
-        return F.conv_transpose2d(rgb, weight, stride=2, padding=1, groups=3)
 
-
-def _shortened(keys: list[str]) -> str:
+def shortened(keys: list[str]) -> str:
+    """Return the first six keys and the number of the others, for a message."""
     shown = ", ".join(keys[:6]) or "none"
     return shown if len(keys) <= 6 else f"{shown} and {len(keys) - 6} more"
 
@@ -347,20 +325,23 @@ def _shortened(keys: list[str]) -> str:
 def build_network(
     config: StyleGAN2Config, names: dict[str, str], tensors: dict[str, Tensor]
 ) -> StyleGAN2:
-    """A network holding the weights of a checkpoint: float32, eval mode, no gradients.
+    """Return a network with the weights of a checkpoint: float32, eval mode, no gradients.
 
-    `names` maps every parameter and buffer of `StyleGAN2` to its name in `tensors`; a tensor may
-    have more or fewer axes of length one than ours. Raises ValueError, in the checkpoint's names,
-    for a missing or unexpected key, another shape, and a value that is not finite.
+    Args:
+        names: the name in `tensors` of every parameter and buffer of `StyleGAN2`.
+        tensors: may have more or fewer axes of length 1 than the network's.
+
+    Raises:
+        ValueError: a missing or unexpected key, another shape, or a value that is not finite.
     """
     missing = sorted(set(names.values()) - set(tensors))
     unexpected = sorted(set(tensors) - set(names.values()))
     if missing or unexpected:
         raise ValueError(
             f"the keys do not fit a {config.resolution} px StyleGAN2: "
-            f"missing {_shortened(missing)}, unexpected {_shortened(unexpected)}"
+            f"missing {shortened(missing)}, unexpected {shortened(unexpected)}"
         )
-    # The initial weights are overwritten; drawing them must not move the caller's random numbers.
+    # The initial weights are overwritten; drawing them must not change the caller's random state.
     with torch.random.fork_rng(devices=[]):
         network = StyleGAN2(config)
     state = {}
