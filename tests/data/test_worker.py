@@ -1,4 +1,4 @@
-"""A worker: right directions, nothing lost but the time since a checkpoint, nobody held up."""
+"""A worker finds right directions, loses only the time since a checkpoint, and holds nobody up."""
 
 import hashlib
 import io
@@ -8,31 +8,37 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builds_made import config
-from data.batch_size import fitting_batch_size, time_step
+from torch import Tensor
 from torch.nn import functional as F
 
-from data import batch_size as sizes
-from data.build import make_teacher
 from data.claims import Claim, create, look
-from data.pairs import Failure, features, read_chunk
+from data.pairs import Failure, read_chunk
 from data.plan import Plan, make_plan
 from data.targets import open_targets
-from data.worker import SIGNALS, Stop, Stopped, Teacher, Worker
-from targetclip.optimize import Optimized, Progress, embed_latents, optimize_directions
+from data.worker import (
+    MOST_TARGETS,
+    Teacher,
+    Worker,
+    fitting_batch_size,
+    make_teacher,
+    memory,
+    time_step,
+)
+from targetclip.command import SIGNALS, Stop, Stopped
+from targetclip.optimize import Optimized, Progress, optimize_directions
 from targetclip.recipes import RECIPES
-from targetclip.world import load_parts, load_world
+from targetclip.scene import Scene
+from targetclip.world import load_scene, load_world
 
 STEPS = 5
+ROOM = 1 << 50
 OnStep = Callable[[int, Progress], None]
 
 
@@ -42,12 +48,16 @@ class Died(BaseException):
 
 @pytest.fixture(scope="session")
 def teacher(tiny_world: Path) -> Teacher:
-    world = load_world(str(tiny_world))
-    parts = load_parts(world, torch.device("cpu"))
-    recipe = replace(RECIPES["consistent"], steps=STEPS)
-    small = config(tiny_world, Path("unused"))
-    made = make_teacher(small, world, parts, "consistent", recipe, nullcontext)
+    scene = load_scene(load_world(str(tiny_world)), torch.device("cpu"))
+    made = make_teacher(scene, "consistent", replace(RECIPES["consistent"], steps=STEPS), 2)
     return replace(made, bank=made.bank[:16])
+
+
+def in_scene(teacher: Teacher, kind: type[Scene], **changes: Any) -> Teacher:
+    """The teacher in a scene of a kind that observes or changes the search."""
+    scene = teacher.scene
+    parts = {name: getattr(scene, name) for name in Scene.__dataclass_fields__}
+    return replace(teacher, scene=kind(**(parts | changes)))
 
 
 def planned(work: Path, teacher: Teacher) -> Plan:
@@ -68,11 +78,9 @@ def worker(plan: Plan, teacher: Teacher, owner: str = "first", **changes: Any) -
         "lease": 60.0,
         "checkpoint_seconds": 3600.0,
         "max_attempts": 3,
-        "on_step": lambda chunk, progress: None,
     }
-    columns = features(plan.embeddings.shape[1], *teacher.bank.shape[1:])
-    given = {**usual, **changes}
-    made = Worker(plan.folder.parent, plan, teacher, columns, owner=owner, **given)
+    options = {**usual, **changes}
+    made = Worker(work=plan.folder.parent, plan=plan, teacher=teacher, owner=owner, **options)
     for name in ("claims", "checkpoints", "chunks", "attempts"):
         (made.work / name).mkdir(exist_ok=True)
     return made
@@ -114,13 +122,14 @@ def undisturbed(
 def test_directions_are_what_the_optimizer_gives_for_the_same_targets_seeds_and_sources(
     teacher: Teacher, plan: Plan, undisturbed: list[list[dict[str, Any]]]
 ) -> None:
-    targets = [found.picture for found in open_targets("drawn:5")]  # type: ignore[union-attr]
-    embeddings = teacher.embedder.embed_pictures(targets)
+    targets = [target.picture for target in open_targets("drawn:5")]  # type: ignore[union-attr]
+    scene = teacher.scene
+    embeddings = scene.embedder.embed_pictures(targets)
     for chunk, rows in enumerate(undisturbed):
         where = plan.rows(chunk)
         found = optimize_directions(
-            teacher.generator,
-            teacher.embedder,
+            scene.generator,
+            scene.embedder,
             embeddings[where],
             teacher.bank,
             teacher.recipe,
@@ -152,10 +161,10 @@ def test_held_out_scores_are_cosines_of_sources_that_are_not_in_the_bank(
     row = undisturbed[0][0]
     direction, target = torch.tensor(row["direction"]), torch.tensor(row["embedding"])
 
-    def embed(ws: torch.Tensor) -> torch.Tensor:
+    def embed(ws: Tensor) -> Tensor:
         with torch.no_grad():
-            found = embed_latents(teacher.generator, teacher.embedder, ws, "consistent", 64)
-        return F.normalize(found, dim=-1)
+            images = teacher.scene.generator.synthesis(ws)
+            return F.normalize(teacher.scene.embedder.embed_images(images, "consistent"), dim=-1)
 
     before, after = embed(teacher.held_out), embed(teacher.held_out + direction)
     assert row["held_out_before"] == pytest.approx(float((before @ target).mean()), abs=1e-5)
@@ -197,13 +206,13 @@ def test_a_target_that_is_not_finite_is_a_failure_and_its_neighbour_is_as_it_was
 def test_scores_that_are_not_finite_make_a_failure_of_that_target_alone(
     teacher: Teacher, plan: Plan
 ) -> None:
-    def optimize(*args: Any, **kwargs: Any) -> Optimized:
-        found = optimize_directions(*args, **kwargs)
-        found.coefficients[1, 0] = torch.inf
-        return found
+    class Overflowing(Scene):
+        def search(self, *args: Any, **kwargs: Any) -> Optimized:
+            result = super().search(*args, **kwargs)
+            result.coefficients[1, 0] = torch.inf
+            return result
 
-    made = worker(plan, replace(teacher, optimize=optimize))
-    assert made.try_chunk(0)
+    assert worker(plan, in_scene(teacher, Overflowing)).try_chunk(0)
     assert [row["origin"] for row in chunk_rows(plan, 0)] == ["drawn:0"]
     assert [failure.origin for failure in failures_of(plan, 0)] == ["drawn:1"]
 
@@ -212,33 +221,38 @@ def test_scores_that_are_not_finite_make_a_failure_of_that_target_alone(
 def test_directions_start_where_the_plan_says(
     teacher: Teacher, tmp_path: Path, initial: str
 ) -> None:
-    starts: list[torch.Tensor] = []
-
-    def optimize(*args: Any, **kwargs: Any) -> Optimized:
-        starts.append(args[5])
-        return optimize_directions(*args, **kwargs)
-
-    recipe = replace(teacher.recipe, initial=initial, steps=1)  # type: ignore[arg-type]
-    starting = replace(teacher, recipe=recipe, optimize=optimize)
+    # A learning rate of nothing leaves directions where they start.
+    recipe = replace(teacher.recipe, initial=initial, steps=1, learning_rate=1e-30)  # type: ignore[arg-type]
+    starting = replace(teacher, recipe=recipe)
     plan = planned(tmp_path, starting)
     assert plan.initial is not None and np.ptp(plan.initial, axis=0).max() > 0
     worker(plan, starting).try_chunk(1)
-    assert np.array_equal(starts[0].numpy(), plan.initial[2:4])
+    directions = [row["direction"] for row in chunk_rows(plan, 1)]
+    assert np.array_equal(np.array(directions, np.float32), plan.initial[2:4])
 
 
 def test_images_are_rendered_a_step_at_a_time_or_fewer_where_asked(
     teacher: Teacher, plan: Plan
 ) -> None:
-    found: list[int] = []
+    rendered: list[int] = []
 
-    def optimize(*args: Any, **kwargs: Any) -> Optimized:
-        found.append(kwargs["max_images"])
-        return optimize_directions(*args, **kwargs)
+    class Counted:
+        """A generator that counts the images that it renders at once."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(teacher.scene.generator, name)
+
+        def synthesis(self, ws: Tensor) -> Tensor:
+            rendered.append(len(ws))
+            return teacher.scene.generator.synthesis(ws)
 
     for most in (None, 5):
-        patched = replace(teacher, optimize=optimize, max_images=most)
-        patched.optimize_chunk(plan, 2, lambda progress: None, None)
-    assert found == [2 * 6, 5]
+        rendered.clear()
+        counting = in_scene(teacher, Scene, generator=Counted(), max_images=most)
+        counting.optimize_chunk(plan, 0, lambda progress: None, None)
+        counting.held_out_scores(torch.ones(8, 32), torch.zeros(8, *teacher.bank.shape[1:]))
+        assert max(rendered) == (most or 16)  # 8 targets by 2 sources; a step has 2 by 6
+        assert min(rendered) <= (most or 12)
 
 
 # Ends
@@ -312,13 +326,14 @@ def test_the_furthest_checkpoint_that_can_be_read_is_the_one_to_go_on_from(
 
         return end
 
+    checkpoints = plan.folder.parent / "checkpoints"
+    checkpoints.mkdir()
     for owner, step in (("a", 2), ("b", 1)):
         with pytest.raises(Died):
-            (plan.folder.parent / "checkpoints").mkdir(exist_ok=True)
-            left = worker(plan, teacher, owner, on_step=end_at(step), checkpoint_seconds=1e-9)
-            left.newest_checkpoint = lambda chunk: None  # type: ignore[method-assign]
-            left.try_chunk(0)
-    checkpoints = plan.folder.parent / "checkpoints"
+            aside = [path.rename(path.with_suffix(".aside")) for path in checkpoints.iterdir()]
+            worker(plan, teacher, owner, on_step=end_at(step), checkpoint_seconds=1e-9).try_chunk(0)
+        for path in aside:
+            path.rename(path.with_suffix(".pt"))
     content = (checkpoints / "000000.a.pt").read_bytes()
     (checkpoints / "000000.c.pt").write_bytes(content[: len(content) // 2])
     (checkpoints / "000000.d.pt").write_bytes(content.replace(b"step", b"stop"))
@@ -376,31 +391,37 @@ def test_a_chunk_that_gets_on_is_not_given_up_however_often_its_worker_ends(
 # Signals
 
 
-def test_a_signal_saves_a_checkpoint_and_frees_the_chunk_at_once(
-    teacher: Teacher,
-    plan: Plan,
-    undisturbed: list[list[dict[str, Any]]],
-    monkeypatch: pytest.MonkeyPatch,
+class LateStop(Stop):
+    """A signal that comes when it has been looked for so many times."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    @property
+    def signal(self) -> int | None:  # type: ignore[override]
+        self.looks -= 1
+        return signal.SIGTERM if self.looks < 0 else None
+
+
+@pytest.mark.parametrize("looks", range(2, 6))
+def test_a_signal_saves_a_checkpoint_whenever_it_comes_and_frees_the_chunk_at_once(
+    teacher: Teacher, plan: Plan, undisturbed: list[list[dict[str, Any]]], looks: int
 ) -> None:
-    stop = Stop()
-    looks: list[float] = []
-
-    def ask() -> float:
-        # Where it is worst: in the second step, just after its look at the signal.
-        looks.append(time.monotonic())
-        if len(looks) == 3:
-            stop.ask(signal.SIGTERM, None)
-        return looks[-1]
-
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr("data.worker.time", SimpleNamespace(monotonic=ask))
-        worker(plan, teacher, stop=stop).run(wait=True)
+    taken: list[int] = []
+    with pytest.raises(Stopped):
+        worker(
+            plan,
+            teacher,
+            stop=LateStop(looks),
+            on_step=lambda chunk, progress: taken.append(progress.step),
+        ).run(wait=True)
     assert names(plan, "claims") == [] and len(names(plan, "checkpoints")) == 1
     steps: list[tuple[int, int]] = []
     assert worker(
         plan, teacher, "next", on_step=lambda chunk, progress: steps.append((chunk, progress.step))
     ).run(wait=True)
-    assert len(steps) == 3 * STEPS - 3
+    # The step in which the signal came is saved, and not reported.
+    assert len(steps) == 3 * STEPS - len(taken) - 1
     assert [chunk_rows(plan, chunk) for chunk in range(3)] == undisturbed
 
 
@@ -539,62 +560,57 @@ def tried(seconds: dict[int, float], steps: int = 10) -> tuple[int, list[int]]:
             raise torch.OutOfMemoryError("no room")
         return seconds[size]
 
-    return fitting_batch_size(try_batch, steps), asked
+    return fitting_batch_size(try_batch, steps, lambda: (ROOM, 0, 0)), asked
 
 
-@pytest.fixture
-def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes.psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 50))
-
-
-@pytest.mark.usefixtures("much_memory")
 def test_a_batch_grows_for_as_long_as_a_target_gets_cheaper_by_it() -> None:
     assert tried({1: 1.0, 2: 1.2, 4: 1.6, 8: 3.1, 16: 6.2}) == (4, [1, 2, 4, 8])
     assert tried({1: 1.0, 2: 1.95}) == (1, [1, 2])
-    assert tried({2**i: 1.0 for i in range(20)}, steps=1)[0] == sizes.MOST_TARGETS
+    assert tried({2**i: 1.0 for i in range(20)}, steps=1)[0] == MOST_TARGETS
 
 
-@pytest.mark.usefixtures("much_memory")
 def test_a_batch_is_the_last_one_that_fits() -> None:
     assert tried({1: 1.0, 2: 1.0, 4: 1.0}) == (4, [1, 2, 4, 8])
     with pytest.raises(ValueError, match=r"a step of one target, found too little.*--max-images"):
         tried({})
 
 
-@pytest.mark.usefixtures("much_memory")
+def test_another_error_than_memory_is_not_hidden() -> None:
+    def try_batch(size: int) -> float:
+        raise RuntimeError("another")
+
+    with pytest.raises(RuntimeError, match="another"):
+        fitting_batch_size(try_batch, 1)
+
+
 def test_a_chunk_does_not_last_longer_than_it_may() -> None:
     seconds = {2**i: 1.0 + 0.1 * 2**i for i in range(10)}
     assert tried(seconds, steps=150)[0] == 8  # 270 s; 16 would take 390
     assert tried(seconds, steps=10_000)[0] == 1  # one target is a chunk however long it takes
 
 
-def test_a_batch_does_not_grow_into_memory_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    used = [100]
-    monkeypatch.setattr(sizes, "most_memory", lambda: used[0])
-    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=100))
-    monkeypatch.setattr(sizes.psutil, "Process", lambda: process)
-    monkeypatch.setattr(sizes.psutil, "virtual_memory", lambda: SimpleNamespace(available=70))
+def test_a_batch_does_not_grow_into_memory_that_is_not_there() -> None:
+    peak = 100
 
     def try_batch(size: int) -> float:
-        used[0] = 100 + 10 * size  # given back before anybody can look, but for the peak
+        nonlocal peak
+        peak = 100 + 10 * size  # given back before anybody can look, but for the peak
         return 1.0
 
     # Four take 40; eight would take 80 of the 70 there are.
-    assert fitting_batch_size(try_batch, 1) == 4
+    assert fitting_batch_size(try_batch, 1, lambda: (70, 100, peak)) == 4
 
 
-def test_the_peak_of_memory_is_seen_after_it_was_given_back() -> None:
-    before = sizes.most_memory()
+def test_the_peak_of_memory_is_known_after_it_was_given_back() -> None:
+    _, _, before = memory()
     block = np.ones(max(50_000_000, before // 4), dtype=np.uint8)
-    held = sizes.psutil.Process().memory_info().rss
+    _, used, _ = memory()
     del block
-    assert sizes.most_memory() > max(before, held) - 5_000_000  # the two are counted apart
+    assert memory()[2] > max(before, used) - 5_000_000  # the two are counted apart
 
 
 def test_a_step_is_timed_without_leaving_a_trace(teacher: Teacher) -> None:
     state = torch.get_rng_state()
     assert 0 < time_step(teacher, 3) < 60
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(parameter.grad is None for parameter in teacher.generator.parameters())  # type: ignore[attr-defined]
+    assert all(parameter.grad is None for parameter in teacher.scene.generator.parameters())  # type: ignore[attr-defined]
