@@ -1,8 +1,11 @@
 """The methods that are compared, on a tiny world: each answers what its name says."""
 
 import dataclasses
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,52 +16,72 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.card import DatasetInfo
+from data.card import REPORT, DatasetInfo
 from data.dataset import merge
 from data.drawn.faces import faces_from_z
 from data.drawn.sketch import Face
 from data.pairs import Pair, chunk_bytes, features
-from eval import methods
-from eval.methods import LACKING, METHODS, Answer, Bench, drawn_answer, needs_of
-from eval.pair_methods import PairTable, open_pair_table
-from eval.sets import SOURCE_SEED, EvalSet, in_range, source_seeds
-from predictor import transfer
+from eval.methods import (
+    BLENDING,
+    LACKING,
+    METHODS,
+    Answer,
+    Bench,
+    PairTable,
+    by_clip_blending,
+    drawn_answer,
+    needs_of,
+    open_pair_table,
+)
+from eval.sets import EvalSet, in_range
 from predictor.mapper import Mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from predictor.transfer import EssenceTransfer
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity
-from targetclip.media.images import picture_to_tensor
 from targetclip.recipes import RECIPES
-from targetclip.sources import generated_sources
-from targetclip.world import Parts, load_parts, load_world
+from targetclip.scene import Scene
+from targetclip.seeds import TEST_SOURCES, seed_of, source_seeds
+from targetclip.world import load_scene, load_world
 
 GATE = {"threshold": -1.0, "probes": 2.0, "refine_steps": 2.0, "refine_rate": 0.05}
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The cache of datasets is the test's own, and fresh sources come from a small bank."""
+    """The cache of datasets is the test's own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(methods, "BANK", 12)
-    monkeypatch.setattr(transfer, "BANK", 12)
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_world: Path) -> Parts:
-    return load_parts(load_world(str(tiny_world)), torch.device("cpu"))
+def scene(tiny_world: Path) -> Scene:
+    return load_scene(load_world(str(tiny_world)), max_images=8)
 
 
-def fresh_mapper(parts: Parts, seed: int, threshold: float = -1.0) -> Mapper:
+def fresh_mapper(
+    scene: Scene, seed: int, threshold: float = -1.0, recipe: dict[str, Any] | None = None
+) -> Mapper:
     """As after training: answers differ from target to target."""
-    generator, embedder = parts.generator, parts.embedder
-    prints = (generator.fingerprint, embedder.fingerprint)
-    sizes = (embedder.embed_dim, generator.num_ws, generator.w_dim)
+    config = MapperConfig(
+        embed_dim=scene.embedder.embed_dim,
+        num_ws=scene.generator.num_ws,
+        w_dim=scene.generator.w_dim,
+        generator=scene.generator.fingerprint,
+        embedder=scene.embedder.fingerprint,
+        width=8,
+        depth=1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mapper = Mapper(MapperConfig(*sizes, *prints, width=8, depth=1))
+        mapper = Mapper(config)
         torch.nn.init.normal_(mapper.direction.weight)
         torch.nn.init.normal_(mapper.score.weight)
-    mapper.record = MapperRecord({}, {**GATE, "threshold": threshold}, "MIT", "nothing", "0")
+    mapper.record = MapperRecord(
+        recipe=recipe or {},
+        calibration={**GATE, "threshold": threshold},
+        licence="MIT",
+        trained_on="nothing",
+        version="0",
+    )
     return mapper.eval().requires_grad_(False)
 
 
@@ -66,21 +89,18 @@ Make = Callable[..., Bench]
 
 
 @pytest.fixture
-def bench(parts: Parts) -> Make:
+def bench(scene: Scene) -> Make:
     """Makes benches; anything may be changed."""
 
-    def make(threshold: float = -1.0, max_images: int = 8, **changes: object) -> Bench:
-        generator, embedder = parts.generator, parts.embedder
-        essence = EssenceTransfer(
-            generator,
-            embedder,
-            parts.inverter,
-            fresh_mapper(parts, 0, threshold),
-            truncation=1.0,
-            max_images=max_images,
-        )
-        sources = generated_sources(generator, 1.0, 3, 3)
-        return dataclasses.replace(Bench(essence, sources, max_steps=3), **changes)  # type: ignore[arg-type]
+    def make(
+        mapper: Mapper | None = None,
+        max_images: int = 8,
+        identity: SketchIdentity | None = None,
+        **changes: Any,
+    ) -> Bench:
+        own = dataclasses.replace(scene, max_images=max_images, identity=identity)
+        essence = EssenceTransfer(own, mapper or fresh_mapper(own, 0))
+        return Bench(**{"essence": essence, "sources": own.sources(3, 3), "max_steps": 3} | changes)
 
     return make
 
@@ -89,7 +109,12 @@ def bench(parts: Parts) -> Make:
 def targets() -> EvalSet:
     arrays = [np.random.default_rng(i).integers(0, 256, (4, 5, 3), np.uint8) for i in range(3)]
     pictures = tuple(Image.fromarray(array).resize((40, 24)) for array in arrays)
-    return EvalSet("drawn", ("a", "b", "c"), ("a.png", "b.png", "c.png"), pictures)
+    return EvalSet(
+        name="drawn",
+        ids=("a", "b", "c"),
+        origins=("a.png", "b.png", "c.png"),
+        pictures=pictures,
+    )
 
 
 def answer(name: str, bench: Bench, targets: EvalSet) -> Answer:
@@ -99,7 +124,7 @@ def answer(name: str, bench: Bench, targets: EvalSet) -> Answer:
 
 
 def goals(bench: Bench, targets: EvalSet) -> Tensor:
-    return F.normalize(bench.essence.embedder.embed_pictures(list(targets.pictures)), dim=1)
+    return F.normalize(bench.scene.embedder.embed_pictures(list(targets.pictures)), dim=1)
 
 
 # The mapper
@@ -116,24 +141,35 @@ def test_the_mapper_answers_as_the_product_does(bench: Make, targets: EvalSet) -
     assert not torch.allclose(found.edits[0], found.edits[1], atol=1e-3)
 
 
-def test_auto_says_what_answered(bench: Make, targets: EvalSet) -> None:
-    found = answer("auto", bench(threshold=-1.0), targets)
+def test_auto_keeps_what_passes_and_else_the_best_on_the_probe(
+    bench: Make, scene: Scene, targets: EvalSet
+) -> None:
+    found = answer("auto", bench(fresh_mapper(scene, 0, threshold=-1.0)), targets)
     assert found.notes == ("mapper",) * 3
     torch.testing.assert_close(found.edits, answer("mapper", bench(), targets).edits)
-    # Nothing passes, so everything is tried and the best of it kept.
-    strict = bench(threshold=2.0)
-    assert set(answer("auto", strict, targets.part(0, 1)).notes) <= {
-        "mapper", "refined", "optimizer",
-    }  # fmt: skip
+    # Nothing passes, so that everything is tried.
+    strict = bench(fresh_mapper(scene, 0, threshold=2.0))
+    essence, recipe = strict.essence, strict.cut(RECIPES["consistent"])
+    (picture, *_), seed = targets.pictures, seed_of("compare", 0, targets.ids[0])
+    tried = [
+        essence.direction(picture, mode, recipe, seed) for mode in ("instant", "refine", "optimize")
+    ]
+    embedding = essence.embed_target(picture)
+    scores = [essence.probe_score(embedding, direction.vector, 2) for direction in tried]
+    assert len(set(scores)) == 3
+    best = tried[scores.index(max(scores))]
+    chosen = answer("auto", strict, targets.part(0, 1))
+    assert chosen.notes == (best.method,)
+    torch.testing.assert_close(chosen.edits[0], best.vector)
 
 
 def test_the_difference_trained_mapper_is_another_one(
-    bench: Make, parts: Parts, targets: EvalSet
+    bench: Make, scene: Scene, targets: EvalSet
 ) -> None:
-    other = fresh_mapper(parts, 7)
+    other = fresh_mapper(scene, 7)
     found = answer("differences", bench(differences=other), targets)
     with torch.no_grad():
-        expected = other(parts.embedder.embed_pictures(list(targets.pictures))).directions
+        expected = other(scene.embedder.embed_pictures(list(targets.pictures))).directions
     torch.testing.assert_close(found.edits, expected)
 
 
@@ -150,37 +186,52 @@ def test_a_teacher_finds_for_a_target_what_it_finds_without_the_others(
     alone = answer(name, bench(), targets.part(1, 2))
     for found in (one_by_one.edits[1], alone.edits[0]):
         torch.testing.assert_close(found, together.edits[1], rtol=1e-2, atol=1e-2)
-    again = answer(name, bench(seed=1), targets)
-    assert not torch.allclose(again.edits, together.edits, atol=1e-2) or name == "release"
 
 
-def test_the_teacher_of_identity_looks_through_the_model(
-    bench: Make, targets: EvalSet, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "draws"), [("consistent", True), ("paper", True), ("release", False)]
+)
+def test_the_seed_decides_what_a_teacher_draws(
+    name: str, draws: bool, bench: Make, targets: EvalSet
 ) -> None:
+    few = targets.part(0, 2)
+    one, other = (answer(name, bench(seed=seed), few).edits for seed in (0, 1))
+    assert torch.allclose(one, other, atol=1e-2) != draws
+
+
+def test_the_teacher_of_identity_uses_the_model(bench: Make, targets: EvalSet) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = SketchIdentity(IdentityConfig(16, (8, 8), 16, 5)).requires_grad_(False)
-    made = bench()
-    made.essence.identity = model
+        config = IdentityConfig(resolution=16, channels=(8, 8), hidden=16, features=5)
+        model = SketchIdentity(config).requires_grad_(False)
+    made = bench(identity=model)
     found = answer("identity", made, targets)
     assert found.edits.shape == (3, 6, 8) and found.notes == ("",) * 3
-    plain = dataclasses.replace(RECIPES["identity"], identity_weight=0.0)
-    monkeypatch.setitem(RECIPES, "identity", plain)
-    assert not torch.allclose(answer("identity", made, targets).edits, found.edits, atol=1e-2)
+    plain = dataclasses.replace(made.cut(RECIPES["identity"]), identity_weight=0.0)
+    seeds = [seed_of("compare", 0, name) for name in targets.ids]
+    without, _ = made.scene.search_in_batches(
+        made.embed(targets, plain),
+        plain,
+        made.scene.initial(targets.pictures, plain.initial, seeds),
+        seeds,
+        label="plain",
+    )
+    assert not torch.allclose(without, found.edits, atol=1e-2)
 
 
 def test_auto_needs_the_identity_model_of_a_mapper_that_was_taught_by_one(
-    bench: Make, parts: Parts
+    bench: Make, scene: Scene
 ) -> None:
     made = bench()
     assert needs_of(METHODS["auto"], made) == ("mapper", "calibration")
-    made.essence.trained = RECIPES["identity"]
+    by_identity = fresh_mapper(scene, 0, recipe={"recipe": asdict(RECIPES["identity"])})
+    made = bench(by_identity)
     assert needs_of(METHODS["auto"], made) == ("mapper", "calibration", "identity")
     assert needs_of(METHODS["mapper"], made) == ("mapper",)
 
 
 def test_a_search_is_cut_where_it_is_told_to(bench: Make, targets: EvalSet) -> None:
-    one, two = (answer("consistent", bench(max_steps=n), targets) for n in (1, 2))
+    one, two = (answer("paper", bench(max_steps=n), targets) for n in (1, 2))
     assert not torch.equal(one.edits, two.edits)
     recipe = RECIPES["paper"]
     assert bench(max_steps=7).cut(recipe) == dataclasses.replace(recipe, steps=7)
@@ -188,27 +239,26 @@ def test_a_search_is_cut_where_it_is_told_to(bench: Make, targets: EvalSet) -> N
 
 
 def test_clip_blending_brings_each_source_nearer_to_the_mean_of_both(
-    bench: Make, targets: EvalSet, monkeypatch: pytest.MonkeyPatch
+    bench: Make, targets: EvalSet
 ) -> None:
     # Random networks are rougher ground than trained ones: smaller steps.
-    slower = dataclasses.replace(methods.BLENDING, learning_rate=0.03, steps=20)
-    monkeypatch.setattr(methods, "BLENDING", slower)
+    slower = dataclasses.replace(BLENDING, learning_rate=0.03, steps=20)
     made = bench(max_steps=None, max_images=4)
-    found = answer("clip-blending", made, targets)
-    assert found.edits.shape == (3, 3, 6, 8)
-    generator, embedder = made.essence.generator, made.essence.embedder
+    edits = by_clip_blending(made, targets, slower).edits
+    assert edits.shape == (3, 3, 6, 8) and not edits.requires_grad
+    generator, embedder = made.scene.generator, made.scene.embedder
 
-    def seen(ws: Tensor) -> Tensor:
+    def embed(ws: Tensor) -> Tensor:
         with torch.no_grad():
             return F.normalize(embedder.embed_images(generator.synthesis(ws)), dim=1)
 
-    before = seen(made.sources)
-    wanted = F.normalize(before[None] + goals(made, targets)[:, None], dim=2)
-    after = seen((made.sources + found.edits).flatten(0, 1)).unflatten(0, (3, 3))
-    gained = (after * wanted).sum(dim=2) - (before * wanted).sum(dim=2)
+    before = embed(made.sources)
+    goal = F.normalize(before[None] + goals(made, targets)[:, None], dim=2)
+    after = embed((made.sources + edits).flatten(0, 1)).unflatten(0, (3, 3))
+    gained = (after * goal).sum(dim=2) - (before * goal).sum(dim=2)
     assert gained.min() > 0
-    alone = answer("clip-blending", made, targets.part(2, 3)).edits[0]
-    torch.testing.assert_close(found.edits[2], alone, rtol=1e-2, atol=1e-2)
+    alone = by_clip_blending(made, targets.part(2, 3), slower).edits[0]
+    torch.testing.assert_close(edits[2], alone, rtol=1e-2, atol=1e-2)
 
 
 # One pass
@@ -216,18 +266,19 @@ def test_clip_blending_brings_each_source_nearer_to_the_mean_of_both(
 
 def test_latent_blending_adds_all_of_the_target(bench: Make, targets: EvalSet) -> None:
     made = bench()
-    mean_w = made.essence.generator.mean_w
     found = answer("latent-blending", made, targets).edits
-    torch.testing.assert_close(mean_w + found, made.essence.invert(list(targets.pictures)))
+    inverted = made.scene.invert(targets.pictures)
+    torch.testing.assert_close(made.scene.generator.mean_w + found, inverted)
 
 
 def test_an_encoder_answers_with_an_offset_from_its_mean(
-    bench: Make, parts: Parts, targets: EvalSet
+    bench: Make, scene: Scene, targets: EvalSet
 ) -> None:
-    assert parts.inverter is not None
-    found = answer("encoder", bench(encoder=parts.inverter), targets).edits
-    image = picture_to_tensor(targets.pictures[1], 16)
-    torch.testing.assert_close(found[1], (parts.inverter(image) - parts.inverter.mean_w)[0])
+    encoder = scene.inverter
+    assert encoder is not None
+    found = answer("encoder", bench(encoder=encoder), targets).edits
+    image = scene.images_of(targets.pictures[1:2])
+    torch.testing.assert_close(found[1], (encoder(image) - encoder.mean_w)[0])
 
 
 @pytest.mark.parametrize(
@@ -257,10 +308,10 @@ def linear_pair(index: int) -> Pair:
 
 
 @pytest.fixture(scope="module")
-def info(parts: Parts) -> DatasetInfo:
+def info(scene: Scene) -> DatasetInfo:
     return DatasetInfo(
-        name="tiny", generator=parts.generator.fingerprint, resolution=16, num_ws=6, w_dim=8,
-        embedder="tiny", embedder_fingerprint=parts.embedder.fingerprint, preprocess="consistent",
+        name="tiny", generator=scene.generator.fingerprint, resolution=16, num_ws=6, w_dim=8,
+        embedder="tiny", embedder_fingerprint=scene.embedder.fingerprint, preprocess="consistent",
         recipe="consistent", settings={}, truncation=1.0, precision="no", seed=0,
         targets=("drawn:80",), sources="none", held_out="none", licence="mit",
         licence_text="", command="none",
@@ -268,19 +319,21 @@ def info(parts: Parts) -> DatasetInfo:
 
 
 def write_pairs(folder: Path, info: DatasetInfo) -> Path:
+    """Write pairs and the report of their build."""
     columns = features(32, 6, 8)
     folder.mkdir()
     chunk = folder / "chunk.parquet"
     chunk.write_bytes(chunk_bytes([linear_pair(i) for i in range(80)], [], columns))
     merge([chunk], folder / "pairs", columns, info)
+    settings = {"generator": info.generator, "embedder": info.embedder_fingerprint}
+    (folder / "pairs" / REPORT).write_text(json.dumps({"settings": settings}))
     return folder / "pairs"
 
 
 @pytest.fixture
-def table(tmp_path: Path, info: DatasetInfo, parts: Parts) -> PairTable:
+def table(tmp_path: Path, info: DatasetInfo, scene: Scene) -> PairTable:
     """64 train pairs of a linear teacher."""
-    folder = write_pairs(tmp_path / "made", info)
-    return open_pair_table(folder, parts.generator, parts.embedder)
+    return open_pair_table(write_pairs(tmp_path / "made", info), scene)
 
 
 def train_pairs() -> list[Pair]:
@@ -293,8 +346,8 @@ def test_the_mean_direction_is_the_same_for_every_target(
 ) -> None:
     found = answer("mean-direction", bench(pairs=table), targets).edits
     mean = np.stack([pair.direction for pair in train_pairs()]).mean(axis=0)
-    for each in found:
-        np.testing.assert_allclose(each, mean, atol=1e-5)
+    for direction in found:
+        np.testing.assert_allclose(direction, mean, atol=1e-5)
 
 
 def test_the_nearest_neighbour_is_the_nearest_training_pair(
@@ -319,13 +372,13 @@ def test_ridge_finds_a_linear_teacher(bench: Make, table: PairTable, targets: Ev
     assert table.ids == {pair.id for pair in train_pairs()}
 
 
-def test_pairs_of_another_generator_are_refused(
-    tmp_path: Path, info: DatasetInfo, parts: Parts
+@pytest.mark.parametrize("network", ["generator", "embedder_fingerprint"])
+def test_pairs_of_another_network_are_refused(
+    network: str, tmp_path: Path, info: DatasetInfo, scene: Scene
 ) -> None:
-    other = dataclasses.replace(info, generator="0" * 64)
-    folder = write_pairs(tmp_path / "other", other)
+    other = dataclasses.replace(info, **{network: "0" * 64})
     with pytest.raises(ValueError, match="build pairs for this world"):
-        open_pair_table(folder, parts.generator, parts.embedder)
+        open_pair_table(write_pairs(tmp_path / "other", other), scene)
 
 
 # The drawn answer
@@ -340,7 +393,7 @@ def test_the_drawn_answer_keeps_who_it_is_and_brings_the_essence() -> None:
     assert torch.equal(edited[0][background], before[background])
     assert not torch.equal(edited[0], before)
     # A source's own essence changes nothing; the latent is that of the generated source.
-    seed = source_seeds(SOURCE_SEED, 2)[1]
+    seed = source_seeds(TEST_SOURCES, 2)[1]
     z = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(seed))
     face = Face(*faces_from_z(z.expand(-1, 3, -1))[0].tolist())
     _, edited = drawn_answer((face,), 128, 2)
