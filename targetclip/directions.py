@@ -1,6 +1,6 @@
 """Files of directions: the project's own, and those of TargetCLIP's release.
 
-Knows containers, shapes and what a reader must check; nothing of how directions are found.
+Knows containers, shapes and the checks of a reader; nothing of how directions are found.
 
 A direction file is safetensors: one direction, the fingerprint of its generator, and a record.
 

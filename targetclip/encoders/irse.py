@@ -79,7 +79,7 @@ class IrSe50(nn.Module):
     def stages(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> list[Float[Tensor, "batch _ _ _"]]:
-        """Return what the stages output: 64, 128, 256, 512 channels at 1/2, 1/4, 1/8, 1/16 size."""
+        """Return every stage's output: 64, 128, 256, 512 channels at 1/2, 1/4, 1/8, 1/16 size."""
         x = self.input_layer(images)
         blocks, outputs = iter(self.body), []
         for _, count in STAGES:

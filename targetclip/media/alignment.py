@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 from PIL import Image, ImageFilter
+from PIL.Image import Resampling, Transform
 
 from targetclip.media.images import check_rgb
 
@@ -59,11 +60,7 @@ class Face:
 
 
 def landmark_file() -> Path:
-    """Return the path of the installed landmark file.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """Return the path of the installed landmark file; ValueError if there is none."""
     # Newer setuptools break the import of its package, so only the package's files are used.
     spec = importlib.util.find_spec(MODELS)
     for folder in spec.submodule_search_locations or () if spec else ():
@@ -104,7 +101,7 @@ class FaceFinder:
         check_rgb(picture)
         scale = min(UPSAMPLING, MAX_SIDE / max(picture.size))
         width, height = (max(1, round(scale * pixels)) for pixels in picture.size)
-        copy = picture.resize((width, height), Image.Resampling.BICUBIC)
+        copy = picture.resize((width, height), Resampling.BICUBIC)
         pixels = np.asarray(picture)
         faces = []
         for box in self.detector(np.asarray(copy)):
@@ -130,9 +127,9 @@ class FaceFinder:
             )
         if not 0 <= index < len(faces):
             listed = (f"{i} ({face.size} px at {face.box[:2]})" for i, face in enumerate(faces))
+            shown = ", ".join(listed)
             raise ValueError(
-                f"{origin}: expected the number of a face, found {index}; faces are: "
-                f"{', '.join(listed)}"
+                f"{origin}: expected the number of a face, found {index}; faces are: {shown}"
             )
         return faces[index]
 
@@ -141,7 +138,7 @@ class FaceFinder:
 
 
 def quarter_turn(vector: Float[ndarray, " 2"]) -> Float[ndarray, " 2"]:
-    """Turn a vector from the right to below."""
+    """Turn a vector by 90 degrees, from right to down."""
     return np.array([-vector[1], vector[0]])
 
 
@@ -270,7 +267,7 @@ def align(picture: Image.Image, quad: Float[ndarray, "4 2"], size: int) -> Image
     if shrink > 1:
         width, height = (max(1, round(pixels / shrink)) for pixels in picture.size)
         corners = corners * (width / picture.width, height / picture.height)
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        picture = picture.resize((width, height), Resampling.LANCZOS)
         side /= shrink
 
     before = np.ceil(np.maximum(-corners.min(axis=0), 0)).astype(int)
@@ -281,9 +278,10 @@ def align(picture: Image.Image, quad: Float[ndarray, "4 2"], size: int) -> Image
 
     large = size * SUPERSAMPLING
     numbers = perspective(square(large), corners)
-    method, bilinear = Image.Transform.PERSPECTIVE, Image.Resampling.BILINEAR
-    enlarged = picture.transform((large, large), method, numbers, bilinear)
-    return enlarged.resize((size, size), Image.Resampling.LANCZOS)
+    enlarged = picture.transform(
+        (large, large), Transform.PERSPECTIVE, numbers, Resampling.BILINEAR
+    )
+    return enlarged.resize((size, size), Resampling.LANCZOS)
 
 
 # Putting back
@@ -332,11 +330,11 @@ def paste_back(
 
     # A face larger than its place is made smaller first: the map alone would skip its pixels.
     side = min(aligned_edited.width, math.ceil(side_of(quad)))
-    face = aligned_edited.resize((side, side), Image.Resampling.LANCZOS)
+    face = aligned_edited.resize((side, side), Resampling.LANCZOS)
     numbers = perspective(corners - low, square(side))
-    method, bilinear = Image.Transform.PERSPECTIVE, Image.Resampling.BILINEAR
-    placed = face.transform((width, height), method, numbers, Image.Resampling.BICUBIC)
-    mask = soft_mask(side, mask_softness).transform((width, height), method, numbers, bilinear)
+    method, place = Transform.PERSPECTIVE, (width, height)
+    placed = face.transform(place, method, numbers, Resampling.BICUBIC)
+    mask = soft_mask(side, mask_softness).transform(place, method, numbers, Resampling.BILINEAR)
     pasted = photo.copy()
     pasted.paste(placed, tuple(low.tolist()), mask)
     return pasted
