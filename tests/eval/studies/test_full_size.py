@@ -6,8 +6,8 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from eval.studies import full_size
-from eval.studies.benchmark import Precision
 from eval.studies.full_size import (
+    LAST,
+    MEASURED,
+    PRECISIONS,
+    STEPS,
     Config,
     kept_bytes,
     network_sizes,
@@ -28,13 +30,11 @@ from eval.studies.full_size import (
     seeded_generator,
 )
 from eval.studies.scale import FFHQ_CHANNELS
+from targetclip.command import Precision, in_precision
 from targetclip.directions import load_direction
 from targetclip.generators import load_generator
 from targetclip.optimize import embed_latents
-from targetclip.precision import in_bfloat16
 from targetclip.scene import random_latents
-
-Called = list[list[str]]  # the arguments of commands
 
 
 @pytest.fixture
@@ -62,78 +62,73 @@ def run_here(words: list[str], log: Path) -> float:
     return 0.5
 
 
-def pretend(called: Called, peak: float = 0.5) -> Callable[[list[str], Path], float]:
-    """A runner that only leaves a step's last file."""
+class Pretended:
+    """Stands in for processes: only leaves a step's last file, and lists the commands."""
 
-    def run_command(words: list[str], log: Path) -> float:
-        called.append(words)
-        folder = Path(words[-1])
+    def __init__(self, peak: float = 0.5) -> None:
+        self.peak = peak
+        self.commands: list[list[str]] = []
+
+    def run_command(self, words: list[str], log: Path) -> float:
+        self.commands.append(words)
+        self.finish(Path(words[-1]))
+        return self.peak
+
+    def alone(self, function: object, config: Config) -> float:
+        self.finish(config.out / "weights")
+        return 0.5
+
+    def finish(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        (folder / full_size.LAST.get(folder.name, "report.json")).touch()
-        return peak
+        (folder / LAST.get(folder.name, "report.json")).touch()
 
-    return run_command
+    def run(self, config: Config) -> dict[str, Any]:
+        return run(config, self.run_command, self.alone)
 
 
-def without_weights(patch: pytest.MonkeyPatch) -> None:
-    def alone(function: object, config: Config) -> float:
-        return pretend([])([str(config.out / "weights")], config.out)
-
-    patch.setattr(full_size, "alone", alone)
+def here(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in this process."""
+    return function(*arguments)
 
 
 # The road
 
 
-@pytest.mark.parametrize("resolution", [64, 256])
-def test_every_step_from_files_to_an_edit_works(
-    tiny: Config, resolution: int, monkeypatch: pytest.MonkeyPatch, handlers: None
-) -> None:
-    tiny = dataclasses.replace(tiny, resolution=resolution)
-    monkeypatch.setattr(full_size, "alone", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(full_size, "run_command", run_here)
-    report = run(tiny)
-    assert list(report["steps"]) == list(full_size.STEPS)
+def test_every_step_from_files_to_an_edit_works(tiny: Config, handlers: None) -> None:
+    report = run(tiny, run_here, here)
+    assert list(report["steps"]) == list(STEPS)
     judged = json.loads((tiny.out / "compare" / "report.json").read_text())
     assert "mapper" in judged["sets"]["in-range"]["methods"]
     generator = load_generator(tiny.out / "weights" / "stylegan2.pt")
-    found = load_direction(tiny.out / "transfer" / "direction.safetensors", generator)
-    assert found.direction.shape == ({64: 10, 256: 14}[resolution], 8)
+    stored = load_direction(tiny.out / "transfer" / "direction.safetensors", generator)
+    assert stored.direction.shape == (10, 8)
     pictures = [tiny.out / "weights" / "0.png", *(tiny.out / "edit").glob("*.png")]
     assert len(pictures) > 2
     assert all(np.asarray(Image.open(path)).std() > 1 for path in pictures)
 
 
-def test_what_is_done_is_not_done_again(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: Called = []
-    without_weights(monkeypatch)
-    monkeypatch.setattr(full_size, "run_command", pretend(called))
-    run(tiny)
-    assert [words[-1] for words in called] == [
-        str(tiny.out / name) for name in full_size.STEPS if name != "weights"
+def test_finished_steps_are_not_run_again(tiny: Config) -> None:
+    pretended = Pretended()
+    pretended.run(tiny)
+    assert [words[-1] for words in pretended.commands] == [
+        str(tiny.out / name) for name in STEPS if name != "weights"
     ]
     (tiny.out / "edit" / "report.json").unlink()
-    run(tiny)
-    assert called[6:] == [called[4]]
+    pretended.run(tiny)
+    assert pretended.commands[6:] == [pretended.commands[4]]
     assert "| compare |" in (tiny.out / "report.md").read_text()
 
 
-def test_a_step_that_holds_too_much_is_named(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_weights(monkeypatch)
-    monkeypatch.setattr(full_size, "run_command", pretend([], peak=20.5))
+def test_a_step_that_holds_too_much_is_named(tiny: Config) -> None:
     for _ in range(2):  # it does not pass by being done
-        with pytest.raises(RuntimeError, match=r"step transfer: expected 20 GiB at most.*20\.50"):
-            run(tiny)
+        with pytest.raises(ValueError, match=r"step transfer: expected 20 GiB at most.*20\.50"):
+            Pretended(peak=20.5).run(tiny)
 
 
-def test_a_folder_of_other_settings_is_refused(
-    tiny: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_weights(monkeypatch)
-    monkeypatch.setattr(full_size, "run_command", pretend([]))
-    run(tiny)
+def test_a_folder_of_other_settings_is_refused(tiny: Config) -> None:
+    Pretended().run(tiny)
     with pytest.raises(ValueError, match=r"'seed': 0.*another folder"):
-        run(dataclasses.replace(tiny, seed=1))
+        Pretended().run(dataclasses.replace(tiny, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -153,8 +148,8 @@ def test_the_peak_is_that_of_the_command(tmp_path: Path) -> None:
     assert least + 0.29 < peak < least + 0.5
 
 
-def test_a_command_that_fails_is_told_by_its_last_line(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"code 3, see .*log\.txt: no luck"):
+def test_the_last_line_of_a_command_that_fails_is_the_message(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"code 3, see .*log\.txt: no luck"):
         run_command(["-c", "print('no luck'); raise SystemExit(3)"], tmp_path / "log.txt")
     assert (tmp_path / "log.txt").read_text().startswith("\n$ python -c ")
 
@@ -193,17 +188,16 @@ def test_what_is_counted_is_what_a_step_keeps(tiny: Config, precision: Precision
         return tensor
 
     ws = torch.zeros(2, generator.num_ws, generator.w_dim, requires_grad=True)
-    half = in_bfloat16(ws.device) if precision == "bf16" else nullcontext()
-    with half, saved_tensors_hooks(pack, lambda tensor: tensor):
+    with in_precision(ws.device, precision), saved_tensors_hooks(pack, lambda tensor: tensor):
         embeddings = embed_latents(generator, embedder, ws, "release", 2)
     assert embeddings.isfinite().all()  # no matrix without numbers is left behind
     assert kept.total() == pytest.approx(sum(real.values()), rel=0.01)
 
 
-def test_the_tables_say_what_fits(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full_size, "alone", lambda function, *arguments: function(*arguments))
-    memory = run(dataclasses.replace(tiny, resolution=32, memory=True))["memory"]
-    assert len(memory["measured"]) == len(full_size.DTYPES) * len(full_size.MEASURED) == 12
+def test_the_tables_give_what_fits(tiny: Config) -> None:
+    config = dataclasses.replace(tiny, resolution=32, memory=True)
+    memory = run(config, alone=here)["memory"]
+    assert len(memory["measured"]) == len(PRECISIONS) * len(MEASURED) == 12
     for row in memory["measured"].values():
         assert 0 < row["before"] < row["peak"] + 0.01  # the system counts in batches
     count = memory["counted"]

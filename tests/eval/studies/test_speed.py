@@ -40,4 +40,4 @@ def test_a_world_without_a_mapper_has_no_speed(tiny_world: Path, tmp_path: Path)
 @pytest.mark.parametrize("changes", [{"rounds": 0}, {"steps": 0}])
 def test_numbers_that_cannot_be_are_refused(changes: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"--{next(iter(changes))}"):
-        Config(out=tmp_path, **changes)  # type: ignore[arg-type]
+        run(Config(out=tmp_path, **changes))  # type: ignore[arg-type]

@@ -1,8 +1,7 @@
-"""Texts against pictures at a size that takes seconds: what is wanted, said and refused."""
+"""Texts against pictures at a size that takes seconds: truths, reports and refusals."""
 
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
@@ -17,13 +16,8 @@ from torch.nn import functional as F
 
 from data.drawn.captions import OPENINGS, present_phrases
 from data.drawn.readings import READINGS
-from data.drawn.sketch import ESSENCE, NAMES, SIZE, THRESHOLDS, Face
-from data.targets import DEFAULT_SEED
-from eval import sets
+from data.drawn.sketch import ESSENCE, NAMES, THRESHOLDS, Face
 from eval.metrics import reading_columns
-from eval.studies import teachers as recipes
-from eval.studies import texts
-from eval.studies import world_quality as world
 from eval.studies.texts import (
     BRIEF,
     COMPLETE,
@@ -34,18 +28,18 @@ from eval.studies.texts import (
     RAW,
     TEXT,
     Config,
-    Faces,
-    Stage,
+    Setup,
+    describe_faces,
+    judge_targets,
+    main,
+    make_setup,
     run,
-    tried,
-    wanted_by_phrases,
+    truth_of_phrases,
 )
-from predictor import transfer
-from predictor.mapper import Mapper, save_mapper
-from predictor.mapper_file import MapperConfig, MapperRecord
-from targetclip.generators.rosinality import save_safetensors
-from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.world import load_parts, load_world
+from predictor.mapper import Mapper
+from predictor.transfer import EssenceTransfer
+from targetclip import seeds
+from targetclip.world import load_world
 
 NEUTRAL = 'neutral = ["a face", "a person"]\n'
 ABSENT = ("a bare head", "a shaven chin")  # what captions say beside "no ..."
@@ -53,46 +47,9 @@ TEXT_KINDS = [(kind, way) for kind in (COMPLETE, BRIEF, PHRASE) for way in (TEXT
 KINDS = [(FACE, PICTURE), *TEXT_KINDS]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_bank() -> Iterator[None]:
-    """A bank of eight sources, for all of it is embedded first."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer, "BANK", 8)
-        yield
-
-
 @pytest.fixture(scope="module")
-def small_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the tiny world, of the size that the reader of faces reads, and with neutral texts."""
-    folder = tmp_path_factory.mktemp("tiny64")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        generator = StyleGAN2(
-            StyleGAN2Config(
-                resolution=SIZE, w_dim=16, z_dim=16, mapping_layers=2, channels=(8, 8, 8, 8, 8)
-            )
-        )
-    save_safetensors(generator, folder / "generator.safetensors")
-    path = folder / "world.toml"
-    content = tiny_world.read_text().replace('inverter = "inverter.safetensors"\n', "")
-    path.write_text(content + NEUTRAL)
-    return path
-
-
-@pytest.fixture(scope="module")
-def mapper(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of random weights; answers differ from target to target."""
-    parts = load_parts(load_world(str(small_world)), torch.device("cpu"))
-    generator, embedder = parts.generator, parts.embedder
-    sizes = (embedder.embed_dim, generator.num_ws, generator.w_dim)
-    prints = (generator.fingerprint, embedder.fingerprint)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        made = Mapper(MapperConfig(*sizes, *prints, width=8, depth=1))
-        torch.nn.init.normal_(made.direction.weight)
-    path = tmp_path_factory.mktemp("mapper") / "mapper.safetensors"
-    save_mapper(made, path, MapperRecord({}, {}, "MIT", "nothing", "0"))
-    return path
+def mapper(write_mapper: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mapper(tmp_path_factory.mktemp("mapper") / "mapper.safetensors", {})
 
 
 def configured(world: Path, mapper: Path | None, out: Path, **changes: Any) -> Config:
@@ -111,8 +68,8 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(small_world: Path, mapper: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    config = configured(small_world, mapper, tmp_path_factory.mktemp("texts") / "out")
+def finished(face_world: Path, mapper: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    config = configured(face_world, mapper, tmp_path_factory.mktemp("texts") / "out")
     with redirect_stdout(StringIO()) as printed:
         rows = run(config)
     found = {(row["kind"], row["way"]): row for row in rows}
@@ -120,21 +77,21 @@ def finished(small_world: Path, mapper: Path, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
-def stage(small_world: Path, mapper: Path) -> Stage:
-    return Stage.of(configured(small_world, mapper, Path()), load_world(str(small_world)))
+def setup(face_world: Path, mapper: Path) -> Setup:
+    return make_setup(configured(face_world, mapper, Path()), load_world(str(face_world)))
 
 
-# What is wanted
+# Targets
 
 
 def test_phrases_are_counted_by_what_they_name_and_nothing_else() -> None:
-    wanted = wanted_by_phrases()
-    assert not (wanted.counted & ~reading_columns(essence=True)).any()
+    truth = truth_of_phrases()
+    assert not (truth.seen & ~reading_columns(essence=True)).any()
     for place, parameters in enumerate(PHRASES.values()):
-        counted = {r.name for r in READINGS if wanted.counted[place, r.span].all()}
-        touched = {r.name for r in READINGS if wanted.counted[place, r.span].any()}
+        counted = {r.name for r in READINGS if truth.seen[place, r.span].all()}
+        touched = {r.name for r in READINGS if truth.seen[place, r.span].any()}
         assert counted == touched == set(parameters) <= set(ESSENCE)
-    readings = dict(zip(PHRASES, wanted.readings, strict=True))
+    readings = dict(zip(PHRASES, truth.readings, strict=True))
     at = {reading.name: reading.span for reading in READINGS}
     green = torch.tensor((46, 170, 84)) / 255
     torch.testing.assert_close(readings["green hair"][at["hair_colour"]], green)
@@ -165,22 +122,22 @@ def test_captions_say_of_a_face_what_the_phrase_says(phrase: str) -> None:
     assert set(phrase.split()) - {"a", "and"} <= spoken(face) - spoken(Face(**bare)) | {"hair"}
 
 
-def test_faces_are_plain_and_of_this_evaluation_alone() -> None:
-    used = {recipes.TARGET_SEED, sets.TARGET_SEED, world.SEED, DEFAULT_SEED}
-    assert texts.FACE_SEED not in used
-    faces, few = Faces.draw(3, seed=5), Faces.draw(2, seed=5)
+def test_faces_are_of_this_study_alone_and_fewer_are_the_first_of_more() -> None:
+    others = {value for name, value in vars(seeds).items() if name.endswith("_TARGETS")}
+    assert len(others) == sum(name.endswith("_TARGETS") for name in vars(seeds))
+    faces, few = describe_faces(3, seed=5), describe_faces(2, seed=5)
     assert [p.tobytes() for p in faces.pictures[:2]] == [p.tobytes() for p in few.pictures]
-    assert {kind: found[:2] for kind, found in faces.captions.items()} == few.captions
+    assert {kind: captions[:2] for kind, captions in faces.captions.items()} == few.captions
     assert len({picture.tobytes() for picture in faces.pictures}) == 3
-    assert torch.equal(faces.wanted.readings[:2], few.wanted.readings)
+    assert torch.equal(faces.truth.readings[:2], few.truth.readings)
 
 
 def test_the_seed_words_the_captions_and_leaves_the_faces() -> None:
-    one, other = Faces.draw(4, seed=5), Faces.draw(4, seed=6)
+    one, other = describe_faces(4, seed=5), describe_faces(4, seed=6)
     assert [p.tobytes() for p in one.pictures] == [p.tobytes() for p in other.pictures]
     assert one.captions[COMPLETE] != other.captions[COMPLETE]
     assert one.captions[BRIEF] != other.captions[BRIEF]
-    assert torch.equal(one.wanted.readings, other.wanted.readings)
+    assert torch.equal(one.truth.readings, other.truth.readings)
 
 
 def listed(said: str) -> list[str]:
@@ -191,16 +148,17 @@ def listed(said: str) -> list[str]:
 
 
 def test_complete_captions_name_all_that_is_there_and_brief_ones_less() -> None:
-    faces = Faces.draw(6, seed=5)
-    shown = [texts.wide_face(texts.FACE_SEED, i, styled=0, extra=0)[0] for i in range(6)]
-    there = [len(present_phrases(face, lambda words: words[0], False)) for face in shown]
+    faces = describe_faces(6, seed=5)
+    there = [
+        len(present_phrases(face, lambda words: words[0], False)) for face in faces.truth.faces
+    ]
     complete, brief = ([len(listed(said)) for said in faces.captions[k]] for k in (COMPLETE, BRIEF))
     assert complete == there
     assert all(few <= all_ for few, all_ in zip(brief, there, strict=True))
     assert sum(brief) < sum(there)
 
 
-# What is said
+# Reports
 
 
 def test_every_kind_and_way_has_its_row(finished: Finished) -> None:
@@ -215,21 +173,21 @@ def test_every_kind_and_way_has_its_row(finished: Finished) -> None:
             assert row["scores"][name]["mean"] == pytest.approx(float(np.mean(values)), abs=1e-5)
     report = json.loads((finished.out / "report.json").read_text())
     assert report["rows"] == list(rows.values()) and report["count"] == 2 and report["seed"] == 5
-    captions = Faces.draw(2, seed=5).captions
+    captions = describe_faces(2, seed=5).captions
     assert {kind: rows[kind, RAW]["targets"] for kind in captions} == captions
 
 
-def test_a_text_is_taken_as_the_product_takes_it_and_raw(stage: Stage, finished: Finished) -> None:
-    rows, faces = finished.rows, Faces.draw(2, seed=5)
-    seen = F.normalize(stage.essence.embedder.embed_pictures(faces.pictures), dim=1)
+def test_a_text_is_taken_as_the_product_takes_it_and_raw(setup: Setup, finished: Finished) -> None:
+    rows, faces = finished.rows, describe_faces(2, seed=5)
+    seen = F.normalize(setup.essence.scene.embedder.embed_pictures(faces.pictures), dim=1)
     said = faces.captions[COMPLETE]
-    product = torch.stack([stage.essence.embed_target(text) for text in said])
-    raw = F.normalize(stage.texts.embedder.embed_texts(said), dim=1)
+    product = torch.stack([setup.essence.embed_target(text) for text in said])
+    raw = F.normalize(setup.texts.embedder.embed_texts(said), dim=1)
     for way, embeddings in {PICTURE: seen, TEXT: product, RAW: raw}.items():
         row = rows[FACE if way == PICTURE else COMPLETE, way]
         expected = (embeddings * seen).sum(dim=1).tolist()
         assert row["each"]["cosine"] == pytest.approx(expected, abs=1e-5)
-        directions = stage.essence.predict_embeddings(embeddings).directions
+        directions = setup.essence.predict_embeddings(embeddings).directions
         length = float(directions.flatten(1).norm(dim=1).mean())
         assert row["length"] == pytest.approx(length, rel=1e-4)
     assert rows[FACE, PICTURE]["each"]["cosine"] == pytest.approx([1, 1], abs=1e-5)
@@ -237,17 +195,14 @@ def test_a_text_is_taken_as_the_product_takes_it_and_raw(stage: Stage, finished:
     assert len(lengths) == 3
 
 
-def test_a_direction_of_nothing_brings_nothing_and_changes_nobody(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mapper = stage.essence.asked_mapper()
-    silent = Mapper(mapper.config).eval().requires_grad_(False)
+def test_a_direction_of_nothing_brings_nothing_and_changes_nobody(setup: Setup) -> None:
+    essence = setup.essence
+    silent = Mapper(essence.asked_mapper().config).eval().requires_grad_(False)
     torch.nn.init.zeros_(silent.direction.weight)
-    monkeypatch.setattr(stage.essence, "mapper", silent)
-    phrases = list(PHRASES)
-    _, scores = tried(stage, stage.embed(phrases), wanted_by_phrases(), [])
-    assert scores["essence"].abs().max() < 1e-5
-    torch.testing.assert_close(scores["identity"], torch.ones(len(phrases)))
+    still = replace(setup, essence=EssenceTransfer(essence.scene, silent, texts=setup.texts))
+    result = judge_targets(still, PHRASE, TEXT, list(PHRASES), truth_of_phrases())
+    assert result.scores["essence"].abs().max() < 1e-5
+    torch.testing.assert_close(result.scores["identity"], torch.ones(len(PHRASES)))
 
 
 def test_the_tables_have_the_numbers_of_the_report(finished: Finished) -> None:
@@ -292,19 +247,19 @@ def test_the_grid_has_a_row_a_text(finished: Finished) -> None:
     ],
 )
 def test_what_cannot_be_is_one_line(
-    changes: dict[str, Any], message: str, small_world: Path, mapper: Path, tmp_path: Path
+    changes: dict[str, Any], message: str, face_world: Path, mapper: Path, tmp_path: Path
 ) -> None:
-    config = configured(small_world, mapper, tmp_path / "out")
+    config = configured(face_world, mapper, tmp_path / "out")
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         run(replace(config, **changes))
     assert "\n" not in str(caught.value) and not config.out.exists()
 
 
 def test_a_world_without_neutral_texts_is_refused(
-    small_world: Path, mapper: Path, tmp_path: Path
+    face_world: Path, mapper: Path, tmp_path: Path
 ) -> None:
-    bare = small_world.with_name("bare.toml")
-    bare.write_text(small_world.read_text().replace(NEUTRAL, ""))
+    bare = face_world.with_name("bare.toml")
+    bare.write_text(face_world.read_text().replace(NEUTRAL, ""))
     with pytest.raises(ValueError, match="--world: expected a world with neutral texts"):
         run(configured(bare, mapper, tmp_path / "out"))
 
@@ -319,15 +274,15 @@ def test_a_world_whose_pictures_the_reader_does_not_know_is_refused(
 
 
 def test_an_error_is_one_line_and_exit_code_one(
-    small_world: Path,
+    face_world: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--out", str(tmp_path / "out"), "--world", str(small_world)]
-    monkeypatch.setattr(sys, "argv", ["texts", *arguments])
+    arguments = ["--out", str(tmp_path / "out"), "--world", str(face_world)]
+    monkeypatch.setattr("sys.argv", ["texts", *arguments])
     with pytest.raises(SystemExit) as ended:
-        texts.main()
+        main()
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: --mapper") and error.count("\n") == 1
+    assert "error: --mapper" in error and error.count("\n") == 1
