@@ -171,8 +171,8 @@ def test_axes_before_the_last_two_become_one(
     tmp_path: Path, lead: tuple[int, ...], suffix: str
 ) -> None:
     tensor = numbers(*lead, NUM_WS, W_DIM)
-    found = read_released(saved(tmp_path, tensor.numpy() if suffix == "npy" else tensor))
-    assert torch.equal(found, tensor.reshape(-1, NUM_WS, W_DIM))
+    items = read_released(saved(tmp_path, tensor.numpy() if suffix == "npy" else tensor))
+    assert torch.equal(items, tensor.reshape(-1, NUM_WS, W_DIM))
 
 
 @pytest.mark.parametrize("dtype", [">f4", "<f8", "<f2", "longdouble"])
@@ -180,15 +180,15 @@ def test_numpy_numbers_of_any_width_and_byte_order_become_float32(
     tmp_path: Path, dtype: str
 ) -> None:
     array = numbers(1, NUM_WS, W_DIM).numpy().astype(dtype)
-    found = read_released(saved(tmp_path, array))
-    assert found.dtype == torch.float32
-    np.testing.assert_array_equal(found.numpy(), array.astype(np.float32))
+    items = read_released(saved(tmp_path, array))
+    assert items.dtype == torch.float32
+    np.testing.assert_array_equal(items.numpy(), array.astype(np.float32))
 
 
 def test_an_array_in_the_order_of_fortran_keeps_its_axes(tmp_path: Path) -> None:
     array = numbers(NUM_WS, W_DIM).numpy()
-    found = read_released(saved(tmp_path, np.asfortranarray(array)))
-    np.testing.assert_array_equal(found[0].numpy(), array)
+    items = read_released(saved(tmp_path, np.asfortranarray(array)))
+    np.testing.assert_array_equal(items[0].numpy(), array)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -196,16 +196,16 @@ def test_tensors_of_any_width_become_float32_without_a_gradient(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
     tensor = numbers(1, NUM_WS, W_DIM).to(dtype).requires_grad_(True)
-    found = read_released(saved(tmp_path, tensor))
-    assert found.dtype == torch.float32 and not found.requires_grad
-    assert torch.equal(found, tensor.detach().float())
+    items = read_released(saved(tmp_path, tensor))
+    assert items.dtype == torch.float32 and not items.requires_grad
+    assert torch.equal(items, tensor.detach().float())
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_the_tensors_of_a_list_are_its_items_in_order(tmp_path: Path, kind: type) -> None:
     tensors = [numbers(1, NUM_WS, W_DIM), numbers(NUM_WS, W_DIM, seed=1)]
-    found = read_released(saved(tmp_path, kind(tensors)))
-    assert torch.equal(found, torch.stack([tensors[0][0], tensors[1]]))
+    items = read_released(saved(tmp_path, kind(tensors)))
+    assert torch.equal(items, torch.stack([tensors[0][0], tensors[1]]))
 
 
 @pytest.mark.parametrize("kind", [dict, OrderedDict])
@@ -223,8 +223,8 @@ def test_a_parameter_is_a_tensor(tmp_path: Path) -> None:
 def test_the_direction_a_released_run_saved_is_read_as_it_was(tmp_path: Path) -> None:
     with np.load(FIXTURES / "official_trajectory.npz") as arrays:
         array = arrays["saved_direction"]
-    found = released_direction(saved(tmp_path, array), 8, 512)
-    np.testing.assert_array_equal(found.numpy(), array[0])
+    direction = released_direction(saved(tmp_path, array), 8, 512)
+    np.testing.assert_array_equal(direction.numpy(), array[0])
 
 
 def test_latents_are_read_however_many(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_any_damage_gives_finite_items_or_one_clear_line(
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
         content = content[: data.draw(st.integers(0, len(content)))]
-    # Of the header, mostly: numbers can hardly be told to be wrong.
+    # Of the header, mostly: wrong numbers cannot be noticed.
     for _ in range(data.draw(st.integers(0, 3)) if content else 0):
         content[data.draw(st.integers(0, min(len(content), 160) - 1))] = data.draw(
             st.integers(0, 255)

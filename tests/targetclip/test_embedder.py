@@ -55,35 +55,35 @@ def without_test_types(function: Callable[..., Any]) -> Callable[..., Any]:
 def test_release_equals_the_released_code() -> None:
     stored = {name: torch.from_numpy(array) for name, array in np.load(FIXTURE).items()}
     for size in (32, 64):
-        found = preprocess_images(stored[f"in{size}"], "release", PLAIN_224)
-        assert (found - stored[f"out{size}"]).abs().max() < 1e-5
+        inputs = preprocess_images(stored[f"in{size}"], "release", PLAIN_224)
+        assert (inputs - stored[f"out{size}"]).abs().max() < 1e-5
     # Of the 256 px image an 64 px corner is stored, which makes 56 px of the 224 px output.
     corner = EncoderInput(56, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic")
-    found = preprocess_images(stored["in256_corner"], "release", corner)
-    assert (found - stored["out256_corner"]).abs().max() < 1e-5
+    inputs = preprocess_images(stored["in256_corner"], "release", corner)
+    assert (inputs - stored["out256_corner"]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("size", "out_size"), [(32, 64), (96, 64), (128, 224), (320, 96)])
 def test_release_equals_its_two_steps_at_every_multiple_of_32(size: int, out_size: int) -> None:
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    wanted = EncoderInput(out_size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic")
+    encoder_input = EncoderInput(out_size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic")
     expected = enlarged_and_pooled(images, out_size)
-    found = preprocess_images(images, "release", wanted)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    inputs = preprocess_images(images, "release", encoder_input)
+    torch.testing.assert_close(inputs, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 16, 50, 300])
 def test_release_keeps_the_mean_of_an_image_of_any_other_size(size: int) -> None:
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    found = preprocess_images(images, "release", PLAIN_224)
-    assert found.shape == (2, 3, 224, 224)
-    torch.testing.assert_close(found.mean(dim=(2, 3)), images.mean(dim=(2, 3)), atol=1e-5, rtol=0)
+    inputs = preprocess_images(images, "release", PLAIN_224)
+    assert inputs.shape == (2, 3, 224, 224)
+    torch.testing.assert_close(inputs.mean(dim=(2, 3)), images.mean(dim=(2, 3)), atol=1e-5, rtol=0)
 
 
 def test_release_of_16_px_repeats_every_pixel() -> None:
     images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    found = preprocess_images(images, "release", PLAIN_224)
-    torch.testing.assert_close(found, F.interpolate(images, scale_factor=14, mode="nearest"))
+    inputs = preprocess_images(images, "release", PLAIN_224)
+    torch.testing.assert_close(inputs, F.interpolate(images, scale_factor=14, mode="nearest"))
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -93,13 +93,15 @@ def test_consistent_pixels_are_those_of_open_clip(size: int, interpolation: str)
 
     mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     images = smooth_images(3, size)
-    wanted = EncoderInput(64, mean, std, "bilinear" if interpolation == "bilinear" else "bicubic")
-    found = preprocess_images(images, "consistent", wanted)
+    encoder_input = EncoderInput(
+        64, mean, std, "bilinear" if interpolation == "bilinear" else "bicubic"
+    )
+    inputs = preprocess_images(images, "consistent", encoder_input)
     numbers = PreprocessCfg(size=64, mean=mean, std=std, interpolation=interpolation)
     transform = image_transform_v2(numbers, is_train=False)
     expected = torch.stack([transform(picture) for picture in tensor_to_pictures(images)])
     # Pillow rounds to 8 bits after each axis; a level is 1/255/std.
-    assert (found - expected).abs().max() < 1.5 / 255 / min(std)
+    assert (inputs - expected).abs().max() < 1.5 / 255 / min(std)
 
 
 @pytest.mark.parametrize("preprocess", ["release", "consistent"])
@@ -113,16 +115,18 @@ def test_preprocessing_of_a_batch_is_that_of_each_image(preprocess: Any) -> None
 @pytest.mark.parametrize("preprocess", ["release", "consistent"])
 def test_preprocessing_has_the_right_gradient(preprocess: Any) -> None:
     images = torch.rand(1, 3, 9, 9, dtype=torch.float64, requires_grad=True)
-    wanted = EncoderInput(6, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic")
-    assert torch.autograd.gradcheck(lambda x: preprocess_images(x, preprocess, wanted), images)
+    encoder_input = EncoderInput(6, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), "bicubic")
+    assert torch.autograd.gradcheck(
+        lambda x: preprocess_images(x, preprocess, encoder_input), images
+    )
 
 
 def test_a_first_use_under_inference_mode_does_not_spoil_later_gradients() -> None:
-    wanted = EncoderInput(41, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
+    encoder_input = EncoderInput(41, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic")
     with torch.inference_mode():
-        preprocess_images(torch.zeros(1, 3, 23, 23), "consistent", wanted)
+        preprocess_images(torch.zeros(1, 3, 23, 23), "consistent", encoder_input)
     images = torch.zeros(1, 3, 23, 23, requires_grad=True)
-    preprocess_images(images, "consistent", wanted).sum().backward()
+    preprocess_images(images, "consistent", encoder_input).sum().backward()
     assert images.grad is not None and images.grad.abs().sum() > 0
 
 
@@ -386,9 +390,9 @@ def test_a_loaded_openai_tag_really_runs_quickgelu(tiny_model: tuple[str, Path])
 
     by_name = ClipEmbedder.load("tiny-quickgelu", weights)
     images = smooth_images(2, 64)
-    found, expected = (e.embed_images(images, "release") for e in (openai, by_name))
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, laion.embed_images(images, "release"), atol=1e-4)
+    embeddings, expected = (e.embed_images(images, "release") for e in (openai, by_name))
+    torch.testing.assert_close(embeddings, expected)
+    assert not torch.allclose(embeddings, laion.embed_images(images, "release"), atol=1e-4)
 
 
 def test_a_weights_file_gives_the_same_model_as_its_folder(

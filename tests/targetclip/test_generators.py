@@ -34,9 +34,9 @@ def stored(name: str) -> dict[str, Tensor]:
         return {key: torch.from_numpy(arrays[key]) for key in arrays}
 
 
-def assert_near(found: Tensor, expected: Tensor, tolerance: float = PARITY) -> None:
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) <= tolerance
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float = PARITY) -> None:
+    assert actual.shape == expected.shape
+    assert float((actual - expected).abs().max()) <= tolerance
 
 
 def tiny_network(conv_clamp: float | None = None, resolution: int = 16) -> StyleGAN2:
@@ -158,8 +158,8 @@ def test_our_names_are_exactly_those_of_the_public_layout() -> None:
                 resolution=32, w_dim=512, z_dim=512, mapping_layers=8, channels=(512,) * 4
             )
         )
-    found = {name: list(tensor.shape) for name, tensor in rosinality_state(network).items()}
-    assert found == {**expected, "latent_avg": [512]}
+    actual = {name: list(tensor.shape) for name, tensor in rosinality_state(network).items()}
+    assert actual == {**expected, "latent_avg": [512]}
 
 
 # What a loaded network is
@@ -198,12 +198,12 @@ def test_the_four_parts_are_the_transposed_convolution() -> None:
     x = torch.randn(2, 5, 4, 6, generator=random, dtype=torch.float64).requires_grad_(True)
     weight = torch.randn(3, 5, 3, 3, generator=random, dtype=torch.float64).requires_grad_(True)
     expected = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-    found = transposed_convolution(x, weight)
-    assert_near(found.detach(), expected.detach(), 1e-12)
-    seen = torch.randn(expected.shape, generator=random, dtype=torch.float64)
+    actual = transposed_convolution(x, weight)
+    assert_near(actual.detach(), expected.detach(), 1e-12)
+    gradient = torch.randn(expected.shape, generator=random, dtype=torch.float64)
     for ours, theirs in zip(
-        torch.autograd.grad(found, (x, weight), seen),
-        torch.autograd.grad(expected, (x, weight), seen),
+        torch.autograd.grad(actual, (x, weight), gradient),
+        torch.autograd.grad(expected, (x, weight), gradient),
         strict=True,
     ):
         assert_near(ours, theirs, 1e-12)

@@ -68,7 +68,7 @@ def test_paths_are_relative_to_the_file_and_not_to_the_caller(
     assert world.pretrained == str(tmp_path / "here" / "weights.pt")
 
 
-def test_what_is_not_a_file_beside_the_world_stays_a_name(tmp_path: Path) -> None:
+def test_a_name_without_a_file_beside_the_world_stays_a_name(tmp_path: Path) -> None:
     world = load_world(written(tmp_path, LEAST + 'pretrained = "openai"\n'))
     assert (world.embedder, world.pretrained) == ("ViT-B-32", "openai")
 
@@ -243,7 +243,7 @@ neutral = ["a picture", "a drawing"]
     assert scene.identity is not None and scene.identity.embed_images(images).shape == (1, 5)
 
 
-def test_public_checkpoints_are_told_by_their_suffix(tiny_world: Path, tmp_path: Path) -> None:
+def test_public_checkpoints_are_known_by_their_suffix(tiny_world: Path, tmp_path: Path) -> None:
     """Each reader names the file that it expects."""
     generator = load_generator(tiny_world.with_name("generator.safetensors"))
     for name in ("e4e.pt", "arc.pth", "arc.pt", "who.pkl"):

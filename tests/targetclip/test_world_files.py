@@ -102,7 +102,7 @@ def test_facts_with_a_mistake_are_refused_in_one_line(table: object, said: str) 
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_home_is_a_folder_of_the_user_unless_told_otherwise(
+def test_home_is_a_folder_of_the_user_unless_a_variable_names_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TARGETCLIP_HOME", str(tmp_path))

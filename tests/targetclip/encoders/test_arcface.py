@@ -49,9 +49,9 @@ def images(side: int, count: int = 1) -> Tensor:
 def test_the_public_weights_give_the_reference_features(seeded: ArcFace) -> None:
     with np.load(FIXTURES / "ir_se50.npz") as arrays:
         x16, features = torch.from_numpy(arrays["x16"]), torch.from_numpy(arrays["features"])
-    found = seeded.embed_images(x16)
-    assert found.shape == (1, 512)
-    assert float((found - features).abs().max()) < 1e-4 * float(features.std())
+    actual = seeded.embed_images(x16)
+    assert actual.shape == (1, 512)
+    assert float((actual - features).abs().max()) < 1e-4 * float(features.std())
 
 
 def test_our_names_are_exactly_those_of_the_public_layout() -> None:

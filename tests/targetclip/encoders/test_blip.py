@@ -66,7 +66,7 @@ def test_blip_is_an_embedder_that_tells_pictures_apart(folder: Path) -> None:
     torch.testing.assert_close(again.embed_pictures([picture(0)]), embeddings[:1])
 
 
-def test_a_picture_is_seen_alike_from_its_file_and_as_an_image(folder: Path) -> None:
+def test_a_picture_has_the_same_embedding_as_a_file_and_as_an_image(folder: Path) -> None:
     blip, drawn = BlipEmbedder.load(str(folder)), picture(2)
     as_file = blip.embed_pictures([drawn])
     images = picture_to_tensor(drawn, 96).requires_grad_()
@@ -87,7 +87,7 @@ def test_the_class_token_is_that_of_the_released_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "not finite", "no config", "nowhere"])
-def test_what_is_no_blip_is_refused(folder: Path, tmp_path: Path, damage: str) -> None:
+def test_other_and_damaged_models_are_refused(folder: Path, tmp_path: Path, damage: str) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")

@@ -66,9 +66,9 @@ def inputs_of(inverter: E4eInverter, images: Tensor) -> Tensor:
 def test_the_public_weights_give_the_reference_codes(seeded: E4eInverter) -> None:
     with np.load(FIXTURES / "e4e_encoder_1024.npz") as arrays:
         x16, codes = torch.from_numpy(arrays["x16"]), torch.from_numpy(arrays["codes"])
-    found = seeded(x16) - AVERAGE
-    assert found.shape == (1, HEADS, 512)
-    assert float((found - codes[:, :HEADS]).abs().max()) < 1e-4 * float(codes.std())
+    actual = seeded(x16) - AVERAGE
+    assert actual.shape == (1, HEADS, 512)
+    assert float((actual - codes[:, :HEADS]).abs().max()) < 1e-4 * float(codes.std())
 
 
 def test_our_names_are_exactly_those_of_the_public_layout() -> None:
@@ -81,15 +81,15 @@ def test_our_names_are_exactly_those_of_the_public_layout() -> None:
 def test_pictures_are_resized_as_the_public_pipeline_resizes_them(side: int, small: Path) -> None:
     numbers = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     picture = Image.fromarray(numbers)
-    found = inputs_of(load_e4e(small, 8, 8), picture_to_tensor(picture, side))
+    actual = inputs_of(load_e4e(small, 8, 8), picture_to_tensor(picture, side))
     expected = picture_to_tensor(picture.resize((256, 256), Image.Resampling.BILINEAR), 256)
-    assert float((found - expected).abs().max()) < 2 / 127.5  # two steps of 8 bits
+    assert float((actual - expected).abs().max()) < 2 / 127.5  # two steps of 8 bits
 
 
 def test_pictures_of_256_px_are_shown_as_they_are(small: Path) -> None:
     images = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    found = inputs_of(load_e4e(small, 8, 8), images)
-    torch.testing.assert_close(found, images, rtol=0, atol=1e-6)
+    actual = inputs_of(load_e4e(small, 8, 8), images)
+    torch.testing.assert_close(actual, images, rtol=0, atol=1e-6)
 
 
 def test_pictures_that_are_not_square_are_refused(small: Path) -> None:
@@ -106,9 +106,9 @@ def test_the_first_heads_do_not_depend_on_how_many_follow(seeded: E4eInverter) -
     state = seeded.encoder.state_dict()
     fill(smaller, {name: state[name] for name in smaller.state_dict()}, "these weights")
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    found = smaller(images)
-    torch.testing.assert_close(found, seeded.encoder(images)[:, :-1])
-    assert float((found[0] - found[1]).abs().max()) > 0.1 * float(found.std())
+    actual = smaller(images)
+    torch.testing.assert_close(actual, seeded.encoder(images)[:, :-1])
+    assert float((actual[0] - actual[1]).abs().max()) > 0.1 * float(actual.std())
 
 
 def test_a_picture_gives_the_same_latents_alone_and_among_others(seeded: E4eInverter) -> None:

@@ -59,9 +59,9 @@ def error_of(path: Path) -> str:
 
 @pytest.mark.parametrize("size", [16, 8, 40])
 def test_images_of_any_square_size_become_unit_vectors(identity: SketchIdentity, size: int) -> None:
-    found = identity.embed_images(images(size=size))
-    assert found.shape == (3, 5)
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(3))
+    features = identity.embed_images(images(size=size))
+    assert features.shape == (3, 5)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
 
 
 def test_a_picture_and_its_enlargement_show_the_same_person(identity: SketchIdentity) -> None:
@@ -86,10 +86,10 @@ def test_similarity_is_the_cosine_of_each_row_for_any_model() -> None:
     model = MeanColour()
     assert isinstance(model, IdentityModel)
     before, after = images(), images(size=8, seed=2).requires_grad_(True)
-    found = identity_similarity(model, before, after)
+    similarity = identity_similarity(model, before, after)
     a, b = before.mean(dim=(2, 3)), after.mean(dim=(2, 3))
-    torch.testing.assert_close(found, (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)))
-    assert not found.requires_grad
+    torch.testing.assert_close(similarity, (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)))
+    assert not similarity.requires_grad
     torch.testing.assert_close(identity_similarity(model, before, before), torch.ones(3))
 
 
@@ -110,9 +110,9 @@ class Brightness:
 def test_side_by_side_are_the_embedders_numbers_and_then_the_identity_models() -> None:
     shown, both = images(), EmbedderWithIdentity(Brightness(), MeanColour())
     for preprocess in ("consistent", "release"):
-        found = both.embed_images(shown, preprocess)
-        assert torch.equal(found[:, :1], Brightness().embed_images(shown, preprocess))
-        assert torch.equal(found[:, 1:], MeanColour().embed_images(shown))
+        features = both.embed_images(shown, preprocess)
+        assert torch.equal(features[:, :1], Brightness().embed_images(shown, preprocess))
+        assert torch.equal(features[:, 1:], MeanColour().embed_images(shown))
 
 
 def test_a_search_looks_at_people_only_where_that_has_a_weight() -> None:

@@ -85,29 +85,29 @@ def packets(path: Path, kind: str) -> list[tuple[int, int]]:
 def facts(path: Path) -> dict[str, Any]:
     """Of each kind of stream: codec, first time and length in seconds, its packets' bytes."""
     av = pytest.importorskip("av")
-    found = {}
+    streams = {}
     for kind in ("video", "audio"):
         with av.open(str(path)) as file:
             if not getattr(file.streams, kind):
                 continue
             content = [p for p in file.demux(**{kind: 0}) if p.size]
             start = min(p.pts * p.time_base for p in content)
-            found[kind] = {
+            streams[kind] = {
                 "codec": getattr(file.streams, kind)[0].codec_context.name,
                 "start": start,
                 "seconds": max((p.pts + p.duration) * p.time_base for p in content) - start,
                 "bytes": [bytes(p) for p in content],
             }
-    return found
+    return streams
 
 
 def greys(pictures: Iterable[Image.Image]) -> list[int]:
     return [round(float(np.asarray(picture).mean())) for picture in pictures]
 
 
-def close(found: list[int], expected: list[int]) -> bool:
-    return len(found) == len(expected) and all(
-        abs(a - b) <= 3 for a, b in zip(found, expected, strict=True)
+def close(actual: list[int], expected: list[int]) -> bool:
+    return len(actual) == len(expected) and all(
+        abs(a - b) <= 3 for a, b in zip(actual, expected, strict=True)
     )
 
 
@@ -205,7 +205,7 @@ def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     assert "no frames" in error_of(tmp_path)
 
 
-def test_what_is_no_video_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_other_files_than_videos_are_refused_in_one_line(tmp_path: Path) -> None:
     clip = make_clip(tmp_path / "a.mp4")
     empty, text, cut = (tmp_path / name for name in ("empty.mp4", "text.txt", "cut.mp4"))
     empty.write_bytes(b"")
@@ -294,8 +294,8 @@ def test_a_written_clip_keeps_frames_and_rate_and_leaves_nothing_else(
     write_video(tmp_path / name, (plain(grey) for grey in GREYS), NTSC, None)
     frames = open_frames(tmp_path / name)
     assert frames.rate == NTSC and close(greys(frames), GREYS)
-    found = facts(tmp_path / name)
-    assert found.keys() == {"video"} and found["video"]["codec"] == "h264"
+    streams = facts(tmp_path / name)
+    assert streams.keys() == {"video"} and streams["video"]["codec"] == "h264"
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
@@ -323,12 +323,12 @@ def test_odd_sides_become_even_without_moving_a_pixel(tmp_path: Path) -> None:
     picture = Image.new("RGB", (33, 47), BLUE)
     picture.paste(RED, (0, 0, 16, 47))
     write_video(tmp_path / "a.mp4", [picture], NTSC, None)
-    [found] = open_frames(tmp_path / "a.mp4")
-    assert found.size == (34, 48)
-    difference = np.asarray(found.crop((0, 0, 33, 47))).astype(int) - np.asarray(picture)
+    [frame] = open_frames(tmp_path / "a.mp4")
+    assert frame.size == (34, 48)
+    difference = np.asarray(frame.crop((0, 0, 33, 47))).astype(int) - np.asarray(picture)
     assert np.abs(difference).mean() < 8
     # What is added looks like what it lies beside.
-    assert np.asarray(found)[:, 33, 2].min() > 200 and np.asarray(found)[47, :, 1].max() < 60
+    assert np.asarray(frame)[:, 33, 2].min() > 200 and np.asarray(frame)[47, :, 1].max() < 60
 
 
 def test_without_x264_the_clip_is_mpeg4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,8 +461,8 @@ def test_written_frames_are_read_back_exactly(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (12, 8, 6, 3), dtype=np.uint8)
     (tmp_path / "frames").mkdir()  # an empty folder is as good as none
     write_frames(tmp_path / "frames", (Image.fromarray(pixels) for pixels in noise))
-    found = [np.asarray(picture) for picture in open_frames(tmp_path / "frames")]
-    np.testing.assert_array_equal(np.stack(found), noise)
+    frames = [np.asarray(picture) for picture in open_frames(tmp_path / "frames")]
+    np.testing.assert_array_equal(np.stack(frames), noise)
     assert (tmp_path / "frames" / "frame_000011.png").is_file()
     assert [entry.name for entry in tmp_path.iterdir()] == ["frames"]
 

@@ -76,24 +76,24 @@ def test_sixteen_bit_grey_is_rescaled_not_clipped(tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
     path = tmp_path / "grey.png"
     path.write_bytes(encoded(Image.fromarray(values), "PNG"))
-    found = np.asarray(read_picture(path))
-    np.testing.assert_array_equal(found, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
+    actual = np.asarray(read_picture(path))
+    np.testing.assert_array_equal(actual, np.repeat(np.arange(256).reshape(16, 16, 1), 3, axis=2))
 
 
 def test_transparency_of_every_kind_shows_white(tmp_path: Path) -> None:
-    seen = Image.new("RGBA", (8, 8), (*RED, 255))
-    seen.paste((0, 0, 255, 0), (0, 0, 4, 8))  # left half: invisible blue
-    palette = seen.convert("RGB").quantize(4)
+    picture = Image.new("RGBA", (8, 8), (*RED, 255))
+    picture.paste((0, 0, 255, 0), (0, 0, 4, 8))  # left half: invisible blue
+    palette = picture.convert("RGB").quantize(4)
     blue = palette.getpixel((0, 0))
     contents = {
-        "rgba": encoded(seen, "PNG"),
-        "webp": encoded(seen, "WEBP", lossless=True),
+        "rgba": encoded(picture, "PNG"),
+        "webp": encoded(picture, "WEBP", lossless=True),
         "palette": encoded(palette, "PNG", transparency=blue),
         "palette bytes": encoded(
             palette, "PNG", transparency=bytes([0 if i == blue else 255 for i in range(4)])
         ),
         "gif": encoded(palette, "GIF", transparency=blue),
-        "rgb colour key": encoded(seen.convert("RGB"), "PNG", transparency=(0, 0, 255)),
+        "rgb colour key": encoded(picture.convert("RGB"), "PNG", transparency=(0, 0, 255)),
     }
     for name, content in contents.items():
         path = tmp_path / name
@@ -120,8 +120,8 @@ def test_grey_black_and_white_and_palette_become_rgb(tmp_path: Path, mode: str) 
 def test_a_cmyk_jpeg_keeps_its_colours(tmp_path: Path) -> None:
     path = tmp_path / "print.jpg"
     path.write_bytes(encoded(Image.new("RGB", (16, 16), RED).convert("CMYK"), "JPEG", quality=95))
-    found = np.asarray(read_picture(path), dtype=int)
-    assert abs(found - np.array(RED)).max() < 8
+    actual = np.asarray(read_picture(path), dtype=int)
+    assert abs(actual - np.array(RED)).max() < 8
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -157,8 +157,8 @@ def test_of_an_animation_the_first_frame_is_taken_and_said(
     path = tmp_path / "moving"
     path.write_bytes(encoded(frames[0], format_name, save_all=True, append_images=frames[1:]))
     with caplog.at_level(logging.WARNING):
-        found = np.asarray(read_picture(path), dtype=int)
-    assert abs(found - np.array(RED)).max() < 8
+        actual = np.asarray(read_picture(path), dtype=int)
+    assert abs(actual - np.array(RED)).max() < 8
     assert "animated" in caplog.text and str(path) in caplog.text
 
 
