@@ -21,14 +21,13 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from data.card import FAILURES, REPORT, SUMS, DatasetInfo
@@ -415,13 +414,7 @@ def merge_all(
     return report
 
 
-def merge_once(
-    build: Build,
-    plan: Plan,
-    info: DatasetInfo,
-    began: int,
-    merge_all: Callable[..., dict[str, Any]] = merge_all,
-) -> dict[str, Any]:
+def merge_once(build: Build, plan: Plan, info: DatasetInfo, began: int) -> dict[str, Any]:
     """Merge, unless another process has since `began`; return the report.
 
     Args:
@@ -488,7 +481,7 @@ def run(config: Config, at: At = go_on) -> int:
     precision = choose_precision(config.precision)
     stop = Stop()
     stop.listen()
-    launch = PartialState()
+    launch = Accelerator()
     world = load_world(config.world)
     scene = load_scene(
         world,

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
@@ -241,7 +241,7 @@ def fill(
     """
     precision = choose_precision(config.precision)
     images = config.max_images or MAX_IMAGES
-    scene = load_scene(world, PartialState().device, max_images=images)
+    scene = load_scene(world, Accelerator().device, max_images=images)
     recipe = replace(RECIPES[world.recipe], initial="zero")  # no search starts here
     teacher = make_teacher(scene, RECIPE, recipe, config.held_out, precision)
     work = folder / build.WORK
