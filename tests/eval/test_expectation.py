@@ -1,29 +1,35 @@
-"""Fitting what a mapper expects: the regression, and the head it makes."""
+"""Fitting the score that a mapper expects: the regression, and the head it makes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.targets import BadTarget, open_targets, split_of
-from eval import expectation
 from eval.expectation import (
+    PENALTIES,
     fit_expectation,
     left_out_error,
     ridge,
     scores_reached,
     training_targets,
 )
-from predictor.load import load_essence
-from predictor.transfer import EssenceTransfer
-from targetclip.world import load_world
+from predictor.mapper import Mapper, load_mapper
+from targetclip.scene import Scene
+from targetclip.world import load_scene, load_world
 
 SPECS = ("drawn:40@29", "generated:40@29")
 
 
+@pytest.fixture(scope="module")
+def scene(tiny_world: Path) -> Scene:
+    return load_scene(load_world(str(tiny_world)))
+
+
 @pytest.fixture
-def essence(tiny_world: Path, tiny_mapper: Path) -> EssenceTransfer:
-    return load_essence(load_world(str(tiny_world)), torch.device("cpu"), tiny_mapper)
+def mapper(tiny_mapper: Path) -> Mapper:
+    return load_mapper(tiny_mapper)[0]
 
 
 def test_a_linear_truth_is_found() -> None:
@@ -34,7 +40,7 @@ def test_a_linear_truth_is_found() -> None:
     torch.testing.assert_close(inputs @ weights + offset, inputs @ truth - 0.7, rtol=0, atol=5e-3)
 
 
-def test_where_inputs_say_nothing_the_mean_is_told() -> None:
+def test_without_information_in_the_inputs_the_mean_is_predicted() -> None:
     numbers = torch.Generator().manual_seed(0)
     inputs = torch.randn(30, 25, generator=numbers)
     outputs = 0.5 + 0.1 * torch.randn(30, generator=numbers)
@@ -61,62 +67,59 @@ def test_the_error_in_closed_form_is_that_of_leaving_each_out(penalty: float) ->
     assert found == pytest.approx(sum(missed) / 40, rel=1e-6)
 
 
-def test_the_penalty_of_the_least_error_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_penalty_of_the_least_error_is_taken() -> None:
     numbers = torch.Generator().manual_seed(1)
     inputs = torch.randn(40, 20, generator=numbers)
     outputs = inputs[:, 0] + 2 * torch.randn(40, generator=numbers)
-    errors = {1e-4: 3.0, 1e-1: 1.0, 100.0: 2.0}
-    monkeypatch.setattr(expectation, "left_out_error", lambda *known: errors[known[3]])
-    monkeypatch.setattr(expectation, "PENALTIES", tuple(errors))
-    found = ridge(inputs, outputs)[0]
-    monkeypatch.setattr(expectation, "PENALTIES", (1e-1,))
-    assert torch.equal(found, ridge(inputs, outputs)[0])
-    monkeypatch.setattr(expectation, "PENALTIES", (100.0,))
-    assert ridge(inputs, outputs)[0].norm() < 0.1 * found.norm()
+    unit = (inputs - inputs.mean(dim=0)) / inputs.std(dim=0)
+    left, sizes, _ = torch.linalg.svd(unit.double(), full_matrices=False)
+    errors = {p: left_out_error(left, sizes, outputs.double(), p) for p in PENALTIES}
+    best = min(PENALTIES, key=lambda penalty: errors[penalty])
+    assert best not in (PENALTIES[0], PENALTIES[-1])
+    weights = ridge(inputs, outputs)[0]
+    assert torch.equal(weights, ridge(inputs, outputs, (best,))[0])
+    assert ridge(inputs, outputs, (100.0,))[0].norm() < 0.2 * weights.norm()
 
 
-def test_only_the_training_split_is_taken(essence: EssenceTransfer) -> None:
-    found = list(training_targets(SPECS, 5, essence))
-    assert len(found) == 10 and {split_of(each.id) for each in found} == {"train"}
+def test_only_the_training_split_is_taken(scene: Scene) -> None:
+    found = list(training_targets(SPECS, 5, scene))
+    assert len(found) == 10 and {split_of(target.id) for target in found} == {"train"}
     every = [
-        each
-        for each in open_targets(SPECS[0], essence.generator, essence.truncation)
-        if not isinstance(each, BadTarget) and split_of(each.id) == "train"
+        target
+        for target in open_targets(SPECS[0], scene.generator, scene.truncation)
+        if not isinstance(target, BadTarget) and split_of(target.id) == "train"
     ]
-    assert [each.id for each in found[:5]] == [each.id for each in every[:5]]
+    assert [target.id for target in found[:5]] == [target.id for target in every[:5]]
 
 
-def test_scores_do_not_depend_on_what_is_rendered_at_once(essence: EssenceTransfer) -> None:
-    mapper, targets = essence.asked_mapper(), list(training_targets(SPECS, 3, essence))
-    together = scores_reached(essence, mapper, targets, 0)
-    essence.max_images = 5
-    alone = scores_reached(essence, mapper, targets, 0)
+def test_scores_do_not_depend_on_what_is_rendered_at_once(scene: Scene, mapper: Mapper) -> None:
+    targets = list(training_targets(SPECS, 3, scene))
+    together = scores_reached(scene, mapper, targets, 0)
+    alone = scores_reached(replace(scene, max_images=5), mapper, targets, 0)
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(together[1], scores_reached(essence, mapper, targets, 1)[1])
+    assert not torch.allclose(together[1], scores_reached(scene, mapper, targets, 1)[1])
 
 
 def test_the_head_expects_what_other_targets_reach_and_directions_stay(
-    essence: EssenceTransfer,
+    scene: Scene, mapper: Mapper
 ) -> None:
-    mapper = essence.asked_mapper()
-    others = training_targets(("drawn:60@31", "generated:60@31"), 50, essence)
-    wanted, reached = scores_reached(essence, mapper, others, 0)
-    before = mapper(wanted)
-    assert fit_expectation(essence, mapper, ("drawn:200@29", "generated:200@29"), 150, 0) == 300
-    after = mapper(wanted)
+    others = training_targets(("drawn:40@31", "generated:40@31"), 30, scene)
+    inputs, reached = scores_reached(scene, mapper, others, 0)
+    before = mapper(inputs)
+    assert fit_expectation(scene, mapper, ("drawn:100@29", "generated:100@29"), 80, 0) == 160
+    after = mapper(inputs)
     assert torch.equal(after.directions, before.directions)
     error = float((after.expected - reached).abs().mean())
     assert error < 0.8 * float((reached.mean() - reached).abs().mean())
     assert error < float((before.expected - reached).abs().mean())
 
 
-def test_without_a_count_or_targets_nothing_changes(essence: EssenceTransfer) -> None:
-    mapper = essence.asked_mapper()
+def test_without_a_count_or_targets_nothing_changes(scene: Scene, mapper: Mapper) -> None:
     before = {name: tensor.clone() for name, tensor in mapper.state_dict().items()}
-    assert fit_expectation(essence, mapper, SPECS, 0, 0) == 0
+    assert fit_expectation(scene, mapper, SPECS, 0, 0) == 0
     with pytest.raises(ValueError, match="--fitted: expected 2 or more"):
-        fit_expectation(essence, mapper, ("drawn:1@29",), 10, 0)
+        fit_expectation(scene, mapper, ("drawn:1@29",), 10, 0)
     assert all(torch.equal(before[k], v) for k, v in mapper.state_dict().items())
 
 

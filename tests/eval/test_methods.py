@@ -216,7 +216,7 @@ def test_the_teacher_of_identity_uses_the_model(bench: Make, targets: EvalSet) -
         seeds,
         label="plain",
     )
-    assert not torch.allclose(without, found.edits, atol=1e-2)
+    assert not torch.allclose(without, found.edits, rtol=0, atol=1e-3)
 
 
 def test_auto_needs_the_identity_model_of_a_mapper_that_was_taught_by_one(
@@ -231,7 +231,8 @@ def test_auto_needs_the_identity_model_of_a_mapper_that_was_taught_by_one(
 
 
 def test_a_search_is_cut_where_it_is_told_to(bench: Make, targets: EvalSet) -> None:
-    one, two = (answer("paper", bench(max_steps=n), targets) for n in (1, 2))
+    few = targets.part(0, 1)
+    one, two = (answer("consistent", bench(max_steps=n), few) for n in (1, 2))
     assert not torch.equal(one.edits, two.edits)
     recipe = RECIPES["paper"]
     assert bench(max_steps=7).cut(recipe) == dataclasses.replace(recipe, steps=7)
