@@ -75,7 +75,7 @@ class World:
     """Every file that the world names, and its origin."""
 
     @property
-    def given(self) -> str:
+    def argument(self) -> str:
         """The value of --world that names this world."""
         return self.path.parent.name if is_bundled(self.path) else str(self.path)
 
@@ -283,7 +283,7 @@ def load_scene(
     for file in world.files:
         # Another mapper may be given instead; ClipEmbedder checks every kind of embedder.
         if file.role not in ("mapper", "embedder"):
-            require(file, world.given)
+            require(file, world.argument)
     device = device or torch.get_default_device()
     generator = load_generator(world.generator).to(device)
     generator.checkpoint_layers = checkpoint_layers

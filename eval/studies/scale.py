@@ -98,7 +98,7 @@ class LocalBuild:
 
     def merge(self, plan: Plan) -> dict[str, Any]:
         """Merge the chunks into the folder `dataset`, and return its report."""
-        config = Build(out=self.work, world=self.world.given)
+        config = Build(out=self.work, world=self.world.argument)
         info = dataset_info(config, self.world, self.teacher.scene, plan)
         return merge_all(self.work / "dataset", self.work, plan, info)
 

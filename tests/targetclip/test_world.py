@@ -206,7 +206,7 @@ def test_what_does_not_ship_with_a_bundled_world_belongs_at_home(
 ) -> None:
     monkeypatch.setenv("TARGETCLIP_HOME", str(tmp_path))
     world = load_world(str(BUNDLED / "ffhq1024" / "world.toml"))
-    assert world.given == "ffhq1024"
+    assert world.argument == "ffhq1024"
     assert world.generator == tmp_path / "ffhq1024" / "stylegan2-ffhq-config-f.pt"
     with pytest.raises(FileNotFoundError) as caught:
         load_scene(world, CPU)
@@ -235,7 +235,7 @@ neutral = ["a picture", "a drawing"]
 """
     assert len(text.splitlines()) == 10
     world = load_world(written(tmp_path, text))
-    assert world.given == str(tmp_path / "world.toml")
+    assert world.argument == str(tmp_path / "world.toml")
     scene = load_scene(world, CPU)
     ws = scene.generator.mapping(torch.zeros(1, 8), world.truncation)
     images = scene.generator.synthesis(ws).detach()
