@@ -11,13 +11,11 @@ from torch import Tensor
 from data.drawn.readings import READINGS
 from data.drawn.sketch import NAMES, Face, draw
 from eval.reader import AttributeReader, load_reader
-from predictor import EssenceTransfer
-from predictor.direction import mixed
-from predictor.load import load_essence
+from predictor import EssenceTransfer, load_essence, mixed
 from targetclip import load_world
-from targetclip.editing import layer_weights
 from targetclip.encoders.identity import identity_similarity
 from targetclip.recipes import RECIPES
+from targetclip.scene import layer_weights
 
 COUNT = 12  # sources
 OFF = ("hat", "beard", "glasses", "moustache", "lipstick", "blush", "face_paint")
@@ -25,7 +23,7 @@ OFF = ("hat", "beard", "glasses", "moustache", "lipstick", "blush", "face_paint"
 
 @pytest.fixture(scope="module")
 def essence() -> EssenceTransfer:
-    return load_essence(load_world("sketch64"), torch.device("cpu"))
+    return load_essence("sketch64")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +50,7 @@ def read(
     essence: EssenceTransfer, reader: AttributeReader
 ) -> Callable[[Tensor, float], Float[Tensor, "sources outputs"]]:
     """Readings of sources moved along a direction."""
-    sources = essence.generated_sources(COUNT, seed=3)
+    sources = essence.scene.sources(COUNT, seed=3)
 
     def readings(vector: Tensor, strength: float = 1.0) -> Tensor:
         found: Tensor = reader(essence.edit(sources, vector, strength).clamp(-1, 1))
@@ -90,13 +88,13 @@ def test_an_answer_to_one_target_is_that_to_many(essence: EssenceTransfer) -> No
 
 
 def test_one_pass_brings_unseen_sources_to_the_target(essence: EssenceTransfer) -> None:
-    sources = essence.generated_sources(COUNT, seed=3)
+    sources = essence.scene.sources(COUNT, seed=3)
     for wanted in (SPECTACLED, BEARDED, HATTED):
         target = draw(wanted)
         vector = essence.predict(target).vector
         before = essence.edit(sources, vector, 0.0)
         scores = essence.score(target, before, essence.edit(sources, vector))
-        assert scores.transfer > 0.8 > float(scores.target_before.mean())
+        assert float(scores.transfer) > 0.8 > float(scores.target_before.mean())
 
 
 def test_more_strength_brings_more(essence: EssenceTransfer, read: Read) -> None:
@@ -128,7 +126,7 @@ def test_coarse_layers_carry_shapes_and_fine_ones_do_not(
     essence: EssenceTransfer, read: Read
 ) -> None:
     vector = essence.predict(draw(SPECTACLED)).vector
-    layers = essence.generator.num_ws
+    layers = essence.scene.generator.num_ws
     without = [
         mean(read(vector * layer_weights(layers, **weights)[:, None]), "glasses")
         for weights in ({"fine": 0.0}, {"coarse": 0.0, "middle": 0.0})
@@ -137,11 +135,11 @@ def test_coarse_layers_carry_shapes_and_fine_ones_do_not(
 
 
 def test_an_identity_floor_is_kept_by_less_strength(essence: EssenceTransfer) -> None:
-    sources = essence.generated_sources(COUNT, seed=3)
+    sources = essence.scene.sources(COUNT, seed=3)
     vector = essence.predict(draw(BEARDED)).vector
-    assert essence.identity is not None
+    assert essence.scene.identity is not None
     before, after = essence.edit(sources, vector, 0.0), essence.edit(sources, vector)
-    whole = float(identity_similarity(essence.identity, before, after).mean())
+    whole = float(identity_similarity(essence.scene.identity, before, after).mean())
     floors = (whole - 0.1, (whole + 1) / 2, (whole + 3) / 4)
     found = [essence.strength_at_identity(sources, vector, floor) for floor in floors]
     assert 0 < found[2] < found[1] < found[0] == 1

@@ -2,13 +2,11 @@
 
 import hashlib
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from predictor import cli
+from command_runs import exit_code, one_line
 
 CONTENT = b"weights of a network"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -28,16 +26,13 @@ World = Callable[..., tuple[int, list[str], str]]
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> World:
+def world(capsys: pytest.CaptureFixture[str]) -> World:
     """Run `targetclip world`: its exit code, its lines, and what it said of errors."""
 
     def run(*arguments: object) -> tuple[int, list[str], str]:
-        monkeypatch.setattr(sys, "argv", ["targetclip", "world", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        code = exit_code("world", *arguments)
         captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, captured.out.splitlines(), captured.err
+        return code, captured.out.splitlines(), captured.err
 
     return run
 
@@ -70,12 +65,6 @@ def holding(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(local_dir / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-
-
-def one_line(text: str) -> str:
-    [line] = text.splitlines()
-    assert line.startswith("targetclip: ")
-    return line
 
 
 def test_the_list_has_a_line_for_each_world_and_says_what_is_missing(
@@ -172,30 +161,25 @@ def test_a_download_without_a_connection_is_refused_in_one_line(
 
 
 def test_a_world_that_is_ready_by_the_check_can_be_used(
-    world: World, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tiny_world: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_world.parent, tmp_path / "world")
     path = tmp_path / "world" / "world.toml"
     assert world("check", path)[0] == 0
     arguments = ["--text", "a hat", "--num-sources", "1", "--steps", "1", "--initial", "zero"]
     path.write_text(tiny_world.read_text() + 'neutral = ["a face", "a head"]\n')
-    command = ["transfer", "--world", str(path), "--out", str(tmp_path / "out"), *arguments]
-    monkeypatch.setattr(sys, "argv", ["targetclip", *command])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 0 and (tmp_path / "out" / "grid.png").is_file()
+    assert exit_code("transfer", "--world", path, "--out", tmp_path / "out", *arguments) == 0
+    assert (tmp_path / "out" / "grid.png").is_file()
 
 
 def test_using_a_world_whose_files_are_missing_names_the_check(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = Path(__file__).parents[2] / "examples" / "joker.png"
-    command = ["optimize", "--world", path, "--target", picture, "--out", path.with_name("out")]
-    monkeypatch.setattr(sys, "argv", ["targetclip", *map(str, command)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+    arguments = ("--world", path, "--target", picture, "--out", path.with_name("out"))
+    assert exit_code("optimize", *arguments) == 1
     line = one_line(capsys.readouterr().err)
-    assert ended.value.code == 1 and f"{path.with_name('g.pt')}: no such file" in line
+    assert f"{path.with_name('g.pt')}: no such file" in line
     assert line.endswith(f"targetclip world check {path} --download")
 
 
