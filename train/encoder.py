@@ -166,7 +166,7 @@ def target_pictures(
     sets = [open_targets(spec, scene.generator, scene.truncation) for spec in specs]
     digest = digest_of("pictures", [s.identity() for s in sets], size, sorted(left_out))
 
-    def decode() -> UInt8[ndarray, "targets {size} {size} 3"]:
+    def decode() -> UInt8[ndarray, "targets size size 3"]:
         pictures = []
         for picture in training_pictures(sets, left_out, "decode targets"):
             check()

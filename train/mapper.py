@@ -150,15 +150,13 @@ class Config:
     seed: int = 0
     evaluate_every: int = 500
     """Steps between two lines of the log."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between two checkpoints."""
     licence: str = "See the licences of the generator, the embedder and the target pictures."
     """Terms of use, for the mapper's file."""
 
 
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
-FREE |= {"evaluate_every", "checkpoint_seconds", "checkpoint_layers"}
+FREE |= {"evaluate_every", "checkpoint_layers"}
 
 
 def flags_of(config: Config) -> dict[str, Any]:
@@ -379,7 +377,6 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
             clip=CLIP,
             ema=EMA,
             evaluate_every=config.evaluate_every,
-            checkpoint_seconds=config.checkpoint_seconds,
         ),
         settings=settings_of(
             config,

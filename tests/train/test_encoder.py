@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from data.targets import Target, open_targets, split_of
+from targetclip.command import Stop, Stopped, guarded
 from targetclip.encoders.inverter import Inverter, load_inverter, save_inverter
 from targetclip.media.images import picture_to_tensor
-from targetclip.world import load_parts, load_world
-from train import encoder
+from targetclip.recipes import Recipe
+from targetclip.world import load_scene, load_world
 from train.encoder import (
     ENCODER,
     Config,
@@ -29,7 +30,7 @@ from train.encoder import (
     target_pictures,
 )
 from train.loop import CHECKPOINT, LOG
-from train.mapper_objective import Validation
+from train.mapper_data import Validation
 
 
 def configured(world: Path, out: Path, **changes: Any) -> Config:
@@ -79,7 +80,7 @@ def lengthened(inverter: Inverter, path: Path) -> Inverter:
 
 
 def test_a_direction_is_the_answer_less_the_mean(tiny_world: Path, tmp_path: Path) -> None:
-    _, network = make_parts(configured(tiny_world, tmp_path))
+    _, _, network = make_parts(configured(tiny_world, tmp_path))
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     before = directions_of(network, images)
     torch.testing.assert_close(before, network(images) - network.mean_w)
@@ -90,12 +91,13 @@ def test_a_direction_is_the_answer_less_the_mean(tiny_world: Path, tmp_path: Pat
 
 def test_the_loss_of_a_batch_falls(small: Callable[..., Config]) -> None:
     config = small(steps=25)
-    scene, start = make_parts(config)
-    pictures = target_pictures(config.out, config.targets, scene, frozenset())
+    scene, recipe, start = make_parts(config)
+    _, pictures = target_pictures(config.out, config.targets, scene, frozenset())
 
     def loss(network: Inverter) -> float:
         with torch.no_grad():
-            return sum(float(essence_loss(network, scene, pictures[:4], i)) for i in range(4)) / 4
+            losses = [essence_loss(network, scene, recipe, pictures[:4], i) for i in range(4)]
+            return float(torch.stack(losses).mean())
 
     before = loss(start)
     after = loss(run(config))
@@ -104,15 +106,15 @@ def test_the_loss_of_a_batch_falls(small: Callable[..., Config]) -> None:
 
 def test_the_loss_has_the_recipes_three_parts(small: Callable[..., Config]) -> None:
     config = small()
-    scene, network = make_parts(config)
-    pictures = target_pictures(config.out, config.targets, scene, frozenset())[:2]
+    scene, recipe, network = make_parts(config)
+    pictures = target_pictures(config.out, config.targets, scene, frozenset())[1][:2]
     nothing = {"transfer_weight": 0.0, "consistency_weight": 0.0, "weight_decay": 0.0}
 
-    def loss(**weights: float) -> Tensor:
-        weighed = replace(scene, recipe=replace(scene.recipe, **weights))  # type: ignore[arg-type]
-        return essence_loss(network, weighed, pictures, 7)
+    def loss(seed: int = 7, **weights: float) -> Tensor:
+        weighed: Recipe = replace(recipe, **weights)  # type: ignore[arg-type]
+        return essence_loss(network, scene, weighed, pictures, seed)
 
-    parts = [loss(**{**nothing, name: getattr(scene.recipe, name)}) for name in nothing]
+    parts = [loss(**{**nothing, name: getattr(recipe, name)}) for name in nothing]
     assert all(part.item() > 0 for part in parts)
     torch.testing.assert_close(loss(), torch.stack(parts).sum())
     for part in parts:
@@ -120,7 +122,7 @@ def test_the_loss_has_the_recipes_three_parts(small: Callable[..., Config]) -> N
         part.backward()
         found = network.encoder.out.weight.grad
         assert found is not None and float(found.norm()) > 0
-    assert loss().item() == loss().item() != essence_loss(network, scene, pictures, 8).item()
+    assert loss().item() == loss().item() != loss(8).item()
 
 
 # What a run starts from and leaves
@@ -129,12 +131,12 @@ def test_the_loss_has_the_recipes_three_parts(small: Callable[..., Config]) -> N
 def test_it_starts_from_the_worlds_inverter_or_from_the_one_given(
     small: Callable[..., Config], tiny_world: Path, tmp_path: Path
 ) -> None:
-    parts = load_parts(load_world(str(tiny_world)), torch.device("cpu"))
-    assert parts.inverter is not None
+    inverter = load_scene(load_world(str(tiny_world))).inverter
+    assert isinstance(inverter, Inverter)
     still: dict[str, Any] = {"steps": 1, "learning_rate": 1e-9}
-    torch.testing.assert_close(run(small(**still)).state_dict(), parts.inverter.state_dict())
+    torch.testing.assert_close(run(small(**still)).state_dict(), inverter.state_dict())
 
-    other = lengthened(parts.inverter, tmp_path / "other.safetensors")
+    other = lengthened(inverter, tmp_path / "other.safetensors")
     started = run(small(start=tmp_path / "other.safetensors", out=tmp_path / "more", **still))
     expected = {name: value.half().float() for name, value in other.state_dict().items()}
     torch.testing.assert_close(started.state_dict(), expected)
@@ -145,7 +147,7 @@ def test_the_file_is_an_inverters_and_holds_the_average(
 ) -> None:
     config = small()
     average = run(config)
-    scene, _ = make_parts(config)
+    scene, _, _ = make_parts(config)
     loaded = load_inverter(config.out / ENCODER, scene.generator.fingerprint)
     for name, value in average.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value.half().float()), name
@@ -160,8 +162,8 @@ def test_the_log_tells_scores_on_targets_and_sources_that_are_held_out(
     average = run(config)
     lines = [json.loads(line) for line in (config.out / LOG).read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4]
-    scene, _ = make_parts(config)
-    found = figures(average, Validation.open(config.validation, scene))
+    scene, recipe, _ = make_parts(config)
+    found = figures(average, Validation.open(config.validation, scene, recipe))
     assert {k: v for k, v in lines[1].items() if k not in ("step", "loss")} == found
     assert found.keys() == {
         "transfer_score",
@@ -173,29 +175,43 @@ def test_the_log_tells_scores_on_targets_and_sources_that_are_held_out(
     # Two targets are in range, one is not
     inside, outside = found["transfer_score_in_range"], found["transfer_score_out_of_range"]
     assert found["transfer_score"] == pytest.approx((2 * inside + outside) / 3, abs=1e-6)
-    one = figures(average, Validation.open(("drawn:1@23",), scene))
+    one = figures(average, Validation.open(("drawn:1@23",), scene, recipe))
     assert "transfer_score_out_of_range" not in one and one["length"] != found["length"]
 
 
-@pytest.mark.parametrize("at", [1, 3])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(
-    at: int, small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class StopAt(Stop):
+    """Asks to stop during some step."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+        super().__init__()
+
+    @property
+    def signal(self) -> int | None:  # type: ignore[override]
+        """Read once a picture or step."""
+        return 15 if self.left == 0 else None
+
+    @signal.setter
+    def signal(self, number: int | None) -> None:
+        pass
+
+    def check(self) -> None:
+        """Let the pictures be decoded."""
+
+
+@pytest.mark.parametrize("max_images", [None, 3])
+def test_a_run_that_ended_early_goes_on_as_if_nothing_had_been(
+    max_images: int | None, small: Callable[..., Config], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(encoder, "Schedule", partial(encoder.Schedule, checkpoint_seconds=-1.0))
-    expected = run(small(steps=5, out=tmp_path / "straight"))
-    whole, calls = encoder.essence_loss, iter(range(100))
-
-    def killed(*arguments: Any) -> Tensor:
-        if next(calls) == at:
-            raise KeyboardInterrupt
-        return whole(*arguments)
-
-    config = small(steps=5)
-    with monkeypatch.context() as patch:
-        patch.setattr(encoder, "essence_loss", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(config)
-    assert state_of(config.out)["step"] == at and not (config.out / ENCODER).exists()
+    expected = run(small(out=tmp_path / "straight", max_images=max_images))
+    config = small(max_images=max_images)
+    with pytest.raises(Stopped):
+        run(config, StopAt(0))
+    assert state_of(config.out)["step"] == 1 and not (config.out / ENCODER).exists()
+    with pytest.raises(ValueError, match=r"of other settings: learning_rate 0\.05 not 0\.04"):
+        run(replace(config, learning_rate=0.04))
+    with pytest.raises(ValueError, match="of other settings: targets pictures-"):
+        run(replace(config, targets=("drawn:7@17",)))
     assert same(run(config).state_dict(), expected.state_dict())
 
 
@@ -203,40 +219,40 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 
 
 def test_only_the_train_split_is_trained_on_and_decoded_once(
-    small: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Callable[..., Config], tmp_path: Path
 ) -> None:
-    scene, _ = make_parts(small())
+    scene, _, _ = make_parts(small())
     specs = ("drawn:40@5", "wide:10@5")
     training = training_targets(specs)
     assert 0 < len(training) < 50
     left_out = frozenset({training[0].id})
-    found = target_pictures(tmp_path, specs, scene, left_out)
+    name, found = target_pictures(tmp_path, specs, scene, left_out)
     # At the generator's size, whatever that of the pictures
     assert found.shape == (len(training) - 1, 16, 16, 3) and found.dtype == np.uint8
     for target, picture in zip(training[1:], found, strict=True):
         expected = picture_to_tensor(target.picture, 16)[0].permute(1, 2, 0)
         assert np.array_equal(picture, ((expected + 1) * 127.5).round().to(torch.uint8).numpy())
 
-    monkeypatch.setattr(encoder, "decode_targets", None)
-    assert np.array_equal(target_pictures(tmp_path, specs, scene, left_out), found)
-    assert len(list(tmp_path.glob("*.npy"))) == 1
-    with pytest.raises(TypeError):  # other targets are decoded, to another file
-        target_pictures(tmp_path, specs, scene, frozenset())
+    written = (tmp_path / name).stat()
+    assert np.array_equal(target_pictures(tmp_path, specs, scene, left_out)[1], found)
+    assert (tmp_path / name).stat() == written
+    other, more = target_pictures(tmp_path, specs, scene, frozenset())  # other targets
+    assert other != name and len(more) == len(training)
 
 
 def test_folders_and_targets_to_validate_on_are_kept_apart(
     small: Callable[..., Config], tmp_path: Path
 ) -> None:
     faces = builds_made.pictures(tmp_path / "faces")
-    scene, _ = make_parts(small())
-    found = target_pictures(tmp_path, (str(faces),), scene, frozenset())
+    scene, _, _ = make_parts(small())
+    _, found = target_pictures(tmp_path, (str(faces),), scene, frozenset())
     assert len(found) == len(training_targets((str(faces),))) > 0
     with pytest.raises(ValueError, match=r"--targets: expected pictures to train on.*held out"):
         run(small(targets=("drawn:4@23",), validation=("drawn:4@23",)))
 
 
 def test_a_damaged_file_of_pictures_is_named(small: Callable[..., Config], tmp_path: Path) -> None:
-    scene, _ = make_parts(small())
+    scene, _, _ = make_parts(small())
     target_pictures(tmp_path, ("drawn:3@5",), scene, frozenset())
     [path] = tmp_path.glob("*.npy")
     for content in (b"", path.read_bytes()[:-10]):
@@ -249,7 +265,7 @@ def test_a_damaged_file_of_pictures_is_named(small: Callable[..., Config], tmp_p
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"batch_size": 0}, "--batch-size: expected 1 or more"),
         ({"learning_rate": float("nan")}, "--learning-rate"),
@@ -260,17 +276,13 @@ def test_a_damaged_file_of_pictures_is_named(small: Callable[..., Config], tmp_p
 )
 def test_a_flag_that_cannot_be_is_one_line_and_an_exit_code(
     changes: dict[str, Any],
-    told: str,
+    message: str,
     small: Callable[..., Config],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(encoder.tyro, "cli", lambda *args, **kwargs: small(**changes))
-    with pytest.raises(SystemExit) as ended:
-        encoder.main()
-    errors = [line for line in capsys.readouterr().err.splitlines() if "decode" not in line]
-    assert ended.value.code == 1
-    assert len(errors) == 1 and errors[0].startswith("error: ") and told in errors[0]
+    assert guarded(lambda: run(small(**changes)) and None, "train") == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and errors[0].startswith("train: error: ") and message in errors[0]
 
 
 def test_a_world_without_an_inverter_needs_one_given(tiny_world: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The training loop: what a killed run leaves, and that going on changes nothing."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,18 +241,19 @@ def spoilt_gradient(network: Network) -> Tensor:
     return (network.last.weight * 0).abs().sum().sqrt()
 
 
+@pytest.mark.parametrize("clip", [1.0, math.inf])
 @pytest.mark.parametrize("spoil", [spoilt_loss, spoilt_gradient])
 def test_what_is_not_finite_stops_the_run_with_the_last_good_state_kept(
-    tmp_path: Path, spoil: Callable[[Network], Tensor]
+    tmp_path: Path, spoil: Callable[[Network], Tensor], clip: float
 ) -> None:
-    network = fresh()
+    network, plan = fresh(), schedule(clip=clip)
     loss_at = loss_of(network)
 
     def spoilt_at(step: int) -> Tensor:
         return spoil(network) if step == 6 else loss_at(step)
 
     with pytest.raises(FloatingPointError, match=r"step 6.*checkpoint\.pt"):
-        trained(network, tmp_path, loss_at=spoilt_at)
+        trained(network, tmp_path, plan, loss_at=spoilt_at)
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert state["step"] == 6 and finite(state["network"]) and finite(state["average"])
     moments = state["optimizer"]["state"].values()
@@ -259,8 +261,8 @@ def test_what_is_not_finite_stops_the_run_with_the_last_good_state_kept(
     assert finite(network.state_dict())
 
     # It is the state of a run without the spoilt step: mended, the run goes on from there.
-    average = trained(fresh(), tmp_path)
-    assert same(average, trained(fresh(), tmp_path / "straight"))
+    average = trained(fresh(), tmp_path, plan)
+    assert same(average, trained(fresh(), tmp_path / "straight", plan))
 
 
 def test_a_network_that_was_never_good_leaves_no_checkpoint(tmp_path: Path) -> None:

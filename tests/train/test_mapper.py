@@ -7,54 +7,44 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import builds_made
 import datasets
 import pytest
 import torch
+import tyro
 from accelerate import Accelerator
 from torch import Tensor
 
 from data import build
 from data.dataset import load_pairs
 from data.targets import Target, open_targets, split_of
-from data.worker import SIGNALS, Stop, Stopped
 from predictor.mapper import load_mapper
-from targetclip.encoders.identity import identity_similarity
-from targetclip.scene import random_latents
-from train import mapper, mapper_loop
+from targetclip.command import Stop, Stopped, guarded, parse
 from train.loop import CHECKPOINT, LOG
-from train.mapper import MAPPER, Config, make_scene, prepare, run
-from train.mapper_data import open_pairs, target_bank
-from train.mapper_objective import Objective, Stage, Validation, noisy, parse_schedule, stage_at
+from train.mapper import MAPPER, Config, MapperTraining, make_scene, prepare, run
+from train.mapper_data import Validation, embed_unit, open_pairs, target_bank
+from train.mapper_objective import (
+    TERMS,
+    TrainingStage,
+    noisy,
+    parse_schedule,
+    stage_at,
+)
 
 ROOT = Path(__file__).parents[2]
-WEIGHTS = {"transfer": 1.0, "pairs": 1.0, "differences": 1.0}
+CPU = torch.device("cpu")
 SCHEDULE = ("differences:3", "transfer+differences:4")
 
 
-@contextmanager
-def signals_kept() -> Iterator[None]:
-    """Afterwards they do what they did before."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A training listens to signals, and datasets keep a cache."""
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`datasets` keeps a cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with signals_kept():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +52,7 @@ def pairs(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty targets' pairs, of all three splits."""
     out = tmp_path_factory.mktemp("built") / "pairs"
     config = builds_made.config(tiny_world, out, targets=("drawn:30",), batch_size=15)
-    with signals_kept():
-        assert build.run(config) == 0
+    assert build.run(config) == 0
     return out
 
 
@@ -73,8 +62,8 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bank")
 
 
-def configured(world: Path, bank: Path, out: Path, **changes: Any) -> Config:
-    """A training that takes a second."""
+def arguments(world: Path, bank: Path, out: Path, **changes: Any) -> list[str]:
+    """Return the flags of a training that takes a second."""
     usual: dict[str, Any] = {
         "schedule": SCHEDULE,
         "targets": ("drawn:10@17", "generated:5@17"),
@@ -87,9 +76,21 @@ def configured(world: Path, bank: Path, out: Path, **changes: Any) -> Config:
         "differences_batch_size": 4,
         "learning_rate": 1e-2,
         "evaluate_every": 3,
-        "checkpoint_seconds": 0.0,  # after every step
     }
-    return Config(**{"out": out, "world": str(world), "bank": bank, **usual, **changes})
+    flags: list[str] = []
+    for name, value in {"out": out, "world": world, "bank": bank, **usual, **changes}.items():
+        if value is not False:
+            values = () if value is True else value if isinstance(value, tuple) else (value,)
+            flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return flags
+
+
+def configured(world: Path, bank: Path, out: Path, **changes: Any) -> Config:
+    """Return the configuration of these flags."""
+    config: Config = parse(
+        tyro.conf.OmitArgPrefixes[Config], "train", None, arguments(world, bank, out, **changes)
+    )
+    return config
 
 
 @pytest.fixture
@@ -102,8 +103,7 @@ def small(tiny_world: Path, bank: Path, tmp_path: Path) -> Callable[..., Config]
 def straight(tiny_world: Path, bank: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
     out = tmp_path_factory.mktemp("straight") / "out"
-    with signals_kept():
-        run(configured(tiny_world, bank, out))
+    run(configured(tiny_world, bank, out))
     return out
 
 
@@ -120,52 +120,44 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
 
 
-def arguments(config: Config) -> list[str]:
-    """A configuration as it is given on a command line."""
-    flags: list[str] = []
-    for name, value in asdict(config).items():
-        if value not in (None, ()) and value is not False:
-            values = value if isinstance(value, tuple) else (value,)
-            flags += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return flags
+def prepared(config: Config) -> MapperTraining:
+    return prepare(config, Accelerator(), Stop())
+
+
+def go_on(training: MapperTraining) -> None:
+    """Take the steps that are left, without the evaluations."""
+    training.trainer.run(training.losses_at, lambda average: {}, Stop())
 
 
 # Learning
 
 
-@pytest.mark.parametrize("term", WEIGHTS)
+@pytest.mark.parametrize("term", TERMS)
 def test_every_term_is_learned(term: str, small: Callable[..., Config], pairs: Path) -> None:
-    course = {"schedule": (f"{term}:20",), "learning_rate": 0.03, "checkpoint_seconds": 1e9}
-    config = small(pairs=pairs, num_pairs=8, **course)
-    training, _ = prepare(config, Accelerator(), Stop())
+    rates = {"schedule": (f"{term}:20",), "learning_rate": 0.03}
+    training = prepared(small(pairs=pairs, num_pairs=8, **rates))
 
     def loss() -> float:
         with torch.no_grad():
             return sum(float(training.objective((term,), seed)[term]) for seed in range(8))
 
     before = loss()
-    training.run(lambda: None)
+    go_on(training)
     assert loss() < before - 0.02 * abs(before)
 
 
 def test_the_expected_score_learns_what_edits_reach(small: Callable[..., Config]) -> None:
-    config = small(schedule=("transfer:25",), checkpoint_seconds=1e9)
-    training, _ = prepare(config, Accelerator(), Stop())
+    training = prepared(small(schedule=("transfer:25",)))
     before = training.objective(("transfer",), 0)["expected"].item()
-    training.run(lambda: None)
+    go_on(training)
     assert training.objective(("transfer",), 0)["expected"].item() < before / 2
 
 
-def test_the_weight_of_a_term_scales_its_part_of_the_loss(
-    small: Callable[..., Config], pairs: Path
-) -> None:
-    found = {}
-    for weight in (1.0, 3.0):
-        config = small(schedule=("pairs+differences:1",), pairs=pairs, weight_pairs=weight)
-        training, _ = prepare(config, Accelerator(), Stop())
-        found[weight] = training.objective(("pairs", "differences"), 5)
-    difference = (found[3.0]["loss"] - found[1.0]["loss"]).item()
-    assert difference == pytest.approx(2 * found[1.0]["pairs"].item(), rel=1e-5)
+def test_the_loss_is_the_sum_of_its_terms(small: Callable[..., Config], pairs: Path) -> None:
+    training = prepared(small(schedule=("pairs+differences:1",), pairs=pairs))
+    losses = training.objective(("pairs", "differences"), 5)
+    assert losses.keys() == {"loss", "pairs", "differences"}
+    assert losses["loss"].item() == (losses["pairs"] + losses["differences"]).item() > 0
 
 
 def test_noise_has_the_length_asked_for_and_keeps_embeddings_unit() -> None:
@@ -184,10 +176,10 @@ def test_noise_has_the_length_asked_for_and_keeps_embeddings_unit() -> None:
 def test_the_file_predicts_what_the_average_predicts(
     small: Callable[..., Config], pairs: Path
 ) -> None:
-    course = {"schedule": ("pairs:3", "transfer:4"), "direction_decay": 0.5}
-    config = small(pairs=pairs, num_pairs=8, **course)
+    schedule = ("pairs:3", "transfer:4")
+    config = small(pairs=pairs, num_pairs=8, schedule=schedule, direction_decay=0.5)
     average = run(config)
-    _, scene = make_scene(config, torch.device("cpu"))
+    _, _, scene = make_scene(config, CPU)
     fingerprints = (scene.generator.fingerprint, scene.embedder.fingerprint)
     loaded, record = load_mapper(config.out / MAPPER, *fingerprints)
     embeddings = torch.randn(3, 32)
@@ -206,21 +198,21 @@ def test_the_file_predicts_what_the_average_predicts(
     assert (config.out / "grid.png").is_file()
     written = json.loads((config.out / "config.json").read_text())
     assert written["settings"]["recipe"]["sources"] == 2 and "torch" in written["versions"]
+    assert written["config"]["direction_decay"] == 0.5 and written["config"]["width"] == 16
     assert record.recipe["recipe"]["weight_decay"] == 0.5
 
 
 def test_the_scale_is_the_teachers_deviation_with_a_floor(
     small: Callable[..., Config], pairs: Path
 ) -> None:
-    config = small(pairs=pairs, schedule=("pairs:1",))
-    training, _ = prepare(config, Accelerator(), Stop())
+    with_pairs = prepared(small(pairs=pairs, schedule=("pairs:1",))).trainer.network
     directions = load_pairs(pairs, "train")["direction"][:]
     deviation = directions.square().mean(dim=0).sqrt()
     expected = deviation.clamp_min(0.05 * float(deviation.mean()))
-    torch.testing.assert_close(training.mapper.scale, expected)
-    without, _ = prepare(small(), Accelerator(), Stop())
-    assert torch.equal(without.mapper.scale[0], without.mapper.scale[-1])
-    assert 0 < float(without.mapper.centre.norm()) <= 1
+    torch.testing.assert_close(with_pairs.scale, expected)
+    without = prepared(small()).trainer.network
+    assert torch.equal(without.scale[0], without.scale[-1])
+    assert 0 < float(without.centre.norm()) <= 1
 
 
 def test_a_mapper_of_a_rank_is_trained_as_one(small: Callable[..., Config]) -> None:
@@ -235,34 +227,37 @@ def test_a_mapper_of_a_rank_is_trained_as_one(small: Callable[..., Config]) -> N
 
 
 @torch.no_grad()
-def kept(training: mapper_loop.Training) -> float:
-    """How much of other sources' identity is left by the mapper's answers to some targets."""
+def identity_kept(training: MapperTraining) -> float:
+    """Return the mean identity score of the mapper's answers to some targets."""
     scene = training.objective.scene
     targets = training.objective.target_embeddings(torch.Generator().manual_seed(1))
-    sources = random_latents(scene.generator, range(900, 916))
-    before = scene.generator.synthesis(sources)
-    each = [
-        identity_similarity(scene.identity, before, scene.generator.synthesis(sources + direction))
-        for direction in training.average(targets).directions
-    ]
-    return float(torch.stack(each).mean())
+    directions = training.trainer.average(targets).directions
+    scores = scene.score(targets, scene.latents(range(900, 916)), directions, with_identity=True)
+    assert scores.identity is not None
+    return float(scores.identity.mean())
 
 
 def test_the_identity_loss_is_learned_and_said_in_the_record(
-    small: Callable[..., Config], who_world: Path
+    small: Callable[..., Config], who_world: Path, tmp_path: Path
 ) -> None:
-    found = {}
+    scores = {}
     for weight in (0.0, 3.0):
         config = small(
-            world=str(who_world), schedule=("transfer:25",), recipe="identity",
-            identity_weight=weight, direction_decay=0.0, checkpoint_seconds=1e9, learning_rate=0.03,
-        )  # fmt: skip
-        training, _ = prepare(replace(config, out=config.out / str(weight)), Accelerator(), Stop())
-        assert training.settings["recipe"]["identity_weight"] == weight
-        assert (training.settings["identity"] is None) == (weight == 0)
-        training.run(lambda: None)
-        found[weight] = kept(training)
-    assert found[3.0] > found[0.0] + 0.02
+            out=tmp_path / str(weight),
+            world=who_world,
+            schedule=("transfer:25",),
+            recipe="identity",
+            identity_weight=weight,
+            direction_decay=0.0,
+            learning_rate=0.03,
+        )
+        training = prepared(config)
+        settings = training.trainer.settings
+        assert settings["recipe"]["identity_weight"] == weight
+        assert (settings["identity"] is None) == (weight == 0)
+        go_on(training)
+        scores[weight] = identity_kept(training)
+    assert scores[3.0] > scores[0.0] + 0.02
 
 
 def test_an_identity_loss_needs_a_world_with_the_model_and_a_stage_that_has_it(
@@ -278,10 +273,13 @@ def test_layers_computed_again_are_no_other_training(
     small: Callable[..., Config], straight: Path
 ) -> None:
     config = small(checkpoint_layers=True)
-    training, _ = prepare(config, Accelerator(), Stop())
-    assert training.objective.scene.generator.checkpoint_layers
-    shutil.copytree(straight, config.out)
-    assert same(run(config).state_dict(), state_of(straight)["average"])
+    assert make_scene(config, CPU)[2].generator.checkpoint_layers
+    with pytest.raises(Stopped):
+        run(config, StopAt(4))
+    training = prepared(small())  # goes on without them
+    assert training.trainer.step == 5
+    go_on(training)
+    assert same(state_of(config.out)["network"], state_of(straight)["network"])
 
 
 def test_a_checkpoint_from_before_a_setting_was_there_is_gone_on_with(
@@ -298,46 +296,45 @@ def test_a_checkpoint_from_before_a_setting_was_there_is_gone_on_with(
 # Going on
 
 
-def interrupted(
-    config: Config, at: int, how: str, monkeypatch: pytest.MonkeyPatch
-) -> pytest.ExceptionInfo[BaseException]:
-    """Run until a step, and end there by a kill or by a signal."""
-    take_step = mapper_loop.Training.take_step
+class StopAt(Stop):
+    """Is sent a signal during some step."""
 
-    def stopping(training: mapper_loop.Training) -> None:
-        if training.step == at:
-            if how == "kill":
-                raise KeyboardInterrupt
+    def __init__(self, step: int) -> None:
+        self.left = step
+        super().__init__()
+
+    @property
+    def signal(self) -> int | None:  # type: ignore[override]
+        """Read once a step."""
+        self.left -= 1
+        if self.left < 0 and self.number is None:
             os.kill(os.getpid(), signal.SIGTERM)
-        take_step(training)
+        return self.number
 
-    with monkeypatch.context() as patch:
-        patch.setattr(mapper_loop.Training, "take_step", stopping)
-        with pytest.raises((KeyboardInterrupt, Stopped)) as ended:
-            run(config)
-    return ended
+    @signal.setter
+    def signal(self, number: int | None) -> None:
+        self.number = number
+
+    def check(self) -> None:
+        """The data is there already."""
 
 
-@pytest.mark.parametrize(("at", "how", "seconds"), [(5, "kill", 0.0), (3, "signal", 1e9)])
+@pytest.mark.parametrize("at", [0, 3])
 def test_a_run_that_ended_early_goes_on_as_if_nothing_had_been(
-    at: int,
-    how: str,
-    seconds: float,
-    small: Callable[..., Config],
-    straight: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    at: int, small: Callable[..., Config], straight: Path
 ) -> None:
-    config = small(checkpoint_seconds=seconds)
-    ended = interrupted(config, at, how, monkeypatch)
-    assert ended.type is (Stopped if how == "signal" else KeyboardInterrupt)
-    assert state_of(config.out)["step"] == at + (how == "signal")
+    config = small()
+    with pytest.raises(Stopped):
+        run(config, StopAt(at))
+    assert state_of(config.out)["step"] == at + 1
     # A line of steps that are taken again, and one cut short
     with (config.out / LOG).open("a") as log:
         log.write('{"step": 6, "loss": 0}\n{"step": 7, "lo')
     average = run(config)
-    found, wanted = state_of(config.out), state_of(straight)
-    assert same(average.state_dict(), wanted["average"])
-    assert same(found["network"], wanted["network"]) and same(found["average"], wanted["average"])
+    resumed, whole = state_of(config.out), state_of(straight)
+    assert same(average.state_dict(), whole["average"])
+    assert same(resumed["network"], whole["network"])
+    assert same(resumed["average"], whole["average"])
     assert lines(config.out) == lines(straight)
 
 
@@ -351,67 +348,23 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(
     state = state_of(small().out)
     del state["network"]["score_linear.weight"]
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"another version of the mapper: .*score_linear"):
+    with pytest.raises(ValueError, match=r"another version of it: .*score_linear"):
         run(small(schedule=("differences:2",)))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
         run(small(schedule=("differences:2",)))
 
 
-def test_a_run_killed_while_it_writes_keeps_the_checkpoint_before(
-    small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save, writes = torch.save, iter(range(100))
-
-    def half(state: object, path: Path) -> None:
-        if next(writes) < 4:
-            save(state, path)
-        else:
-            path.write_bytes(b"half")
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(KeyboardInterrupt):
-        run(small())
-    assert state_of(small().out)["step"] == 4
-    assert not list(small().out.glob(".*.tmp"))
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_stops_the_run_with_the_last_good_state_kept(
-    where: str, small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    differences, calls = Objective.differences, iter(range(100))
-
-    def spoilt(self: Objective, random: torch.Generator, seed: int) -> dict[str, Tensor]:
-        found = differences(self, random, seed)
-        if next(calls) < 2:
-            return found
-        if where == "loss":
-            return {"differences": found["differences"] * float("nan")}
-        # The slope of a square root at zero is infinite, and that times zero is NaN.
-        return {"differences": (self.mapper.direction.weight * 0).abs().sum().sqrt()}
-
-    monkeypatch.setattr(Objective, "differences", spoilt)
-    with pytest.raises(FloatingPointError, match=r"step 2 .*checkpoint\.pt"):
-        run(small())
-    state = state_of(small().out)
-    assert state["step"] == 2
-    values = [*state["network"].values(), *state["average"].values()]
-    values += [v for moment in state["optimizer"]["state"].values() for v in moment.values()]
-    assert all(bool(value.isfinite().all()) for value in values)
-    assert not (small().out / MAPPER).exists()
-
-
 # Schedules and flags
 
 
 def test_a_schedule_is_stages_one_after_the_other() -> None:
-    stages = parse_schedule(("pairs:3", "differences+transfer:2"), WEIGHTS)
-    assert stages == (Stage(("pairs",), 3), Stage(("transfer", "differences"), 2))
+    stages = parse_schedule(("pairs:3", "differences+transfer:2"))
+    second = TrainingStage(("transfer", "differences"), 2)
+    assert stages == (TrainingStage(("pairs",), 3), second)
     assert [stage_at(stages, step) for step in (0, 2, 3, 4)] == [stages[i] for i in (0, 0, 1, 1)]
-    off = parse_schedule(("pairs+differences:3",), {**WEIGHTS, "pairs": 0.0})
-    assert off == (Stage(("differences",), 3),)
+    with pytest.raises(ValueError, match="expected a step before the end"):
+        stage_at(stages, 5)
 
 
 @pytest.mark.parametrize(
@@ -419,15 +372,15 @@ def test_a_schedule_is_stages_one_after_the_other() -> None:
 )
 def test_a_stage_written_otherwise_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"--schedule: expected .*transfer, pairs, differences"):
-        parse_schedule((text,), WEIGHTS)
+        parse_schedule((text,))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"schedule": ()}, "--schedule: expected stages"),
         ({"schedule": ("pairs:2",)}, "needs --pairs"),
-        ({"schedule": ("transfer:2",), "weight_transfer": 0.0}, "only terms of weight 0"),
+        ({"learning_rate": 0.0}, "--learning-rate: expected a number above 0"),
         ({"targets": ()}, "--targets: expected some"),
         ({"num_pairs": 3}, "--num-pairs: expected a dataset"),
         ({"batch_size": 0}, "--batch-size: expected 1 or more"),
@@ -439,33 +392,41 @@ def test_a_stage_written_otherwise_is_refused(text: str) -> None:
 )
 def test_a_flag_that_cannot_be_is_one_line_and_an_exit_code(
     changes: dict[str, Any],
-    told: str,
+    message: str,
     small: Callable[..., Config],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(mapper.tyro, "cli", lambda *args, **kwargs: small(**changes))
-    with pytest.raises(SystemExit) as ended:
-        mapper.main()
+    assert guarded(lambda: run(small(**changes)) and None, "train") == 1
     errors = capsys.readouterr().err.splitlines()
-    assert ended.value.code == 1
-    assert len(errors) == 1 and errors[0].startswith("error: ") and told in errors[0]
+    assert len(errors) == 1 and errors[0].startswith("train: error: ") and message in errors[0]
 
 
-def test_half_precision_that_needs_scaled_gradients_is_refused(
+def test_a_precision_that_needs_scaled_gradients_is_refused(
     small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched = SimpleNamespace(mixed_precision="fp16")
-    monkeypatch.setattr(mapper, "Accelerator", lambda **settings: launched)
-    with pytest.raises(ValueError, match="--mixed_precision: expected no or bf16, found fp16"):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"--mixed_precision.: expected no or bf16, found 'fp16'"):
         run(small())
+
+
+def test_a_flag_goes_before_accelerates_precision(
+    small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {}
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for flags in ({}, {"precision": "fp32"}):
+        training = prepared(small(**flags))
+        recorded = training.trainer.settings["precision"]
+        losses[recorded] = training.losses_at(3, 0)["transfer"].item()
+    assert losses.keys() == {"bf16", "no"}
+    assert losses["bf16"] != losses["no"] == pytest.approx(losses["bf16"], abs=0.02)
 
 
 # What is trained on
 
 
 def test_num_pairs_takes_the_first_by_their_ids(small: Callable[..., Config], pairs: Path) -> None:
-    _, scene = make_scene(small(), torch.device("cpu"))
+    _, _, scene = make_scene(small(), CPU)
     rows = sorted(load_pairs(pairs, "train").with_format(None), key=lambda row: row["id"])
     found = open_pairs(pairs, 5, scene, frozenset())
     torch.testing.assert_close(
@@ -497,36 +458,34 @@ def test_other_splits_are_never_read(
 def test_pairs_of_another_world_are_refused(
     small: Callable[..., Config], pairs: Path, tmp_path: Path
 ) -> None:
-    _, scene = make_scene(small(), torch.device("cpu"))
+    _, _, scene = make_scene(small(), CPU)
     other = tmp_path / "other"
     shutil.copytree(pairs, other)
-    card = (other / "README.md").read_text()
-    (other / "README.md").write_text(card.replace(scene.generator.fingerprint, "0" * 64))
-    with pytest.raises(ValueError, match="--pairs: expected pairs of generator"):
-        open_pairs(other, None, scene, frozenset())
+    report = (other / "report.json").read_text()
+    for name in ("generator", "embedder"):
+        fingerprint = getattr(scene, name).fingerprint
+        (other / "report.json").write_text(report.replace(fingerprint, "0" * 64))
+        with pytest.raises(ValueError, match=f"--pairs: expected pairs of {name} .*found 0000"):
+            open_pairs(other, None, scene, frozenset())
 
 
 def test_the_bank_holds_training_targets_alone_and_is_made_once(
     small: Callable[..., Config], tmp_path: Path
 ) -> None:
-    _, scene = make_scene(small(), torch.device("cpu"))
+    _, recipe, scene = make_scene(small(), CPU)
     spec = "drawn:40@5"
     faces = builds_made.pictures(tmp_path / "faces")
     targets = [target for target in open_targets(spec) if isinstance(target, Target)]
     training = [target for target in targets if split_of(target.id) == "train"]
     assert 0 < len(training) < len(targets)
     left_out = {training[0].id}
-    made: list[Path] = []
-
-    def write(path: Path, embeddings: Any) -> None:
-        made.append(path)
-        mapper.save_bank(path, embeddings)
-
-    specs = (spec, str(faces))
-    for _ in range(2):
-        _, bank = target_bank(tmp_path / "bank", specs, scene, left_out, write, lambda: None)
-    assert len(made) == 1
-    expected = scene.embed_targets([target.picture for target in training[1:]])
+    specs, folder = (spec, str(faces)), tmp_path / "bank"
+    name, bank = target_bank(folder, specs, scene, recipe, left_out)
+    written = (folder / name).stat()
+    again, _ = target_bank(folder, specs, scene, recipe, left_out, is_main_process=False)
+    assert again == name and (folder / name).stat() == written
+    assert [path.name for path in folder.iterdir()] == [name]
+    expected = embed_unit(scene, [target.picture for target in training[1:]], recipe)
     torch.testing.assert_close(torch.from_numpy(bank[: len(expected)].copy()), expected)
     good = [target for target in open_targets(str(faces)) if isinstance(target, Target)]
     assert len(bank) == len(expected) + sum(split_of(target.id) == "train" for target in good)
@@ -536,8 +495,8 @@ def test_targets_to_validate_on_are_not_trained_on(small: Callable[..., Config])
     config = small(targets=("drawn:10@23",), validation=("drawn:10@23",))
     with pytest.raises(ValueError, match="expected pictures to train on"):
         run(config)
-    _, scene = make_scene(config, torch.device("cpu"))
-    judged = Validation.open(("drawn:2@23", "wide:1@23"), scene)
+    _, recipe, scene = make_scene(config, CPU)
+    judged = Validation.open(("drawn:2@23", "wide:1@23"), scene, recipe)
     assert judged.in_range.tolist() == [True, True, False]
 
 
@@ -545,16 +504,18 @@ def test_targets_to_validate_on_are_not_trained_on(small: Callable[..., Config])
 
 
 def test_two_processes_train_as_one_with_two_batches(
-    small: Callable[..., Config], tmp_path: Path
+    small: Callable[..., Config], tiny_world: Path, bank: Path, tmp_path: Path
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    config = small(out=tmp_path / "two", schedule=("differences:1", "transfer:2"))
+    schedule = ("differences:1", "transfer:2")
+    config = small(out=tmp_path / "two", schedule=schedule)
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     flags = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(port)]
+    own = arguments(tiny_world, bank, config.out, schedule=schedule)
     done = subprocess.run(
-        [*launcher, *flags, "-m", "train.mapper", *arguments(config)],
+        [*launcher, *flags, "-m", "train.mapper", *own],
         cwd=ROOT,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -563,7 +524,7 @@ def test_two_processes_train_as_one_with_two_batches(
     )
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in lines(config.out)] == [3]
-    one = run(small(out=tmp_path / "one", schedule=config.schedule, accumulate=2))
+    one = run(small(out=tmp_path / "one", schedule=schedule, accumulate=2))
     found, _ = load_mapper(config.out / MAPPER)
     for name, value in one.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-3, atol=1e-5)

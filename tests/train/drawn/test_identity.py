@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,12 @@ from torch.nn import functional as F
 
 from data.drawn.faces import draw_parameters, faces_from_z, sample_z
 from data.drawn.sketch import ESSENCE, IDENTITY, NAMES
-from targetclip.encoders.identity import IdentityModel
+from targetclip.command import Stop, Stopped
 from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from train.drawn.identity import (
     Config,
-    Pair,
     changed_alone,
     features_of,
     figures_of,
@@ -28,7 +26,7 @@ from train.drawn.identity import (
     train_identity,
     with_essence_of,
 )
-from train.loop import CHECKPOINT, LOG, Schedule
+from train.loop import CHECKPOINT, LOG
 
 OWN = [NAMES.index(name) for name in IDENTITY]
 ESSENTIAL = [NAMES.index(name) for name in ESSENCE]
@@ -124,21 +122,31 @@ def test_held_out_people_are_drawn_and_generated_twice(config: Config) -> None:
     torch.testing.assert_close(first[..., -1, 12], second[..., -1, 12])
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train_identity(config)
+class StopAt(Stop):
+    """Asks to stop during the second step."""
 
-    def killed(model: IdentityModel, pairs: dict[str, Pair]) -> dict[str, float]:
-        raise KeyboardInterrupt
+    left = 2
 
-    stopped = replace(config, out=config.out.with_name("stopped"), evaluate_every=2)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("train.drawn.identity.Schedule", partial(Schedule, checkpoint_seconds=-1.0))
-        patch.setattr("train.drawn.identity.figures_of", killed)
-        train_identity(stopped)
+    @property
+    def signal(self) -> int | None:  # type: ignore[override]
+        """Read once a step."""
+        self.left -= 1
+        return 15 if self.left == 0 else None
+
+    @signal.setter
+    def signal(self, number: int | None) -> None:
+        pass
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(config: Config) -> None:
+    whole = train_identity(config, Stop())
+    stopped = replace(config, out=config.out.with_name("stopped"))
+    with pytest.raises(Stopped):
+        train_identity(stopped, StopAt())
     assert torch.load(stopped.out / CHECKPOINT, weights_only=True)["step"] == 2
-    for name, tensor in train_identity(stopped).state_dict().items():
+    with pytest.raises(ValueError, match="of other settings: noise"):
+        train_identity(replace(stopped, noise=0.2), Stop())
+    for name, tensor in train_identity(stopped, Stop()).state_dict().items():
         assert torch.equal(tensor, whole.state_dict()[name]), name
 
 
