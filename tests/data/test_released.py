@@ -1,4 +1,4 @@
-"""Published directions become a dataset like any other: what pairs is in it, the rest is listed."""
+"""Published directions become a dataset: those with a picture are in it, the rest is listed."""
 
 import json
 import random
@@ -14,19 +14,17 @@ from PIL import Image
 from torch.nn import functional as F
 
 from data import released
-from data.build import HELD_OUT_SEED
 from data.build import Config as BuildConfig
 from data.build import run as build_run
-from data.dataset import load_pairs, verify
+from data.build import verify_build
+from data.dataset import load_pairs, networks_of, verify
 from data.drawn.faces import draw_wide
-from data.finish import verify_build
 from data.pairs import SPLITS
 from data.released import Config, import_released
 from data.targets import picture_id, split_of
 from targetclip.recipes import RECIPES
-from targetclip.sources import generated_sources
-from targetclip.targets import embed_targets
-from targetclip.world import load_parts, load_world
+from targetclip.seeds import PAIR_SOURCES
+from targetclip.world import load_scene, load_world
 from tests.proof.damage import flip_bit, rows_of
 
 NUM_WS, W_DIM = 6, 8  # of the tiny world's generator
@@ -109,18 +107,18 @@ def test_what_only_their_makers_could_tell_is_zero_or_empty(imported: Config) ->
 
 def test_embeddings_and_held_out_scores_are_those_of_a_build(imported: Config) -> None:
     world = load_world(imported.world)
-    parts = load_parts(world, torch.device("cpu"))
+    scene = load_scene(world, torch.device("cpu"))
     recipe = RECIPES[world.recipe]
     row = named_rows(imported.out)["joker"]
-    target = embed_targets(parts.generator, parts.embedder, [picture(0)], recipe)
+    target = scene.embed_targets([picture(0)], recipe)
     assert row["norm"] == pytest.approx(float(target.norm()), rel=1e-5)
     np.testing.assert_allclose(row["embedding"], F.normalize(target, dim=1)[0], atol=1e-5)
-    sources = generated_sources(parts.generator, world.truncation, 3, HELD_OUT_SEED)
+    sources = scene.sources(3, PAIR_SOURCES)
 
     def embed(ws: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            images = parts.generator.synthesis(ws)
-            return F.normalize(parts.embedder.embed_images(images, recipe.preprocess), dim=1)
+            images = scene.generator.synthesis(ws)
+            return F.normalize(scene.embedder.embed_images(images, recipe.preprocess), dim=1)
 
     before, after = embed(sources), embed(sources + torch.from_numpy(vector(0)))
     unit = F.normalize(target, dim=1)[0]
@@ -133,8 +131,8 @@ def test_embeddings_and_held_out_scores_are_those_of_a_build(imported: Config) -
 
 def test_what_does_not_pair_is_listed_with_its_reason_and_no_path(imported: Config) -> None:
     lines = (imported.out / "failures.jsonl").read_text().splitlines()
-    found = {(one := json.loads(line))["origin"]: one for line in lines}
-    said = {
+    failures = {(failure := json.loads(line))["origin"]: failure for line in lines}
+    reasons = {
         "dirs/w_plus.npy": "no picture",
         "targets/trump.png": "not a picture",
         "targets/doc_brown.png": "no direction in --directions is called 'doc_brown.npy'",
@@ -142,8 +140,8 @@ def test_what_does_not_pair_is_listed_with_its_reason_and_no_path(imported: Conf
         "targets/flat.png": "'dirs/flat.npy': expected an array [num_ws, w_dim]",
         "targets/large.png": "'dirs/large.npy': expected [6, 8], the generator's W+",
     }
-    assert found.keys() == said.keys()
-    assert all(text in found[origin]["reason"] for origin, text in said.items())
+    assert failures.keys() == reasons.keys()
+    assert all(text in failures[origin]["reason"] for origin, text in reasons.items())
     assert str(imported.out.parent) not in "".join(lines)
 
 
@@ -180,10 +178,11 @@ def test_a_flipped_bit_is_found(imported: Config, tmp_path: Path) -> None:
 def test_card_and_report_say_what_the_rows_are_and_nothing_of_this_machine(
     imported: Config,
 ) -> None:
-    parts = load_parts(load_world(imported.world), torch.device("cpu"))
+    scene = load_scene(load_world(imported.world), torch.device("cpu"))
     card = (imported.out / "README.md").read_text()
-    # Whoever learns from pairs looks for both in the card.
-    assert parts.generator.fingerprint in card and parts.embedder.fingerprint in card
+    prints = (scene.generator.fingerprint, scene.embedder.fingerprint)
+    assert networks_of(imported.out) == prints
+    assert all(fingerprint in card for fingerprint in prints)
     assert "| recipe | released |" in card and "without a licence" in card
     assert (
         "python -m data.released --out pairs --directions dirs --targets targets "
@@ -233,32 +232,26 @@ def test_an_empty_folder_is_filled_and_nothing_else_is_touched(config: Config) -
     assert "--out: expected nothing" in error_of(replace(config, out=config.out / "README.md"))
 
 
-def test_what_comes_to_out_meanwhile_is_kept(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    merge_all = released.merge_all
+def test_what_comes_to_out_meanwhile_is_kept(config: Config) -> None:
+    def come(point: str) -> None:
+        if point == "before-sums":
+            config.out.mkdir()
+            (config.out / "theirs.txt").write_text("theirs")
 
-    def slow_merge(*arguments: Any) -> dict[str, Any]:
-        config.out.mkdir()
-        (config.out / "theirs.txt").write_text("theirs")
-        return merge_all(*arguments)
-
-    monkeypatch.setattr(released, "merge_all", slow_merge)
     with pytest.raises(OSError, match="not empty"):
-        import_released(config)
+        import_released(config, come)
     assert [path.name for path in config.out.iterdir()] == ["theirs.txt"]
     assert not list(config.out.parent.glob(".*"))
 
 
-def test_an_import_that_ends_in_the_middle_leaves_nothing(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def ended(*arguments: Any) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("end_at", ["after-link", "before-sums"])
+def test_an_import_that_ends_in_the_middle_leaves_nothing(config: Config, end_at: str) -> None:
+    def end(point: str) -> None:
+        if point == end_at:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(released, "publish_file", ended)
     with pytest.raises(KeyboardInterrupt):
-        import_released(config)
+        import_released(config, end)
     assert [path.name for path in config.out.parent.iterdir()] == ["dirs"]
 
 
@@ -290,10 +283,13 @@ def test_bad_input_is_one_line_and_no_traceback(
     monkeypatch.setattr(sys, "argv", ["data.released", *flags, "nowhere"])
     with pytest.raises(SystemExit) as ended:
         released.main()
-    told = capsys.readouterr()
-    assert ended.value.code == 1 and told.out == ""
-    assert told.err.startswith("error: unknown world") and told.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert ended.value.code == 1 and output.out == ""
+    assert output.err.startswith("python -m data.released: error: unknown world")
+    assert output.err.count("\n") == 1
     monkeypatch.setattr(sys, "argv", ["data.released", *flags, config.world])
-    released.main()
+    with pytest.raises(SystemExit) as ended:
+        released.main()
+    assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out)["failures"] == 6
     assert verify(config.out) == []
