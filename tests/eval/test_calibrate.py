@@ -1,80 +1,149 @@
-"""Calibrating a mapper of a tiny world, from the command to the file."""
+"""Calibrating a mapper: the figures from scores, and a tiny world from the command to the file."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from eval import calibrate
-from eval.calibrate import Config, run
+from data.targets import split_of
+from eval.calibrate import (
+    STRETCHES,
+    Config,
+    choose_refinement,
+    reliability,
+    run,
+    steps_to_teacher,
+    threshold_of,
+)
 from eval.expectation import fit_expectation
-from predictor.gate import Gate
-from predictor.load import load_essence
+from predictor.direction import Gate
 from predictor.mapper import load_mapper, save_mapper
+from predictor.mapper_file import MapperRecord
 from targetclip.recipes import RECIPES
-from targetclip.world import load_world
+from targetclip.world import load_scene, load_world
+
+# Figures
+
+ALL = [torch.ones(4, dtype=torch.bool)]
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps everywhere, one rate."""
-    monkeypatch.setattr(calibrate, "LENGTHS", (1, 2))
-    monkeypatch.setattr(calibrate, "RATES", (0.01,))
-    recipe = RECIPES["consistent"]
-    quick = {**vars(recipe), "steps": 2, "sources": 2}
-    monkeypatch.setitem(RECIPES, "consistent", type(recipe)(**quick))
+def test_a_mapper_as_good_as_its_teacher_passes_nearly_everywhere() -> None:
+    probe = torch.tensor([0.8, 0.85, 0.9, 0.95])
+    threshold = threshold_of(probe, probe, probe - 0.1, ALL)
+    assert threshold == pytest.approx(float(torch.quantile(probe, 0.01)))
+    assert (probe >= threshold).sum() == 3  # only the very lowest is taken for unlike the others
 
 
-def config_of(tiny_world: Path, mapper: Path, out: Path, **changes: object) -> Config:
-    usual: dict[str, object] = {
+def test_answers_that_fall_short_of_the_teacher_do_not_pass() -> None:
+    mapper = torch.tensor([0.3, 0.5, 0.9, 0.9])
+    threshold = threshold_of(mapper, mapper, torch.full((4,), 0.9), ALL)
+    assert 0.5 < threshold <= 0.9
+
+
+def test_every_set_must_hold_on_its_own() -> None:
+    mapper = torch.tensor([0.95, 0.95, 0.6, 0.65])
+    teacher = torch.tensor([0.7, 0.7, 0.9, 0.9])
+    halves = [torch.tensor([True, True, False, False]), torch.tensor([False, False, True, True])]
+    together = threshold_of(mapper, mapper, teacher, ALL)
+    apart = threshold_of(mapper, mapper, teacher, halves)
+    assert together < 0.65 < apart
+
+
+def test_where_no_answer_of_the_mapper_will_do_none_passes() -> None:
+    # High on the probe and low on other sources: the probe says nothing here.
+    probe, mapper = torch.full((4,), 0.99), torch.full((4,), 0.1)
+    assert threshold_of(probe, mapper, torch.full((4,), 0.9), ALL) == 1.0
+
+
+def test_the_shortest_refinement_that_is_nearly_the_best_is_chosen() -> None:
+    losses = {
+        0.01: {0: 0.5, 5: 0.3, 10: 0.2005, 30: 0.2},
+        0.03: {0: 0.5, 5: 0.4, 10: 0.3, 30: 0.25},
+    }
+    assert choose_refinement(losses) == (0.01, 10)
+    # No refinement at all is none, however good the predictions are.
+    assert choose_refinement({0.01: {0: 0.1, 5: 0.3, 10: 0.3015}}) == (0.01, 5)
+
+
+def test_steps_to_the_teachers_loss_count_predictions_as_none() -> None:
+    losses = {0: 0.3, 5: 0.25, 10: 0.2}
+    assert [steps_to_teacher(losses, loss) for loss in (0.3, 0.26, 0.2, 0.1)] == [0, 5, 10, None]
+
+
+def test_reliability_tells_error_from_bias() -> None:
+    reached = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    found = reliability(reached + 0.1, reached)
+    assert found["expected_error"] == pytest.approx(0.1, abs=1e-6)
+    assert found["expected_bias"] == pytest.approx(0.1, abs=1e-6)
+    assert found["expected_correlation"] == pytest.approx(1.0, abs=1e-5)
+    assert reliability(-reached, reached)["expected_correlation"] == pytest.approx(-1, abs=1e-5)
+
+
+# Calibrating
+
+QUICK = replace(RECIPES["consistent"], steps=2, sources=2, fresh_sources=False)
+
+
+def config_of(world: Path, mapper: Path, out: Path, **changes: Any) -> Config:
+    small: dict[str, Any] = {
         "targets": ("drawn:60@29", "generated:60@29"),
         "count": 2,
         "fitted": 6,
         "sources": 2,
         "probes": 2,
     }
-    return Config(mapper=mapper, out=out, world=str(tiny_world), **{**usual, **changes})  # type: ignore[arg-type]
+    return Config(mapper=mapper, out=out, world=str(world), **{**small, **changes})
+
+
+def calibrated(config: Config) -> MapperRecord:
+    """Calibrate by two steps everywhere and one rate."""
+    return run(config, teacher=QUICK, lengths=(1, 2), rates=(0.01,))
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return report
 
 
 def test_the_file_written_passes_the_gate_and_is_the_same_mapper(
     tiny_world: Path, tiny_mapper: Path, tmp_path: Path
 ) -> None:
-    before = tiny_mapper.read_bytes()
-    config = config_of(tiny_world, tiny_mapper, tmp_path / "out")
-    record = run(config)
-    mapper, found = load_mapper(tmp_path / "out" / "mapper.safetensors")
+    before, out = tiny_mapper.read_bytes(), tmp_path / "out"
+    config = config_of(tiny_world, tiny_mapper, out)
+    record = calibrated(config)
+    mapper, found = load_mapper(out / "mapper.safetensors")
     assert found == record and tiny_mapper.read_bytes() == before
+    assert torch.is_grad_enabled()
     stretch, original = record.calibration["stretch"], load_mapper(tiny_mapper)[0]
-    # What is fitted are the scores of the stretched directions.
-    essence = load_essence(load_world(str(tiny_world)), torch.device("cpu"), tiny_mapper, 96)
-    fitted = essence.asked_mapper()
-    fitted.scale.mul_(stretch)
-    fit_expectation(essence, fitted, config.targets, config.fitted, config.seed)
+    # Scores of the stretched directions are fitted.
+    scene, fitted = load_scene(load_world(str(tiny_world))), load_mapper(tiny_mapper)[0]
+    for changed in (original, fitted):
+        changed.scale.mul_(stretch)
+    fit_expectation(scene, fitted, config.targets, config.fitted, config.seed)
     assert mapper.fingerprint == fitted.fingerprint
-    original.scale.mul_(stretch)
     heads = {"score.weight", "score.bias", "score_linear.weight"}
     was, now = original.state_dict(), mapper.state_dict()
     assert {name for name in now if not torch.equal(now[name], was[name])} == heads
     assert record.calibration["fitted"] == 12 and record.recipe["expects"] is True
     gate = Gate.of(mapper)
     assert gate.probes == 2 and gate.refine_steps in (1, 2) and gate.refine_rate == 0.01
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = report_of(out)
     assert report["calibration"] == record.calibration
     by_stretch = {float(factor): loss for factor, loss in report["loss_by_stretch"].items()}
-    assert set(by_stretch) == set(calibrate.STRETCHES)
+    assert set(by_stretch) == set(STRETCHES)
     assert by_stretch[stretch] == min(by_stretch.values())
-    assert sum(report["each"]["mapper_loss"]) / 4 == pytest.approx(by_stretch[stretch], rel=1e-4)
-    each = report["each"]
-    assert each["set"] == ["drawn:60@29"] * 2 + ["generated:60@29"] * 2
-    passing = [score >= gate.threshold for score in each["mapper_probe"]]
+    targets = report["each"]
+    assert sum(targets["mapper_loss"]) / 4 == pytest.approx(by_stretch[stretch], rel=1e-4)
+    assert targets["set"] == ["drawn:60@29"] * 2 + ["generated:60@29"] * 2
+    passing = [score >= gate.threshold for score in targets["mapper_probe"]]
     assert report["passing"]["drawn:60@29"] == pytest.approx(sum(passing[:2]) / 2)
     losses = report["loss_by_rate_and_steps"]
     assert set(losses["loss"]["0.01"]) == {"0", "1", "2"}
-    assert losses["loss"] == losses["teacher_loss"]  # of a mapper that was not taught identity
-    assert (tmp_path / "out" / "reliability.png").is_file()
+    assert losses["loss"] == losses["teacher_loss"]  # of a mapper trained without identity loss
+    assert (out / "reliability.png").is_file()
 
 
 def test_a_mapper_taught_identity_is_calibrated_by_it_and_needs_the_model(
@@ -84,39 +153,39 @@ def test_a_mapper_taught_identity_is_calibrated_by_it_and_needs_the_model(
     taught = {"recipe": {**vars(RECIPES["consistent"]), "identity_weight": 0.5}}
     path = tmp_path / "taught.safetensors"
     save_mapper(mapper, path, replace(record, recipe=taught))
-    run(config_of(who_world, path, tmp_path / "out"))
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    calibrated(config_of(who_world, path, tmp_path / "out"))
+    report = report_of(tmp_path / "out")
     assert report["each"]["mapper_loss"] != report["each"]["mapper_teacher_loss"]
     assert set(report["loss_by_rate_and_steps"]) == {"loss", "teacher_loss"}
     with pytest.raises(ValueError, match="needs an identity model"):
-        run(config_of(tiny_world, path, tmp_path / "without"))
+        calibrated(config_of(tiny_world, path, tmp_path / "without"))
 
 
 def test_only_targets_of_the_validation_split_are_used(
     tiny_world: Path, tiny_mapper: Path, tmp_path: Path
 ) -> None:
-    from data.targets import split_of
-
-    run(config_of(tiny_world, tiny_mapper, tmp_path / "out", count=3))
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    calibrated(config_of(tiny_world, tiny_mapper, tmp_path / "out", count=3))
+    report = report_of(tmp_path / "out")
     assert {split_of(name) for name in report["each"]["id"]} == {"validation"}
 
 
-def test_calibrating_twice_gives_the_same(
+def test_figures_do_not_depend_on_what_is_rendered_at_once(
     tiny_world: Path, tiny_mapper: Path, tmp_path: Path
 ) -> None:
-    outs = [tmp_path / "a", tmp_path / "b"]
-    records = [run(config_of(tiny_world, tiny_mapper, out, max_images=m)) for out, m in
-               zip(outs, (96, 96), strict=True)]  # fmt: skip
-    assert records[0] == records[1]
+    one, other = (
+        calibrated(config_of(tiny_world, tiny_mapper, tmp_path / str(most), max_images=most))
+        for most in (None, 3)
+    )
+    assert one.recipe == other.recipe
+    assert one.calibration == pytest.approx(other.calibration, rel=1e-3, abs=1e-4)
 
 
 def test_the_expected_score_stays_as_training_left_it_if_asked(
     tiny_world: Path, tiny_mapper: Path, tmp_path: Path
 ) -> None:
-    record = run(config_of(tiny_world, tiny_mapper, tmp_path / "out", fitted=0))
-    found, original = load_mapper(tmp_path / "out" / "mapper.safetensors")[0], tiny_mapper
-    was, now = load_mapper(original)[0].state_dict(), found.state_dict()
+    record = calibrated(config_of(tiny_world, tiny_mapper, tmp_path / "out", fitted=0))
+    now = load_mapper(tmp_path / "out" / "mapper.safetensors")[0].state_dict()
+    was = load_mapper(tiny_mapper)[0].state_dict()
     for name in ("score.weight", "score.bias", "score_linear.weight"):
         assert torch.equal(now[name], was[name])
     assert record.calibration["fitted"] == 0 and "expects" not in record.recipe
@@ -127,29 +196,17 @@ def test_the_expected_score_stays_as_training_left_it_if_asked(
     [
         ({"targets": ("drawn:1@29",)}, "validation split"),
         ({"mapper": Path("none.safetensors")}, "no such mapper"),
+        ({"count": 0}, "--count: expected 1 or more, found 0"),
+        ({"sources": 1}, "--sources: expected 2 or more, found 1"),
+        ({"probes": 0}, "--probes: expected 1"),
+        ({"fitted": -1}, "--fitted: expected 0"),
+        ({"max_images": 0}, "--max-images: expected 1"),
     ],
 )
-def test_what_cannot_be_calibrated_is_one_line(
-    changes: dict[str, object],
-    words: str,
-    tiny_world: Path,
-    tiny_mapper: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_what_cannot_be_calibrated_is_refused_in_one_line(
+    changes: dict[str, Any], words: str, tiny_world: Path, tiny_mapper: Path, tmp_path: Path
 ) -> None:
-    given = {"mapper": tiny_mapper, "targets": ("drawn:60@29",), **changes}
-    arguments = ["--mapper", str(given["mapper"]), "--out", str(tmp_path / "out")]
-    arguments += ["--world", str(tiny_world), "--targets", *given["targets"]]  # type: ignore[misc]
-    monkeypatch.setattr(sys, "argv", ["calibrate", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        calibrate.main()
-    [line] = capsys.readouterr().err.splitlines()[-1:]
-    assert ended.value.code == 1 and line.startswith("error: ") and words in line
-
-
-def test_numbers_that_cannot_be_are_refused(tmp_path: Path) -> None:
-    for changes in ({"count": 0}, {"sources": 1}, {"probes": 0}, {"fitted": -1}):
-        with pytest.raises(ValueError, match=f"--{next(iter(changes))}"):
-            Config(mapper=tmp_path, out=tmp_path, **changes)
-    assert torch.is_grad_enabled()
+    config = config_of(tiny_world, tiny_mapper, tmp_path / "out")
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        run(replace(config, **changes))
+    assert "\n" not in str(caught.value)
