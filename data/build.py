@@ -23,17 +23,15 @@ import shlex
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data.card import FAILURES, REPORT, SUMS, DatasetInfo
+from data.card import REPORT, SUMS, DatasetInfo
 from data.claims import Claim, claim, clock_ns, owner_name
-from data.dataset import mean_scores, merge, verify
-from data.pairs import features
+from data.dataset import verify
 from data.plan import (
     RECORD,
     Plan,
@@ -44,9 +42,10 @@ from data.plan import (
     load_plan,
     make_plan,
 )
-from data.publish import At, go_on, replace_file, sha256_of
+from data.publish import At, go_on, sha256_of
 from data.targets import TargetSet, open_targets
-from data.worker import Teacher, Worker, chunk_name, fitting_batch_size, make_teacher, time_step
+from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
+from data.worker import Worker, merge_all, remove_leftovers
 from targetclip import command
 from targetclip.command import Precision, Stop, choose_precision
 from targetclip.optimize import Progress
@@ -60,7 +59,6 @@ Stage = Literal["plan", "run", "merge", "verify"]
 
 WORK = ".build"  # hidden, so that a loader finds the dataset alone
 ACCELERATE_NAMES: dict[Precision, str] = {"fp32": "no", "bf16": "bf16"}  # as plans record them
-PACKAGES = ("accelerate", "datasets", "pyarrow")  # in the report beside those of all commands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +319,7 @@ def run_chunks(build: Build, plan: Plan) -> bool:
     return done
 
 
-# Merging
+# Merging and checking
 
 
 def facts_of(settings: dict[str, Any], world: World, scene: Scene) -> dict[str, Any]:
@@ -368,50 +366,6 @@ def command_line(config: Config, plan: Plan) -> list[str]:
     flags += ["--recipe", plan.settings["recipe_name"], "--initial", recipe["initial"]]
     flags += ["--steps", str(recipe["steps"]), "--batch-size", str(plan.batch_size)]
     return [*flags, "--held-out", str(plan.settings["held_out"]), "--seed", str(config.seed)]
-
-
-def remove_leftovers(out: Path, work: Path, lease: float) -> None:
-    """Remove files that killed workers left; one younger than a lease may be a living worker's."""
-    before = clock_ns(work) - int(lease * 1e9)
-    left = [
-        path for name in ("claims", "checkpoints", "attempts") for path in work.glob(f"{name}/*")
-    ]
-    left += [
-        path for folder in (work / "chunks", out / "data", out) for path in folder.glob(".*.tmp")
-    ]
-    for path in left:
-        with suppress(FileNotFoundError):
-            if path.stat().st_mtime_ns < before:
-                path.unlink()
-
-
-def merge_all(
-    out: Path, work: Path, plan: Plan, info: DatasetInfo, at: At = go_on
-) -> dict[str, Any]:
-    """Make the dataset of all chunks; return its report: counts, mean scores and settings.
-
-    Raises:
-        FileNotFoundError: a chunk is not done.
-        ValueError, OSError: as `data.dataset.merge`.
-    """
-    chunks = [work / "chunks" / f"{chunk_name(chunk)}.parquet" for chunk in range(plan.chunks)]
-    missing = [path.stem for path in chunks if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {plan.chunks} chunks are not done, {missing[0]} the first: "
-            "run the build again, without --only merge"
-        )
-    columns = features(plan.embeddings.shape[1], info.num_ws, info.w_dim)
-    merge(chunks, out, columns, info, plan.failures, at=at)
-    report = {
-        "splits": mean_scores(out),
-        "failures": len((out / FAILURES).read_text().splitlines()),
-        "settings": plan.settings,
-        "batch_size": plan.batch_size,
-        "versions": command.versions() | {name: metadata.version(name) for name in PACKAGES},
-    }
-    replace_file(out / REPORT, (json.dumps(report, indent=2) + "\n").encode(), at)
-    return report
 
 
 def merge_once(build: Build, plan: Plan, info: DatasetInfo, began: int) -> dict[str, Any]:

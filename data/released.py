@@ -38,7 +38,8 @@ from data.pairs import Failure, Pair, chunk_bytes, features
 from data.plan import Plan, describe, make_plan
 from data.publish import At, go_on, publish_file
 from data.targets import FolderTargets, Target, brief, open_folder, printable
-from data.worker import Teacher, chunk_name, make_teacher
+from data.teacher import Teacher, make_teacher
+from data.worker import chunk_name, merge_all
 from targetclip import command
 from targetclip.command import Precision, choose_precision, sync_folder
 from targetclip.directions import released_direction
@@ -271,7 +272,7 @@ def fill(
         licence_text=LICENCE,
         command=command_line(config, plan.settings),
     )
-    report = build.merge_all(folder, work, plan, info, at)
+    report = merge_all(folder, work, plan, info, at)
     for problem in build.verify_build(folder, work):
         raise ValueError(f"the files are not as they were written: {problem}; import again")
     return report

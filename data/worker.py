@@ -1,269 +1,42 @@
-"""One worker of a build: claim a chunk, optimize its targets, publish their pairs, go on.
+"""One worker of a build: claim a chunk, optimize its targets, publish their pairs, go on; merge.
 
 Any number of workers on any hosts may start and stop at any time. A worker that dies costs its work
 since the last checkpoint; another breaks its claim and goes on from there. Workers exchange nothing
 but files, so a slow one holds nobody up.
 """
 
-import dataclasses
 import hashlib
 import io
 import json
 import logging
-import math
-import resource
-import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil  # type: ignore[import-untyped]
 import torch
 from datasets import Features
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn import functional as F
 
-from data.claims import Claim, claim, owner_name
+from data.card import FAILURES, REPORT, DatasetInfo
+from data.claims import Claim, claim, clock_ns, owner_name
+from data.dataset import mean_scores, merge
 from data.pairs import Failure, Pair, chunk_bytes, features
 from data.plan import Plan
 from data.publish import At, go_on, publish_file, replace_file
-from data.targets import Target
-from targetclip.command import Precision, Stop, Stopped, in_precision, is_out_of_memory
-from targetclip.optimize import Optimized, Progress
-from targetclip.recipes import Recipe
-from targetclip.scene import Scene
-from targetclip.seeds import PAIR_SOURCES
+from data.teacher import Teacher
+from targetclip.command import Stop, Stopped, versions
+from targetclip.optimize import Progress
 
 logger = logging.getLogger(__name__)
 
-CHUNK_SECONDS = 300.0  # a chunk of more than one target lasts no longer
-MOST_TARGETS = 512
+PACKAGES = ("accelerate", "datasets", "pyarrow")  # in the report beside those of all commands
 
 
 class ClaimLost(Exception):
     """Another worker has taken the chunk over; it goes on from the last checkpoint."""
-
-
-# Directions and their scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """A scene, and the settings that all pairs of a run share."""
-
-    scene: Scene
-    recipe_name: str
-    recipe: Recipe
-    bank: Float[Tensor, "bank num_ws w_dim"]
-    """Sources that directions are optimized on."""
-    held_out: Float[Tensor, "sources num_ws w_dim"]
-    """Sources that no direction is optimized on; every pair is scored on them."""
-    precision: Precision = "fp32"
-    """Of searches and scores. Embeddings of targets are computed in float32."""
-
-    def scene_for(self, targets: int) -> Scene:
-        """Return the scene, with the images of a step of so many targets at once unless it limits
-        them: the batch size was tried on steps, so the same number fits elsewhere."""
-        at_once = self.scene.max_images or targets * self.recipe.sources
-        return self.scene.with_max_images(at_once)
-
-    def prepare(self, targets: list[Target], seeds: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Return raw embeddings of targets and, unless they are zero, starts of directions."""
-        pictures = [target.picture for target in targets]
-        embeddings = self.scene.embed_targets(pictures, self.recipe)
-        if self.recipe.initial == "zero":
-            return embeddings, None
-        return embeddings, self.scene.initial(pictures, self.recipe.initial, seeds)
-
-    def optimize_chunk(
-        self,
-        plan: Plan,
-        chunk: int,
-        on_step: Callable[[Progress], None],
-        resume: dict[str, Any] | None,
-    ) -> Optimized:
-        """Find the directions of a chunk's targets."""
-        rows, device = plan.rows(chunk), self.scene.device
-        initial = torch.zeros(rows.stop - rows.start, *self.bank.shape[1:])
-        if plan.initial is not None:
-            initial = torch.from_numpy(np.array(plan.initial[rows]))
-        with in_precision(device, self.precision):
-            return self.scene_for(plan.batch_size).search(
-                torch.from_numpy(np.array(plan.embeddings[rows])).to(device),
-                self.recipe,
-                initial.to(device),
-                plan.targets["seed"][rows.start : rows.stop].to_pylist(),
-                bank=self.bank,
-                on_step=on_step,
-                resume=resume,
-            )
-
-    def held_out_scores(
-        self,
-        embeddings: Float[Tensor, "targets embed"],
-        directions: Float[Tensor, "targets num_ws w_dim"],
-    ) -> Float[Tensor, "targets scores"]:
-        """Return transfer before and after the edit, and consistency, on held-out sources."""
-        with in_precision(self.scene.device, self.precision):
-            scores = self.scene_for(len(directions)).score(
-                embeddings,
-                self.held_out,
-                directions,
-                preprocess=self.recipe.preprocess,
-                differences=self.recipe.differences,
-            )
-        # As 1 minus the transfer loss: pairs keep the bits that they had when it was so written.
-        cosines = torch.stack([scores.target_before, scores.target_after]).mean(dim=-1)
-        before, after = 1 - (1 - cosines)
-        return torch.stack([before, after, scores.consistency], dim=1)
-
-    def rows(
-        self, plan: Plan, chunk: int, result: Optimized, seconds: float
-    ) -> tuple[list[Pair], list[Failure]]:
-        """Return pairs and failures of an optimized chunk, which took so many seconds in all."""
-        embeddings = torch.from_numpy(np.array(plan.embeddings[plan.rows(chunk)]))
-        scores = self.held_out_scores(embeddings.to(self.scene.device), result.directions).cpu()
-        directions, coefficients = (
-            result.directions.float().cpu(),
-            result.coefficients.float().cpu(),
-        )
-        own = torch.stack([result.loss, result.transfer, result.consistency], dim=1).cpu()
-        values = torch.cat([directions.flatten(1), coefficients, scores, own], dim=1)
-        valid = values.isfinite().all(dim=1) & (embeddings.norm(dim=1) > 0)
-        targets = plan.targets.slice(plan.rows(chunk).start, len(embeddings)).to_pylist()
-        pairs: list[Pair] = []
-        failures: list[Failure] = []
-        for i, target in enumerate(targets):
-            reason = result.failures[i]
-            if reason is None and not valid[i]:
-                reason = "its embedding is zero, or its direction or scores are not finite"
-            if reason is not None:
-                failures.append(Failure(target["id"], target["origin"], "optimize", reason))
-                continue
-            before, after, consistency = scores[i].tolist()
-            pairs.append(
-                Pair(
-                    id=target["id"],
-                    split=target["split"],
-                    origin=target["origin"],
-                    embedding=F.normalize(embeddings[i], dim=0).numpy(),
-                    norm=float(embeddings[i].norm()),
-                    direction=directions[i].numpy(),
-                    coefficients=coefficients[i].numpy(),
-                    loss=float(result.loss[i]),
-                    transfer=1 - float(result.transfer[i]),
-                    consistency=1 - float(result.consistency[i]),
-                    held_out_transfer=after,
-                    held_out_consistency=consistency,
-                    held_out_before=before,
-                    steps=int(result.steps[i]),
-                    seconds=seconds / len(targets),
-                    seed=target["seed"],
-                    recipe=self.recipe_name,
-                )
-            )
-        return pairs, failures
-
-
-def make_teacher(
-    scene: Scene,
-    recipe_name: str,
-    recipe: Recipe,
-    held_out: int = 16,
-    precision: Precision = "fp32",
-) -> Teacher:
-    """Return a teacher with its sources; `held_out` is their number."""
-    return Teacher(
-        scene=scene,
-        recipe_name=recipe_name,
-        recipe=recipe,
-        bank=scene.bank_of(recipe),
-        held_out=scene.sources(held_out, PAIR_SOURCES),
-        precision=precision,
-    )
-
-
-# How many targets are optimized together
-
-
-def memory() -> tuple[int, int, int]:
-    """Return bytes of main memory: free ones, those of this process now, and its peak."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    used = psutil.Process().memory_info().rss
-    return psutil.virtual_memory().available, used, peak * (1 if sys.platform == "darwin" else 1024)
-
-
-def fitting_batch_size(
-    try_batch: Callable[[int], float],
-    steps: int,
-    memory: Callable[[], tuple[int, int, int]] = memory,
-) -> int:
-    """Return the number of targets that are fastest together: doubled for as long as that pays.
-
-    Ends where memory does, where a target gets less than 5 % faster, or where a chunk would last
-    longer than `CHUNK_SECONDS`.
-
-    Args:
-        try_batch: returns the seconds of one step of so many targets; raises if they do not fit.
-        memory: as the function of this name.
-
-    Raises:
-        ValueError: not even one target fits.
-    """
-    best, fastest = 1, math.inf
-    size = 1
-    while size <= MOST_TARGETS:
-        free, used, _ = memory()
-        try:
-            seconds = try_batch(size)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                raise ValueError(
-                    "expected memory for a step of one target, found too little; "
-                    "give a smaller --max-images, or --checkpoint-layers"
-                ) from error
-            break
-        if seconds / size > 0.95 * fastest or (size > 1 and seconds * steps > CHUNK_SECONDS):
-            break
-        best, fastest = size, seconds / size
-        # A machine without main memory kills instead of raising. Twice the targets take at most
-        # twice as much as these took, which is given back already: hence the peak.
-        if 2 * (memory()[2] - used) > free:
-            break
-        size *= 2
-    return best
-
-
-def time_step(teacher: Teacher, size: int) -> float:
-    """Return the seconds of a step of so many targets, after one to warm up."""
-    random = torch.Generator().manual_seed(0)
-    device = teacher.scene.device
-    times: list[float] = []
-
-    def on_step(progress: Progress) -> None:
-        float(progress.loss.sum())  # waits for a device that computes in the background
-        times.append(time.perf_counter())
-
-    recipe = dataclasses.replace(teacher.recipe, steps=3)
-    with in_precision(device, teacher.precision):
-        teacher.scene_for(size).search(
-            torch.randn(size, teacher.scene.embedder.embed_dim, generator=random).to(device),
-            recipe,
-            torch.zeros(size, *teacher.bank.shape[1:], device=device),
-            range(size),
-            bank=teacher.bank[: max(recipe.sources, 8)],
-            on_step=on_step,
-        )
-    return times[-1] - times[-2]
-
-
-# The worker
 
 
 def chunk_name(chunk: int) -> str:
@@ -437,3 +210,50 @@ class Worker:
         for checkpoint in (self.work / "checkpoints").glob(f"{name}.*.pt"):
             checkpoint.unlink(missing_ok=True)
         (self.work / "attempts" / name).unlink(missing_ok=True)
+
+
+# After the last chunk
+
+
+def remove_leftovers(out: Path, work: Path, lease: float) -> None:
+    """Remove files that killed workers left; one younger than a lease may be a living worker's."""
+    before = clock_ns(work) - int(lease * 1e9)
+    left = [
+        path for name in ("claims", "checkpoints", "attempts") for path in work.glob(f"{name}/*")
+    ]
+    left += [
+        path for folder in (work / "chunks", out / "data", out) for path in folder.glob(".*.tmp")
+    ]
+    for path in left:
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime_ns < before:
+                path.unlink()
+
+
+def merge_all(
+    out: Path, work: Path, plan: Plan, info: DatasetInfo, at: At = go_on
+) -> dict[str, Any]:
+    """Make the dataset of all chunks; return its report: counts, mean scores and settings.
+
+    Raises:
+        FileNotFoundError: a chunk is not done.
+        ValueError, OSError: as `data.dataset.merge`.
+    """
+    chunks = [work / "chunks" / f"{chunk_name(chunk)}.parquet" for chunk in range(plan.chunks)]
+    missing = [path.stem for path in chunks if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {plan.chunks} chunks are not done, {missing[0]} the first: "
+            "run the build again, without --only merge"
+        )
+    columns = features(plan.embeddings.shape[1], info.num_ws, info.w_dim)
+    merge(chunks, out, columns, info, plan.failures, at=at)
+    report = {
+        "splits": mean_scores(out),
+        "failures": len((out / FAILURES).read_text().splitlines()),
+        "settings": plan.settings,
+        "batch_size": plan.batch_size,
+        "versions": versions() | {name: metadata.version(name) for name in PACKAGES},
+    }
+    replace_file(out / REPORT, (json.dumps(report, indent=2) + "\n").encode(), at)
+    return report

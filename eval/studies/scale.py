@@ -31,11 +31,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.build import WORK, dataset_info, merge_all, settings_of
+from data.build import WORK, dataset_info, settings_of
 from data.build import Config as Build
 from data.plan import Plan, make_plan
 from data.targets import BadTarget, Target, TargetSet, open_targets
-from data.worker import Teacher, Worker, make_teacher
+from data.teacher import Teacher, make_teacher
+from data.worker import Worker, merge_all
 from eval.report import machine, peak_bytes
 from eval.studies.costs import Sizes, alone, count_operations
 from targetclip import command

@@ -22,15 +22,15 @@ from data.claims import Claim, create, look
 from data.pairs import Failure, read_chunk
 from data.plan import Plan, make_plan
 from data.targets import open_targets
-from data.worker import (
+from data.teacher import (
     MOST_TARGETS,
     Teacher,
-    Worker,
     fitting_batch_size,
     make_teacher,
     memory,
     time_step,
 )
+from data.worker import Worker
 from targetclip.command import SIGNALS, Stop, Stopped
 from targetclip.optimize import Optimized, Progress, optimize_directions
 from targetclip.recipes import RECIPES
