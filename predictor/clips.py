@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from predictor.options import FOLDER, VIDEO, WINDOW
-from predictor.sources import Edit, Latents, inverted, quad_in
+from predictor.sources import Edit, Latents, Sources, inverted, quad_in
 from targetclip.media.alignment import Face, FaceFinder, align, paste_back
 from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
 from targetclip.media.images import tensor_to_pictures
@@ -52,17 +52,22 @@ class Track:
     """Number of frames, with or without a face."""
 
 
+def is_near(face: Face, before: Face) -> bool:
+    """Tell whether a face is less than its size away from where it was before."""
+    return distance(face, before) < before.size
+
+
 def distance(one: Face, other: Face) -> float:
     """Return the distance between the middles of two faces, in pixels."""
     return float(np.hypot(*(one.landmarks.mean(axis=0) - other.landmarks.mean(axis=0))))
 
 
 def same_face(faces: Sequence[Face], index: int, before: Face | None) -> Face | None:
-    """Return the face nearest to where it was before, if less than its size away; otherwise the
-    face of the number, if there is one."""
+    """Return the face nearest to where it was before, if near; otherwise the face of the number,
+    if there is one."""
     if before is not None and faces:
         nearest = min(faces, key=lambda face: distance(face, before))
-        if distance(nearest, before) < before.size:
+        if is_near(nearest, before):
             return nearest
     return faces[index] if index < len(faces) else None
 
@@ -103,7 +108,7 @@ def find_track(frames: Frames, finder: FaceFinder, index: int, window: int) -> T
             quad = None if face is None else quad_inside(face, frame)
             if face is None or quad is None:
                 continue
-            near = before is not None and distance(face, before) < before.size
+            near = before is not None and is_near(face, before)
             if near and numbers[-1] == number - 1 and size == frame.size:
                 runs[-1] += 1
             else:
@@ -125,7 +130,7 @@ def find_track(frames: Frames, finder: FaceFinder, index: int, window: int) -> T
     return Track(numbers, runs, smoothed, count)
 
 
-class Clip:
+class Clip(Sources):
     """A video file or a folder of frames; its face is followed through it at construction.
 
     Args:
@@ -209,7 +214,7 @@ class Clip:
         self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
     ) -> dict[str, Any]:
         """Write edited.mp4 with the clip's audio and rate, or frames/ of a folder."""
-        assert latents.whole is not None  # those of `latents` above
+        assert latents.whole is not None
         path = self.frames.path
         name = FOLDER if path.is_dir() else VIDEO
         frames, total = self.pasted(edit(latents.whole)), latents.facts["frames"]

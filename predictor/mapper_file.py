@@ -29,7 +29,7 @@ WEIGHTS, CARD = "model.safetensors", "README.md"  # files of a repository
 HUB_LICENCES = ("mit", "apache-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MapperConfig:
     """Sizes of a mapper, and the two networks it belongs to.
 
@@ -61,7 +61,7 @@ class MapperConfig:
                 raise ValueError(f"{name}: expected a fingerprint, found {getattr(self, name)!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MapperRecord:
     """Where a mapper comes from and what may be done with it."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,8 +47,7 @@ class Latents:
     """Entries of report.json."""
 
 
-@runtime_checkable
-class Sources(Protocol):
+class Sources:
     """What is edited, wherever it comes from."""
 
     facts: dict[str, Any]
@@ -56,16 +55,17 @@ class Sources(Protocol):
 
     def latents(self, scene: Scene) -> Latents:
         """Return the latents, inverted or generated."""
+        raise NotImplementedError
 
     def write(
         self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
     ) -> dict[str, Any]:
-        """Write what was edited; return entries of report.json.
+        """Write the scored edits as edited_000.png and so on; return entries of report.json.
 
         Args:
-            edited: the scored edits.
-            edit: makes the others.
+            edit: makes more edits than the scored ones.
         """
+        return {"edited": write_pictures(out, "edited", edited)}
 
 
 # Faces in pictures
@@ -160,7 +160,7 @@ def inverted(
         yield scene.invert(batch)
 
 
-class Generated:
+class Generated(Sources):
     """The generator's own samples."""
 
     def __init__(self, count: int, seed: int) -> None:
@@ -172,14 +172,8 @@ class Generated:
         rows = {"sources": tensor_to_pictures(scene.render(ws))}
         return Latents(scored=ws, shown=range(len(ws)), rows=rows)
 
-    def write(
-        self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
-    ) -> dict[str, Any]:
-        """Write edited_000.png and so on."""
-        return {"edited": write_pictures(out, "edited", edited)}
 
-
-class Photos:
+class Photos(Sources):
     """Pictures, read and their faces found at construction.
 
     Args:
@@ -212,7 +206,7 @@ class Photos:
         self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
     ) -> dict[str, Any]:
         """Write edited_000.png and so on and, of photos, photo_000.png and so on."""
-        facts = {"edited": write_pictures(out, "edited", edited)}
+        facts = super().write(out, edited, latents, edit)
         if self.quads is not None:
             faces = zip(self.pictures, edited, self.quads, strict=True)
             facts["photos"] = write_pictures(out, "photo", (paste_back(*face) for face in faces))
