@@ -60,7 +60,7 @@ class Options:
     """Stop early when the loss has not improved for so many steps."""
     align: Annotated[bool | None, tyro.conf.DisallowNone] = None
     """Find the face in each picture that is inverted, cut it out as FFHQ's faces are, and put it
-    back when it is edited; --no-align takes pictures that are such squares already. Default: the
+    back when it is edited. --no-align: the pictures are such squares already. Default: the
     world's."""
     invert_steps: int | None = None
     """Steps of a search that brings inverted pictures closer to the originals. Default: 0, or 300
@@ -190,12 +190,12 @@ class WorldList:
 
 @dataclass(frozen=True)
 class WorldCheck:
-    """Say of each file of a world whether it is there and right, and where to get it."""
+    """Check the files of a world: whether they are there and right, and where to get them."""
 
     world: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORLD")]
     """Name of a bundled world, or the path of a world's .toml file."""
     download: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Fetch what is missing and has a copy on the Hugging Face hub. Nothing is fetched without."""
+    """Fetch missing files that have a copy on the Hugging Face hub."""
 
 
 Asked = Transfer | Optimize | WorldList | WorldCheck

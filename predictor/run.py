@@ -127,7 +127,9 @@ def find_direction(
     if request.mode is None:
         return read_direction(essence.scene, request)
     if request.falls_back:
-        print("targetclip: this world has no mapper: the optimizer it is", file=sys.stderr)
+        print(
+            "targetclip: this world has no mapper: the optimizer finds directions", file=sys.stderr
+        )
     parts, interrupted = list[Direction](), False
     try:
         with ExitStack() as bars, in_precision(essence.scene.device, request.precision):
@@ -136,7 +138,7 @@ def find_direction(
             for target in targets:
                 parts.append(essence.direction(target.content, *given, watch))
     except Interrupted as stopped:
-        if len(targets) > 1:  # half a mixture is none
+        if len(targets) > 1:  # a mixture needs every direction
             raise
         print("targetclip: interrupted; going on with the direction so far", file=sys.stderr)
         parts, interrupted = [stopped.direction], True
