@@ -328,7 +328,7 @@ def optimize_directions(
     on_step: Callable[[Progress], None] | None = None,
     max_images: int = 64,
     resume: Mapping[str, Any] | None = None,
-    bank_features: Float[Tensor, "bank features"] | None = None,
+    bank_features: Float[Tensor, "_ features"] | None = None,
     identity: IdentityModel | None = None,
 ) -> Optimized:
     """Find the direction that gives any source each target's essence (paper, section 3).

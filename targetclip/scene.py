@@ -340,7 +340,8 @@ class Scene:
         weight = float(with_identity and self.identity is not None)
 
         def look(ws: Tensor) -> Tensor:
-            return self.features(ws.flatten(0, -3), preprocess, weight).unflatten(0, ws.shape[:-2])
+            features = self.features(ws.flatten(0, -3), preprocess, weight)
+            return features.reshape(*ws.shape[:-2], -1)
 
         per_source = edits if edits.ndim == 4 else edits[:, None]
         after = look(sources + per_source)
@@ -362,4 +363,10 @@ class Scene:
             return torch.cat([model.embed_images(part, "consistent") for part in parts])[None]
 
         scores = score_features(target[None], look(before), look(after))
-        return Scores(**{k: None if v is None else v[0] for k, v in vars(scores).items()})
+        return Scores(
+            target_before=scores.target_before[0],
+            target_after=scores.target_after[0],
+            source_after=scores.source_after[0],
+            consistency=scores.consistency[0],
+            identity=None if scores.identity is None else scores.identity[0],
+        )

@@ -61,7 +61,9 @@ def reference_generator(
 def generator() -> StyleGAN2:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8)))
+        network = StyleGAN2(
+            StyleGAN2Config(resolution=16, w_dim=8, z_dim=8, mapping_layers=2, channels=(8, 8, 8))
+        )
     return network.requires_grad_(False)
 
 
@@ -168,7 +170,9 @@ def test_a_batch_of_targets_equals_each_target_alone(embedder: ProjectionEmbedde
     # they show the rounding of single precision, which a batch's size does change.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        generator = StyleGAN2(StyleGAN2Config(16, 8, 8, 2, (8, 8, 8))).double()
+        generator = StyleGAN2(
+            StyleGAN2Config(resolution=16, w_dim=8, z_dim=8, mapping_layers=2, channels=(8, 8, 8))
+        ).double()
     generator.requires_grad_(False)
     embedder = ProjectionEmbedder(embedder.projection.double())
     random = torch.Generator().manual_seed(3)
@@ -386,7 +390,7 @@ def test_sources_seen_without_the_identity_model_are_refused(
         run(generator, embedder, recipe, [0], bank_features=embedded, identity=Colours())
 
 
-def test_an_identity_search_goes_on_bit_for_bit_and_in_chunks(
+def test_an_identity_search_goes_on_bit_for_bit(
     generator: StyleGAN2, embedder: ProjectionEmbedder
 ) -> None:
     recipe, snapshots = quick(identity_weight=1.0), []
@@ -396,8 +400,18 @@ def test_an_identity_search_goes_on_bit_for_bit_and_in_chunks(
     )  # fmt: skip
     resumed = run(generator, embedder, recipe, [0, 1], identity=Colours(), resume=snapshots[3])
     assert torch.equal(resumed.directions, whole.directions)
-    chunked = run(generator, embedder, recipe, [0, 1], identity=Colours(), max_images=1)
-    assert torch.allclose(chunked.directions, whole.directions, atol=2e-4)
+
+
+def test_an_identity_search_gives_the_same_in_chunks(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    # From zero the first gradients are rounding noise, by whose sign Adam takes full steps.
+    start = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(4))
+    recipe = quick(identity_weight=1.0, steps=3)
+    whole = run(generator, embedder, recipe, [0, 1], start, identity=Colours())
+    chunked = run(generator, embedder, recipe, [0, 1], start, identity=Colours(), max_images=1)
+    assert torch.allclose(chunked.directions, whole.directions, atol=1e-3)
+    assert not torch.allclose(start[:2], whole.directions, atol=1e-2)
 
 
 @pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
