@@ -4,13 +4,13 @@ Knows numbers by their names; nothing of how they were found. Charts need matplo
 `eval`.
 """
 
+import importlib.util
 import os
 import platform
 import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -230,7 +230,7 @@ class Series:
 
 def check_charts() -> None:
     """Raise a ValueError where matplotlib is missing; called before any work."""
-    if find_spec("matplotlib") is None:
+    if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f"charts need matplotlib, which is not installed: {INSTALL}")
 
 
