@@ -29,7 +29,8 @@ from data.drawn.sketch import HAIR_COLOURS, Face, draw, stepped_name
 from eval.metrics import reading_columns
 from eval.reader import AttributeReader, agreement, load_reader, mean_errors
 from targetclip import command
-from targetclip.embedder import ImageEmbedder
+from targetclip.embedder import ClipEmbedder
+from targetclip.generators.stylegan2 import StyleGAN2
 from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
 from targetclip.scene import Scene
 from targetclip.seeds import WORLD_TARGETS
@@ -90,7 +91,7 @@ def retrieval(image: Float[Tensor, "n embed"], text: Float[Tensor, "n embed"]) -
     return float(torch.cat(right).float().mean())
 
 
-def check_clip(embedder: ImageEmbedder, styled: bool, count: int) -> dict[str, float]:
+def check_clip(embedder: ClipEmbedder, styled: bool, count: int) -> dict[str, float]:
     """Return the rate of captions found among 100, and accuracies of prompts.
 
     Prompts ask for the hair colour, and for what a face wears.
@@ -171,12 +172,15 @@ def run(config: Config) -> dict[str, Any]:
     """
     check_config(config)
     scene, reader = load_scene(load_world(config.world)), load_reader()
+    generator, embedder = scene.generator, scene.embedder
+    if not isinstance(generator, StyleGAN2) or not isinstance(embedder, ClipEmbedder):
+        raise ValueError("--world: expected StyleGAN2 and a CLIP model, found others")
     command.make_folder(config.out)
-    z = sample_z(config.faces, scene.generator.z_dim, WORLD_TARGETS)
+    z = sample_z(config.faces, generator.z_dim, WORLD_TARGETS)
     parameters = faces_from_z(z).numpy()
     drawn = to_images(np.stack([np.asarray(draw(Face(*row))) for row in parameters.tolist()]))
     truth, seen = (torch.from_numpy(array) for array in truth_of(parameters))
-    ws = ws_from_z(scene.generator, z)
+    ws = ws_from_z(generator, z)
     made = scene.render(ws)
     report: dict[str, Any] = {
         "faces": config.faces,
@@ -186,8 +190,8 @@ def run(config: Config) -> dict[str, Any]:
             "generated": check_reader(reader, made, truth, seen),
         },
         "clip": {
-            "plain": check_clip(scene.embedder, False, config.captions),
-            "other style": check_clip(scene.embedder, True, config.captions),
+            "plain": check_clip(embedder, False, config.captions),
+            "other style": check_clip(embedder, True, config.captions),
         },
     }
     inverted = None

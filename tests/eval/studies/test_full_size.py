@@ -53,7 +53,11 @@ def handlers() -> Iterator[None]:
 
 
 def run_here(words: list[str], log: Path) -> float:
-    """In this process, whose imports are done."""
+    """Run a command in this process, whose imports are done."""
+    if words[1] == "eval.compare":
+        # The identity model is of full size here too, and would look at hundreds of images.
+        world = Path(words[words.index("--world") + 1])
+        world.write_text(world.read_text().replace('identity = "model_ir_se50.pth"\n', ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words[1:])
         with pytest.raises(SystemExit) as ended:
