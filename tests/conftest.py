@@ -86,7 +86,9 @@ def who_world(tiny_world: Path) -> Path:
     """The tiny world with an identity model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        identity = SketchIdentity(IdentityConfig(16, (8, 8), 16, 5))
+        identity = SketchIdentity(
+            IdentityConfig(resolution=16, channels=(8, 8), hidden=16, features=5)
+        )
     save_identity(identity, tiny_world.with_name("who.safetensors"))
     world = tiny_world.with_name("who.toml")
     world.write_text(tiny_world.read_text() + 'identity = "who.safetensors"\n')

@@ -90,8 +90,8 @@ class OneProcess:
 def plain_settings(config: Any, **more: Any) -> dict[str, Any]:
     """Return the values of a command's Config that decide weights: all but paths and
     `evaluate_every`. What the paths name is given as `more`, by its content."""
-    free = {name for name, value in vars(config).items() if isinstance(value, Path)}
-    values = {k: v for k, v in vars(config).items() if k not in {*free, "evaluate_every"}}
+    values = {k: v for k, v in vars(config).items() if not isinstance(v, Path)}
+    values.pop("evaluate_every", None)
     return {**values, **more}
 
 
@@ -116,10 +116,18 @@ def trim_log(path: Path, step: int) -> None:
 
 def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raise a ValueError where a checkpoint's settings differ from those of this run."""
-    names = dict.fromkeys([*settings, *saved])
-    other = [name for name in names if saved.get(name) != settings.get(name)]
+
+    def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        for name, value in values.items():
+            inner = isinstance(value, dict)
+            named |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+        return named
+
+    before, now = flat(saved), flat(settings)
+    other = [name for name in {**now, **before} if before.get(name) != now.get(name)]
     if other:
-        differences = ", ".join(f"{n} {saved.get(n)} not {settings.get(n)}" for n in other)
+        differences = ", ".join(f"{n} {before.get(n)} not {now.get(n)}" for n in other)
         raise ValueError(
             f"{str(path)!r} is of other settings: {differences}; give the same as before, or "
             "another --out"

@@ -40,6 +40,7 @@ from targetclip.command import (
     Stop,
     choose_precision,
     in_precision,
+    make_folder,
     versions,
     write_json,
 )
@@ -213,14 +214,12 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene
     """
     world, term = load_world(config.world), config.transfer
     name = term.recipe or world.recipe
-    recipe = RECIPES[name]
-    decay, weight = term.direction_decay, term.identity_weight
-    recipe = replace(
-        recipe,
-        sources=term.sources or recipe.sources,
-        weight_decay=recipe.weight_decay if decay is None else decay,
-        identity_weight=recipe.identity_weight if weight is None else weight,
-    )
+    changes: dict[str, Any] = {
+        "sources": term.sources,
+        "weight_decay": term.direction_decay,
+        "identity_weight": term.identity_weight,
+    }
+    recipe = replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
     scene = load_scene(
         world,
         device,
@@ -309,6 +308,7 @@ class MapperTraining:
     objective: Objective
     model: Any
     """The objective, perhaps in a parallel wrapper."""
+    precision: Precision
     trainer: Trainer[Mapper]
     validation: Validation
 
@@ -316,7 +316,7 @@ class MapperTraining:
         """Return the losses of a batch of a step."""
         seed = seed_of("mapper step", self.config.seed, step, shard)
         terms = stage_at(self.stages, step).terms
-        with self.trainer.in_backward():
+        with in_precision(self.objective.scene.device, self.precision):
             losses: dict[str, Tensor] = self.model(terms, seed)
         return losses
 
@@ -395,6 +395,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
         stages=stages,
         objective=objective,
         model=accelerator.prepare(objective),
+        precision=precision,
         trainer=trainer,
         validation=validation,
     )
@@ -412,9 +413,10 @@ def run(config: Config, stop: Stop | None = None) -> Mapper:
         Stopped: a signal came; the same command goes on from here.
     """
     check_config(config)
-    choose_precision(config.precision)  # an unknown one is refused before anything is loaded
+    choose_precision(config.precision)  # refuses what cannot be, before anything is loaded
     stop = stop or Stop()
     stop.listen()
+    make_folder(config.out)
     # The loop computes in the precision; accelerate need not convert anything.
     accelerator = Accelerator(gradient_accumulation_steps=config.accumulate, mixed_precision="no")
     training = prepare(config, accelerator, stop)

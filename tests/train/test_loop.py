@@ -190,7 +190,11 @@ def test_a_longer_gradient_is_cut(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_settings_is_refused_in_one_line(tmp_path: Path) -> None:
     trained(fresh(), tmp_path)
-    for other, difference in (({"batch": 8}, "batch 16 not 8"), ({}, "batch 16 not None")):
+    for other, difference in (
+        ({"batch": 8}, "batch 16 not 8"),
+        ({}, "batch 16 not None"),
+        ({"batch": 16, "recipe": {"sources": 2}}, r"recipe\.sources None not 2"),
+    ):
         network = fresh()
         with pytest.raises(ValueError, match=f"of other settings: {difference}; give") as refused:
             train(network, loss_of(network), tmp_path, schedule(), nothing, other)
