@@ -36,8 +36,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.costs import Sizes, count_operations, random_networks
 from eval.report import machine, peak_bytes
-from eval.studies.costs import Sizes, count_operations, random_networks
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from eval.costs import Sizes, alone, random_networks
 from eval.report import machine, peak_bytes, table
-from eval.studies.costs import Sizes, alone, random_networks
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder, resize_matrix

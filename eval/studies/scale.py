@@ -37,8 +37,8 @@ from data.plan import Plan, make_plan
 from data.targets import BadTarget, Target, TargetSet, open_targets
 from data.teacher import Teacher, make_teacher
 from data.worker import Worker, merge_all
+from eval.costs import Sizes, alone, count_operations
 from eval.report import machine, peak_bytes
-from eval.studies.costs import Sizes, alone, count_operations
 from targetclip import command
 from targetclip.command import Precision, Stop, choose_precision
 from targetclip.optimize import Optimized

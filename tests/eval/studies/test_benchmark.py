@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from eval.costs import count_operations
 from eval.studies.benchmark import Config, run
-from eval.studies.costs import count_operations
 
 
 @pytest.fixture

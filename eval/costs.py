@@ -1,6 +1,6 @@
 """What studies of time and memory share: networks with random weights, and counted operations.
 
-Knows sizes and processes; nothing of files. Not a study itself.
+Knows sizes and processes; nothing of files.
 """
 
 import multiprocessing
