@@ -44,8 +44,8 @@ from targetclip.scene import score_features
 from targetclip.seeds import CALIBRATION_TARGETS, VALIDATION_SOURCES, seed_of
 from targetclip.world import load_world
 
-LENGTHS = (5, 10, 20, 30)  # steps of the refinements tried
-RATES = (0.01, 0.03)  # their learning rates
+TARGETS = (f"drawn:2000@{CALIBRATION_TARGETS}", f"wide:2000@{CALIBRATION_TARGETS}")
+REFINEMENTS = tuple((rate, steps) for rate in (0.01, 0.03) for steps in (5, 10, 20, 30))
 STRETCHES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
 NEAR = 0.002  # a shorter refinement is preferred whose loss exceeds the lowest by no more
 TOLERANCE = 0.005  # part of the better score of mapper and teacher that passing answers may lose
@@ -60,10 +60,7 @@ class Config:
     """Folder for mapper.safetensors, report.json and reliability.png."""
     world: str = "sketch64"
     """Name of a bundled world, or the path of a world's .toml file."""
-    targets: tuple[str, ...] = (
-        f"drawn:2000@{CALIBRATION_TARGETS}",
-        f"wide:2000@{CALIBRATION_TARGETS}",
-    )
+    targets: tuple[str, ...] = TARGETS
     """Sets of targets, as data.build takes them; the threshold holds on each. Those of the
     validation split judge; the expected score is fitted on those of the training split, so give
     others than the mapper was trained on."""
@@ -255,9 +252,9 @@ def predictions(
     validation: Validation, mapper: Mapper
 ) -> tuple[Float[Tensor, "targets num_ws w_dim"], Float[Tensor, " targets"]]:
     """Return the mapper's directions, and the transfer scores it expects."""
-    recipe = trained_recipe(mapper.record)
+    recipe, scene = trained_recipe(mapper.record), validation.essence.scene
     with torch.no_grad():
-        prediction = mapper(validation.essence.scene.embed_targets(validation.pictures, recipe))
+        prediction = mapper(scene.embed_targets(validation.pictures, recipe))
     return prediction.directions, prediction.expected.cpu()
 
 
@@ -284,16 +281,6 @@ def searched(
     return torch.where(failed[:, None, None], initial, directions)
 
 
-def teacher_directions(
-    validation: Validation, seed: int, precision: Precision
-) -> Float[Tensor, "targets num_ws w_dim"]:
-    """Return the optimizer's directions from its own start."""
-    seeds = [seed_of("initial", seed, name) for name in validation.ids]
-    recipe = validation.teacher
-    initial = validation.essence.scene.initial(validation.pictures, recipe.initial, seeds)
-    return searched(validation, recipe, initial, seed, label="teacher", precision=precision)
-
-
 def stretched(
     validation: Validation, predicted: Float[Tensor, "targets num_ws w_dim"]
 ) -> tuple[float, dict[float, float]]:
@@ -312,30 +299,29 @@ def refinements(
     validation: Validation,
     predicted: Float[Tensor, "targets num_ws w_dim"],
     scores: Mapping[str, Tensor],
+    settings: Sequence[tuple[float, int]],
     seed: int,
     precision: Precision,
-    lengths: Sequence[int],
-    rates: Sequence[float],
 ) -> Losses:
     """Return mean losses, `loss` and `teacher_loss`, by rate and steps of a refinement.
 
     Args:
         scores: of the predictions, which are those of 0 steps.
+        settings: rates and steps.
     """
-    losses: Losses = {"loss": {}, "teacher_loss": {}}
-    for rate in rates:
-        by_steps = {0: scores}
-        for steps in lengths:
-            gate = Gate(threshold=0.0, probes=validation.probes, refine_steps=steps,
-                        refine_rate=rate)  # fmt: skip
-            recipe = gate.refining(validation.teacher, validation.refined)
-            label = f"refine, rate {rate:g}, {steps} steps"
-            directions = searched(
-                validation, recipe, predicted, seed, label=label, precision=precision
-            )
-            by_steps[steps] = validation.scores(directions)
+    rates = dict.fromkeys(rate for rate, _ in settings)
+    losses: Losses = {
+        name: {rate: {0: float(scores[name].mean())} for rate in rates}
+        for name in ("loss", "teacher_loss")
+    }
+    for rate, steps in settings:
+        gate = Gate(0.0, validation.probes, steps, rate)
+        recipe = gate.refining(validation.teacher, validation.refined)
+        label = f"refine, rate {rate:g}, {steps} steps"
+        refined = searched(validation, recipe, predicted, seed, label=label, precision=precision)
+        refined_scores = validation.scores(refined)
         for name, by_rate in losses.items():
-            by_rate[rate] = {n: float(found[name].mean()) for n, found in by_steps.items()}
+            by_rate[rate][steps] = float(refined_scores[name].mean())
     return losses
 
 
@@ -360,8 +346,7 @@ def run(
     config: Config,
     *,
     teacher: Recipe | None = None,
-    lengths: Sequence[int] = LENGTHS,
-    rates: Sequence[float] = RATES,
+    refined_by: Sequence[tuple[float, int]] = REFINEMENTS,
 ) -> MapperRecord:
     """Calibrate, and return the record of the mapper that is written.
 
@@ -369,7 +354,7 @@ def run(
 
     Args:
         teacher: None: the world's recipe.
-        lengths, rates: of the refinements that are tried.
+        refined_by: rates and steps of the refinements that are tried.
 
     Raises:
         FileNotFoundError, ValueError: parts that are missing or do not fit; no targets.
@@ -397,36 +382,32 @@ def run(
 
     predicted, expected = predictions(validation, mapper)
     scores = validation.scores(predicted)
-    teacher_scores = validation.scores(teacher_directions(validation, seed, precision))
-    losses = refinements(validation, predicted, scores, seed, precision, lengths, rates)
+    recipe, scene = validation.teacher, essence.scene
+    seeds = [seed_of("initial", seed, name) for name in validation.ids]
+    initial = scene.initial(validation.pictures, recipe.initial, seeds)
+    taught = searched(validation, recipe, initial, seed, label="teacher", precision=precision)
+    teacher_scores = validation.scores(taught)
+    losses = refinements(validation, predicted, scores, refined_by, seed, precision)
     rate, steps = choose_refinement(losses["loss"])
-    gate = Gate(
-        threshold=threshold_of(
-            scores["probe"],
-            scores["transfer"],
-            teacher_scores["transfer"],
-            list(validation.members().values()),
-        ),
-        probes=config.probes,
-        refine_steps=steps,
-        refine_rate=rate,
-    )
-    trust = reliability(expected, scores["transfer"])
+    sets, transfer = list(validation.members().values()), scores["transfer"]
+    threshold = threshold_of(scores["probe"], transfer, teacher_scores["transfer"], sets)
+    gate = Gate(threshold, config.probes, steps, rate)
+    trust = reliability(expected, transfer)
     figures = {**asdict(gate), **trust, "fitted": fitted, "stretch": stretch}
-    recipe = {**mapper.record.recipe, "expects": True} if fitted else mapper.record.recipe
-    record = replace(mapper.record, recipe=recipe, calibration=figures)
+    trained = {**mapper.record.recipe, "expects": True} if fitted else mapper.record.recipe
+    record = replace(mapper.record, recipe=trained, calibration=figures)
     save_mapper(mapper, config.out / "mapper.safetensors", record, half=config.half)
 
     teacher_loss = float(teacher_scores["teacher_loss"].mean())
     options = {name: str(value) for name, value in vars(config).items()}
     report: dict[str, Any] = {
         "calibration": record.calibration,
-        "passing": validation.means((scores["probe"] >= gate.threshold).float()),
+        "passing": validation.means((scores["probe"] >= threshold).float()),
         "mapper": {name: validation.means(values) for name, values in scores.items()},
         "teacher": {name: validation.means(values) for name, values in teacher_scores.items()},
         "loss_by_stretch": by_stretch,
         "loss_by_rate_and_steps": losses,
-        "teacher_steps": validation.teacher.steps,
+        "teacher_steps": recipe.steps,
         "steps_to_teachers_loss": {
             r: steps_to_teacher(row, teacher_loss) for r, row in losses["teacher_loss"].items()
         },
@@ -441,8 +422,7 @@ def run(
         "versions": command.versions(),
     }
     command.write_json(config.out / "report.json", report)
-    chart = reliability_chart(validation, expected, scores["transfer"])
-    write_picture(chart, config.out / "reliability.png")
+    write_picture(reliability_chart(validation, expected, transfer), config.out / "reliability.png")
     shown = {name: report[name] for name in ("calibration", "passing", "steps_to_teachers_loss")}
     print(json.dumps(shown, indent=2))
     return record

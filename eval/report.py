@@ -101,13 +101,6 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 # report.md of the comparison
 
 
-def seconds_of(method: Mapping[str, Any]) -> str:
-    """Return the seconds of a method, with a star for a share; empty where it was not timed."""
-    if "seconds" not in method:
-        return ""
-    return f"{method['seconds']:.3g}{'*' if method['timing'] == 'share' else ''}"
-
-
 def score_tables(scored: Mapping[str, Any], block: str) -> list[str]:
     """Return two tables of a block of means: the main scores, and the rest."""
     means = scored[block]
@@ -116,7 +109,9 @@ def score_tables(scored: Mapping[str, Any], block: str) -> list[str]:
     rest = [score for score in have if score not in MAIN]
     main_rows, rest_rows = [], []
     for name, row in means.items():
-        seconds = seconds_of(scored["methods"][name])
+        method = scored["methods"][name]
+        star = "*" if method.get("timing") == "share" else ""
+        seconds = f"{method['seconds']:.3g}{star}" if "seconds" in method else ""
         main_rows.append([name, *(with_bounds(row.get(score)) for score in main), seconds])
         sizes = [f"{row['fid']:.3g}", f"{row['kid']:.3g}", str(row["images"])]
         rest_rows.append([name, *(with_bounds(row.get(score)) for score in rest), *sizes])
@@ -156,10 +151,10 @@ def set_section(name: str, scored: Mapping[str, Any]) -> list[str]:
         lines += [f"Of the first {fewer} alone, which every method answered:", ""]
         lines += score_tables(scored, "first")
     lines += difference_table(scored)
-    notes = {method: counted_notes(row) for method, row in scored["methods"].items()}
-    return (
-        lines + [f"- `{m}` on these targets: {words}" for m, words in notes.items() if words] + [""]
-    )
+    for method, row in scored["methods"].items():
+        if words := counted_notes(row):
+            lines.append(f"- `{method}` on these targets: {words}")
+    return [*lines, ""]
 
 
 def released_section(released: Mapping[str, Any], people: str | None) -> list[str]:

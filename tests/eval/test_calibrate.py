@@ -100,7 +100,7 @@ def config_of(world: Path, mapper: Path, out: Path, **changes: Any) -> Config:
 
 def calibrated(config: Config) -> MapperRecord:
     """Calibrate by two steps everywhere and one rate."""
-    return run(config, teacher=QUICK, lengths=(1, 2), rates=(0.01,))
+    return run(config, teacher=QUICK, refined_by=((0.01, 1), (0.01, 2)))
 
 
 def report_of(out: Path) -> dict[str, Any]:
