@@ -245,7 +245,7 @@ def test_the_identity_loss_is_learned_and_said_in_the_record(
         config = small(
             out=tmp_path / str(weight),
             world=who_world,
-            schedule=("transfer:25",),
+            schedule=("transfer:12",),
             recipe="identity",
             identity_weight=weight,
             direction_decay=0.0,
