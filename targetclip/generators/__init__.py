@@ -13,6 +13,7 @@ from torch import Tensor
 from targetclip.generators.nvidia import read_nvidia
 from targetclip.generators.rosinality import read_rosinality, read_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2
+from targetclip.media.images import refuse_picture
 
 READERS = {".pt": read_rosinality, ".pkl": read_nvidia, ".safetensors": read_safetensors}
 
@@ -71,6 +72,7 @@ def load_generator(path: str | Path) -> StyleGAN2:
         ValueError: another suffix, or a file that is not such a checkpoint.
     """
     path = Path(path)
+    refuse_picture(path, "a generator checkpoint")
     read = READERS.get(path.suffix.lower())
     if read is None:
         raise ValueError(

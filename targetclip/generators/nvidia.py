@@ -1,13 +1,15 @@
 """NVIDIA's stylegan2-ada-pytorch pickles, read without executing anything in them.
 
-Such a file holds its own Python source, which NVIDIA's loader runs. The unpickler here knows eight
-names, each replaced by inert code of this module; any other name is refused, and the source stays
-text. Knows StyleGAN2 only. Errors do not name the file: `load_generator` does.
+Such a file holds its own Python source, which NVIDIA's loader runs. The unpickler here knows a few
+names, each replaced by inert code of this module or a plain container; any other name is refused,
+and the source stays text. Protocols 2 to 5 are read: Python 3.7, which that repository asks for,
+writes protocol 3. Knows StyleGAN2 only. Errors do not name the file: `load_generator` does.
 """
 
 import io
 import pickle
 import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from targetclip.generators.stylegan2 import (
 )
 
 EXPECTED = 'a StyleGAN2 pickle of NVIDIA\'s stylegan2-ada-pytorch with a network "G_ema"'
+# Modules of the standard library that hold data; functions of the others can do anything.
+DATA_MODULES = ("argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions")
 NUMBER_FORMATS = {"f4": "<f", "f8": "<d", "i4": "<i", "i8": "<q", "b1": "<?"}
 
 
@@ -108,8 +112,18 @@ def _parameter(tensor: Tensor, *_: object) -> Tensor:
     return tensor
 
 
+def _bytes(text: str, encoding: str = "") -> bytes:
+    """Replace the codec by which protocol 2 stores bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise _RefusedError(f"expected bytes stored as latin1, found the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
 ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,  # protocols 2 and 3 have no code of their own for it
+    ("__builtin__", "set"): set,
+    ("_codecs", "encode"): _bytes,
     ("dnnlib.util", "EasyDict"): _EasyDict,
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _module,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
@@ -119,6 +133,13 @@ ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy._core.multiarray", "scalar"): _number,
     ("numpy.core.multiarray", "scalar"): _number,  # the same, written by NumPy 1
 }
+
+
+def _can_do_anything(module: str) -> bool:
+    """Tell whether functions of a module can reach beyond the file."""
+    root = module.split(".")[0]
+    names = {*sys.stdlib_module_names, "__builtin__", "commands"} - {*DATA_MODULES}
+    return root in names
 
 
 class _Unpickler(pickle.Unpickler):
@@ -131,9 +152,10 @@ class _Unpickler(pickle.Unpickler):
                 "convert it with legacy.py of stylegan2-ada-pytorch"
             )
         if (module, name) not in ALLOWED:
-            raise _RefusedError(
-                f"refused global {module}.{name}: this file asks to run code; expected {EXPECTED}"
-            )
+            why = "is not part of such a file: it is of another network, or of another version"
+            if _can_do_anything(module):
+                why = "means that this file asks to run code: do not load it anywhere"
+            raise _RefusedError(f"refused global {module}.{name}, which {why}; expected {EXPECTED}")
         return ALLOWED[module, name]
 
 
@@ -176,7 +198,9 @@ def _take_filters(tensors: dict[str, Tensor]) -> None:
     expected = blur_kernel(1.0)
     for name in [name for name in tensors if name.endswith("resample_filter")]:
         kernel = tensors.pop(name)
-        if kernel.shape != expected.shape or not torch.allclose(kernel, expected, atol=1e-4):
+        if kernel.shape != expected.shape or not torch.allclose(
+            kernel.float(), expected, atol=1e-4
+        ):
             raise _RefusedError(
                 f"{name} is not the [1, 3, 3, 1] low-pass filter: "
                 "only networks with this resample_filter are supported"
@@ -221,7 +245,8 @@ def _network(data: bytes) -> StyleGAN2:
     if b"SynthesisInput" in data:
         raise _RefusedError(f"this is a StyleGAN3 pickle: expected {EXPECTED}")
     checkpoint = _Unpickler(io.BytesIO(data)).load()
-    generator = checkpoint.get("G_ema") if isinstance(checkpoint, dict) else None
+    # The network may also be pickled alone.
+    generator = checkpoint.get("G_ema") if isinstance(checkpoint, dict) else checkpoint
     if not isinstance(generator, _Module):
         keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else "none"
         raise _RefusedError(
@@ -239,9 +264,10 @@ def _network(data: bytes) -> StyleGAN2:
 
 
 def read_nvidia(path: Path) -> StyleGAN2:
-    """Read the "G_ema" of a stylegan2-ada-pytorch `.pkl`; nothing in the file is executed.
+    """Read the "G_ema" of a stylegan2-ada-pytorch `.pkl`, or such a network pickled alone.
 
-    Layers stored for float16 (`num_fp16_res`) run in float32; `conv_clamp` is kept.
+    Nothing in the file is executed. Layers for float16 (`num_fp16_res`) and weights in float16 run
+    in float32; `conv_clamp` is kept.
 
     Raises:
         ValueError: a file that names foreign code, a StyleGAN3, TensorFlow or conditional network,

@@ -15,12 +15,20 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
-from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config, blur_kernel, build_network
+from targetclip.generators.stylegan2 import (
+    StyleGAN2,
+    StyleGAN2Config,
+    blur_kernel,
+    build_network,
+    shortened,
+)
 from targetclip.weights import save_tensors
 
 EXPECTED = 'a rosinality StyleGAN2 checkpoint {"g_ema": ..., "latent_avg": ...}'
 MEAN_SAMPLES = 4096  # the mean is then within 2 % of the spread of w
 MEAN_SEED = 0
+NOISE_SEED = 0
+PARALLEL = "module."  # torch.nn.DataParallel puts it before every name
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +120,23 @@ def _one_row(latent_avg: Tensor, w_dim: int) -> Float[Tensor, " w_dim"]:
     return rows[0]
 
 
+def _add_noise(state: dict[str, Tensor], config: StyleGAN2Config) -> None:
+    """Add the noise images, drawn from a seed, to a file that has none: early ones drew them anew.
+
+    A file with some of them is damaged; `build_network` names what is missing.
+    """
+    names = [f"noises.noise_{index}" for index in range(config.num_ws - 1)]
+    if any(name in state for name in names):
+        return
+    logger.warning(
+        "the checkpoint has no noise buffers: images get noise drawn from seed %d", NOISE_SEED
+    )
+    random = torch.Generator().manual_seed(NOISE_SEED)
+    for index, name in enumerate(names):
+        side = 4 * 2 ** ((index + 1) // 2)
+        state[name] = torch.randn(1, 1, side, side, generator=random)
+
+
 def _sampled_mean_w(network: StyleGAN2) -> Float[Tensor, " w_dim"]:
     random = torch.Generator().manual_seed(MEAN_SEED)
     z = torch.randn(MEAN_SAMPLES, network.z_dim, generator=random)
@@ -125,6 +150,7 @@ def _network(
     config = _config(state, conv_clamp)
     tensors = dict(state)
     _take_kernels(tensors, config)
+    _add_noise(tensors, config)
     tensors["latent_avg"] = (
         torch.zeros(config.w_dim) if latent_avg is None else _one_row(latent_avg, config.w_dim)
     )
@@ -161,24 +187,45 @@ def read_checkpoint(path: Path, expected: str, allowed: Sequence[Callable[..., A
             ) from error
 
 
+def _averaged_weights(checkpoint: Any) -> dict[str, Tensor]:
+    """Return "g_ema" of a checkpoint; a ValueError says what another file is."""
+    keys = list(map(str, checkpoint)) if isinstance(checkpoint, dict) else []
+    state = checkpoint.get("g_ema") if isinstance(checkpoint, dict) else None
+    if isinstance(state, dict):
+        return state
+    inner = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if isinstance(inner, dict) and any(str(key).startswith("encoder.") for key in inner):
+        raise ValueError(
+            f"expected {EXPECTED}, found an encoder of pSp or e4e: give the generator that it was "
+            "trained with, and name this file as the world's inverter"
+        )
+    if "g" in keys:
+        raise ValueError(
+            f'expected {EXPECTED}, found "g", the weights of the last step, without "g_ema", '
+            "their average: get a checkpoint with it, or save g under the name g_ema"
+        )
+    found = f"keys {shortened(keys)}" if keys else "no keys"
+    raise ValueError(f"expected {EXPECTED}, found {type(checkpoint).__name__} with {found}")
+
+
 def read_rosinality(path: Path) -> StyleGAN2:
     """Read a rosinality `.pt`, converted from NVIDIA's weights or trained with that repository.
 
-    A file without `latent_avg` gets the mean of 4096 mapped samples, and the log says so. Raises
-    ValueError for any other file.
+    A file without `latent_avg` gets the mean of 4096 mapped samples, one without noise buffers gets
+    noise from a seed, and the log says so. The names may begin with DataParallel's "module.".
+
+    Raises:
+        ValueError: any other file; the message says what it is.
     """
     # Files of rosinality's training hold its options, which are plain attributes.
     checkpoint = read_checkpoint(path, EXPECTED, [argparse.Namespace])
-    state = checkpoint.get("g_ema") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict):
-        keys = ", ".join(map(str, checkpoint)) if isinstance(checkpoint, dict) else "no keys"
-        raise ValueError(f"expected {EXPECTED}, found {type(checkpoint).__name__} with {keys}")
+    state = _averaged_weights(checkpoint)
     latent_avg = checkpoint.get("latent_avg")
     if not all(isinstance(key, str) for key in state) or not all(
         isinstance(value, Tensor) for value in (*state.values(), latent_avg) if value is not None
     ):
         raise ValueError(f"expected {EXPECTED}, found values that are not tensors")
-    return _network(state, latent_avg)
+    return _network({key.removeprefix(PARALLEL): state[key] for key in state}, latent_avg)
 
 
 def read_safetensors(path: Path) -> StyleGAN2:

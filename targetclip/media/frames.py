@@ -12,7 +12,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import struct
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,15 +28,32 @@ from PIL import Image
 from torch import Tensor
 
 from targetclip.command import full_disk_explained, temporary_beside, whole_file
-from targetclip.media.images import MAX_SIDE, read_picture
+from targetclip.media.images import (
+    MAX_SIDE,
+    READABLE_SUFFIXES,
+    is_picture,
+    read_picture,
+    write_as,
+)
 
 FOLDER_RATE = Fraction(25)
-FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 # Formats that hold a clip and nothing else. FFmpeg also reads playlists, which open other files and
 # addresses of the network, and takes pictures, texts and lists for videos.
 READABLE_VIDEOS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"
 WRITABLE_VIDEOS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
-QUARTERS = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+# By the first two columns of a display matrix: a pixel (x, y) goes to (ax + cy, bx + dy).
+TURNS = {
+    (1, 0, 0, 1): None,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+}
+JITTER = 0.001  # seconds that a frame of a constant rate may be off
+TICK = Fraction(1, 60000)  # of a written clip of variable rate
 BT709 = 1  # of matrix, primaries and transfer alike
 LIMITED_RANGE = 1
 H264_OPTIONS = {"crf": "18"}  # no visible loss
@@ -42,7 +61,7 @@ MPEG4_OPTIONS = {"flags": "+qscale", "global_quality": str(3 * 118)}  # quantise
 MPEG4_TICKS = 65535  # a second has at most so many
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Frames:
     """The frames of a clip, in order; each iteration reads them again, one at a time."""
 
@@ -52,6 +71,9 @@ class Frames:
     count: int | None
     """Of a folder exact, of a video from its header. None: the header has no count."""
     read: Callable[[], Iterator[Image.Image]]
+    times: Callable[[], Iterator[Fraction]] | None = None
+    """The time of each frame in seconds, of a video whose rate varies. None: the rate is constant.
+    """
 
     def __iter__(self) -> Iterator[Image.Image]:
         return self.read()
@@ -82,13 +104,11 @@ def natural_order(path: Path) -> tuple[list[str | int], str]:
 def folder_frames(folder: Path) -> Frames:
     """Return the pictures of a folder in natural order, without hidden and other files."""
     paths = [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in FRAME_SUFFIXES and not path.name.startswith(".")
+        path for path in folder.iterdir() if not path.name.startswith(".") and is_picture(path)
     ]
     if not paths:
         raise ValueError(
-            f"no frames in {str(folder)!r}: expected pictures ({', '.join(FRAME_SUFFIXES)})"
+            f"no frames in {str(folder)!r}: expected pictures ({', '.join(READABLE_SUFFIXES)})"
         )
     paths.sort(key=natural_order)
 
@@ -99,7 +119,7 @@ def folder_frames(folder: Path) -> Frames:
             except (ValueError, OSError) as error:
                 raise ValueError(f"frame {number}: {error}") from error
 
-    return Frames(folder, FOLDER_RATE, len(paths), read)
+    return Frames(path=folder, rate=FOLDER_RATE, count=len(paths), read=read)
 
 
 def open_file(path: Path) -> Any:
@@ -126,32 +146,73 @@ def moving_streams(container: Any) -> list[Any]:
     return [stream for stream in streams if not stream.disposition & cover]
 
 
-def as_shown(frame: Any) -> Image.Image:
-    """Return a decoded frame as an RGB picture, turned by its rotation."""
+def turn_of(frame: Any) -> Image.Transpose | None:
+    """Return how a frame is turned or mirrored by its display matrix, to the nearest quarter."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return None
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    return TURNS[max(TURNS, key=lambda turn: np.dot(turn, (a, b, c, d)))]
+
+
+def square_pixels(size: tuple[int, int], aspect: Fraction) -> tuple[int, int]:
+    """Return the size that shows pixels of an aspect (width by height) as squares; none is lost."""
+    width, height = size
+    return (round(width * aspect), height) if aspect > 1 else (width, round(height / aspect))
+
+
+def as_shown(frame: Any, aspect: Fraction) -> Image.Image:
+    """Return a decoded frame as an RGB picture of square pixels, turned by its display matrix."""
     picture: Image.Image = frame.to_image()
-    turn = QUARTERS[round(frame.rotation / 90) % 4]
+    size, turn = square_pixels(picture.size, aspect), turn_of(frame)
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
     return picture if turn is None else picture.transpose(turn)
 
 
-def decoded(container: Any, stream: Any, rate: Fraction, path: Path) -> Iterator[Image.Image]:
-    """Yield the pictures of a video stream in the order of time."""
+def packet_times(container: Any, stream: Any) -> list[int]:
+    """Return the times of a stream's packets that are shown, in order, in its ticks."""
+    times = []
+    try:
+        for packet in container.demux(stream):
+            if packet.size and packet.pts is not None and not packet.is_discard:
+                times.append(packet.pts)
+    except pyav().FFmpegError:  # decoding names the frame
+        pass
+    return sorted(times)
+
+
+def is_constant(times: Sequence[int], tick: Fraction, rate: Fraction) -> bool:
+    """Tell whether times, in ticks of `tick` seconds, are those of a rate, but for rounding."""
+    frames_per_tick = float(tick * rate)
+    most = float(rate) * max(JITTER, float(tick) / 2) + 1e-6
+    return all(abs((t - times[0]) * frames_per_tick - i) <= most for i, t in enumerate(times))
+
+
+def decoded(container: Any, stream: Any, times: Sequence[int], path: Path) -> Iterator[Any]:
+    """Yield the frames of a video stream in the order of time; `times` number them in errors."""
     av, number, count = pyav(), 0, 0
     try:
         for packet in container.demux(stream):
             # Decoders return frames late, so an error's frame is numbered by the packet's time.
-            ticks = None if packet.pts is None else packet.pts - (stream.start_time or 0)
-            number = count if ticks is None else round(ticks * stream.time_base * rate)
+            number = count if packet.pts is None else bisect_left(times, packet.pts)
             for frame in packet.decode():
                 if frame.is_corrupt:
                     number = count
                     raise av.InvalidDataError(0, "parts of it are missing")
-                yield as_shown(frame)
+                yield frame
                 count += 1
     except av.FFmpegError as error:
         raise ValueError(
             f"frame {number} of {str(path)!r} cannot be decoded ({reason(error)}); copy or "
             "download the video again, or cut that part out"
         ) from error
+
+
+def start_of(stream: Any) -> Fraction:
+    """Return the time of a stream's first frame in seconds."""
+    start: Fraction = (stream.start_time or 0) * stream.time_base
+    return start
 
 
 def video_frames(path: Path) -> Frames:
@@ -164,25 +225,43 @@ def video_frames(path: Path) -> Frames:
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
             raise ValueError(f"{str(path)!r} has no frame rate; convert it to MP4")
-        if max(stream.width, stream.height) > MAX_SIDE:
+        aspect = stream.sample_aspect_ratio or Fraction(1)
+        width, height = square_pixels((stream.width, stream.height), aspect)
+        if max(width, height) > MAX_SIDE:
             raise ValueError(
-                f"{str(path)!r} is {stream.width} x {stream.height} px, more than {MAX_SIDE} a "
-                "side; make it smaller"
+                f"{str(path)!r} is {width} x {height} px, more than {MAX_SIDE} a side; make it "
+                "smaller"
             )
         count = stream.frames or None
+        ticks = packet_times(container, stream)
+        constant = is_constant(ticks, stream.time_base, rate)
+
+    def frames() -> Iterator[Any]:
+        with open_file(path) as container:
+            yield from decoded(container, moving_streams(container)[0], ticks, path)
 
     def read() -> Iterator[Image.Image]:
-        with open_file(path) as container:
-            yield from decoded(container, moving_streams(container)[0], rate, path)
+        for frame in frames():
+            yield as_shown(frame, aspect)
 
-    return Frames(path, rate, count, read)
+    def times() -> Iterator[Fraction]:
+        with open_file(path) as container:
+            start = start_of(moving_streams(container)[0])
+        after = Fraction(0)  # of a frame without a time
+        for frame in frames():
+            time = after if frame.pts is None else frame.pts * frame.time_base - start
+            yield time
+            after = time + 1 / rate
+
+    return Frames(path=path, rate=rate, count=count, read=read, times=None if constant else times)
 
 
 def open_frames(path: str | Path) -> Frames:
     """Open a video file, or a folder of pictures in natural order at 25 a second.
 
-    Iteration gives RGB pictures, a video's turned by its rotation. Pixels count as square, and
-    colours of HDR are not mapped. The first frame is decoded here, to find faults early.
+    Iteration gives RGB pictures, a video's turned and mirrored by its display matrix, and enlarged
+    along one side where its pixels are not square. Colours of HDR are not mapped. The first frame
+    is decoded here, to find faults early.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -252,17 +331,28 @@ def add_video(output: Any, size: tuple[int, int], rate: Fraction) -> Any:
 
 
 def video_packets(
-    stream: Any, pictures: Iterable[Image.Image], size: tuple[int, int]
+    stream: Any,
+    pictures: Iterable[Image.Image],
+    size: tuple[int, int],
+    times: Iterator[Fraction] | None,
 ) -> Iterator[Any]:
-    """Yield the packets of pictures, encoded at the stream's rate."""
+    """Yield the packets of pictures, encoded at the stream's rate or with times in seconds."""
+    context, last = stream.codec_context, -1
+    tick = 1 / context.framerate if times is None else context.time_base
     for number, picture in enumerate(pictures):
         if picture.size != size:
             raise ValueError(
                 f"expected pictures of {size[0]} x {size[1]} px like the first, found number "
                 f"{number} to be {picture.width} x {picture.height}"
             )
+        if times is None:
+            last = number
+        elif (time := next(times, None)) is not None:
+            last = max(round(time / tick), last + 1)
+        else:
+            raise ValueError(f"expected as many pictures as frames, found more than {number}")
         frame = yuv_frame(picture)
-        frame.pts, frame.time_base = number, 1 / stream.codec_context.framerate
+        frame.pts, frame.time_base = last, tick
         yield from stream.encode(frame)
     yield from stream.encode(None)
 
@@ -309,21 +399,26 @@ def add_audio(output: Any, source: Any, path: Path) -> Iterator[Any]:
     if not source.streams.audio:
         return iter(())
     audio = source.streams.audio[0]
-    first = (moving_streams(source) or [audio])[0]
-    start = (first.start_time or 0) * first.time_base
+    start = start_of((moving_streams(source) or [audio])[0])
     if accepts_audio(output.format.name, path):
         return copied_audio(source, audio, output.add_stream_from_template(audio), start)
     return encoded_audio(source, audio, output.add_stream("aac", rate=48000), start)
 
 
 def write_video(
-    path: str | Path, pictures: Iterable[Image.Image], rate: Fraction, audio_from: Path | None
+    path: str | Path,
+    pictures: Iterable[Image.Image],
+    timing: Fraction | Frames,
+    audio_from: Path | None,
 ) -> None:
     """Write pictures of one size as .mp4, .mov or .mkv, whole or not at all.
 
     H.264 in yuv420p (MPEG-4 where FFmpeg has no x264), so odd sides become even. The audio of the
     video `audio_from` is copied where the container accepts it, otherwise encoded as AAC; it keeps
     its time relative to the first frame. Pictures are taken one at a time.
+
+    Args:
+        timing: frames a second, or the clip whose frames the pictures were: they get its times.
 
     Raises:
         FileNotFoundError: the folder or `audio_from` does not exist.
@@ -337,6 +432,8 @@ def write_video(
         raise ValueError(
             f"expected a file name ending in {', '.join(WRITABLE_VIDEOS)}, found {str(path)!r}"
         )
+    rate = timing.rate if isinstance(timing, Frames) else timing
+    times = timing.times() if isinstance(timing, Frames) and timing.times else None
     if rate <= 0:
         raise ValueError(f"expected a rate of more than 0 frames a second, found {rate}")
     try:
@@ -348,7 +445,10 @@ def write_video(
             pictures, size = itertools.chain([first], pictures), first.size
             source = audio_from and stack.enter_context(open_file(audio_from))
             output = stack.enter_context(av.open(f"file:{temporary}", "w", format=format_name))
-            tracks = [video_packets(add_video(output, size, rate), pictures, size)]
+            video = add_video(output, size, rate)
+            if times is not None:
+                video.codec_context.time_base = TICK
+            tracks = [video_packets(video, pictures, size, times)]
             if audio_from is not None:
                 tracks.append(add_audio(output, source, audio_from))
             # By the time of decoding, as players need them side by side.
@@ -376,7 +476,7 @@ def write_frames(folder: str | Path, pictures: Iterable[Image.Image]) -> None:
     try:
         with full_disk_explained(folder):
             for number, picture in enumerate(pictures):
-                picture.save(temporary / f"frame_{number:06d}.png")
+                write_as(picture, temporary / f"frame_{number:06d}.png", "PNG")
         if not any(temporary.iterdir()):
             raise ValueError(f"expected at least one picture for {str(folder)!r}, found none")
         os.replace(temporary, folder)

@@ -1,12 +1,14 @@
 """Pictures: reading files of people, writing, and grids of results.
 
 Knows the one image convention of the project: in memory NCHW float in [-1, 1], on disk HWC uint8,
-always RGB. Knows nothing of generators, embedders or directions.
+always RGB. A picture carries no other metadata than a small RGB colour profile, which is written
+with it. Knows nothing of generators, embedders or directions.
 """
 
 import io
 import logging
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,15 +22,82 @@ from targetclip.command import whole_file
 
 logger = logging.getLogger(__name__)
 
-# Without TIFF: its many compressions are the least tested decoders of Pillow.
+# Without TIFF: its many compressions are the least tested decoders of Pillow. AVIF depends on the
+# version of Pillow, and HEIC needs another library.
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+READABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib")
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+HEADS = {  # of files; the others are told by their first container
+    PNG_SIGNATURE: "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"8BPS": "Photoshop",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL ": "JPEG XL",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+}
+HEAD_BYTES = 64  # enough to tell the kind
 WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_FILE_BYTES = 50_000_000
 MAX_SIDE = 8192
+MAX_TEXT_BYTES = 1_000_000  # of all text chunks of a PNG, unpacked; Pillow refuses 1 MiB in one
+MAX_PROFILE_BYTES = 100_000  # of a profile that is kept
+JPEG_END = b"\xff\xd9"
 
 MIN_TILE = 128
 MAX_TILE = 512
 MARGIN = 12
+
+
+# The kind of a file
+
+
+def picture_kind(head: bytes) -> str | None:
+    """Return the name of a picture format, also of those not read, by a file's first 64 bytes."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp":
+        brands = head[8:HEAD_BYTES]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF"
+        return "HEIC" if brands[:3] in (b"hei", b"hev") or brands[:4] == b"mif1" else None
+    return next((kind for start, kind in HEADS.items() if head.startswith(start)), None)
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the picture format of a file by its content; None for others and unreadable ones."""
+    try:
+        with path.open("rb") as file:
+            return picture_kind(file.read(HEAD_BYTES))
+    except OSError:
+        return None
+
+
+def is_picture(path: Path) -> bool:
+    """Tell whether a file is to be taken as a picture: by its suffix or, without one, its content.
+
+    This is the one rule for folders: of the files with these suffixes `read_picture` reads all, or
+    says what is wrong.
+    """
+    if path.suffix:
+        return path.suffix.lower() in READABLE_SUFFIXES
+    return kind_of(path) in READABLE_FORMATS
+
+
+def refuse_picture(path: Path, expected: str) -> None:
+    """Raise a ValueError if a file is a picture, where something else is expected."""
+    kind = kind_of(path)
+    if kind is not None:
+        raise ValueError(
+            f"{str(path)!r}: expected {expected}, found a picture ({kind}); give a picture as "
+            "--target or --sources"
+        )
+
+
+# Oddities of files
 
 
 def eight_bit(picture: Image.Image) -> Image.Image:
@@ -46,21 +115,171 @@ def upright(picture: Image.Image, origin: str) -> Image.Image:
         return picture
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """Return a picture as RGB, with a white background where it is transparent."""
+def unpacked_size(kind: bytes, body: bytes) -> int:
+    """Return the length of a PNG's text or profile chunk, unpacked, as far as it matters."""
+    _, _, rest = body.partition(b"\0")  # its name
+    packed = kind != b"tEXt"
+    if kind == b"iTXt":
+        packed = rest[:1] == b"\1"
+        rest = b"\0".join(rest[2:].split(b"\0", 2)[2:])  # without language and translated name
+    elif packed:
+        rest = rest[1:]  # the method
+    if not packed:
+        return len(rest)
+    try:
+        return len(zlib.decompressobj().decompress(rest, MAX_TEXT_BYTES + 1))
+    except zlib.error:  # Pillow leaves it out
+        return 0
+
+
+def without_large_chunks(content: bytes) -> bytes:
+    """Leave out text and profile chunks of a PNG for whose size Pillow refuses the picture."""
+    if not content.startswith(PNG_SIGNATURE):
+        return content
+    parts, place, room = [PNG_SIGNATURE], len(PNG_SIGNATURE), MAX_TEXT_BYTES
+    while place < len(content):
+        kind = content[place + 4 : place + 8]
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        size = 0
+        if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            size = unpacked_size(kind, content[place + 8 : end - 4])
+        if size <= room:
+            parts.append(content[place:end])
+            room -= size
+        place = end
+    return b"".join(parts)
+
+
+def has_every_scan(jpeg: bytes) -> bool:
+    """Tell whether the scans that a JPEG begins give every coefficient in full precision.
+
+    A progressive file is a picture after any of its scans, but a rough one.
+    """
+    rough: set[tuple[int, int]] = set()  # component and coefficient
+    place = 2
+    while (place := jpeg.find(b"\xff", place)) >= 0 and place + 4 <= len(jpeg):
+        marker = jpeg[place + 1]
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD9:  # no segment follows
+            place += 1
+            continue
+        end = place + 2 + int.from_bytes(jpeg[place + 2 : place + 4], "big")
+        body = jpeg[place + 4 : end]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame
+            rough = {(body[6 + 3 * i], k) for i in range(body[5]) for k in range(64)}
+        elif marker == 0xDA:  # a scan
+            components, (first, last, bits) = body[1 : 2 * body[0] : 2], body[2 * body[0] + 1 :]
+            if bits & 15 == 0:
+                rough -= {(c, k) for c in components for k in range(first, last + 1)}
+        place = end
+    return not rough
+
+
+def with_end_marker(jpeg: bytes) -> bytes | None:
+    """Return a JPEG that lacks only its end marker, with it; None if pixels are missing as well."""
+    body = jpeg.rstrip(b"\xff")  # half of the marker
+    if body.endswith(bytes(16)) or not has_every_scan(body):  # zeros are what a lost part becomes
+        return None
+    # Two continuations that differ in every bit: they matter only where bits are missing.
+    pixels = [
+        Image.open(io.BytesIO(body + byte * 1000 + JPEG_END), formats=("JPEG",)).tobytes()
+        for byte in (b"\x55", b"\xaa")
+    ]
+    return body + JPEG_END if pixels[0] == pixels[1] else None
+
+
+def loaded(picture: Image.Image, content: bytes, origin: str) -> Image.Image:
+    """Decode the pixels of an opened picture, also of a JPEG that lacks only its end marker."""
+    try:
+        picture.load()
+    except OSError:
+        whole = with_end_marker(content) if picture.format in ("JPEG", "MPO") else None
+        if whole is None:
+            raise
+        logger.warning("%r lacks its end marker; all its pixels are there and are used", origin)
+        picture = Image.open(io.BytesIO(whole), formats=READABLE_FORMATS)
+        picture.load()
+    return picture
+
+
+def png_depth(content: bytes) -> int:
+    """Return the bits of a sample of a PNG; 8 for other formats."""
+    return content[24] if content.startswith(PNG_SIGNATURE) else 8
+
+
+def with_alpha(picture: Image.Image, depth: int) -> Image.Image:
+    """Return a picture as RGBA if any of it may be transparent, otherwise as RGB.
+
+    Args:
+        depth: bits of a sample in the file. Pillow rescales samples to 8 bits, but not the value
+            that stands for transparent.
+    """
+    clear = picture.info.get("transparency")
     if picture.mode.startswith("I"):
-        picture = eight_bit(picture)
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        values, picture = np.asarray(picture), eight_bit(picture)
+        if clear is not None:
+            picture.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    elif depth == 16 and isinstance(clear, tuple):
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    elif depth in (2, 4) and picture.mode == "L" and clear is not None:
+        picture.info["transparency"] = clear * 255 // (2**depth - 1)
+    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """Return an RGB or RGBA picture as RGB, with a white background where it is transparent."""
+    if picture.mode == "RGB":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def rgb_profile(picture: Image.Image) -> bytes | None:
+    """Return the colour profile of a picture if it is small and for RGB, like the picture."""
+    profile = picture.info.get("icc_profile")
+    if not isinstance(profile, bytes) or picture.mode not in ("RGB", "RGBA", "P"):
+        return None
+    fits = len(profile) <= MAX_PROFILE_BYTES
+    return profile if fits and profile[16:20] == b"RGB " and profile[36:40] == b"acsp" else None
+
+
+# Reading
+
+
+def opened(content: bytes, origin: str) -> Image.Image:
+    """Read the header of a picture file; ValueError if it is unknown, damaged or too large."""
+    try:
+        picture = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
+    except UnidentifiedImageError as error:
+        kind = picture_kind(content[:HEAD_BYTES])
+        if kind is not None and kind not in READABLE_FORMATS:
+            raise ValueError(
+                f"{origin!r} is a picture of the kind {kind}, which is not read; save it as PNG or "
+                "JPEG, for example by ImageMagick: magick FILE picture.png"
+            ) from error
+        raise ValueError(
+            f"{origin!r} is not a picture of a known kind ({', '.join(READABLE_FORMATS)}); "
+            "convert it to PNG"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{origin!r} has more than {MAX_SIDE} px a side; make it smaller"
+        ) from error
+    except Exception as error:  # a damaged header raises nearly anything
+        raise ValueError(
+            f"{origin!r} is damaged (its header cannot be read); save it again as PNG"
+        ) from error
+    if max(picture.size) > MAX_SIDE:
+        raise ValueError(
+            f"{origin!r} is {picture.width} x {picture.height} px, more than {MAX_SIDE} a "
+            "side; make it smaller"
+        )
+    return picture
 
 
 def decode_picture(content: bytes, origin: str) -> Image.Image:
     """Decode the bytes of a picture file as `read_picture`; errors name it as `origin`.
 
     Raises:
-        ValueError: empty, too large, damaged or unknown content.
+        ValueError: empty, too large, damaged or unknown content, or nothing to be seen.
     """
     if not content:
         raise ValueError(f"{origin!r} is an empty file; copy or download the picture again")
@@ -68,51 +287,48 @@ def decode_picture(content: bytes, origin: str) -> Image.Image:
         raise ValueError(
             f"{origin!r} is larger than {MAX_FILE_BYTES // 10**6} MB; save it smaller, e.g. as JPEG"
         )
+    content = without_large_chunks(content)
     # Pillow warns of oddities in files (EXIF, palettes); a picture either decodes or is refused.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            picture = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
-        except UnidentifiedImageError as error:
-            raise ValueError(
-                f"{origin!r} is not a picture of a known kind ({', '.join(READABLE_FORMATS)}); "
-                "convert it to PNG"
-            ) from error
-        except Image.DecompressionBombError as error:
-            raise ValueError(
-                f"{origin!r} has more than {MAX_SIDE} px a side; make it smaller"
-            ) from error
-        except Exception as error:  # a damaged header raises nearly anything
-            raise ValueError(
-                f"{origin!r} is damaged (its header cannot be read); save it again as PNG"
-            ) from error
-        if max(picture.size) > MAX_SIDE:
-            raise ValueError(
-                f"{origin!r} is {picture.width} x {picture.height} px, more than {MAX_SIDE} a "
-                "side; make it smaller"
-            )
+        picture = opened(content, origin)
         try:
             # A phone's JPEG may hold previews as further frames (MPO); that is no animation.
             if picture.format != "MPO" and getattr(picture, "is_animated", False):
                 logger.warning("%r is animated; its first frame is used", origin)
                 picture.seek(0)
-            picture.load()
-            return on_white(upright(picture, origin))
+            picture = loaded(picture, content, origin)
+            profile, is_bmp = rgb_profile(picture), picture.format == "BMP"
+            layer = with_alpha(upright(picture, origin), png_depth(content))
+            seen = layer.mode == "RGB" or layer.getchannel("A").getbbox() is not None
+            if is_bmp and not seen:  # its fourth byte is often unused
+                layer, seen = layer.convert("RGB"), True
+            rgb = on_white(layer)
         except Exception as error:  # damaged pixels raise nearly anything, too
             raise ValueError(
                 f"{origin!r} is damaged or cut short; copy or download the picture again"
             ) from error
+    if not seen:
+        raise ValueError(
+            f"{origin!r} is wholly transparent, so that nothing of it is seen; save it without "
+            "transparency"
+        )
+    rgb.info = {} if profile is None else {"icc_profile": profile}
+    return rgb
 
 
 def read_picture(path: str | Path) -> Image.Image:
     """Read a picture as people see it: upright, 8-bit RGB, transparency on white.
 
-    Of an animation the first frame is taken, with a warning in the log. Colour profiles are not
-    applied. File size and picture size are checked before any pixel is decoded.
+    Of an animation the first frame is taken, and a JPEG may lack its end marker: the log warns of
+    both. Colour profiles are not applied; a small one for RGB is kept as the picture's
+    `info["icc_profile"]`, all other metadata is dropped. File size and picture size are checked
+    before any pixel is decoded.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a folder, an empty, too large, damaged or unknown file.
+        ValueError: a folder, an empty, too large, damaged or unknown file, or a picture that is
+            wholly transparent.
     """
     path = Path(path)
     if path.is_dir():
@@ -166,6 +382,16 @@ def tensor_to_pictures(images: Float[Tensor, "batch 3 height width"]) -> list[Im
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).numpy()]
 
 
+# Writing
+
+
+def write_as(picture: Image.Image, path: Path, format_name: str) -> None:
+    """Write a picture with no metadata but a small RGB profile, so that anything can open it."""
+    plain = picture.copy()
+    plain.info = {}
+    plain.save(path, format=format_name, quality=95, icc_profile=rgb_profile(picture))
+
+
 def write_picture(picture: Image.Image, path: str | Path) -> None:
     """Write PNG, JPEG or WEBP by the suffix of `path`, whole or not at all.
 
@@ -181,7 +407,7 @@ def write_picture(picture: Image.Image, path: str | Path) -> None:
             f"expected a file name ending in {', '.join(WRITABLE_FORMATS)}, found {str(path)!r}"
         )
     with whole_file(path) as temporary:
-        picture.save(temporary, format=format_name, quality=95)
+        write_as(picture, temporary, format_name)
 
 
 def labelled_grid(
