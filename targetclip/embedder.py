@@ -10,9 +10,10 @@ Knows two ways to turn an image in [-1, 1] into the input of an encoder:
 Knows nothing of generators, directions or losses. Embeddings are raw: not of unit length.
 """
 
-import difflib
 import json
+import logging
 import zipfile
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -28,9 +29,14 @@ from torch.nn import functional as F
 from targetclip.command import one_line
 from targetclip.recipes import Preprocess
 from targetclip.weights import digest_of_weights
-from targetclip.world_files import HUB, LOCAL_DIR, WEIGHT_SUFFIXES
+from targetclip.world_files import HUB, LOCAL_DIR, WEIGHT_SUFFIXES, near
+
+logger = logging.getLogger(__name__)
 
 Resize = Literal["area", "bilinear", "bicubic"]
+Tokenizer = Callable[..., Tensor]
+"""From a list of texts to tokens [texts, context_length], padded; takes `context_length` as well.
+"""
 
 SIGNED = (0.5, 0.5, 0.5)  # as mean and std: values stay in [-1, 1]
 
@@ -144,12 +150,6 @@ def preprocess_images(
     return (resized * 0.5 + 0.5 - mean) / std
 
 
-def near(name: str, names: Sequence[str]) -> str:
-    """Return the names most like a misspelt one, for a message."""
-    matches = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
-    return ", ".join(matches or names[:5])
-
-
 def model_identifier(name: str | Path) -> str:
     """Return open_clip's identifier: a built-in name, `local-dir:PATH` or `hf-hub:ORG/NAME`."""
     import open_clip
@@ -248,6 +248,65 @@ def put_tokens_first(clip: nn.Module) -> None:
                 block.attn.batch_first = False
 
 
+# Texts
+
+
+def tokens_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a whole text, up to the last one that differs from the padding."""
+    room = len(text) * 8 + 16  # a character has at most 4 bytes, and a byte is at least a token
+    row = tokenizer([text], context_length=room)[0].tolist()
+    count = max((i + 1 for i, token in enumerate(row) if token != row[-1]), default=0)
+    return row[:count]
+
+
+def is_cut(tokenizer: Tokenizer, text: str) -> bool:
+    """Tell whether a text is longer than the tokenizer's context."""
+    whole, row = tokens_of(tokenizer, text), tokenizer([text])[0].tolist()
+    return row[: len(whole)] != whole
+
+
+def left_out(tokenizer: Tokenizer, text: str) -> str:
+    """Return the words at the end of a text that do not fit into the context; empty if all do."""
+    if not is_cut(tokenizer, text):
+        return ""
+    words, space = text.split(), " "
+    if is_cut(tokenizer, max(words, key=len)):  # a script without spaces
+        words, space = list(text), ""
+    counts = range(len(words) + 1)
+    first = bisect_left(counts, True, key=lambda k: is_cut(tokenizer, space.join(words[:k])))
+    return space.join(words[first - 1 :])
+
+
+def unknown_words(tokenizer: Tokenizer, text: str) -> str:
+    """Return the words in scripts of which the tokenizer has at best single letters, if any."""
+
+    def is_foreign(word: str) -> bool:
+        letters = [letter for letter in word if letter.isalpha()]
+        return 2 * sum(not letter.isascii() for letter in letters) > len(letters)
+
+    foreign = " ".join(filter(is_foreign, text.split()))
+    tokens = len(tokens_of(tokenizer, foreign)) - len(tokens_of(tokenizer, ""))
+    return foreign if tokens > max(2, sum(map(str.isalpha, foreign))) else ""
+
+
+@lru_cache(maxsize=1024)  # each text is warned of once
+def check_text(tokenizer: Tokenizer, text: str) -> None:
+    """Log a warning of words that have no part in the embedding of a text."""
+    if lost := left_out(tokenizer, text):
+        context = len(tokenizer([text])[0])
+        logger.warning(
+            "text too long for the %d tokens of this embedder: %r is left out; shorten it",
+            context,
+            lost,
+        )
+    if unknown := unknown_words(tokenizer, text):
+        logger.warning(
+            "text in a script that this embedder's tokenizer hardly knows: %r is cut into single "
+            "letters or bytes, so the result may have little to do with it; write it in English",
+            unknown,
+        )
+
+
 class ClipEmbedder(nn.Module):
     """A frozen CLIP model of open_clip, in float32; move it with `.to(device)`."""
 
@@ -256,7 +315,7 @@ class ClipEmbedder(nn.Module):
         clip: nn.Module,
         encoder_input: EncoderInput,
         transform: Callable[[Image.Image], Tensor],
-        tokenizer: Callable[[list[str]], Tensor],
+        tokenizer: Tokenizer,
         config: dict[str, Any],
     ) -> None:
         """Use `load`. `config` is open_clip's model config, with the activation in use."""
@@ -378,11 +437,16 @@ class ClipEmbedder(nn.Module):
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch embed"]:
         """Embed texts, cut at the model's context length.
 
+        The log names the words that are left out, and those in a script that the tokenizer hardly
+        knows.
+
         Raises:
             ValueError: no text.
         """
         if not texts:
             raise ValueError("expected one or more texts, found none")
+        for text in texts:
+            check_text(self.tokenizer, text)
         tokens = self.tokenizer(list(texts)).to(self.device)
         embeddings: Tensor = self.clip.encode_text(tokens, normalize=False)
         return embeddings

@@ -4,6 +4,7 @@ Knows paths, their tables in a world file, and the Hugging Face hub; nothing of 
 file. Nothing is fetched unless `fetch` is called.
 """
 
+import difflib
 import hashlib
 import os
 import re
@@ -55,6 +56,12 @@ class WorldFile:
     """Where it belongs. None: in the hub's cache, where open_clip finds its models."""
     facts: Facts = Facts()
     folder: bool = False
+
+
+def near(name: str, names: Sequence[str]) -> str:
+    """Return the names most like a misspelt one, for a message."""
+    matches = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    return ", ".join(matches or names[:5])
 
 
 def home() -> Path:
