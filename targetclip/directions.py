@@ -44,12 +44,16 @@ class DirectionFile:
 
 
 def direction_bytes(
-    direction: Float[Tensor, "num_ws w_dim"], generator: Generator, record: dict[str, Any]
+    direction: Float[Tensor, "num_ws w_dim"], generator: Generator | str, record: dict[str, Any]
 ) -> bytes:
-    """Return the content of a direction file: float32, with `record` as JSON."""
+    """Return the content of a direction file: float32, with `record` as JSON.
+
+    Args:
+        generator: itself, or its fingerprint.
+    """
     metadata = {
         "format": FORMAT,
-        "generator": generator.fingerprint,
+        "generator": generator if isinstance(generator, str) else generator.fingerprint,
         "record": json.dumps(record, sort_keys=True),
     }
     return tensor_bytes({"direction": direction.detach().float()}, metadata)

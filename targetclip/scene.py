@@ -158,7 +158,7 @@ class Scene:
         if self.inverter is None:
             raise ValueError(
                 "this world has no inverter, so pictures have no latents: "
-                "use generated sources (--num-sources), and a recipe that does not invert"
+                "use generated sources, and a recipe that does not invert"
             )
         return self.inverter(self.images_of(pictures))
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from targetclip.scene import Scene
 
 BUNDLED = Path(__file__).parent / "worlds"
+DEFAULT_WORLD = "sketch64"  # where nobody names one
 NEEDED = ("name", "generator", "embedder")
 OPTIONAL = ("makes", "pretrained", "inverter", "identity", "aligner", "mapper", "recipe")
 FILES = ("generator", "embedder", "inverter", "identity", "mapper")
