@@ -10,6 +10,7 @@ Knows two ways to turn an image in [-1, 1] into the input of an encoder:
 Knows nothing of generators, directions or losses. Embeddings are raw: not of unit length.
 """
 
+import difflib
 import json
 import logging
 import zipfile
@@ -29,7 +30,7 @@ from torch.nn import functional as F
 from targetclip.command import one_line
 from targetclip.recipes import Preprocess
 from targetclip.weights import digest_of_weights
-from targetclip.world_files import HUB, LOCAL_DIR, WEIGHT_SUFFIXES, near
+from targetclip.world_files import HUB, LOCAL_DIR, WEIGHT_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +149,12 @@ def preprocess_images(
     mean = images.new_tensor(encoder_input.mean).view(3, 1, 1)
     std = images.new_tensor(encoder_input.std).view(3, 1, 1)
     return (resized * 0.5 + 0.5 - mean) / std
+
+
+def near(name: str, names: Sequence[str]) -> str:
+    """Return the names most like a misspelt one, for a message."""
+    matches = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    return ", ".join(matches or names[:5])
 
 
 def model_identifier(name: str | Path) -> str:

@@ -1,6 +1,7 @@
 """Worlds: a TOML file that names a generator, an embedder, an inverter and defaults.
 
-Knows the file and how to load its networks. Paths in the file are relative to it. Bundled worlds
+Knows the file and how to load its networks. Paths in the file are relative to it, may begin with ~,
+and may have backslashes on every system. Bundled worlds
 are `worlds/NAME/world.toml`; their files that do not ship belong in `home()/NAME`. A user's own
 world is the path of a file. Importing it does not import torch, so that usage errors are quick.
 """
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from targetclip.command import did_you_mean
 from targetclip.recipes import RECIPES
 from targetclip.world_files import (
     HUB,
@@ -22,6 +24,7 @@ from targetclip.world_files import (
     home,
     parse_facts,
     require,
+    without_tilde,
 )
 
 if TYPE_CHECKING:
@@ -98,18 +101,18 @@ def load_world(name: str) -> World:
         FileNotFoundError: no such world; the message lists the bundled ones.
         ValueError: the file is not a world file.
     """
-    path = Path(name)
+    path, names = without_tilde(name), world_names()
     if path.suffix != ".toml":
         path = BUNDLED / name / "world.toml"
-        if name not in world_names():
+        if name not in names:
             raise FileNotFoundError(
-                f"unknown world {name!r}: expected {', '.join(world_names())} "
-                "or the path of a world's .toml file"
+                f"unknown world {name!r}: expected {', '.join(names)} or the path of a world's "
+                f".toml file{did_you_mean(name, names)}"
             )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such world file")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # a byte order mark is no key
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a world file: {error}") from error
     try:
@@ -137,7 +140,8 @@ def check_values(content: Mapping[str, Any]) -> None:
         raise ValueError(f"neutral must be a list of texts, found {neutral!r}")
     recipe = content.get("recipe", RECIPE)
     if recipe not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, found {recipe!r}")
+        hint = did_you_mean(str(recipe), RECIPES)
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, found {recipe!r}{hint}")
     if RECIPES[recipe].identity_weight and "identity" not in content:
         raise ValueError(
             f"recipe {recipe!r} has an identity loss: name an identity model, or another recipe"
@@ -148,7 +152,8 @@ def check_values(content: Mapping[str, Any]) -> None:
 
 def place(path: Path, name: str) -> Path:
     """Return where a file of a world belongs: beside the world file, or at home."""
-    beside = path.parent / name
+    name = name.replace("\\", "/")
+    beside = path.parent / without_tilde(name)
     if beside.exists() or not is_bundled(path):
         return beside
     return home() / path.parent.name / name
@@ -198,11 +203,13 @@ def parse_world(content: Mapping[str, Any], path: Path) -> World:
         raise ValueError(f"missing {', '.join(missing)}")
     known = {*NEEDED, *OPTIONAL, *NUMBERS, "neutral", "files"}
     if unknown := sorted(content.keys() - known):
-        raise ValueError(f"unknown {', '.join(unknown)}: expected {', '.join(sorted(known))}")
+        hint = did_you_mean(unknown[0], known)
+        raise ValueError(f"unknown {', '.join(unknown)}: expected {', '.join(sorted(known))}{hint}")
     check_values(content)
     files = read_files(content, path)
     paths = {role: file.path for role, file in files.items()}
-    folder, weights = place(path, content["embedder"]), files["embedder"]
+    folder = place(path, content["embedder"].removeprefix(LOCAL_DIR))
+    weights = files["embedder"]
     has_weights = weights.path is not None and not weights.folder
     return World(
         path=path,

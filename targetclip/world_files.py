@@ -4,7 +4,6 @@ Knows paths, their tables in a world file, and the Hugging Face hub; nothing of 
 file. Nothing is fetched unless `fetch` is called.
 """
 
-import difflib
 import hashlib
 import os
 import re
@@ -58,15 +57,28 @@ class WorldFile:
     folder: bool = False
 
 
-def near(name: str, names: Sequence[str]) -> str:
-    """Return the names most like a misspelt one, for a message."""
-    matches = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
-    return ", ".join(matches or names[:5])
+def without_tilde(path: str) -> Path:
+    """Return a path whose ~ is replaced by the home folder.
+
+    Raises:
+        ValueError: there is no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path!r}: found no home folder; give the whole path, or set HOME (files of worlds go "
+            "to TARGETCLIP_HOME where it is set)"
+        ) from error
 
 
 def home() -> Path:
-    """Return the folder of files that do not ship: TARGETCLIP_HOME, or ~/.cache/targetclip."""
-    return Path(os.environ.get("TARGETCLIP_HOME") or "~/.cache/targetclip").expanduser()
+    """Return the folder of files that do not ship: TARGETCLIP_HOME, or ~/.cache/targetclip.
+
+    Raises:
+        ValueError: there is neither TARGETCLIP_HOME nor a home folder.
+    """
+    return without_tilde(os.environ.get("TARGETCLIP_HOME") or "~/.cache/targetclip")
 
 
 def parse_facts(table: object, where: str) -> Facts:

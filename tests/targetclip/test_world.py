@@ -68,6 +68,45 @@ def test_paths_are_relative_to_the_file_and_not_to_the_caller(
     assert world.pretrained == str(tmp_path / "here" / "weights.pt")
 
 
+def test_a_byte_order_mark_before_the_first_key_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "world.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + LEAST.encode())
+    assert load_world(str(path)).name == "a"
+
+
+def test_a_tilde_is_the_home_folder_in_a_world_and_before_its_own_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "clip").mkdir()
+    text = 'name = "a"\ngenerator = "~/g.pt"\nembedder = "local-dir:~/clip"\nmapper = "~/m.pt"\n'
+    written(tmp_path, text)
+    world = load_world("~/world.toml")
+    assert (world.path, world.generator) == (tmp_path / "world.toml", tmp_path / "g.pt")
+    assert (world.mapper, world.embedder) == (tmp_path / "m.pt", str(tmp_path / "clip"))
+
+
+def test_backslashes_divide_folders_on_every_system(tmp_path: Path) -> None:
+    (tmp_path / "nets" / "clip").mkdir(parents=True)
+    text = "name = 'a'\ngenerator = 'nets\\g.pt'\nembedder = 'nets\\clip'\n"
+    world = load_world(written(tmp_path, text))
+    assert world.generator == tmp_path / "nets" / "g.pt"
+    assert world.embedder == str(tmp_path / "nets" / "clip")
+
+
+def test_without_a_home_folder_a_path_in_it_is_refused_and_others_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "found no home folder" in error_of(written(tmp_path, LEAST + 'mapper = "~no_such_user/m"\n'))
+    monkeypatch.setenv("HOME", "")
+    assert load_world("sketch64").name == "sketch64"
+
+
+@pytest.mark.parametrize(("name", "meant"), [("sketch46", "sketch64"), ("FFHQ", "ffhq1024")])
+def test_a_misspelt_world_gets_its_nearest_neighbour(name: str, meant: str) -> None:
+    assert error_of(name).endswith(f"did you mean {meant!r}?")
+
+
 def test_a_name_without_a_file_beside_the_world_stays_a_name(tmp_path: Path) -> None:
     world = load_world(written(tmp_path, LEAST + 'pretrained = "openai"\n'))
     assert (world.embedder, world.pretrained) == ("ViT-B-32", "openai")
@@ -106,6 +145,8 @@ def test_a_world_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("not toml", "not a world file"),
         ('name = "a"\n', "missing embedder, generator"),
         (LEAST + "colour = 1\n", "unknown colour"),
+        (LEAST + 'invertor = "i.pt"\n', "did you mean 'inverter'?"),
+        (LEAST + 'recipe = "consistant"\n', "did you mean 'consistent'?"),
         (LEAST + 'recipe = "guess"\n', "release, paper, consistent, identity, found 'guess'"),
         (LEAST + 'recipe = "identity"\n', "has an identity loss: name an identity model"),
         (LEAST + 'strength = "strong"\n', "strength must be a number"),
