@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 from data.publish import sha256_of
 from eval.answers import TimedAnswer, answer_of
+from eval.costs import machine
 from eval.judging import Judges
 from eval.methods import LACKING, METHODS, Bench, Part, needs_of, open_pair_table
 from eval.reader import load_reader
-from eval.report import charts, check_charts, machine, report_text
+from eval.report import charts, check_charts, report_text
 from eval.sets import (
     ADVERSARIAL,
     IN_RANGE,

@@ -1,9 +1,14 @@
-"""What studies of time and memory share: networks with random weights, and counted operations.
+"""Measure time and memory: the machine, seconds and peaks, operations of random networks.
 
 Knows sizes and processes; nothing of files.
 """
 
 import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,10 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from targetclip.command import versions
 from targetclip.embedder import ClipEmbedder, EncoderInput
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
+
+CPU = torch.device("cpu")
+MEMORY_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +48,7 @@ class Sizes:
 
 
 def no_reader(thing: object) -> Tensor:
-    """Stand in for what reads pictures and texts, which random weights never see."""
+    """Refuse a picture or a text: networks of random weights read neither."""
     raise NotImplementedError("networks of random weights embed rendered images only")
 
 
@@ -73,8 +82,8 @@ def random_networks(sizes: Sizes) -> tuple[StyleGAN2, ClipEmbedder]:
 def count_operations(sizes: Sizes) -> int:
     """Count the operations of a step of `release`, forward and backward, from shapes alone.
 
-    Convolutions, matrix products and attention count, a multiplication and an addition as two. What
-    is done once a run, the embedding of the sources, does not.
+    Convolutions, matrix products and attention count, a multiplication and an addition as two. The
+    embedding of the sources does not count: it is done once a run.
     """
     with torch.device("meta"):
         generator, embedder = random_networks(sizes)
@@ -86,7 +95,7 @@ def count_operations(sizes: Sizes) -> int:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own: the peak memory of one never falls again.
+    """Call a function in a new process, for the peak memory of a process never falls.
 
     Raises:
         ChildProcessError: the process was killed.
@@ -96,3 +105,36 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
             raise ChildProcessError(f"{function.__name__}: its process was killed") from error
+
+
+def machine() -> dict[str, Any]:
+    """Describe this machine: processor, threads, memory settings, versions."""
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_settings": {key: os.environ[key] for key in MEMORY_SETTINGS if key in os.environ},
+        "versions": versions(),
+    }
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until an accelerator has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def seconds_of(work: Callable[[], object], device: torch.device = CPU) -> float:
+    """Return the seconds of one call."""
+    wait_for(device)
+    start = time.perf_counter()
+    work()
+    wait_for(device)
+    return time.perf_counter() - start

@@ -5,23 +5,17 @@ Knows numbers by their names; nothing of how they were found. Charts need matplo
 """
 
 import importlib.util
-import os
-import platform
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from eval.judging import RELEASED_STRENGTH, SCORES
 from eval.methods import METHODS
 from eval.sets import ADVERSARIAL, FOLDER, IN_RANGE, OUT_OF_RANGE
 from eval.trials import DRAWN_ANSWER, REFERENCE
-from targetclip.command import versions
 
 COLOUR_OF = {name: i for i, name in enumerate((*METHODS, DRAWN_ANSWER))}  # places in PALETTE
 PALETTE = "tab20"  # matplotlib's pairs of a dark and a light colour
@@ -32,7 +26,6 @@ ABOUT = {
     FOLDER: "Pictures of your own",
 }
 INSTALL = 'pip install "targetclip[eval]"'
-MEMORY_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
 MAIN = ("transfer", "consistency", "essence", "identity")
 BARS = ("mapper", "identity", "consistent", "ridge", DRAWN_ANSWER)
 RELEASED = {
@@ -416,24 +409,3 @@ def charts(report: Mapping[str, Any]) -> dict[str, Image.Image]:
         pictures |= {f"{name} seconds": seconds_chart(name, scored)}
         pictures |= attribute_charts(name, scored)
     return {name: picture for name, picture in pictures.items() if picture is not None}
-
-
-# The machine
-
-
-def machine() -> dict[str, Any]:
-    """Return the machine that timings belong to: processor, threads, memory settings, versions."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_settings": {key: os.environ[key] for key in MEMORY_SETTINGS if key in os.environ},
-        "versions": versions(),
-    }
-
-
-def peak_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

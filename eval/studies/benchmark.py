@@ -1,9 +1,9 @@
-"""How fast a step of the optimizer is: the `release` recipe at 256 px, against matrix products.
+"""Time a step of the optimizer, the `release` recipe at 256 px, against matrix products.
 
 Widths are StyleGAN2's config-f, the encoder is ViT-B/32, weights are random. A step renders the
-recipe's sources edited, embeds them and goes back to the direction; the sources themselves are
-embedded once. Its floating-point operations per second are given as a fraction of the rate of the
-best square matrix product measured in the same run. Runs on the processor.
+recipe's sources edited, embeds them and goes back to the direction. Its floating-point operations
+per second are a fraction of the rate of the best square matrix product in the same run. Runs on
+the processor.
 
     python -m eval.studies.benchmark                                   # some minutes on two cores
     python -m eval.studies.benchmark --out runs/benchmark --compare-released
@@ -27,7 +27,9 @@ import dataclasses
 import itertools
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,21 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.costs import Sizes, count_operations, random_networks
-from eval.report import machine, peak_bytes
+from eval.costs import (
+    Sizes,
+    count_operations,
+    machine,
+    peak_bytes,
+    random_networks,
+    seconds_of,
+)
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder
 from targetclip.generators.stylegan2 import StyleGAN2
 from targetclip.losses import consistency_loss, transfer_loss
 from targetclip.optimize import Progress
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.recipes import RECIPES
 from targetclip.scene import Scene, random_latents
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,12 +68,6 @@ class Config(Sizes):
     matrix_sizes: tuple[int, ...] = (1024, 2048, 4096)
     compare_released: bool = False
     """Also time a step as the released loop makes it, in float32; for resolutions from 32 px."""
-    seed: int = 0
-
-    @property
-    def recipe(self) -> Recipe:
-        """The `release` recipe, long enough for one step that is not timed."""
-        return dataclasses.replace(RECIPES["release"], steps=self.steps + 1, sources=self.sources)
 
 
 def check_config(config: Config) -> None:
@@ -82,40 +84,17 @@ def check_config(config: Config) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """The step in one precision."""
-
-    precision: Precision
-    seconds: tuple[float, ...]
-    """Of every step that was timed."""
-    steps_per_second: float
-    """From the median."""
-    gflops: float
-    """Counted operations per second of the median step, in 10^9."""
-    matrix_gflops: float
-    """The same of the best matrix product."""
-    fraction: float
-    """Of the matrix product's rate."""
-    peak_gigabytes: float
-    """Largest memory of the process so far, in 10^9 bytes, earlier precisions included."""
-
-
-def matrix_rate(dtype: torch.dtype, sizes: tuple[int, ...], repeats: int = 5) -> float:
+def matrix_rate(dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
     """Return the best rate of a product of two square matrices, in 10^9 operations per second.
 
-    Each size counts with its median, as a step does: a single fortunate product is no rate.
+    A size counts with the median of five products, after one to warm up.
     """
     rates = []
     for size in sizes:
-        left, right = torch.randn(2, size, size).to(dtype)
-        left @ right
-        seconds = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            left @ right
-            seconds.append(time.perf_counter() - start)
-        rates.append(2 * size**3 / statistics.median(seconds) / 1e9)
+        product = partial(torch.matmul, *torch.randn(2, size, size).to(dtype))
+        product()
+        seconds = statistics.median(seconds_of(product) for _ in range(5))
+        rates.append(2 * size**3 / seconds / 1e9)
     return max(rates)
 
 
@@ -132,27 +111,34 @@ def step_seconds(
     def on_step(progress: Progress) -> None:
         ends.append(time.perf_counter())
 
-    initial = random_latents(scene.generator, [config.seed + config.sources])
+    release = RECIPES["release"]
+    recipe = dataclasses.replace(release, steps=config.steps + 1, sources=config.sources)
+    initial = random_latents(scene.generator, [config.sources])
     with in_precision(scene.device, precision):
-        scene.search(target, config.recipe, initial, [config.seed], bank=sources, on_step=on_step)
+        scene.search(target, recipe, initial, [0], bank=sources, on_step=on_step)
     return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
 def timing_of(
-    precision: Precision, seconds: tuple[float, ...], operations: int, rate: float
-) -> Timing:
-    """Compute the rates of a step that takes so many operations."""
+    precision: Precision, seconds: Sequence[float], operations: int, rate: float
+) -> dict[str, Any]:
+    """Return the report of the step in one precision.
+
+    `seconds` are of every timed step, and rates follow from their median: `gflops` and
+    `matrix_gflops` in 10^9 operations per second, `fraction` of the matrix product's rate.
+    `peak_gigabytes` is the largest memory of the process so far, in 10^9 bytes.
+    """
     median = statistics.median(seconds)
     gflops = operations / median / 1e9
-    return Timing(
-        precision=precision,
-        seconds=seconds,
-        steps_per_second=1 / median,
-        gflops=gflops,
-        matrix_gflops=rate,
-        fraction=gflops / rate,
-        peak_gigabytes=peak_bytes() / 1e9,
-    )
+    return {
+        "precision": precision,
+        "seconds": seconds,
+        "steps_per_second": 1 / median,
+        "gflops": gflops,
+        "matrix_gflops": rate,
+        "fraction": gflops / rate,
+        "peak_gigabytes": peak_bytes() / 1e9,
+    }
 
 
 def released_seconds(
@@ -183,22 +169,22 @@ def released_seconds(
     return seconds
 
 
-def report_table(timings: list[Timing], operations: int, released: float | None) -> str:
+def report_table(report: Mapping[str, Any]) -> str:
     """Return the report as lines of text."""
     lines = [
-        f"{operations / 1e9:.1f} GFLOP a step",
+        f"{report['gflop_per_step']:.1f} GFLOP a step",
         f"{'':6}{'s/step':>8}{'min':>8}{'max':>8}{'steps/s':>9}"
         f"{'GFLOP/s':>9}{'matrix':>9}{'fraction':>10}{'peak GB':>9}",
     ]
-    for timing in timings:
+    for row in report["runs"]:
+        seconds = row["seconds"]
         lines.append(
-            f"{timing.precision:6}{statistics.median(timing.seconds):8.3f}"
-            f"{min(timing.seconds):8.3f}{max(timing.seconds):8.3f}{timing.steps_per_second:9.3f}"
-            f"{timing.gflops:9.1f}{timing.matrix_gflops:9.1f}{timing.fraction:10.1%}"
-            f"{timing.peak_gigabytes:9.2f}"
+            f"{row['precision']:6}{statistics.median(seconds):8.3f}{min(seconds):8.3f}"
+            f"{max(seconds):8.3f}{row['steps_per_second']:9.3f}{row['gflops']:9.1f}"
+            f"{row['matrix_gflops']:9.1f}{row['fraction']:10.1%}{row['peak_gigabytes']:9.2f}"
         )
-    if released is not None:
-        lines.append(f"a step as the released loop makes it: {released:.3f} s")
+    if (seconds := report["released_seconds"]) is not None:
+        lines.append(f"a step as the released loop makes it: {seconds:.3f} s")
     return "\n".join(lines)
 
 
@@ -212,12 +198,12 @@ def run(config: Config) -> dict[str, Any]:
     check_config(config)
     if config.out is not None:
         command.make_folder(config.out)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(0)
     operations = count_operations(config)
     generator, embedder = random_networks(config)
     scene = Scene(generator=generator, embedder=embedder, max_images=config.max_images)
     # As after training, w stays near its mean; any target will do.
-    sources = random_latents(generator, range(config.seed, config.seed + config.sources))
+    sources = random_latents(generator, range(config.sources))
     target = torch.randn(1, embedder.embed_dim)
 
     timings = []
@@ -228,15 +214,14 @@ def run(config: Config) -> dict[str, Any]:
     released = None
     if config.compare_released:
         released = released_seconds(generator, embedder, target, sources)
-
-    print(report_table(timings, operations, released))
     report = {
         "config": dataclasses.asdict(config) | {"out": None},
         "machine": machine(),
         "gflop_per_step": operations / 1e9,
-        "runs": [dataclasses.asdict(timing) for timing in timings],
+        "runs": timings,
         "released_seconds": released,
     }
+    print(report_table(report))
     if config.out is not None:
         command.write_json(config.out / "report.json", report)
     return report

@@ -1,4 +1,4 @@
-"""What building pairs costs at scale: the builder's own overhead, processes, memory, a large plan.
+"""Measure what building pairs costs: the builder's own overhead, processes, memory, a large plan.
 
 Four measurements, each a ratio or a curve within one run, on the bundled world:
 
@@ -37,8 +37,7 @@ from data.plan import Plan, make_plan
 from data.targets import BadTarget, Target, TargetSet, open_targets
 from data.teacher import Teacher, make_teacher
 from data.worker import Worker, merge_all
-from eval.costs import Sizes, alone, count_operations
-from eval.report import machine, peak_bytes
+from eval.costs import Sizes, alone, count_operations, machine, peak_bytes
 from targetclip import command
 from targetclip.command import Precision, Stop, choose_precision
 from targetclip.optimize import Optimized

@@ -1,4 +1,4 @@
-"""What one pass costs: seconds of a prediction, an edit and the optimizer, as ratios in one run.
+"""Time a prediction, an edit and the optimizer, and give ratios of seconds of one run.
 
     python -m eval.studies.speed --out runs/speed
     python -m eval.studies.speed --out runs/speed --world ffhq.toml --mapper ffhq-mapper.safetensors
@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from eval.report import machine
+from eval.costs import machine, seconds_of, wait_for
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
 from targetclip.command import Precision, choose_precision, in_precision
@@ -60,25 +60,10 @@ def check_config(config: Config) -> None:
             raise ValueError(f"--{name}: expected 1 or more, found {value}")
 
 
-def wait_for(device: torch.device) -> None:
-    """Wait until an accelerator has finished its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call."""
-    wait_for(device)
-    start = time.perf_counter()
-    work()
-    wait_for(device)
-    return time.perf_counter() - start
-
-
 def median_seconds(
     works: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, float]:
-    """Time calls one after another in every round, after a round to warm up, and return medians."""
+    """Time each call once a round, after a round to warm up, and return medians."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in tqdm(range(rounds + 1), desc="quick", unit="round"):
         for name, work in works.items():
@@ -103,7 +88,7 @@ def quick_works(essence: EssenceTransfer, target: Image.Image) -> dict[str, Call
 def optimizer_seconds(
     essence: EssenceTransfer, target: Image.Image, recipe: Recipe, steps: int | None
 ) -> float:
-    """Return the seconds of the optimizer for one target, scaled if only some steps are taken."""
+    """Return the seconds of the optimizer for one target, scaled where `steps` cuts the recipe."""
     ends: list[float] = []
     start = time.perf_counter()
 
@@ -121,7 +106,7 @@ def optimizer_seconds(
 
 
 def ratios_of(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Compute what the project aims at: at most 1.1, at most 1.2, at least 1,000."""
+    """Return the three ratios; the project's aims are 1.1 and 1.2 at most, and 1,000 or more."""
     both = seconds["encoding"] + seconds["rendering"]
     return {
         "direction to encoding": seconds["direction"] / seconds["encoding"],

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.targets import Target, TargetSet
-from eval.report import peak_bytes
+from eval.costs import peak_bytes
 from eval.studies.scale import (
     MEASURES,
     PEAK,

@@ -1,7 +1,7 @@
 """Every command once at full size, without anybody's weights; and what a step holds in memory.
 
-    python -m eval.studies.full_size --out runs/full              # an hour and more of one core
-    python -m eval.studies.full_size --out runs/full --memory     # two minutes on two idle cores
+    python -m tests.proof.full_size --out runs/full              # an hour and more of one core
+    python -m tests.proof.full_size --out runs/full --memory     # two minutes on two idle cores
 
 Makes seeded weights in the layouts of the public checkpoints (2 GB), and runs the project's own
 commands on them, each in a process of its own, with its seconds and peak memory. Pictures come out
@@ -17,7 +17,7 @@ steps of 1, 2 and 4 sources, with layers kept and computed again. Runs on the pr
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.full_size")
+    start("tests.proof.full_size")
 
 import argparse
 import dataclasses
@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from eval.costs import Sizes, alone, random_networks
-from eval.report import machine, peak_bytes, table
+from eval.costs import Sizes, alone, machine, peak_bytes, random_networks
+from eval.report import table
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder, resize_matrix
@@ -437,4 +437,4 @@ def run(config: Config, run_command: Command = run_command, alone: Alone = alone
 
 
 def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.full_size")
+    command.main(run, Config, __doc__, "python -m tests.proof.full_size")

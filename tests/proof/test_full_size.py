@@ -16,7 +16,13 @@ from PIL import Image
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from eval.studies.full_size import (
+from eval.studies.scale import FFHQ_CHANNELS
+from targetclip.command import Precision, in_precision
+from targetclip.directions import load_direction
+from targetclip.generators import load_generator
+from targetclip.optimize import embed_latents
+from targetclip.scene import random_latents
+from tests.proof.full_size import (
     LAST,
     MEASURED,
     PRECISIONS,
@@ -29,12 +35,6 @@ from eval.studies.full_size import (
     run_command,
     seeded_generator,
 )
-from eval.studies.scale import FFHQ_CHANNELS
-from targetclip.command import Precision, in_precision
-from targetclip.directions import load_direction
-from targetclip.generators import load_generator
-from targetclip.optimize import embed_latents
-from targetclip.scene import random_latents
 
 
 @pytest.fixture
