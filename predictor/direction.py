@@ -1,41 +1,61 @@
-"""Directions: how they were found, which of two is better, mixtures, and how far to go along one.
+"""Directions: how they were found, their files, sums, the better of two, and how far to go.
 
-Knows results of the optimizer and the calibration in a mapper's record; nothing of targets, files
-or images.
+Knows results of the optimizer and the calibration in a mapper's record; nothing of targets or
+images.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from predictor.mapper import Mapper
+from targetclip.command import write_file
+from targetclip.directions import (
+    RELEASED_SUFFIXES,
+    direction_bytes,
+    load_direction,
+    released_direction,
+)
+from targetclip.generators import Generator
 from targetclip.optimize import Optimized, Progress
 from targetclip.recipes import Recipe
+
+if TYPE_CHECKING:
+    from predictor.transfer import EssenceTransfer
 
 Method = Literal["mapper", "refined", "optimizer"]
 WatchStep = Callable[[Progress], None]
 WatchSearch = Callable[[Method, Recipe], WatchStep]
 """Called as a search begins; its result is called after every step."""
 
-CALIBRATE = "calibrate it: python -m eval.calibrate --help; or ask it unchecked: --mode instant"
+RELEASED = "released"  # method of the directions of TargetCLIP's release
+RECORDED = ("method", "expected", "probe", "transfer", "consistency", "steps")  # in a file
+CALIBRATE = 'calibrate it: python -m eval.calibrate --help; or ask it unchecked: mode "instant"'
 STRENGTHS = 10  # tried by strength_at_floor, from 0 to the highest
 HALVINGS = 4  # of the interval in which identity falls below the floor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Direction:
-    """A direction and how it was found."""
+    """A direction and how it was found.
+
+    Directions of one generator are added, subtracted and multiplied by numbers: `0.5 * a - b`.
+    """
 
     vector: Float[Tensor, "num_ws w_dim"]
     method: str
     """"mapper", "refined" (the optimizer, started at the mapper's answer), "optimizer", the method
     that a file names, or several of these joined by " + "."""
+    generator: str | None = None
+    """Fingerprint of the generator it belongs to; None: not known."""
     expected: float | None = None
     """Transfer score that the mapper expected; None: no mapper was asked."""
     probe: float | None = None
@@ -47,6 +67,79 @@ class Direction:
     steps: int = 0
     """Steps of the optimizer, in all searches that were tried."""
 
+    def __repr__(self) -> str:
+        rows, columns = self.vector.shape
+        norm = float(self.vector.norm())
+        facts = [f"{rows} x {columns}", f"norm {norm:.3g}", f"method {self.method!r}"]
+        scores = {"expected": self.expected, "probe": self.probe, "transfer": self.transfer}
+        facts += [f"{name} {score:.3f}" for name, score in scores.items() if score is not None]
+        return f"Direction({', '.join(facts)})"
+
+    def __mul__(self, factor: float) -> "Direction":
+        if not isinstance(factor, Real):
+            return NotImplemented
+        return mixed([self], [float(factor)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> "Direction":
+        return self * (1 / divisor)
+
+    def __neg__(self) -> "Direction":
+        return mixed([self], [-1.0])
+
+    def __add__(self, other: "Direction") -> "Direction":
+        return mixed([self, other], [1.0, 1.0]) if isinstance(other, Direction) else NotImplemented
+
+    def __sub__(self, other: "Direction") -> "Direction":
+        return mixed([self, other], [1.0, -1.0]) if isinstance(other, Direction) else NotImplemented
+
+    def vector_for(self, generator: Generator) -> Float[Tensor, "num_ws w_dim"]:
+        """Return the vector, on a generator's device; ValueError: it belongs to another one."""
+        if self.generator not in (None, generator.fingerprint):
+            raise ValueError(f"{self} belongs to another generator: find one for this world")
+        return self.vector.to(generator.mean_w.device)
+
+    def save(self, path: str | Path) -> None:
+        """Write a .safetensors file, which `load` and the command (--direction) read.
+
+        Raises:
+            FileNotFoundError, OSError: it cannot be written.
+            ValueError: another suffix, or `generator` is None.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise ValueError(f"expected a file name ending in .safetensors, found {str(path)!r}")
+        if self.generator is None:
+            raise ValueError(
+                "expected a direction that knows its generator, found none: give it "
+                "generator=essence.scene.generator.fingerprint"
+            )
+        record = {name: getattr(self, name) for name in RECORDED}
+        record = {name: value for name, value in record.items() if value is not None}
+        write_file(path, direction_bytes(self.vector, self.generator, record))
+
+    @classmethod
+    def load(cls, path: str | Path, owner: "Generator | EssenceTransfer") -> "Direction":
+        """Read a direction file: ours, or a .npy or .pt of TargetCLIP's release.
+
+        Args:
+            owner: the generator that the direction belongs to, or what holds it.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_direction` and `released_direction`.
+        """
+        generator = owner if isinstance(owner, Generator) else owner.scene.generator
+        record: dict[str, Any] = {"method": RELEASED}
+        if Path(path).suffix in RELEASED_SUFFIXES:
+            vector = released_direction(path, generator.num_ws, generator.w_dim)
+        else:
+            stored = load_direction(path, generator)
+            vector, record = stored.direction, {"method": "file", **stored.record}
+        facts = {name: record[name] for name in RECORDED if name in record}
+        vector = vector.to(generator.mean_w.device)
+        return cls(vector=vector, generator=generator.fingerprint, **facts)
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a search; `direction` is the best so far."""
@@ -56,22 +149,52 @@ class Interrupted(KeyboardInterrupt):
         self.direction = direction
 
 
-def direction_so_far(progress: Progress, method: Method) -> Direction:
-    """Return the direction that an optimization of one target would give if it ended now."""
-    return Direction(
-        vector=progress.kept_directions[0],
-        method=method,
-        transfer=1 - float(progress.kept_transfer[0]),
-        consistency=1 - float(progress.kept_consistency[0]),
-        steps=progress.step + 1,
-    )
+def searched_direction(
+    search: Callable[..., Optimized],
+    method: Method,
+    generator: str,
+    on_step: WatchStep | None = None,
+) -> Direction:
+    """Run a search for the direction of one target, and return the direction.
 
+    Args:
+        search: runs it; calls its argument `on_step` after every step.
+        generator: fingerprint of the generator that the direction belongs to.
+        on_step: called after every step as well.
 
-def optimized_direction(result: Optimized, method: Method) -> Direction:
-    """Return the direction of an optimization of one target."""
+    Raises:
+        FloatingPointError: the loss was not finite.
+        Interrupted: Ctrl-C after the first step; with the best direction so far.
+    """
+    latest: Progress | None = None
+
+    def remember(progress: Progress) -> None:
+        nonlocal latest
+        latest = progress
+        if on_step is not None:
+            on_step(progress)
+
+    try:
+        result = search(on_step=remember)
+    except KeyboardInterrupt:
+        if latest is None:
+            raise
+        raise Interrupted(
+            Direction(
+                vector=latest.kept_directions[0],
+                method=method,
+                generator=generator,
+                transfer=1 - float(latest.kept_transfer[0]),
+                consistency=1 - float(latest.kept_consistency[0]),
+                steps=latest.step + 1,
+            )
+        ) from None
+    if result.failures[0] is not None:
+        raise FloatingPointError(f"no direction found: {result.failures[0]}")
     return Direction(
         vector=result.directions[0],
         method=method,
+        generator=generator,
         transfer=1 - float(result.transfer[0]),
         consistency=1 - float(result.consistency[0]),
         steps=int(result.steps[0]),
@@ -95,19 +218,24 @@ def mixed(directions: Sequence[Direction], weights: Sequence[float]) -> Directio
     """Return the weighted sum of directions; a negative weight takes an essence away.
 
     Raises:
-        ValueError: no directions, or another number of weights.
+        ValueError: no directions, another number of weights, or directions of several generators.
     """
     if not directions or len(directions) != len(weights):
         raise ValueError(
             f"expected one weight for each direction, found {len(weights)} for {len(directions)}"
         )
-    vectors = torch.stack([direction.vector for direction in directions])
-    factors = vectors.new_tensor(weights)[:, None, None]
-    methods = dict.fromkeys(direction.method for direction in directions)
+    generators = {each.generator for each in directions if each.generator is not None}
+    if len(generators) > 1 or len({each.vector.shape for each in directions}) > 1:
+        raise ValueError("expected directions of one generator, found several generators' ones")
+    first = directions[0].vector
+    vectors = torch.stack([each.vector.to(first) for each in directions])
+    factors = first.new_tensor(weights)[:, None, None]
+    methods = dict.fromkeys(m for each in directions for m in each.method.split(" + "))
     return Direction(
         vector=(factors * vectors).sum(dim=0),
         method=" + ".join(methods),
-        steps=sum(direction.steps for direction in directions),
+        generator=min(generators, default=None),
+        steps=sum(each.steps for each in directions),
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from predictor.direction import Direction
+from predictor.direction import RECORDED, Direction
+from predictor.inputs import Text
 from predictor.options import Request
 from targetclip.command import Stopwatch, versions, write_json
 from targetclip.media.images import labelled_grid, write_picture
@@ -23,7 +24,7 @@ class NamedTarget:
 
     name: str
     """The picture's path, or the text."""
-    content: Image.Image | str
+    content: Image.Image | Text
     weight: float
 
 
@@ -73,7 +74,7 @@ def target_facts(targets: Sequence[NamedTarget], outcome: Outcome) -> list[dict[
         kind = "text" if isinstance(target.content, str) else "picture"
         rows.append({"target": target.name, "kind": kind, "weight": target.weight})
         if outcome.parts:
-            facts = {k: v for k, v in vars(outcome.parts[i]).items() if k != "vector"}
+            facts = {name: getattr(outcome.parts[i], name) for name in RECORDED}
             rows[-1]["direction"] = facts
     return rows
 

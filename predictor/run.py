@@ -24,6 +24,7 @@ from predictor.direction import (
     WatchStep,
     mixed,
 )
+from predictor.inputs import Text
 from predictor.options import Request
 from predictor.report import (
     NamedTarget,
@@ -71,9 +72,9 @@ RELEASED = "released"  # method of the directions of TargetCLIP's release
 
 def read_targets(request: Request) -> list[NamedTarget]:
     """Read the targets: pictures, then texts."""
-    contents: list[tuple[str, Image.Image | str]] = [
+    contents: list[tuple[str, Image.Image | Text]] = [
         *((str(path), read_picture(path)) for path in request.pictures),
-        *((text, text) for text in request.texts),
+        *((text, Text(text)) for text in request.texts),
     ]
     return [NamedTarget(*named, w) for named, w in zip(contents, request.weights, strict=True)]
 
@@ -188,7 +189,10 @@ def read_direction(scene: Scene, request: Request) -> Outcome:
         stored = load_direction(path, generator)
         vector, record = stored.direction, stored.record
     method = str(record.get("method", "file"))
-    return Outcome(Direction(vector=vector.to(scene.device), method=method), record, [])
+    direction = Direction(
+        vector=vector.to(scene.device), method=method, generator=generator.fingerprint
+    )
+    return Outcome(direction, record, [])
 
 
 def write_direction(request: Request, scene: Scene, outcome: Outcome) -> None:

@@ -1,9 +1,10 @@
-"""EssenceTransfer: a target in, a direction out, edits of any source.
+"""EssenceTransfer: a target in, a direction out; it edits sources as well (predictor.editing).
 
 Knows how a scene, a mapper and the optimizer work together. Every direction carries the method that
 made it. Files and printing belong to the command line.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -12,43 +13,39 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predictor import Mode
 from predictor.direction import (
     Direction,
     Gate,
-    Interrupted,
     Method,
     WatchSearch,
     WatchStep,
-    direction_so_far,
-    optimized_direction,
-    strength_at_floor,
+    searched_direction,
 )
+from predictor.editing import Editing
+from predictor.inputs import Target, Text, as_recipe, as_target, check_mode
 from predictor.mapper import FoldedMapper, Mapper, Prediction, load_mapper
 from predictor.mapper_file import check_made_for, trained_recipe
 from predictor.text import TextEmbedder, TextTargets
-from targetclip.encoders.identity import identity_similarity
-from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Preprocess, Recipe
 from targetclip.scene import Scene, Scores
 from targetclip.seeds import probe_seeds, seed_of
-from targetclip.world import World, load_scene, load_world
-
-PictureOrText = Image.Image | str
-"""A target: a picture, or a text where the world has neutral texts."""
+from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
 
-class EssenceTransfer:
+class EssenceTransfer(Editing):
     """Gives sources a target's essence: a scene and a mapper.
+
+    Pictures may be paths, Pillow images, arrays or tensors: see `predictor.inputs.Picture`.
 
     Args:
         mapper: trained for the generator and the embedder of the scene; None: only mode "optimize".
         texts: how a text becomes a target; None: texts are refused.
-        aligner: cuts the face out of a target picture before the picture is inverted; None:
-            pictures are inverted whole. The embedder always gets the whole picture.
+        aligner: cuts the face out of a picture before the picture is inverted; None: pictures are
+            inverted whole. The embedder always gets the whole picture.
         recipe: of the optimizer, where none is given.
 
     Raises:
@@ -64,10 +61,9 @@ class EssenceTransfer:
         aligner: Callable[[Image.Image], Image.Image] | None = None,
         recipe: Recipe = RECIPES["consistent"],
     ) -> None:
-        self.scene = scene
+        super().__init__(scene, aligner)
         self.mapper = mapper
         self.texts = texts
-        self.aligner = aligner
         self.recipe = recipe
         self.bank_features: dict[tuple[Preprocess, bool], Tensor] = {}
         if mapper is not None:
@@ -88,18 +84,20 @@ class EssenceTransfer:
         """Return the mapper; raise a ValueError where there is none."""
         if self.mapper is None:
             raise ValueError(
-                "there is no mapper, so the optimizer alone finds directions (--mode optimize); "
+                'there is no mapper, so the optimizer alone finds directions (mode "optimize"); '
                 "train one: python -m train.mapper --help"
             )
         return self.mapper
 
-    # Targets
+    def to(self, device: torch.device | str) -> "EssenceTransfer":
+        """Return a copy whose networks are on a device; this one stays where it is."""
+        scene, mapper, texts = copy.deepcopy((self.scene, self.mapper, self.texts))
+        for part in (*vars(scene).values(), mapper):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return EssenceTransfer(scene, mapper, texts=texts, aligner=self.aligner, recipe=self.recipe)
 
-    def source_embeddings(
-        self, preprocess: Preprocess = "consistent"
-    ) -> Float[Tensor, "bank embed"]:
-        """Return the embeddings of the bank's sources, computed once for each preprocessing."""
-        return self.source_features(preprocess, 0.0)
+    # Targets
 
     def source_features(
         self, preprocess: Preprocess, identity_weight: float
@@ -113,74 +111,77 @@ class EssenceTransfer:
                 )
         return self.bank_features[key]
 
-    def embed_target(
-        self, target: PictureOrText, recipe: Recipe | None = None
-    ) -> Float[Tensor, " embed"]:
+    def embed_target(self, target: Target, recipe: Recipe | None = None) -> Float[Tensor, " embed"]:
         """Return the embedding of a target, its picture preprocessed as the recipe wants it or, by
-        default, as the embedder's own library does. ValueError: a text, and there are no `texts`.
+        default, as the embedder's own library does.
+
+        Raises:
+            FileNotFoundError, TypeError: as `as_pictures`.
+            ValueError: as `as_target`; a text, and there are no `texts`.
         """
-        if not isinstance(target, str):
+        target = as_target(target)
+        if not isinstance(target, Text):
             return self.scene.embed_targets([target], recipe or RECIPES["consistent"])[0]
         if self.texts is None:
             raise ValueError(f"{target!r} is a text, and this world has no neutral texts")
-        return self.texts.embed(target, self.source_embeddings())
+        return self.texts.embed(target, self.source_features("consistent", 0.0))
 
-    def initial(
-        self, target: PictureOrText, kind: Initial, seed: int
-    ) -> Float[Tensor, "num_ws w_dim"]:
+    def initial(self, target: Target, kind: Initial, seed: int) -> Float[Tensor, "num_ws w_dim"]:
         """Return where an optimization starts (release: an absolute latent, not an offset).
 
         Raises:
-            ValueError: the inversion of a text, or there is no inverter; or as the aligner.
+            ValueError: the inversion of a text, or as `latents_of`.
         """
-        picture = Image.new("RGB", (1, 1)) if isinstance(target, str) else target
-        if kind == "inversion" and isinstance(target, str):
+        if kind != "inversion":
+            blank = Image.new("RGB", (1, 1))
+            return self.scene.initial([blank], kind, [seed_of("initial", seed)])[0]
+        if isinstance(target, Text):
             raise ValueError(
                 f"{target!r} is a text, which has no inversion to start from: "
                 "start at zero or at a random latent"
             )
-        if kind == "inversion" and self.aligner is not None:
-            picture = self.aligner(picture)
-        return self.scene.initial([picture], kind, [seed_of("initial", seed)])[0]
+        return self.latents_of(target)[0]
 
     # Directions
 
     def direction(
         self,
-        target: PictureOrText,
+        target: Target | None = None,
         mode: Mode = "auto",
-        recipe: Recipe | None = None,
+        recipe: Recipe | str | None = None,
         seed: int = 0,
         watch: WatchSearch | None = None,
+        *,
+        text: str | None = None,
     ) -> Direction:
-        """Find the direction of a target.
+        """Find the direction of a target: a picture, or words.
 
         Args:
+            target: a picture, or a `Text`. A str is the path of a picture.
             mode: "instant": the mapper's answer. "refine": that answer, refined by the optimizer.
                 "optimize": the optimizer's result. "auto": the first of the three whose score on
                 the probe sources reaches the mapper's threshold, or the best of them.
-            recipe: of the optimizer. None: the one given at construction.
+            recipe: of the optimizer, or its name. None: the one given at construction.
             seed: of the optimizer's random numbers.
+            text: the target in words, in the place of `target`.
 
         Raises:
-            ValueError: the mode needs a mapper, or a calibrated one, or an identity model; see
-                `embed_target` and `initial`.
+            FileNotFoundError, TypeError: as `as_pictures`.
+            ValueError: no such mode or recipe; the mode needs a mapper, or a calibrated one, or an
+                identity model; see `embed_target` and `initial`.
             FloatingPointError: the optimizer's loss is not finite.
             Interrupted: Ctrl-C during a search.
         """
-        recipe = recipe or self.recipe
+        check_mode(mode)
+        target, recipe = as_target(target, text), as_recipe(recipe, self.recipe)
         if mode == "optimize":
             return self.optimize(target, recipe, seed, watch and watch("optimizer", recipe))
         if mode == "instant":
             return self.predict(target)
         gate = Gate.of(self.asked_mapper())
         refining = gate.refining(recipe, self.trained)
-        # Checked now, not after minutes of searching.
-        if refining.identity_weight and self.scene.identity is None:
-            raise ValueError(
-                "refining this mapper's answers needs an identity model, found none: name one in "
-                "the world's file, or ask the mapper unchecked (--mode instant)"
-            )
+        # An identity model that is missing is an error now, not after minutes of searching.
+        self.scene.feature_model(refining.identity_weight)
         if mode == "auto":
             self.scene.feature_model(recipe.identity_weight)
         predicted = self.predict(target)
@@ -195,11 +196,12 @@ class EssenceTransfer:
             partial(self.probe_score, self.embed_target(target), probes=gate.probes),
         )
 
-    def predict(self, target: PictureOrText) -> Direction:
+    def predict(self, target: Target) -> Direction:
         """Return the mapper's answer."""
         folded = self.folded  # before anything is embedded
         vector, expected = folded(self.embed_target(target, self.trained)[None])
-        return Direction(vector=vector, method="mapper", expected=expected)
+        generator = self.scene.generator.fingerprint
+        return Direction(vector=vector, method="mapper", generator=generator, expected=expected)
 
     def predict_embeddings(self, embeddings: Float[Tensor, "targets embed"]) -> Prediction:
         """Return the mapper's answers to embeddings, raw or unit."""
@@ -218,7 +220,7 @@ class EssenceTransfer:
 
     def refine(
         self,
-        target: PictureOrText,
+        target: Target,
         predicted: Direction,
         recipe: Recipe,
         seed: int = 0,
@@ -230,7 +232,7 @@ class EssenceTransfer:
         return replace(direction, expected=predicted.expected)
 
     def optimize(
-        self, target: PictureOrText, recipe: Recipe, seed: int = 0, on_step: WatchStep | None = None
+        self, target: Target, recipe: Recipe, seed: int = 0, on_step: WatchStep | None = None
     ) -> Direction:
         """Run the optimizer from the recipe's start; raises as `direction` does."""
         start = self.initial(target, recipe.initial, seed)
@@ -238,7 +240,7 @@ class EssenceTransfer:
 
     def search(
         self,
-        target: PictureOrText,
+        target: Target,
         recipe: Recipe,
         start: Float[Tensor, "num_ws w_dim"],
         method: Method,
@@ -246,68 +248,19 @@ class EssenceTransfer:
         on_step: WatchStep | None,
     ) -> Direction:
         """Run the optimizer from a start."""
-        latest: Progress | None = None
-
-        def remember(progress: Progress) -> None:
-            nonlocal latest
-            latest = progress
-            if on_step is not None:
-                on_step(progress)
-
         features = None
         if recipe.fresh_sources:
             features = self.source_features(recipe.preprocess, recipe.identity_weight)
-        try:
-            result = self.scene.search(
-                self.embed_target(target, recipe)[None],
-                recipe,
-                start[None],
-                [seed_of("target", seed)],
-                bank_features=features,
-                on_step=remember,
-            )
-        except KeyboardInterrupt:
-            if latest is None:
-                raise
-            raise Interrupted(direction_so_far(latest, method)) from None
-        if result.failures[0] is not None:
-            raise FloatingPointError(f"no direction found: {result.failures[0]}")
-        return optimized_direction(result, method)
+        embedding, seeds = self.embed_target(target, recipe)[None], [seed_of("target", seed)]
+        search = partial(self.scene.search, embedding, recipe, start[None], seeds)
+        search = partial(search, bank_features=features)
+        return searched_direction(search, method, self.scene.generator.fingerprint, on_step)
 
-    # Edits
-
-    def edit(
-        self,
-        source_ws: Float[Tensor, "sources num_ws w_dim"],
-        direction: Float[Tensor, "num_ws w_dim"],
-        strength: float = 1.0,
-    ) -> Float[Tensor, "sources 3 height width"]:
-        """Return images in [-1, 1] of sources moved along a direction."""
-        return self.scene.edit(source_ws, direction, strength)
-
-    def strength_at_identity(
-        self,
-        source_ws: Float[Tensor, "sources num_ws w_dim"],
-        direction: Float[Tensor, "num_ws w_dim"],
-        floor: float,
-        highest: float = 1.0,
-    ) -> float:
-        """Return the largest strength up to which sources keep a mean identity similarity of
-        `floor`, in [-1, 1]. ValueError: there is no identity model."""
-        model = self.scene.identity
-        if model is None:
-            raise ValueError("there is no identity model to hold a floor by: choose a strength")
-        before = self.edit(source_ws, direction, 0.0)
-
-        def identity_at(strength: float) -> float:
-            edited = self.edit(source_ws, direction, strength)
-            return float(identity_similarity(model, before, edited).mean())
-
-        return strength_at_floor(identity_at, highest, floor)
+    # Scores
 
     def score(
         self,
-        target: PictureOrText,
+        target: Target,
         sources: Float[Tensor, "sources 3 height width"],
         edited: Float[Tensor, "sources 3 height width"],
     ) -> Scores:
@@ -318,7 +271,7 @@ class EssenceTransfer:
 def essence_of(
     scene: Scene,
     world: World,
-    mapper: Path | None = None,
+    mapper: str | Path | None = None,
     aligner: Callable[[Image.Image], Image.Image] | None = None,
 ) -> EssenceTransfer:
     """Join a scene of a world with a mapper, loaded as by `load_mapper`; None: the world's."""
@@ -334,9 +287,9 @@ def essence_of(
 
 
 def load_essence(
-    world: World | str,
-    device: torch.device | None = None,
-    mapper: Path | None = None,
+    world: World | str | Path = DEFAULT_WORLD,
+    device: torch.device | str | None = None,
+    mapper: str | Path | None = None,
     *,
     max_images: int | None = None,
     checkpoint_layers: bool = False,
@@ -345,12 +298,14 @@ def load_essence(
 
     Args:
         world: a world, its name or the path of its file.
-        device, max_images, checkpoint_layers: see `load_scene`.
+        device: None: torch's default device.
+        max_images, checkpoint_layers: see `load_scene`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_world`, `load_scene` and `load_mapper`.
     """
-    if isinstance(world, str):
-        world = load_world(world)
+    if not isinstance(world, World):
+        world = load_world(str(world))
+    device = None if device is None else torch.device(device)
     scene = load_scene(world, device, max_images=max_images, checkpoint_layers=checkpoint_layers)
     return essence_of(scene, world, mapper)

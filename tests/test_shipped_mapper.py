@@ -147,5 +147,5 @@ def test_an_identity_floor_is_kept_by_less_strength(essence: EssenceTransfer) ->
 
 def test_words_bring_what_they_say(essence: EssenceTransfer, read: Read) -> None:
     for text, name in (("round glasses", "glasses"), ("a long beard", "beard"), ("a hat", "hat")):
-        vector = essence.predict(text).vector
+        vector = essence.direction(text=text, mode="instant").vector
         assert mean(read(vector), name) > mean(read(vector, 0.0), name) + 0.15

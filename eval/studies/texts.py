@@ -34,6 +34,7 @@ from eval.judging import Goal, Judges, edited_images, face_judges, judge, scores
 from eval.metrics import interval
 from eval.report import number, table, with_bounds
 from eval.sets import Truth
+from predictor.inputs import Text
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
@@ -188,7 +189,8 @@ class Setup:
     def embed(self, targets: Sequence[Image.Image | str]) -> Float[Tensor, "targets embed"]:
         """Embed targets as the product gives them to the mapper."""
         recipe = self.essence.trained
-        return torch.stack([self.essence.embed_target(target, recipe) for target in targets])
+        given = [Text(target) if isinstance(target, str) else target for target in targets]
+        return torch.stack([self.essence.embed_target(target, recipe) for target in given])
 
     def embed_raw(self, texts: Sequence[str]) -> Float[Tensor, "targets embed"]:
         """Embed texts as if they were pictures."""

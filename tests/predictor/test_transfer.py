@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from predictor import Mode
 from predictor.direction import Direction, Interrupted, Method, WatchStep
+from predictor.inputs import Text
 from predictor.mapper import load_mapper
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer, load_essence
@@ -110,7 +111,7 @@ def test_each_picture_is_inverted_as_if_alone(essence: EssenceTransfer) -> None:
 
 def test_a_world_without_inverter_says_what_to_do_instead(scene: Scene) -> None:
     essence = EssenceTransfer(dataclasses.replace(scene, inverter=None))
-    with pytest.raises(ValueError, match="--num-sources"):
+    with pytest.raises(ValueError, match="use generated sources"):
         essence.scene.invert([picture()])
     with pytest.raises(ValueError, match="no inverter"):
         essence.optimize(picture(), quick(initial="inversion"))
@@ -276,13 +277,12 @@ def test_what_searches_see_of_sources_is_kept_apart_from_their_embeddings(
     scene: Scene,
 ) -> None:
     essence = EssenceTransfer(knowing(scene))
-    embedded = essence.source_embeddings()
+    embedded = essence.source_features("consistent", 0)
     seen = essence.source_features("consistent", 0.2)
     assert torch.equal(seen[:, : embedded.shape[1]], embedded)
     assert seen.shape[1] == embedded.shape[1] + 5
-    assert (
-        essence.source_embeddings() is embedded and essence.source_features("consistent", 1) is seen
-    )
+    assert essence.source_features("consistent", 0) is embedded
+    assert essence.source_features("consistent", 1) is seen
 
 
 def test_a_refinement_starts_at_the_prediction(predicting: Predicting) -> None:
@@ -298,7 +298,7 @@ def test_a_refinement_starts_at_the_prediction(predicting: Predicting) -> None:
 
 @pytest.mark.parametrize("mode", ["instant", "auto", "refine"])
 def test_without_a_mapper_only_the_optimizer_answers(essence: EssenceTransfer, mode: Mode) -> None:
-    with pytest.raises(ValueError, match=r"no mapper.*--mode optimize"):
+    with pytest.raises(ValueError, match=r'no mapper.*mode "optimize"'):
         essence.direction(picture(), mode, quick())
     assert essence.direction(picture(), "optimize", quick()).method == "optimizer"
 
@@ -387,32 +387,32 @@ def test_a_text_becomes_a_target_beside_the_bank_of_sources(scene: Scene) -> Non
     with torch.no_grad():
         images = scene.generator.synthesis(scene.bank())
         sources = scene.embedder.embed_images(images)
-    torch.testing.assert_close(essence.source_embeddings(), sources, rtol=1e-4, atol=1e-4)
-    assert essence.source_embeddings() is essence.source_embeddings()
+    bank = essence.source_features("consistent", 0)
+    torch.testing.assert_close(bank, sources, rtol=1e-4, atol=1e-4)
     assert essence.texts is not None
-    expected = essence.texts.embed("a hat", essence.source_embeddings())
-    torch.testing.assert_close(essence.embed_target("a hat"), expected)
+    expected = essence.texts.embed("a hat", bank)
+    torch.testing.assert_close(essence.embed_target(Text("a hat")), expected)
 
 
 def test_a_text_is_a_target_like_any_other(scene: Scene) -> None:
     essence = reading(scene)
-    direction = essence.direction("green hair", "optimize", quick(steps=40)).vector
+    direction = essence.direction(text="green hair", mode="optimize", recipe=quick(steps=40))
     ws = essence.scene.sources(4)
     before, after = essence.edit(ws, direction, 0.0), essence.edit(ws, direction)
-    scores, other = (essence.score(text, before, after) for text in ("green hair", "glasses"))
-    assert float(scores.transfer) > float(scores.target_before.mean()) + 0.05
-    assert float(scores.transfer) != pytest.approx(float(other.transfer), abs=1e-2)
+    green, other = (essence.score(Text(t), before, after) for t in ("green hair", "glasses"))
+    assert float(green.transfer) > float(green.target_before.mean()) + 0.05
+    assert float(green.transfer) != pytest.approx(float(other.transfer), abs=1e-2)
 
 
 def test_a_text_is_refused_where_nothing_is_said_of_texts(essence: EssenceTransfer) -> None:
     with pytest.raises(ValueError, match="'green hair' is a text"):
-        essence.direction("green hair", "optimize", quick())
+        essence.direction(Text("green hair"), "optimize", quick())
 
 
 def test_the_inversion_of_a_text_is_refused(scene: Scene) -> None:
     with pytest.raises(ValueError, match="'green hair' is a text, which has no inversion"):
-        reading(scene).direction("green hair", "optimize", quick("release"))
-    assert reading(scene).initial("green hair", "random", 0).shape == (6, 8)
+        reading(scene).direction(Text("green hair"), "optimize", quick("release"))
+    assert reading(scene).initial(Text("green hair"), "random", 0).shape == (6, 8)
 
 
 # Loading
@@ -429,7 +429,7 @@ def test_a_world_is_loaded_by_its_name_or_itself_with_its_mapper_or_another(
     assert named.recipe == RECIPES[world.recipe] and named.scene.truncation == world.truncation
     assert given.asked_mapper().fingerprint == load_mapper(tiny_mapper)[0].fingerprint
     world = dataclasses.replace(world, mapper=tiny_mapper, neutral=("a face",))
-    assert load_essence(world).direction("a hat", "instant").method == "mapper"
+    assert load_essence(world).direction(text="a hat", mode="instant").method == "mapper"
 
 
 # Identity

@@ -36,6 +36,7 @@ from eval.studies.texts import (
     run,
     truth_of_phrases,
 )
+from predictor.inputs import Text
 from predictor.mapper import Mapper
 from predictor.transfer import EssenceTransfer
 from targetclip import seeds
@@ -181,7 +182,7 @@ def test_a_text_is_taken_as_the_product_takes_it_and_raw(setup: Setup, finished:
     rows, faces = finished.rows, describe_faces(2, seed=5)
     seen = F.normalize(setup.essence.scene.embedder.embed_pictures(faces.pictures), dim=1)
     said = faces.captions[COMPLETE]
-    product = torch.stack([setup.essence.embed_target(text) for text in said])
+    product = torch.stack([setup.essence.embed_target(Text(text)) for text in said])
     raw = F.normalize(setup.texts.embedder.embed_texts(said), dim=1)
     for way, embeddings in {PICTURE: seen, TEXT: product, RAW: raw}.items():
         row = rows[FACE if way == PICTURE else COMPLETE, way]
