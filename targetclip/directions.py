@@ -13,10 +13,11 @@ generator they could be of.
   1.2, its first version with 0.5 to 1. Its search may start at an absolute latent (|w+| about 50),
   but uses its result (6 to 14) as an offset all the same: nothing is subtracted here.
 - opt_latents.pt [4, 18, 512], celebs.pt and w_plus.npy [68, 18, 512]: latents of faces, absolute
-  and not offsets from the mean w. A file of a single latent cannot be told from a direction.
+  and not offsets from the mean w. `looks_like_latent` tells a single one from a direction.
 """
 
 import json
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from targetclip.generators import Generator
+from targetclip.media.images import refuse_picture
 from targetclip.weights import read_tensors, tensor_bytes
 
 FORMAT = "targetclip-direction/1"
 MAKE = "make one with targetclip optimize"
 RELEASED_SUFFIXES = (".npy", ".pt")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
             are not finite.
     """
     path = Path(path)
+    refuse_picture(path, "a direction")
     metadata, tensors = read_tensors(path, "direction", [FORMAT], MAKE)
     if "direction" not in tensors:
         raise ValueError(f"{path}: expected a direction as in {FORMAT}, found none: {MAKE}")
@@ -173,6 +178,7 @@ def read_released(path: str | Path) -> Float[Tensor, "items num_ws w_dim"]:
             that are not floating-point or not finite.
     """
     path = Path(path)
+    refuse_picture(path, "an array")
     if path.suffix not in RELEASED_SUFFIXES:
         raise ValueError(
             f"{str(path)!r}: expected a file name ending in {' or '.join(RELEASED_SUFFIXES)}, "
@@ -232,3 +238,27 @@ def released_direction(path: str | Path, num_ws: int, w_dim: int) -> Float[Tenso
             "a file of several holds latents, or is to be split"
         )
     return items[0]
+
+
+def looks_like_latent(vector: Float[Tensor, "num_ws w_dim"], generator: Generator) -> bool:
+    """Tell whether a vector is an absolute latent: its layers are nearer to the mean w than to 0.
+
+    The length tells less: latents have |w+| of 45 to 50 at 1024 px, directions 6 to 14, but both
+    depend on the generator.
+    """
+    mean_w = generator.mean_w.to(vector.device)
+    w = vector.mean(dim=0)
+    return bool((w - mean_w).norm() < w.norm())
+
+
+def warn_of_latent(
+    path: str | Path, vector: Float[Tensor, "num_ws w_dim"], generator: Generator
+) -> None:
+    """Log a warning if the direction of a file looks like a latent: as an offset it is no use."""
+    if looks_like_latent(vector, generator):
+        logger.warning(
+            "%r looks like a latent, not like a direction: its length is %.1f and it lies near the "
+            "generator's mean w; a direction is the difference of two latents",
+            str(path),
+            float(vector.norm()),
+        )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import pickle
 from collections import OrderedDict
 from functools import cache
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
@@ -20,11 +22,16 @@ from targetclip.directions import (
     FORMAT,
     direction_bytes,
     load_direction,
+    looks_like_latent,
     read_released,
     released_direction,
     released_latents,
+    warn_of_latent,
 )
+from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.scene import random_latents
+from targetclip.world import load_world
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NUM_WS, W_DIM = 6, 8
@@ -371,3 +378,40 @@ def test_any_damage_gives_finite_items_or_one_clear_line(
         assert read_released(path).isfinite().all()
     except ValueError as error:
         assert "\n" not in str(error) and repr(str(path)) in str(error)
+
+
+# Latents given as directions, and pictures
+
+
+@cache
+def bundled() -> StyleGAN2:
+    return load_generator(load_world("sketch64").generator)
+
+
+@pytest.mark.parametrize("truncation", [0.3, 0.7, 1.0])
+def test_a_latent_is_told_from_a_direction(truncation: float) -> None:
+    latents = random_latents(bundled(), range(50), truncation)
+    assert all(looks_like_latent(latent, bundled()) for latent in latents)
+    others = random_latents(bundled(), range(50, 100), truncation)
+    for factor in (0.2, 1.0, 1.5):
+        assert not any(looks_like_latent(factor * d, bundled()) for d in latents - others)
+
+
+def test_a_file_of_a_latent_given_as_a_direction_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = random_latents(bundled(), range(2), 0.7)
+    with caplog.at_level(logging.WARNING):
+        warn_of_latent(tmp_path / "joker.npy", first - second, bundled())
+        assert not caplog.records
+        warn_of_latent(tmp_path / "me.pt", first, bundled())
+    assert "me.pt" in caplog.text and "looks like a latent" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["face.png", "face.safetensors", "face.pt"])
+def test_a_picture_is_no_direction_whatever_its_name(tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    message = error_of(tmp_path / name, generator())
+    assert "found a picture (PNG)" in message and "--target" in message
+    with pytest.raises(ValueError, match="found a picture"):
+        read_released(tmp_path / name)

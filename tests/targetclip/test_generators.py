@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import pickle
+import pickletools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -380,6 +382,35 @@ def test_a_stored_average_is_used_without_a_warning(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("resolution", [8, 32])
+def test_missing_noise_is_drawn_from_a_seed_and_announced(
+    resolution: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = tiny_network(resolution=resolution)
+    checkpoint = rosinality_checkpoint(network)
+    for name in [name for name in checkpoint["g_ema"] if name.startswith("noises.")]:
+        del checkpoint["g_ema"][name]
+    path = saved(checkpoint, tmp_path / "network.pt")
+    with caplog.at_level(logging.WARNING, logger="targetclip"):
+        first, second = load_generator(path), load_generator(path)
+    assert "no noise buffers" in caplog.text and "seed 0" in caplog.text
+    assert first.fingerprint == second.fingerprint
+    own = network.state_dict()
+    for name, tensor in first.state_dict().items():
+        if name.endswith(".noise"):
+            assert tensor.shape == own[name].shape and not torch.equal(tensor, own[name])
+            assert tensor.numel() < 256 or 0.8 < float(tensor.std()) < 1.2
+        else:
+            assert torch.equal(tensor, own[name])
+
+
+def test_names_of_a_parallel_training_are_read(tmp_path: Path) -> None:
+    checkpoint = rosinality_checkpoint(tiny_network())
+    checkpoint["g_ema"] = {f"module.{name}": t for name, t in checkpoint["g_ema"].items()}
+    loaded = load_generator(saved(checkpoint, tmp_path / "network.pt"))
+    assert loaded.fingerprint == tiny_network().fingerprint
+
+
 def test_a_training_checkpoint_with_its_options_is_read(tmp_path: Path) -> None:
     checkpoint = rosinality_checkpoint(tiny_network())
     checkpoint["args"] = argparse.Namespace(size=16, path="faces.lmdb")
@@ -435,8 +466,22 @@ def store_text(c: Checkpoint) -> None:
     c["g_ema"]["style.2.bias"] = "text"
 
 
-def keep_only_g(c: Checkpoint) -> None:
+def rename(c: Checkpoint) -> None:
     c["generator"] = c.pop("g_ema")
+
+
+def keep_only_g(c: Checkpoint) -> None:
+    c["g"] = c.pop("g_ema")
+
+
+def lose_a_noise(c: Checkpoint) -> None:
+    del c["g_ema"]["noises.noise_2"]
+
+
+def make_an_encoder(c: Checkpoint) -> None:
+    state = {f"decoder.{name}": tensor for name, tensor in c.pop("g_ema").items()}
+    c["state_dict"] = {"encoder.input_layer.0.weight": torch.zeros(1), **state}
+    c["opts"] = {"encoder_type": "GradualStyleEncoder"}
 
 
 @pytest.mark.parametrize(
@@ -453,7 +498,10 @@ def keep_only_g(c: Checkpoint) -> None:
         (shorten_the_average, "expected latent_avg of shape [16]"),
         (store_integers, "found torch.int64"),
         (store_text, "values that are not tensors"),
-        (keep_only_g, "found dict with latent_avg, generator"),
+        (rename, "found dict with keys latent_avg, generator"),
+        (keep_only_g, 'found "g", the weights of the last step, without "g_ema"'),
+        (lose_a_noise, "missing noises.noise_2"),
+        (make_an_encoder, "found an encoder of pSp or e4e: give the generator"),
     ],
 )
 def test_a_rosinality_file_that_does_not_fit_is_refused_by_name(
@@ -494,6 +542,13 @@ def test_a_file_of_text_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"page{suffix}"
     path.write_text("<html>404: not found</html>\n")
     assert_refused(path, "expected")
+
+
+@pytest.mark.parametrize("name", ["face.png", "face.pt", "face.pkl", "face.safetensors"])
+def test_a_picture_is_no_generator_whatever_its_name(name: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / name, format="JPEG")
+    with pytest.raises(ValueError, match=r"found a picture \(JPEG\).*--target"):
+        load_generator(tmp_path / name)
 
 
 def test_safetensors_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -552,26 +607,48 @@ def test_a_pickle_with_a_foreign_global_is_refused_and_did_not_run(tmp_path: Pat
     assert trace.exists(), "the file of this test was harmless"
 
 
+HOSTILE, UNKNOWN = "asks to run code", "is not part of such a file"
+
+
 @pytest.mark.parametrize(
-    ("module", "name"),
+    ("module", "name", "why"),
     [
-        ("builtins", "eval"),
-        ("os", "system"),
-        ("collections", "OrderedDict.fromkeys"),
-        ("torch", "load"),
-        ("torch.storage", "torch.load"),
-        ("numpy", "load"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("targetclip.generators.nvidia", "_Unpickler"),
+        ("builtins", "eval", HOSTILE),
+        ("__builtin__", "getattr", HOSTILE),
+        ("os", "system", HOSTILE),
+        ("posix", "system", HOSTILE),
+        ("subprocess", "Popen", HOSTILE),
+        ("_codecs", "decode", HOSTILE),
+        ("collections", "OrderedDict.fromkeys", UNKNOWN),
+        ("torch", "load", UNKNOWN),
+        ("torch.storage", "torch.load", UNKNOWN),
+        ("numpy", "load", UNKNOWN),
+        ("numpy._core.multiarray", "_reconstruct", UNKNOWN),
+        ("targetclip.generators.nvidia", "_Unpickler", UNKNOWN),
     ],
 )
-def test_only_the_listed_names_can_be_named(module: str, name: str, tmp_path: Path) -> None:
+def test_only_the_listed_names_can_be_named(
+    module: str, name: str, why: str, tmp_path: Path
+) -> None:
     path = tmp_path / "network.pkl"
     texts = b"".join(
         pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode() for text in (module, name)
     )
     path.write_bytes(pickle.PROTO + b"\x04" + texts + pickle.STACK_GLOBAL + pickle.STOP)
-    assert_refused(path, f"refused global {module}.{name}: this file asks to run code")
+    assert_refused(path, f"refused global {module}.{name}, which ")
+    assert_refused(path, why)
+
+
+def test_bytes_of_protocol_2_may_be_nothing_but_latin1(tmp_path: Path) -> None:
+    path = tmp_path / "network.pkl"
+    for encoding in ("rot13", "zip", "utf-8"):
+        arguments = b"".join(
+            pickle.BINUNICODE + len(text).to_bytes(4, "little") + text.encode()
+            for text in ("a", encoding)
+        )
+        call = pickle.GLOBAL + b"_codecs\nencode\n" + arguments + pickle.TUPLE2 + pickle.REDUCE
+        path.write_bytes(pickle.PROTO + b"\x02" + call + pickle.STOP)
+        assert_refused(path, f"found the encoding '{encoding}'")
 
 
 def test_numbers_that_are_really_a_function_are_refused(tmp_path: Path) -> None:
@@ -641,19 +718,20 @@ def pretend(monkeypatch: pytest.MonkeyPatch, module: str, thing: Any, name: str)
 
 
 @pytest.fixture
-def edited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Edit], Path]:
-    """Write the 32 px pickle again, after a change to its contents."""
+def edited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """Write the 32 px pickle again, after a change to its contents: all of it, or one key's."""
 
     def reconstruct(meta: Checkpoint) -> Persistent:
         return Persistent(meta)
 
     pretend(monkeypatch, "torch_utils.persistence", reconstruct, "_reconstruct_persistent_obj")
 
-    def write(edit: Edit) -> Path:
+    def write(edit: Edit, protocol: int = pickle.DEFAULT_PROTOCOL, key: str | None = None) -> Path:
         checkpoint = pickle.loads((FIXTURES / "nvidia_ada_32.pkl").read_bytes())
         edit(checkpoint)
         path = tmp_path / "edited.pkl"
-        path.write_bytes(pickle.dumps(checkpoint))
+        content = checkpoint if key is None else checkpoint[key]
+        path.write_bytes(pickle.dumps(content, protocol))
         return path
 
     return write
@@ -663,14 +741,57 @@ def nothing(c: Checkpoint) -> None:
     """The file as it is."""
 
 
-def test_a_pickle_written_again_is_the_same_network(
-    edited: Callable[[Edit], Path], small: StyleGAN2
+@pytest.mark.parametrize("key", [None, "G_ema"])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_pickle_of_any_protocol_is_the_same_network_also_alone(
+    protocol: int, key: str | None, edited: Callable[..., Path]
 ) -> None:
-    assert load_generator(edited(nothing)).fingerprint == small.fingerprint
+    path = edited(nothing, protocol, key)
+    names = {arg for _, arg, _ in pickletools.genops(path.read_bytes()) if isinstance(arg, str)}
+    sets = {2: {"__builtin__ set", "_codecs encode"}, 3: {"builtins set"}}
+    assert names >= sets.get(protocol, set()), "the file of this test is of another protocol"
+
+    network, reference = load_generator(path), stored("nvidia_ada_32.npz")
+    assert_near(network.mapping(reference["z"]), reference["ws_mapping"])
+    assert_near(network.synthesis(reference["ws"]), reference["image"])
+
+
+def test_options_of_any_protocol_are_ignored(
+    edited: Callable[..., Path], small: StyleGAN2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class EasyDict(dict[str, Any]):
+        """The dictionary that NVIDIA's training writes."""
+
+    pretend(monkeypatch, "dnnlib.util", EasyDict, "EasyDict")
+
+    def add_options(c: Checkpoint) -> None:
+        c["training_set_kwargs"] = EasyDict(path="faces.zip", kinds={"a", "b"}, raw=b"\xff")
+
+    for protocol in (2, 3, 5):
+        assert load_generator(edited(add_options, protocol)).fingerprint == small.fingerprint
+
+
+def test_weights_stored_in_float16_are_read_as_float32(
+    edited: Callable[..., Path], small: StyleGAN2
+) -> None:
+    def halve(c: Checkpoint) -> None:
+        def walk(module: Persistent) -> None:
+            for kind in ("_parameters", "_buffers"):
+                for name, tensor in module.state[kind].items():
+                    module.state[kind][name] = tensor.half() if tensor is not None else None
+            for child in module.state["_modules"].values():
+                walk(child)
+
+        walk(c["G_ema"])
+
+    network = load_generator(edited(halve))
+    assert network.const.dtype == torch.float32 and network.fingerprint != small.fingerprint
+    ws = small.mapping(some_z(small))
+    assert_near(network.synthesis(ws), small.synthesis(ws), 2e-2)
 
 
 def test_layers_kept_in_float16_are_rendered_in_float32(
-    edited: Callable[[Edit], Path], small: StyleGAN2
+    edited: Callable[..., Path], small: StyleGAN2
 ) -> None:
     def use_fp16(c: Checkpoint) -> None:
         c["G_ema"].child("synthesis").state["num_fp16_res"] = 4
@@ -679,7 +800,7 @@ def test_layers_kept_in_float16_are_rendered_in_float32(
     assert load_generator(edited(use_fp16)).fingerprint == small.fingerprint
 
 
-def test_the_clamp_of_the_layers_is_kept(edited: Callable[[Edit], Path]) -> None:
+def test_the_clamp_of_the_layers_is_kept(edited: Callable[..., Path]) -> None:
     def clamp(c: Checkpoint) -> None:
         for _, block in c["G_ema"].child("synthesis").state["_modules"].items():
             for _, layer in block.state["_modules"].items():
@@ -689,7 +810,7 @@ def test_the_clamp_of_the_layers_is_kept(edited: Callable[[Edit], Path]) -> None
 
 
 def test_training_options_beside_the_network_are_ignored(
-    edited: Callable[[Edit], Path], small: StyleGAN2, monkeypatch: pytest.MonkeyPatch
+    edited: Callable[..., Path], small: StyleGAN2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class EasyDict(dict[str, Any]):
         """The dictionary that NVIDIA's training writes."""
@@ -766,7 +887,7 @@ def make_a_circle(c: Checkpoint) -> None:
     ],
 )
 def test_a_pickle_of_another_network_is_refused_by_name(
-    edit: Edit, message: str, edited: Callable[[Edit], Path]
+    edit: Edit, message: str, edited: Callable[..., Path]
 ) -> None:
     assert_refused(edited(edit), message)
 
