@@ -25,7 +25,15 @@ from torch import Tensor
 
 from data.pairs import Failure
 from data.publish import At, go_on, replace_file, sha256_of
-from data.targets import BadTarget, DatasetTargets, FolderTargets, Target, TargetSet, split_of
+from data.targets import (
+    BadTarget,
+    DatasetTargets,
+    FolderTargets,
+    Target,
+    TargetSet,
+    printable,
+    split_of,
+)
 from targetclip.command import full_disk_explained, sync_folder
 from targetclip.recipes import with_defaults
 from targetclip.seeds import seed_of
@@ -37,6 +45,7 @@ EMBEDDINGS, INITIAL = "embeddings.f32", "initial.f32"
 PARTS = (TARGETS, FAILURES, EMBEDDINGS, INITIAL)
 PICTURES = 32  # embedded at once
 SAVE_SECONDS = 20.0  # of planning that a kill may cost
+NAMED = 1000  # files that are not taken; all are counted
 
 Prepare = Callable[[list[Target], list[int]], tuple[Tensor, Tensor | None]]
 """Returns raw embeddings [targets, embed] of targets and, unless they are zero, their starts."""
@@ -63,6 +72,8 @@ class Plan:
     """Where directions start; None: at zero."""
     failures: tuple[Failure, ...]
     """Candidates that gave no target."""
+    not_taken: dict[str, Any]
+    """`count` and `files` of what the folders of targets hold beside pictures."""
 
     @property
     def chunks(self) -> int:
@@ -133,6 +144,15 @@ def quick_look(targets: TargetSet) -> str | None:
     return format(seed_of(*targets.stats()), "x")
 
 
+def not_taken(sets: Iterable[TargetSet]) -> dict[str, Any]:
+    """Return the number of files in folders that are not taken, and the names of the first."""
+    folders = [targets for targets in sets if isinstance(targets, FolderTargets)]
+    files = [
+        printable(f"{public_spec(folder)}/{name}") for folder in folders for name in folder.others
+    ]
+    return {"count": len(files), "files": files[:NAMED]}
+
+
 def check_targets(plan: Plan, sets: Iterable[TargetSet]) -> None:
     """Compare targets with the planned ones; files are read only if they look changed.
 
@@ -184,6 +204,7 @@ def load_plan(folder: Path) -> Plan:
         embeddings=np.memmap(folder / EMBEDDINGS, np.float32, "r", shape=(count, record["embed"])),
         initial=initial,
         failures=tuple(Failure(**failure) for failure in failures),
+        not_taken=record.get("not_taken", {"count": 0, "files": []}),  # old plans count none
     )
 
 
@@ -355,7 +376,13 @@ def make_plan(
             raise ValueError(
                 f"no target among {draft.taken} candidates; see {str(folder / FAILURES)!r}"
             )
-        publish_plan(work, draft, settings, batch_size, looks, at)
+        record = {
+            "settings": settings,
+            "batch_size": batch_size,
+            "looks": looks,
+            "not_taken": not_taken(sets),
+        }
+        publish_plan(work, draft, record, at)
         return load_plan(work / "plan")
     except FileNotFoundError as error:
         if folder.is_dir():
@@ -367,25 +394,16 @@ def make_plan(
                 file.close()
 
 
-def publish_plan(
-    work: Path,
-    draft: Draft,
-    settings: dict[str, Any],
-    batch_size: int,
-    looks: list[str | None],
-    at: At,
-) -> None:
+def publish_plan(work: Path, draft: Draft, record: Mapping[str, Any], at: At) -> None:
     """Give a finished draft the plan's name, unless another has it already."""
     record = {
         "format": FORMAT,
-        "settings": settings,
-        "batch_size": batch_size,
+        **record,
         "targets": len((draft.folder / TARGETS).read_text().splitlines()),
         "embed": draft.embed,
         "initial": draft.initial,
         "sizes": draft.sizes,
         "sha256": {name: sha256_of(draft.folder / name) for name in PARTS},
-        "looks": looks,
     }
     replace_file(draft.folder / RECORD, json.dumps(record, indent=2).encode(), at)
     try:

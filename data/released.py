@@ -3,8 +3,10 @@
     python -m data.released --out runs/released --directions dirs --targets dirs/targets \\
         --world ffhq.toml
 
-A direction belongs to the picture of the same name, in any case: joker.npy to Joker.jpg. Files
-without a partner, and files that cannot be read, are listed and left out. The directions are scored
+A direction belongs to the picture of the same name, in any case: joker.npy to Joker.jpg. Where no
+name is the same, one may be the beginning of the other, up to the end of a word: doc.npy belongs to
+doc_brown.jpg, if no other name begins so. Files without a partner, and files that cannot be read,
+are listed with the reason and left out. The directions are scored
 in a world. Columns that only their makers know are 0, and `coefficients` is empty.
 
 The folder is as `data.build` leaves one; its `--only verify` checks it. It appears whole or not at
@@ -21,7 +23,7 @@ import logging
 import secrets
 import shlex
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +36,8 @@ from torch import Tensor
 
 from data import build
 from data.card import DatasetInfo
-from data.pairs import Failure, Pair, chunk_bytes, features
-from data.plan import Plan, describe, make_plan
+from data.pairs import Failure, Pair, chunk_bytes, features, such_as
+from data.plan import Plan, describe, make_plan, not_taken
 from data.publish import At, go_on, publish_file
 from data.targets import FolderTargets, Target, brief, open_folder, printable
 from data.teacher import Teacher, make_teacher
@@ -86,11 +88,16 @@ class Config:
     """Of the scores. Default: accelerate's, or else fp32."""
 
 
+def stem_of(name: str) -> str:
+    """Return the name of a file that decides its partner: without folder, ending and case."""
+    return Path(printable(name)).stem.lower()
+
+
 def by_name(names: Sequence[str]) -> Named:
     """Return names of files, or origins of targets, by their stem."""
     stems: Named = defaultdict(list)
     for name in names:
-        stems[Path(printable(name)).stem.lower()].append(name)
+        stems[stem_of(name)].append(name)
     return dict(stems)
 
 
@@ -101,19 +108,60 @@ def open_directions(folder: Path) -> FolderTargets:
         ValueError: there is none.
         OSError: the folder is missing or may not be read.
     """
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if path.suffix == SUFFIX and not path.name.startswith(".")
-    ]
+    files = [path for path in folder.iterdir() if not path.is_dir() and path.name[0] != "."]
+    names = sorted(path.name for path in files if path.suffix == SUFFIX)
+    others = sorted(path.name for path in files if path.suffix != SUFFIX)
+    left_out = such_as([printable(name) for name in others])
     if not names:
-        raise ValueError(f"--directions: expected {SUFFIX} files in {str(folder)!r}, found none")
-    return FolderTargets(str(folder), tuple(sorted(names)))
+        found = left_out or "none"
+        raise ValueError(f"--directions: expected {SUFFIX} files in {str(folder)!r}, found {found}")
+    if others:
+        logger.warning(
+            "%s: %d of %d files are not taken: %s; expected directions, each in a %s",
+            *(folder, len(others), len(files), left_out, SUFFIX),
+        )
+    return FolderTargets(str(folder), tuple(names), tuple(others))
+
+
+def begins_alike(name: str, other: str) -> bool:
+    """Tell whether one name is the beginning of the other, up to the end of a word."""
+    short, long = sorted((name, other), key=len)
+    return long.startswith(short) and not long[len(short) : len(short) + 1].isalpha()
+
+
+def partners_of(directions: Named, pictures: Named) -> dict[str, str]:
+    """Return the direction of each picture that has one, both as stems.
+
+    Equal stems belong together. Of the others, two belong together that begin alike, if neither
+    begins like a third.
+    """
+    partners = {stem: stem for stem in pictures.keys() & directions.keys()}
+    free = directions.keys() - partners.keys()
+    alike = {
+        picture: [stem for stem in free if begins_alike(stem, picture)]
+        for picture in pictures.keys() - partners.keys()
+    }
+    uses = Counter(stem for stems in alike.values() for stem in stems)
+    for picture, stems in alike.items():
+        if len(stems) == 1 and uses[stems[0]] == 1:
+            partners[picture] = stems[0]
+    return partners
+
+
+def alone(name: str, kind: str, others: Named) -> str:
+    """Return why a file has no partner among the others, which are of the kind."""
+    stem = stem_of(name)
+    alike = [each for key in sorted(others) if begins_alike(key, stem) for each in others[key]]
+    found = f"{such_as(alike)} begins alike, but belongs to another or is not the only one"
+    return (
+        f"expected a {kind} called {Path(name).stem!r}, found {found if alike else 'none'}; give "
+        "files that belong together one name"
+    )
 
 
 @dataclass(frozen=True)
 class Published:
-    """Directions and pictures by their stems: equal stems belong together."""
+    """Directions and pictures by their stems, and which belong together."""
 
     folder: Path
     """Of the directions."""
@@ -121,25 +169,26 @@ class Published:
     """File names."""
     pictures: Named
     """Origins, as of the plan's targets."""
+    partners: dict[str, str]
+    """Stems of directions by those of their pictures."""
 
     @staticmethod
     def of(directions: FolderTargets, pictures: FolderTargets) -> "Published":
         folder = Path(pictures.spec).resolve().name
         origins = [printable(f"{folder}/{name}") for name in pictures.names]
-        return Published(Path(directions.spec), by_name(directions.names), by_name(origins))
+        named, shown = by_name(directions.names), by_name(origins)
+        return Published(Path(directions.spec), named, shown, partners_of(named, shown))
 
     def shown(self, name: str) -> str:
         """Return a direction file's name for failures, without the path of this machine."""
         return printable(f"{self.folder.resolve().name}/{name}")
 
     def without_picture(self) -> list[Failure]:
-        """Return the directions that no picture has the name of."""
-        alone = self.directions.keys() - self.pictures.keys()
-        reason = "no picture in --targets has this name; give it the direction's name"
+        """Return the directions that no picture belongs to."""
         return [
-            Failure("", self.shown(name), "decode", reason)
-            for key in sorted(alone)
-            for name in self.directions[key]
+            Failure("", self.shown(name), "decode", alone(name, "picture", self.pictures))
+            for stem in sorted(self.directions.keys() - self.partners.values())
+            for name in self.directions[stem]
         ]
 
     def direction(self, origin: str, num_ws: int, w_dim: int) -> Float[Tensor, "num_ws w_dim"]:
@@ -148,10 +197,10 @@ class Published:
         Raises:
             ValueError, OSError: there is none, there are several, or it cannot be read.
         """
-        name = Path(origin).stem
-        pictures, directions = self.pictures[name.lower()], self.directions.get(name.lower(), [])
-        if not directions:
-            raise ValueError(f"no direction in --directions is called {name + SUFFIX!r}")
+        stem = stem_of(origin)
+        if stem not in self.partners:
+            raise ValueError(alone(origin, "direction", self.directions))
+        pictures, directions = self.pictures[stem], self.directions[self.partners[stem]]
         for kind, names in (("pictures", pictures), ("directions", directions)):
             if len(names) > 1:
                 raise ValueError(f"{len(names)} {kind} of one name: {', '.join(names)}; keep one")
@@ -250,7 +299,8 @@ def fill(
     plan = plan_targets(work, pictures, settings_of(teacher, world, directions), teacher)
     published = Published.of(directions, pictures)
     left_out = [*plan.failures, *published.without_picture()]
-    plan = replace(plan, failures=tuple(left_out))
+    ignored = not_taken([directions, pictures])
+    plan = replace(plan, failures=tuple(left_out), not_taken=ignored)
     columns = features(plan.embeddings.shape[1], scene.generator.num_ws, scene.generator.w_dim)
     count = 0
     for chunk in range(plan.chunks):
@@ -298,7 +348,7 @@ def import_released(config: Config, at: At = go_on) -> dict[str, Any]:
     build.check_config(limits)
     world = load_world(config.world)
     directions, pictures = open_directions(config.directions), open_folder(str(config.targets))
-    if not by_name(directions.names).keys() & by_name(pictures.names).keys():
+    if not Published.of(directions, pictures).partners:
         raise ValueError(
             f"no picture in {str(config.targets)!r} is called as a direction in "
             f"{str(config.directions)!r}: expected e.g. "

@@ -9,6 +9,7 @@ machine to the next.
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -24,14 +25,23 @@ from PIL import Image
 
 from data.drawn.faces import draw_parameters, draw_wide, faces_from_z, sample_z, wide_face
 from data.drawn.sketch import Extras, Style
+from data.pairs import such_as
 from data.publish import sha256_of
 from targetclip.command import one_line
 from targetclip.generators import Generator
-from targetclip.media.images import decode_picture, read_picture, tensor_to_pictures
+from targetclip.media.images import (
+    READABLE_SUFFIXES,
+    decode_picture,
+    is_picture,
+    read_picture,
+    tensor_to_pictures,
+)
 from targetclip.scene import random_latents
 from targetclip.seeds import DEFAULT_TARGETS, seed_of
+from targetclip.world import DEFAULT_WORLD, World
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+logger = logging.getLogger(__name__)
+
 SKETCH_Z_DIM = 128  # of the bundled generator
 
 SEEDED = re.compile(r"(generated|mixed|drawn|wide):([1-9][0-9]{0,14})(?:@([0-9]{1,15}))?")
@@ -142,6 +152,11 @@ def raise_it(error: OSError) -> None:
     raise error
 
 
+def relative(folder: str, parent: str, name: str) -> str:
+    """Return the path of a file relative to a folder above it."""
+    return Path(parent, name).relative_to(folder).as_posix()
+
+
 def content_hash(path: Path) -> str:
     """Return the SHA-256 of a file; empty where it cannot be read, as behind a broken link."""
     try:
@@ -157,6 +172,8 @@ class FolderTargets:
     spec: str
     names: tuple[str, ...]
     """Relative paths."""
+    others: tuple[str, ...] = ()
+    """Relative paths of what else is there, except hidden files; no part of the identity."""
 
     def stats(self) -> list[tuple[str, int, int]]:
         """Return relative path, size and mtime in ns of each file; quicker than `identity`."""
@@ -186,26 +203,40 @@ class FolderTargets:
 
 
 def open_folder(spec: str) -> FolderTargets:
-    """Open the pictures below a folder, but hidden files and folders and linked folders.
+    """Open the pictures below a folder, of all kinds that `read_picture` reads.
+
+    Hidden files and folders are left out. Other files and linked folders are left out as well, and
+    a warning counts and names them.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no picture.
         OSError: a folder may not be read.
     """
     names: list[str] = []
+    others: list[str] = []
     for parent, folders, files in os.walk(spec, onerror=raise_it):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        names += [
-            Path(parent, name).relative_to(spec).as_posix()
-            for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
+        others += [relative(spec, parent, f) for f in folders if Path(parent, f).is_symlink()]
+        for name in (name for name in files if not name.startswith(".")):
+            path = Path(parent, name)
+            # To read the start of a pipe would be to wait for a writer.
+            taken = (path.suffix or path.is_file()) and is_picture(path)
+            (names if taken else others).append(relative(spec, parent, name))
+    others.sort()
+    left_out = such_as([printable(name) for name in others])
+    advice = (
+        f"expected files ending in {', '.join(READABLE_SUFFIXES)}, or pictures without an ending; "
+        "save pictures of other kinds as PNG or JPEG"
+    )
     if not names:
-        raise ValueError(
-            f"expected files ending in {', '.join(SUFFIXES)} below {spec!r}, found none; "
-            "hidden ones and links to folders are not looked at"
+        found = f"{len(others)} others: {left_out}" if others else "none but hidden ones"
+        raise ValueError(f"no pictures below {spec!r}: {advice}; found {found}")
+    if others:
+        total = len(names) + len(others)
+        logger.warning(
+            "%s: %d of %d are not taken: %s; %s", spec, len(others), total, left_out, advice
         )
-    return FolderTargets(spec, tuple(sorted(names)))
+    return FolderTargets(spec, tuple(sorted(names)), tuple(others))
 
 
 # Datasets
@@ -408,3 +439,16 @@ def open_targets(
         return open_folder(spec)
     found = "a file: give its folder" if os.path.exists(spec) else "none of these"
     raise ValueError(f"expected targets as {FORMS}; found {spec!r}, which is {found}")
+
+
+def default_targets(world: World, seed: int, count: int, samples: int = 0) -> tuple[str, ...]:
+    """Return specs of a world's own targets, for commands that are given none.
+
+    Those of the default world are drawn faces, `count` in its generator's range and as many outside
+    of it, and `samples` of its generator, plain and mixed. Those of any other world are all
+    `count + samples` of its generator, plain and as many mixed.
+    """
+    counts = {"drawn": count, "wide": count, "generated": samples, "mixed": samples}
+    if world.argument != DEFAULT_WORLD:
+        counts = dict.fromkeys(("generated", "mixed"), count + samples)
+    return tuple(f"{kind}:{number}@{seed}" for kind, number in counts.items() if number)

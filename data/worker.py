@@ -253,6 +253,7 @@ def merge_all(
         "failures": len((out / FAILURES).read_text().splitlines()),
         "settings": plan.settings,
         "batch_size": plan.batch_size,
+        "not_taken": plan.not_taken,
         "versions": versions() | {name: metadata.version(name) for name in PACKAGES},
     }
     replace_file(out / REPORT, (json.dumps(report, indent=2) + "\n").encode(), at)

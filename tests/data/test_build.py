@@ -210,6 +210,20 @@ def test_bad_pictures_and_duplicates_are_listed_and_everything_is_there_once(
         run(config(tiny_world, out, targets=targets, steps=1))
 
 
+def test_the_report_counts_and_names_what_folders_hold_beside_pictures(
+    tiny_world: Path, tmp_path: Path
+) -> None:
+    folders = [pictures(tmp_path / name) for name in ("faces", "more")]
+    for folder, name in zip(folders, ("a.tif", "notes.txt"), strict=True):
+        (folder / name).touch()
+    settings = config(tiny_world, tmp_path / "pairs", targets=tuple(map(str, folders)), steps=1)
+    assert run(settings) == 0
+    (folders[0] / "b.txt").touch()  # is no target: the plan stays valid
+    assert run(settings) == 0
+    report = json.loads((settings.out / "report.json").read_text())
+    assert report["not_taken"] == {"count": 2, "files": ["faces/a.tif", "more/notes.txt"]}
+
+
 def test_stages_can_be_run_one_at_a_time(
     built: Path, tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,16 +133,62 @@ def test_what_does_not_pair_is_listed_with_its_reason_and_no_path(imported: Conf
     lines = (imported.out / "failures.jsonl").read_text().splitlines()
     failures = {(failure := json.loads(line))["origin"]: failure for line in lines}
     reasons = {
-        "dirs/w_plus.npy": "no picture",
+        "dirs/w_plus.npy": "expected a picture called 'w_plus', found none",
         "targets/trump.png": "not a picture",
-        "targets/doc_brown.png": "no direction in --directions is called 'doc_brown.npy'",
-        "targets/me.png": "'me.npy'",
+        "targets/doc_brown.png": "expected a direction called 'doc_brown', found none",
+        "targets/me.png": "a direction called 'me'",
         "targets/flat.png": "'dirs/flat.npy': expected an array [num_ws, w_dim]",
         "targets/large.png": "'dirs/large.npy': expected [6, 8], the generator's W+",
     }
     assert failures.keys() == reasons.keys()
     assert all(text in failures[origin]["reason"] for origin, text in reasons.items())
     assert str(imported.out.parent) not in "".join(lines)
+
+
+def test_files_of_other_kinds_are_counted_and_named(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    (config.targets / "licence.txt").write_text("none")
+    report = import_released(config)
+    assert report["not_taken"] == {"count": 2, "files": ["dirs/me.pt", "targets/licence.txt"]}
+    assert "1 of 8 files are not taken: me.pt; expected directions" in caplog.text
+
+
+NINETEEN = (
+    "ariel bezos clinton dicaprio doc doja ed elsa joker keanu lebron morgan pocahontas ronaldo "
+    "simba taylor trump yeezy zendaya"
+).split()
+OTHER_NAMES = {"doc": "doc_brown", "ed": "Ed_Sheeran", "morgan": "morgan_freeman"}
+
+
+def test_an_unambiguous_beginning_is_a_name() -> None:
+    pictures = [OTHER_NAMES.get(name, name) + ".jpg" for name in NINETEEN]
+    directions = [f"{name}.npy" for name in NINETEEN[:-1]] + ["zendaya_2.npy"]
+    partners = released.partners_of(released.by_name(directions), released.by_name(pictures))
+    assert len(partners) == 19
+    assert {picture: stem for picture, stem in partners.items() if picture != stem} == {
+        "doc_brown": "doc",
+        "ed_sheeran": "ed",
+        "morgan_freeman": "morgan",
+        "zendaya": "zendaya_2",
+    }
+
+
+def test_a_beginning_that_is_ambiguous_or_ends_in_a_word_stays_alone_and_is_named(
+    config: Config,
+) -> None:
+    for name in ("ed", "joker_2", "doc"):
+        np.save(config.directions / f"{name}.npy", vector(9))
+    for i, name in enumerate(("ed_sheeran", "ed_norton", "eddie")):
+        picture(30 + i).save(config.targets / f"{name}.png")
+    import_released(config)
+    assert sorted(named_rows(config.out)) == ["doc_brown", "elsa", "joker", "keanu"]
+    lines = (config.out / "failures.jsonl").read_text().splitlines()
+    reasons = {(failure := json.loads(line))["origin"]: failure["reason"] for line in lines}
+    assert "targets/ed_norton.png, targets/ed_sheeran.png begins" in reasons["dirs/ed.npy"]
+    assert "targets/joker.png begins" in reasons["dirs/joker_2.npy"]
+    assert "found ed.npy begins alike" in reasons["targets/ed_norton.png"]
+    assert "'eddie', found none" in reasons["targets/eddie.png"]
 
 
 def test_the_dataset_is_whole_and_loads(imported: Config, tmp_path: Path) -> None:

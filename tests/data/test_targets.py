@@ -1,5 +1,6 @@
 """Targets: the same ones whatever they are called, in whatever order, however many."""
 
+import hashlib
 import io
 import os
 from collections import Counter
@@ -21,12 +22,14 @@ from data.targets import (
     FolderTargets,
     Target,
     TargetSet,
+    default_targets,
     layer_thirds,
     of_split,
     open_targets,
     split_of,
 )
 from targetclip.generators import Generator, load_generator
+from targetclip.world import load_world
 
 RED, BLUE, GREEN = (255, 0, 0), (0, 0, 255), (0, 255, 0)
 RED_ID = "67e978eb67c3de42"  # sha256(b"6x4/" + 24 red pixels), its first 16 digits
@@ -170,6 +173,51 @@ def test_hidden_and_other_files_and_links_to_folders_are_left_out(
     (tmp_path / ".hidden").symlink_to(faces)
     assert len(open_targets(str(faces))) == 5
     assert len(open_targets(str(tmp_path / ".hidden"))) == 5  # the user named this one
+
+
+def test_every_kind_that_is_read_is_taken_and_what_else_is_there_is_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "faces"
+    (folder / "more").mkdir(parents=True)
+    red = encoded(plain())
+    kinds = {"a.gif": "GIF", "b.jfif": "JPEG", "c.JPE": "JPEG", "d.dib": "BMP", "more/e": "WEBP"}
+    for name, kind in kinds.items():
+        (folder / name).write_bytes(encoded(plain(), kind))
+    (folder / "f.tif").write_bytes(encoded(plain(), "TIFF"))
+    (folder / "more" / "notes").write_text("not a picture")
+    (folder / "g.heic").write_bytes(red)
+    os.mkfifo(folder / "pipe")
+    (folder / "linked").symlink_to(folder / "more")
+    (folder / ".DS_Store").touch()
+    targets = open_targets(str(folder))
+    assert [target.origin for target in good(targets)] == [f"faces/{name}" for name in kinds]
+    assert isinstance(targets, FolderTargets)
+    assert targets.others == ("f.tif", "g.heic", "linked", "more/notes", "pipe")
+    assert "5 of 10 are not taken: f.tif, g.heic, linked, more/notes, pipe" in caplog.text
+    assert "as PNG or JPEG" in caplog.text
+    for name in kinds:
+        (folder / name).unlink()
+    assert "found 5 others: f.tif" in error_of(str(folder))
+
+
+def test_the_identity_of_a_folder_is_that_of_older_plans(faces: Path) -> None:
+    digest = hashlib.sha256()
+    for name in ("cut.png", "empty.webp", "more/BLUE.Jpg", "notes.png", "red.png"):
+        digest.update(name.encode() + b"\0")
+        digest.update(hashlib.sha256((faces / name).read_bytes()).hexdigest().encode() + b"\n")
+    (faces / "licence.txt").write_text("none")
+    assert open_targets(str(faces)).identity() == digest.hexdigest()
+
+
+def test_the_default_targets_are_those_of_the_world(tiny_world: Path) -> None:
+    own, other = load_world("sketch64"), load_world(str(tiny_world))
+    assert default_targets(own, 17, 20, 5) == (
+        "drawn:20@17", "wide:20@17", "generated:5@17", "mixed:5@17",
+    )  # fmt: skip
+    assert default_targets(own, 23, 32) == ("drawn:32@23", "wide:32@23")
+    assert default_targets(other, 17, 20, 5) == ("generated:25@17", "mixed:25@17")
+    assert default_targets(other, 23, 32) == ("generated:32@23", "mixed:32@23")
 
 
 def test_a_file_that_cannot_be_opened_is_a_bad_target(tmp_path: Path) -> None:
