@@ -52,7 +52,7 @@ TURNS = {
     (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
     (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
 }
-JITTER = 0.001  # seconds that a frame of a constant rate may be off
+ROUNDING = 0.001  # seconds that a frame of a constant rate may be off, as in Matroska
 TICK = Fraction(1, 60000)  # of a written clip of variable rate
 BT709 = 1  # of matrix, primaries and transfer alike
 LIMITED_RANGE = 1
@@ -185,7 +185,7 @@ def packet_times(container: Any, stream: Any) -> list[int]:
 def is_constant(times: Sequence[int], tick: Fraction, rate: Fraction) -> bool:
     """Tell whether times, in ticks of `tick` seconds, are those of a rate, but for rounding."""
     frames_per_tick = float(tick * rate)
-    most = float(rate) * max(JITTER, float(tick) / 2) + 1e-6
+    most = float(rate) * max(ROUNDING, float(tick) / 2) + 1e-6
     return all(abs((t - times[0]) * frames_per_tick - i) <= most for i, t in enumerate(times))
 
 

@@ -4,7 +4,7 @@ import math
 import resource
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,10 @@ def plain(grey: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.new("RGB", size, (grey,) * 3)
 
 
-def sine(codec_rate: int) -> Any:
+def sine(codec_rate: int, seconds: Fraction = COUNT / NTSC) -> Any:
     """Audio as long as the clip."""
     av = pytest.importorskip("av")
-    times = np.arange(int(COUNT / NTSC * codec_rate)) / codec_rate
+    times = np.arange(int(seconds * codec_rate)) / codec_rate
     wave = (9000 * np.sin(2 * np.pi * 440 * times)).astype(np.int16)
     frame = av.AudioFrame.from_ndarray(np.repeat(wave, 2)[None], format="s16", layout="stereo")
     frame.sample_rate, frame.pts = codec_rate, 0
@@ -49,8 +49,13 @@ def make_clip(
     audio: str | None = "aac",
     start: int = 0,
     options: dict[str, str] | None = None,
+    times: Sequence[Fraction] | None = None,
+    aspect: Fraction | None = None,
 ) -> Path:
-    """A clip of its own making, so that reading is tested apart from writing."""
+    """A clip of its own making, so that reading is tested apart from writing.
+
+    `times` are those of the frames in seconds, instead of a constant rate.
+    """
     av = pytest.importorskip("av")
     with av.open(str(path), "w") as output:
         # Both streams must be there before the first packet.
@@ -58,6 +63,10 @@ def make_clip(
             moving = output.add_stream(video, rate=NTSC, options=options or {})
             moving.width = moving.height = 64
             moving.pix_fmt = "yuv420p"
+            if aspect is not None:
+                moving.codec_context.sample_aspect_ratio = aspect
+            if times is not None:
+                moving.codec_context.time_base = Fraction(1, 90000)
         if audio:
             sound = output.add_stream(audio, rate=SAMPLES, layout="stereo")
         output.start_encoding()
@@ -67,12 +76,22 @@ def make_clip(
             ):
                 frame = av.VideoFrame.from_image(picture)
                 frame.pts, frame.time_base = start + i, 1 / NTSC
+                if times is not None:
+                    frame.pts, frame.time_base = round(times[i] * 90000), Fraction(1, 90000)
                 output.mux(moving.encode(frame))
             output.mux(moving.encode(None))
         if audio:
-            output.mux(sound.encode(sine(SAMPLES)))
+            output.mux(sound.encode(sine(SAMPLES, times[-1] if times else COUNT / NTSC)))
             output.mux(sound.encode(None))
     return path
+
+
+def times_of(path: Path) -> list[Fraction]:
+    """The times of a clip's frames in seconds, from the first one."""
+    av = pytest.importorskip("av")
+    with av.open(str(path)) as file:
+        times = sorted(p.pts * p.time_base for p in file.demux(video=0) if p.size)
+    return [time - times[0] for time in times]
 
 
 def packets(path: Path, kind: str) -> list[tuple[int, int]]:
@@ -124,6 +143,7 @@ def error_of(path: Path) -> str:
 def test_frames_come_in_order_and_exactly_as_many_as_there_are(tmp_path: Path, name: str) -> None:
     frames = open_frames(make_clip(tmp_path / name))
     assert frames.rate == NTSC and frames.count in (COUNT, None)
+    assert frames.times is None  # the rate is constant
     assert [picture.mode for picture in frames] == ["RGB"] * COUNT
     assert close(greys(frames), GREYS)
     assert close(greys(frames), GREYS)  # again from the start
@@ -142,33 +162,130 @@ def test_a_reader_that_stops_early_lets_go_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("matrix", "side"),
+    ("matrix", "corner"),
     [
-        ((1, 0, 0, 1), "left"),
-        ((0, 1, -1, 0), "top"),  # a quarter clockwise, as phones held upright write
-        ((-1, 0, 0, -1), "right"),
-        ((0, -1, 1, 0), "bottom"),
+        ((1, 0, 0, 1), "top left"),
+        ((0, 1, -1, 0), "top right"),  # a quarter clockwise, as phones held upright write
+        ((-1, 0, 0, -1), "bottom right"),
+        ((0, -1, 1, 0), "bottom left"),
+        ((-1, 0, 0, 1), "top right"),  # mirrored, as front cameras write
+        ((1, 0, 0, -1), "bottom left"),
+        ((0, 1, 1, 0), "top left"),
+        ((0, -1, -1, 0), "bottom right"),
     ],
 )
-def test_a_clip_of_a_turned_phone_comes_upright(
-    tmp_path: Path, matrix: tuple[int, int, int, int], side: str
+def test_a_clip_of_a_turned_or_mirrored_phone_comes_upright(
+    tmp_path: Path, matrix: tuple[int, int, int, int], corner: str
 ) -> None:
+    # The corner is red, and what lies to its right green: it tells a turn from a mirror.
     picture = Image.new("RGB", (64, 64), BLUE)
-    picture.paste(RED, (0, 0, 32, 64))
+    picture.paste(RED, (0, 0, 32, 32))
+    picture.paste((0, 255, 0), (32, 0, 64, 32))
     path = make_clip(tmp_path / "a.mp4", [picture] * 2)
     content = path.read_bytes()
     a, b, c, d = (value << 16 for value in matrix)
     place = content.index(IDENTITY, content.index(b"tkhd"))  # of the first stream, the video
     turned = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(content[:place] + turned + content[place + len(turned) :])
-    shown = np.asarray(next(iter(open_frames(path))))[..., 0]  # how red
-    halves = {
-        "left": shown[:, :28],
-        "right": shown[:, 36:],
-        "top": shown[:28],
-        "bottom": shown[36:],
-    }
-    assert [name for name, half in halves.items() if half.min() > 200] == [side]
+    shown = next(iter(open_frames(path)))
+    places = {"top left": (16, 16), "top right": (48, 16)}
+    places |= {"bottom left": (16, 48), "bottom right": (48, 48)}
+    colors = {name: shown.getpixel(place) for name, place in places.items()}
+    assert [name for name, (red, _, _) in colors.items() if red > 200] == [corner]
+    # By the matrix, the corner's right neighbour lies where (1, 0) goes.
+    x, y = places[corner]
+    _, green, _ = shown.getpixel((x + 32 * matrix[0], y + 32 * matrix[1]))
+    assert green > 200
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"),
+    [
+        (Fraction(2), (128, 64)),
+        (Fraction(64, 45), (91, 64)),
+        (Fraction(1, 2), (64, 128)),
+        (Fraction(1), (64, 64)),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_pixels_that_are_not_square_are_shown_in_their_true_shape(
+    tmp_path: Path, aspect: Fraction, size: tuple[int, int], name: str
+) -> None:
+    picture = Image.new("RGB", (64, 64), BLUE)
+    picture.paste(RED, (0, 0, 32, 32))
+    frames = open_frames(make_clip(tmp_path / name, [picture] * 3, aspect=aspect))
+    assert [frame.size for frame in frames] == [size] * 3
+    frame = next(iter(frames))
+    quarters = [
+        frame.getpixel((size[0] * x // 4, size[1] * y // 4))[0] for x, y in ((1, 1), (3, 3))
+    ]
+    assert quarters[0] > 200 and quarters[1] < 60
+    write_video(tmp_path / "out.mp4", frames, frames, None)
+    [first, *_] = open_frames(tmp_path / "out.mp4")
+    assert first.size == tuple(side + side % 2 for side in size)
+
+
+# Slow, then quick: the mean rate would show the quick part too late.
+VARYING = [Fraction(i, 10) for i in range(8)] + [
+    Fraction(8, 10) + Fraction(i, 30) for i in range(8)
+]
+
+
+@pytest.mark.parametrize("source", ["s.mp4", "s.mkv"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov"])
+def test_frames_of_a_varying_rate_keep_their_times_and_their_sound(
+    tmp_path: Path, source: str, name: str
+) -> None:
+    clip = make_clip(tmp_path / source, times=VARYING)
+    frames = open_frames(clip)
+    assert frames.times is not None and close(greys(frames), GREYS)
+    tolerance = Fraction(1, 1000) if "mkv" in source + name else Fraction(1, 10000)
+    for actual in (list(frames.times()), times_of(clip)):
+        assert max(abs(a - b) for a, b in zip(actual, VARYING, strict=True)) <= tolerance
+    write_video(tmp_path / name, frames, frames, clip)
+    written = times_of(tmp_path / name)
+    assert max(abs(a - b) for a, b in zip(written, VARYING, strict=True)) <= 2 * tolerance
+    assert close(greys(open_frames(tmp_path / name)), GREYS)
+    before, after = facts(clip), facts(tmp_path / name)
+    assert after["audio"]["bytes"] == before["audio"]["bytes"]
+    ahead = [f["video"]["start"] - f["audio"]["start"] for f in (before, after)]
+    assert abs(ahead[0] - ahead[1]) < Fraction(1, 100)
+
+
+def test_a_varying_rate_is_kept_without_x264(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    av = pytest.importorskip("av")
+    frames = open_frames(make_clip(tmp_path / "s.mp4", times=VARYING))
+    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
+    write_video(tmp_path / "a.mp4", frames, frames, None)
+    assert facts(tmp_path / "a.mp4")["video"]["codec"] == "mpeg4"
+    off = zip(times_of(tmp_path / "a.mp4"), VARYING, strict=True)
+    assert max(abs(a - b) for a, b in off) < Fraction(1, 1000)
+
+
+def test_a_dropped_frame_makes_a_varying_rate(tmp_path: Path) -> None:
+    even = [Fraction(i, 25) for i in range(COUNT + 1)]
+    dropped = [*even[:6], *even[7:]]
+    frames = open_frames(make_clip(tmp_path / "dropped.mp4", times=dropped))
+    assert frames.times is not None and list(frames.times()) == dropped
+    frames = open_frames(make_clip(tmp_path / "even.mkv", times=even[:COUNT]))
+    assert frames.times is None
+
+
+def test_a_constant_rate_gives_the_same_file_by_its_number_or_by_its_clip(tmp_path: Path) -> None:
+    clip = make_clip(tmp_path / "s.mp4")
+    frames = open_frames(clip)
+    write_video(tmp_path / "a.mp4", frames, frames.rate, clip)
+    write_video(tmp_path / "b.mp4", frames, frames, clip)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_more_pictures_than_times_are_refused(tmp_path: Path) -> None:
+    frames = open_frames(make_clip(tmp_path / "s.mp4", times=VARYING))
+    with pytest.raises(ValueError, match=f"more than {COUNT}"):
+        write_video(tmp_path / "a.mp4", [*frames, plain(1)], frames, None)
+    assert not (tmp_path / "a.mp4").exists()
 
 
 def test_a_folder_is_read_in_natural_order_without_pyav(
@@ -178,6 +295,8 @@ def test_a_folder_is_read_in_natural_order_without_pyav(
     for number in range(COUNT):
         plain(GREYS[number]).save(tmp_path / f"frame_{number}.png")
     plain(255).save(tmp_path / "._frame_3.png")  # as macOS leaves them
+    (tmp_path / "frame_5.png").rename(tmp_path / "frame_5")  # known by its content
+    (tmp_path / "LICENSE").write_text("not a frame")
     (tmp_path / "notes.txt").write_text("not a frame")
     frames = open_frames(tmp_path)
     assert frames.rate == 25 and frames.count == COUNT
@@ -262,11 +381,12 @@ def test_a_clip_of_no_frames_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"bf": "0"}])
 @pytest.mark.parametrize("position", [0, 5, COUNT - 1])
+@pytest.mark.parametrize("times", [None, VARYING])
 def test_a_frame_that_cannot_be_decoded_is_named_by_its_number(
-    tmp_path: Path, position: int, options: dict[str, str]
+    tmp_path: Path, position: int, options: dict[str, str], times: list[Fraction] | None
 ) -> None:
     av = pytest.importorskip("av")
-    path = make_clip(tmp_path / "a.mp4", options=options)
+    path = make_clip(tmp_path / "a.mp4", options=options, times=times)
     with av.open(str(path)) as file:
         times = [p.pts for p in file.demux(video=0) if p.size]
     number = sorted(times).index(times[position])
