@@ -35,6 +35,8 @@ Method = Literal["mapper", "refined", "optimizer"]
 WatchStep = Callable[[Progress], None]
 WatchSearch = Callable[[Method, Recipe], WatchStep]
 """Called as a search begins; its result is called after every step."""
+WatchProbe = Callable[[float, float], None]
+"""Called with a direction's score on the probe sources, and the threshold."""
 
 RELEASED = "released"  # method of the directions of TargetCLIP's release
 RECORDED = ("method", "expected", "probe", "transfer", "consistency", "steps")  # in a file

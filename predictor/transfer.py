@@ -21,6 +21,7 @@ from predictor.direction import (
     Direction,
     Gate,
     Method,
+    WatchProbe,
     WatchSearch,
     WatchStep,
     searched_direction,
@@ -153,6 +154,7 @@ class EssenceTransfer(Editing):
         watch: WatchSearch | None = None,
         *,
         text: str | None = None,
+        watch_probe: WatchProbe | None = None,
     ) -> Direction:
         """Find the direction of a target: a picture, or words.
 
@@ -164,6 +166,7 @@ class EssenceTransfer(Editing):
             recipe: of the optimizer, or its name. None: the one given at construction.
             seed: of the optimizer's random numbers.
             text: the target in words, in the place of `target`.
+            watch_probe: called in "auto" with every score on the probe sources, and the threshold.
 
         Raises:
             FileNotFoundError, TypeError: as `as_pictures`.
@@ -187,13 +190,21 @@ class EssenceTransfer(Editing):
         predicted = self.predict(target)
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
+        embedding = self.embed_target(target)
+
+        def probe(vector: Tensor) -> float:
+            score = self.probe_score(embedding, vector, gate.probes)
+            if watch_probe is not None:
+                watch_probe(score, gate.threshold)
+            return score
+
         return gate.first_that_passes(
             predicted,
             (
                 lambda: self.refine(target, predicted, refining, seed, watch),
                 lambda: self.optimize(target, recipe, seed, watch and watch("optimizer", recipe)),
             ),
-            partial(self.probe_score, self.embed_target(target), probes=gate.probes),
+            probe,
         )
 
     def predict(self, target: Target) -> Direction:
