@@ -51,6 +51,9 @@ Target = Picture | Text
 
 def in_rgb(picture: Image.Image) -> Image.Image:
     """Return a Pillow image as people see it: upright, 8-bit RGB, transparency on white."""
+    plain = type(picture) is Image.Image and picture.mode == "RGB"  # no file, which may be turned
+    if plain and picture.info.keys() <= {"icc_profile"}:
+        return picture
     if picture.mode == "F":
         raise ValueError(
             "expected a picture of 8 or 16 bits, found mode 'F' of unknown range: "
@@ -92,6 +95,7 @@ def tensor_pictures(images: Tensor) -> list[Image.Image]:
             "expected a tensor of floats [3, height, width] or [pictures, 3, height, width], found "
             f"{images.dtype} {list(images.shape)}: give other layouts as an array"
         )
+    images = images.detach()
     low, high = float(images.min()), float(images.max())
     if not (-OVERSHOOT <= low < 0 and high <= OVERSHOOT):  # so that NaN fails too
         raise ValueError(

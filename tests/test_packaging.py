@@ -1,5 +1,6 @@
 """What people get when they install the project."""
 
+import email
 import tomllib
 import zipfile
 from pathlib import Path
@@ -31,7 +32,7 @@ def test_the_wheel_holds_the_method_and_the_product_and_no_more(wheel: zipfile.Z
     assert not [name for name in wheel.namelist() if "__pycache__" in name]
     for package in ("targetclip", "predictor"):
         modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
-        assert modules <= set(wheel.namelist())
+        assert {*modules, f"{package}/py.typed"} <= set(wheel.namelist())
 
 
 def test_every_world_is_in_the_wheel_with_all_that_it_names(wheel: zipfile.ZipFile) -> None:
@@ -49,3 +50,10 @@ def test_the_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> No
     texts = {name.split("/")[-1]: name for name in wheel.namelist() if ".dist-info/" in name}
     assert b"targetclip = predictor.cli:main" in wheel.read(texts["entry_points.txt"])
     assert "MIT" in wheel.read(texts["LICENSE"]).decode()
+
+
+def test_the_wheel_says_where_more_is_to_be_read(wheel: zipfile.ZipFile) -> None:
+    [name] = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    facts = email.message_from_bytes(wheel.read(name))
+    assert facts["Project-URL"] == "Paper, https://arxiv.org/abs/2110.12427"
+    assert facts["Requires-Python"] == ">=3.11" and "Typing :: Typed" in facts.get_all("Classifier")

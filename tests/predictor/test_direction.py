@@ -1,7 +1,9 @@
-"""Directions: mixtures, the better of two, the gate, and how far to go along one."""
+"""Directions: sums, files, the better of two, the gate, and how far to go along one."""
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,8 @@ from predictor.direction import (
 )
 from predictor.mapper import Mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
+from predictor.transfer import EssenceTransfer, load_essence
+from targetclip.directions import load_direction
 from targetclip.recipes import RECIPES
 
 CALIBRATION = {"threshold": 0.8, "probes": 6.0, "refine_steps": 30.0, "refine_rate": 0.02}
@@ -59,6 +63,101 @@ def test_a_mixture_names_each_method_once_and_all_steps() -> None:
 def test_a_mixture_needs_a_weight_for_each(directions: int, weights: int) -> None:
     with pytest.raises(ValueError, match=f"found {weights} for {directions}"):
         mixed([made(0)] * directions, [1.0] * weights)
+
+
+def test_a_mixture_of_mixtures_names_each_method_once() -> None:
+    both = mixed([made(0), made(1, "refined", steps=30)], [0.5, 0.5])
+    found = mixed([both, made(0), made(2, "optimizer", steps=5)], [1.0] * 3)
+    assert found.method == "mapper + refined + optimizer" and found.steps == 35
+
+
+def test_directions_of_several_generators_do_not_mix() -> None:
+    of_a, of_b = made(0, generator="a"), made(1, generator="b")
+    with pytest.raises(ValueError, match="directions of one generator"):
+        mixed([of_a, of_b], [1.0, 1.0])
+    other_size = Direction(vector=torch.zeros(2, 3), method="mapper")
+    with pytest.raises(ValueError, match="directions of one generator"):
+        mixed([made(0), other_size], [1.0, 1.0])
+    assert (of_a + made(1)).generator == "a" and (made(0) + made(1)).generator is None
+
+
+def test_directions_are_added_and_multiplied_by_numbers() -> None:
+    a, b = made(0, steps=2), made(1, "optimizer", steps=3)
+    found = 0.5 * a - b * 2 + a / 4
+    torch.testing.assert_close(found.vector, 0.75 * vector(0) - 2 * vector(1))
+    assert found.method == "mapper + optimizer" and found.steps == 7
+    assert torch.equal((-a).vector, -a.vector) and (-a).steps == 2
+    assert torch.equal((a * np.float64(2)).vector, 2 * a.vector)
+    assert torch.equal(a.vector, vector(0))  # itself unchanged
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda a: a + 1, lambda a: a - a.vector, lambda a: a * a, lambda a: "2" * a],
+    ids=["+ 1", "- vector", "* direction", "text *"],
+)
+def test_what_is_no_sum_of_directions_is_a_type_error(wrong: Callable[[Direction], Any]) -> None:
+    with pytest.raises(TypeError):
+        wrong(made(0))
+
+
+def test_a_direction_is_shown_in_one_short_line() -> None:
+    plain = Direction(vector=torch.ones(6, 8), method="mapper")
+    assert repr(plain) == "Direction(6 x 8, norm 6.93, method 'mapper')"
+    scored = dataclasses.replace(plain, expected=0.81234, probe=0.5, steps=3)
+    facts = "method 'mapper', expected 0.812, probe 0.500"
+    assert repr(scored) == f"Direction(6 x 8, norm 6.93, {facts})"
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_world: Path) -> EssenceTransfer:
+    return load_essence(tiny_world)
+
+
+def test_a_direction_is_saved_and_loaded(tiny: EssenceTransfer, tmp_path: Path) -> None:
+    generator, path = tiny.scene.generator, tmp_path / "joker.safetensors"
+    facts = {"expected": 0.8, "probe": 0.75, "transfer": 0.9, "consistency": 0.4, "steps": 30}
+    saved = made(0, "refined", generator=generator.fingerprint, **facts)
+    saved.save(path)
+    for owner in (tiny, generator):
+        loaded = Direction.load(str(path), owner)
+        assert torch.equal(loaded.vector, saved.vector)
+        assert dataclasses.replace(loaded, vector=saved.vector) == saved
+    stored = load_direction(path, generator)  # as the command reads it
+    assert torch.equal(stored.direction, saved.vector) and stored.record["method"] == "refined"
+    again = tmp_path / "again.safetensors"
+    saved.save(str(again))
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_the_commands_files_and_those_of_the_release_are_loaded(
+    tiny: EssenceTransfer, direction_file: Path, tmp_path: Path
+) -> None:
+    generator = tiny.scene.generator
+    ours = Direction.load(direction_file, tiny)
+    assert torch.equal(ours.vector, load_direction(direction_file, generator).direction)
+    assert ours.method == "optimizer" and ours.generator == generator.fingerprint
+    np.save(tmp_path / "released.npy", vector(1).numpy()[None])
+    released = Direction.load(tmp_path / "released.npy", generator)
+    assert torch.equal(released.vector, vector(1)) and released.method == "released"
+
+
+def test_what_could_not_be_loaded_is_not_saved(tiny: EssenceTransfer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="knows its generator"):
+        made(0).save(tmp_path / "a.safetensors")
+    known = made(0, generator="a" * 64)
+    with pytest.raises(ValueError, match=r"ending in \.safetensors"):
+        known.save(tmp_path / "a.pt")
+    assert not [*tmp_path.iterdir()]
+    known.save(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="of generator aaaaaaaaaaaa"):
+        Direction.load(tmp_path / "a.safetensors", tiny)
+
+
+# The better of two
 
 
 @pytest.mark.parametrize(

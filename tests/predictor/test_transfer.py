@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predictor import Mode
@@ -373,6 +373,77 @@ def test_where_no_recipe_is_given_its_own_is_taken(scene: Scene) -> None:
     assert own.direction(picture(), "optimize", quick()).steps == 3
 
 
+# Targets as people give them
+
+
+def test_a_path_is_read_as_a_picture_wherever_a_target_is_asked_for(
+    predicting: Predicting, tmp_path: Path
+) -> None:
+    essence, path = predicting(threshold=-1), tmp_path / "target.png"
+    picture(1).save(path)
+    expected = essence.direction(picture(1))
+    array = np.asarray(picture(1))
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1) / 127.5 - 1
+    for given in (path, str(path), array, array / 255, tensor, picture(1).convert("RGBA")):
+        found = essence.direction(given)
+        assert torch.equal(found.vector, expected.vector) and found.probe == expected.probe
+    assert torch.equal(essence.predict(str(path)).vector, expected.vector)
+    embedding = essence.embed_target(picture(1))
+    assert torch.equal(essence.embed_target(path), embedding)
+    for name in ("release", "consistent"):  # the first starts at the inversion
+        found = essence.optimize(str(path), quick(name))
+        assert torch.equal(found.vector, essence.optimize(picture(1), quick(name)).vector)
+    images = essence.edit(essence.scene.sources(2), expected, [0.0, 1.0])
+    scores = essence.score(str(path), *images)
+    assert torch.equal(scores.target_after, essence.score(picture(1), *images).target_after)
+
+
+def test_words_that_are_no_file_are_refused_where_a_picture_is_meant(
+    predicting: Predicting,
+) -> None:
+    essence = predicting()
+    for ask in (essence.direction, essence.predict, essence.embed_target):
+        with pytest.raises(FileNotFoundError, match="or give words as text='green hair'"):
+            ask("green hair")
+
+
+def test_a_directions_generator_is_known(predicting: Predicting) -> None:
+    essence = predicting(threshold=2)
+    fingerprint = essence.scene.generator.fingerprint
+    modes: list[Mode] = ["instant", "auto", "refine", "optimize"]
+    for mode in modes:
+        assert essence.direction(picture(), mode, quick()).generator == fingerprint
+
+
+def test_a_recipe_may_be_named(essence: EssenceTransfer) -> None:
+    with pytest.raises(ValueError, match="found 'relaese': did you mean 'release'"):
+        essence.direction(picture(), "optimize", "relaese")
+    with pytest.raises(ValueError, match="needs an identity model"):
+        essence.direction(picture(), "optimize", "identity")
+
+
+# On another device
+
+
+def test_a_copy_goes_to_a_device_and_the_first_one_stays(
+    scene: Scene, predicting: Predicting
+) -> None:
+    texts = TextTargets(scene.embedder, ("a face",))
+    first = EssenceTransfer(knowing(scene), predicting().mapper, texts=texts, recipe=quick())
+    before = first.direction(text="a hat", mode="instant")
+    moved = first.to("meta")
+    assert moved.scene.device.type == "meta" and moved.recipe == first.recipe
+    assert moved.texts is not None and moved.texts.embedder is moved.scene.embedder
+    parts = (moved.scene.embedder, moved.scene.inverter, moved.scene.identity, moved.mapper)
+    for part in parts:
+        assert {p.device.type for p in cast("nn.Module", part).parameters()} == {"meta"}
+    assert first.scene.device.type == "cpu"
+    assert torch.equal(first.direction(text="a hat", mode="instant").vector, before.vector)
+    copied = first.to(torch.device("cpu"))
+    assert copied is not first and copied.scene.generator is not first.scene.generator
+    assert torch.equal(copied.direction(text="a hat", mode="instant").vector, before.vector)
+
+
 # Texts
 
 
@@ -422,8 +493,11 @@ def test_a_world_is_loaded_by_its_name_or_itself_with_its_mapper_or_another(
     tiny_world: Path, tiny_mapper: Path
 ) -> None:
     named = load_essence(str(tiny_world), max_images=3)
+    assert load_essence(tiny_world).scene.generator.fingerprint == (
+        named.scene.generator.fingerprint
+    )
     world = load_world(str(tiny_world))
-    given = load_essence(world, torch.device("cpu"), tiny_mapper)
+    given = load_essence(world, "cpu", str(tiny_mapper))
     assert named.mapper is None and named.texts is None and named.scene.max_images == 3
     assert named.scene.generator.fingerprint == given.scene.generator.fingerprint
     assert named.recipe == RECIPES[world.recipe] and named.scene.truncation == world.truncation
