@@ -31,7 +31,7 @@ from jaxtyping import Float32
 from numpy import ndarray
 from torch import Tensor
 
-from data.targets import digest_of
+from data.targets import default_targets, digest_of
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from targetclip import command
@@ -77,22 +77,17 @@ FIXED |= {"weight_decay": WEIGHT_DECAY, "clip": CLIP, "ema": EMA}
 class Data:
     """What is learned from, and what is judged on."""
 
-    targets: tuple[str, ...] = (
-        f"drawn:20000@{TRAINING_TARGETS}",
-        f"wide:20000@{TRAINING_TARGETS}",
-        f"generated:5000@{TRAINING_TARGETS}",
-        f"mixed:5000@{TRAINING_TARGETS}",
-    )
-    """Target pictures of the transfer term, as data.build takes them; beside those of the pairs."""
+    targets: tuple[str, ...] | None = None
+    """Target pictures of the transfer term, as data.build takes them; those of the pairs are used
+    as well. Default: for sketch64 40,000 drawn faces and 10,000 samples of its generator; for any
+    other world 50,000 samples of its own generator."""
     pairs: Path | None = None
     """Dataset made by data.build; only its train split is read."""
     num_pairs: int | None = None
     """Number of pairs to use, the first by their ids. Default: all."""
-    validation: tuple[str, ...] = (
-        f"drawn:32@{VALIDATION_TARGETS}",
-        f"wide:32@{VALIDATION_TARGETS}",
-    )
-    """Targets to judge by while training; none of them is trained on."""
+    validation: tuple[str, ...] | None = None
+    """Targets to judge by while training; none of them is trained on. Default: 64 drawn faces for
+    sketch64; 64 samples of its own generator for any other world."""
     bank: Path | None = None
     """Folder where embeddings of targets are kept, to share between runs. Default: --out."""
 
@@ -183,6 +178,17 @@ def check_config(config: Config) -> None:
         raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {recipe!r}")
     if config.data.num_pairs is not None and config.data.pairs is None:
         raise ValueError("--num-pairs: expected a dataset by --pairs as well, found none")
+
+
+def with_targets(config: Config) -> Config:
+    """Return the options with the world's own targets where none are given."""
+    world, data = load_world(config.world), config.data
+    targets, validation = data.targets, data.validation
+    if targets is None:
+        targets = default_targets(world, TRAINING_TARGETS, 20_000, samples=5000)
+    if validation is None:
+        validation = default_targets(world, VALIDATION_TARGETS, 32)
+    return replace(config, data=replace(data, targets=targets, validation=validation))
 
 
 def stages_of(config: Config) -> tuple[TrainingStage, ...]:
@@ -282,7 +288,7 @@ def record_of(
     """Return what the mapper's file says of its making, without paths of this machine."""
     used = {term for stage in stages for term in stage.terms}
     data = config.data
-    specs = [spec if ":" in spec else Path(spec).name for spec in data.targets]
+    specs = [spec if ":" in spec else Path(spec).name for spec in data.targets or ()]
     trained_on = [f"targets {', '.join(specs)}"] if settings["targets"] else []
     if data.pairs is not None:
         count = "all" if data.num_pairs is None else f"the first {data.num_pairs}"
@@ -340,10 +346,11 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
     Raises:
         ValueError, FileNotFoundError, OSError, Stopped: see `run`.
     """
+    config = with_targets(config)
     stages, data = stages_of(config), config.data
     recipe_name, recipe, scene = make_scene(config, accelerator.device)
     precision = choose_precision(config.precision)
-    validation = Validation.open(data.validation, scene, recipe)
+    validation = Validation.open(data.validation or (), scene, recipe)
     pairs = None
     if data.pairs is not None:
         pairs = open_pairs(data.pairs, data.num_pairs, scene, validation.ids)
@@ -422,11 +429,14 @@ def run(config: Config, stop: Stop | None = None) -> Mapper:
     training = prepare(config, accelerator, stop)
     settings = training.trainer.settings
     if accelerator.is_main_process:
-        content = {"config": flags_of(config), "settings": settings, "versions": versions()}
+        flags = flags_of(training.config)
+        content = {"config": flags, "settings": settings, "versions": versions()}
         write_json(config.out / "config.json", content)
     average = training.run(stop)
     if accelerator.is_main_process:
-        save_mapper(average, config.out / MAPPER, record_of(config, settings, training.stages))
+        save_mapper(
+            average, config.out / MAPPER, record_of(training.config, settings, training.stages)
+        )
     accelerator.end_training()
     return average
 

@@ -28,6 +28,7 @@ from train.encoder import (
     make_parts,
     run,
     target_pictures,
+    targets_of,
 )
 from train.loop import CHECKPOINT, LOG
 from train.mapper_data import Validation
@@ -76,6 +77,17 @@ def lengthened(inverter: Inverter, path: Path) -> Inverter:
     return inverter
 
 
+def test_the_default_targets_are_the_worlds_own(tiny_world: Path, tmp_path: Path) -> None:
+    assert targets_of(Config(out=tmp_path, world=str(tiny_world))) == (
+        ("generated:6000@17", "mixed:6000@17"),
+        ("generated:32@23", "mixed:32@23"),
+    )
+    assert targets_of(Config(out=tmp_path)) == (
+        ("drawn:6000@17", "wide:6000@17"),
+        ("drawn:32@23", "wide:32@23"),
+    )
+
+
 # Directions
 
 
@@ -92,7 +104,7 @@ def test_a_direction_is_the_answer_less_the_mean(tiny_world: Path, tmp_path: Pat
 def test_the_loss_of_a_batch_falls(small: Callable[..., Config]) -> None:
     config = small(steps=25)
     scene, recipe, start = make_parts(config)
-    _, pictures = target_pictures(config.out, config.targets, scene, frozenset())
+    _, pictures = target_pictures(config.out, targets_of(config)[0], scene, frozenset())
 
     def loss(network: Inverter) -> float:
         with torch.no_grad():
@@ -107,7 +119,7 @@ def test_the_loss_of_a_batch_falls(small: Callable[..., Config]) -> None:
 def test_the_loss_has_the_recipes_three_parts(small: Callable[..., Config]) -> None:
     config = small()
     scene, recipe, network = make_parts(config)
-    pictures = target_pictures(config.out, config.targets, scene, frozenset())[1][:2]
+    pictures = target_pictures(config.out, targets_of(config)[0], scene, frozenset())[1][:2]
     nothing = {"transfer_weight": 0.0, "consistency_weight": 0.0, "weight_decay": 0.0}
 
     def loss(seed: int = 7, **weights: float) -> Tensor:

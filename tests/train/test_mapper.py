@@ -26,7 +26,16 @@ from data.targets import Target, open_targets, split_of
 from predictor.mapper import load_mapper
 from targetclip.command import Stop, Stopped, guarded, parse
 from train.loop import CHECKPOINT, LOG
-from train.mapper import MAPPER, Config, MapperTraining, make_scene, prepare, run
+from train.mapper import (
+    MAPPER,
+    Config,
+    Data,
+    MapperTraining,
+    make_scene,
+    prepare,
+    run,
+    with_targets,
+)
 from train.mapper_data import Validation, embed_unit, open_pairs, target_bank
 from train.mapper_objective import (
     TERMS,
@@ -127,6 +136,17 @@ def prepared(config: Config) -> MapperTraining:
 def go_on(training: MapperTraining) -> None:
     """Take the steps that are left, without the evaluations."""
     training.trainer.run(training.losses_at, lambda average: {}, Stop())
+
+
+def test_the_default_targets_are_the_worlds_own(tiny_world: Path, tmp_path: Path) -> None:
+    other = with_targets(Config(out=tmp_path, world=str(tiny_world))).data
+    assert other.targets == ("generated:25000@17", "mixed:25000@17")
+    assert other.validation == ("generated:32@23", "mixed:32@23")
+    own = with_targets(Config(out=tmp_path)).data
+    assert own.targets == ("drawn:20000@17", "wide:20000@17", "generated:5000@17", "mixed:5000@17")
+    assert own.validation == ("drawn:32@23", "wide:32@23")
+    given = Config(out=tmp_path, world=str(tiny_world), data=Data(targets=(), validation=("a",)))
+    assert with_targets(given) == given
 
 
 # Learning
