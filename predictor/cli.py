@@ -4,16 +4,19 @@ Examples:
 
     targetclip transfer --target examples/joker.png --num-sources 6 --out out
     targetclip transfer --target t.png --sources a.png b.png --out out
+    targetclip transfer --target a.png b.png --sources photos/ --out out
     targetclip transfer --target t.png --sources clip.mp4 --out out
     targetclip optimize --target t.png --out out
     targetclip transfer --target t.png --direction out/direction.safetensors --out other
     targetclip world check ffhq1024
 """
 
+import shlex
 import sys
 from functools import partial
 
-from targetclip.command import guarded, parse
+from targetclip import __version__
+from targetclip.command import guarded, parse, say, signals_as_ctrl_c
 
 PROG = "targetclip"
 
@@ -21,29 +24,43 @@ PROG = "targetclip"
 def main(args: list[str] | None = None) -> None:
     """Run a command line and end the process; for exit codes see targetclip.command.
 
+    SIGTERM and SIGHUP end a run as Ctrl-C does: the direction so far is kept.
+
     Args:
         args: None: those of the process.
     """
-    sys.exit(guarded(partial(run, args), PROG))
+    with signals_as_ctrl_c():
+        code = guarded(partial(run, sys.argv[1:] if args is None else args), PROG)
+    sys.exit(code)
 
 
-def run(args: list[str] | None) -> int:
+def run(args: list[str]) -> int:
     """Parse a command line, check it, and do what it asks; return the exit code.
 
     Imports come late: Ctrl-C is answered in one line from here on, and torch is imported only for a
     command line that is right.
     """
-    from predictor.options import Asked, Command, Transfer, WorldCheck, WorldList, resolve
+    if args == ["--version"]:
+        say(f"{PROG} {__version__}")
+        return 0
+    if "" in args:
+        raise ValueError(f"expected no empty argument, found one in {shlex.join(args)}")
+    from predictor.flags import Asked, Command, WorldCheck, WorldList
 
     asked: Asked = parse(Command, PROG, __doc__, args)
     if isinstance(asked, WorldList):
         return list_worlds()
     if isinstance(asked, WorldCheck):
         return check_world(asked.world, asked.download)
-    request = resolve(asked)
-    from predictor.run import run_optimize, run_transfer
+    from predictor.console import Console
+    from predictor.options import resolve
 
-    return run_transfer(request) if isinstance(asked, Transfer) else run_optimize(request)
+    request = resolve(asked)
+    console = Console(quiet=request.quiet, json=request.json)
+    console.progress(f"loading {request.world.name}")
+    from predictor.run import run as run_request
+
+    return run_request(request, console)
 
 
 def list_worlds() -> int:

@@ -5,8 +5,7 @@ directions are found. Frames are read again in every pass, so that a long clip n
 than its latents do.
 """
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ from jaxtyping import Float
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from predictor.options import FOLDER, VIDEO, WINDOW
-from predictor.sources import Edit, Latents, Sources, inverted, quad_in
+from predictor.console import Console
+from predictor.options import WINDOW
+from predictor.output import FRAMES, VIDEO, OutputFolder
+from predictor.sources import Edits, Latents, Sources, inverted, quad_in
 from targetclip.media.alignment import Face, FaceFinder, align, paste_back
 from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
 from targetclip.media.images import tensor_to_pictures
@@ -87,7 +87,9 @@ def smooth_runs(
     return torch.cat([smooth_latents(run, window) for run in values.split(list(runs))])
 
 
-def find_track(frames: Frames, finder: FaceFinder, index: int, window: int) -> Track:
+def find_track(
+    frames: Frames, finder: FaceFinder, index: int, window: int, console: Console
+) -> Track:
     """Follow a face through a clip.
 
     It is the face of the number `index`, by size, in the first frame that shows so many, and in
@@ -100,7 +102,7 @@ def find_track(frames: Frames, finder: FaceFinder, index: int, window: int) -> T
     runs: list[int] = []
     quads: list[Float[ndarray, "4 2"]] = []
     before, size, count, most = None, (0, 0), 0, 0
-    with tqdm(frames, total=frames.count, desc="find faces", unit="frame") as bar:
+    with console.bar(frames, total=frames.count, desc="find faces", unit="frame") as bar:
         for number, frame in enumerate(bar):
             faces = finder.find(frame)
             count, most = number + 1, max(most, len(faces))
@@ -143,9 +145,15 @@ class Clip(Sources):
     """
 
     def __init__(
-        self, path: Path, finder: FaceFinder | None, face: int = 0, window: int = WINDOW
+        self,
+        path: Path,
+        finder: FaceFinder | None,
+        face: int = 0,
+        window: int = WINDOW,
+        *,
+        console: Console,
     ) -> None:
-        self.frames, self.window = open_frames(path), window
+        self.frames, self.window, self.console = open_frames(path), window, console
         self.facts: dict[str, Any] = {
             "sources": [str(path)],
             "smooth": window,
@@ -153,12 +161,12 @@ class Clip(Sources):
         }
         self.track: Track | None = None
         if finder is not None:
-            self.track = track = find_track(self.frames, finder, face, window)
+            self.track = track = find_track(self.frames, finder, face, window, console)
             without = sorted({*range(track.frames)} - {*track.numbers})
             self.facts |= {"face": face, "frames_without_face": without}
             if without:
-                kept = f"{len(without)} of {track.frames} frames show no face and stay as they are"
-                print(f"targetclip: {kept}", file=sys.stderr)
+                total = track.frames
+                console.warn(f"{len(without)} of {total} frames show no face and stay as they are")
 
     def placed(self) -> Iterator[tuple[Image.Image, Float[ndarray, "4 2"] | None]]:
         """Return every frame with its face's square; None without a face, or if all are aligned."""
@@ -183,7 +191,8 @@ class Clip(Sources):
         """Invert every frame; the edit is scored on some of them, evenly spaced."""
         size = scene.generator.resolution
         total = self.frames.count if self.track is None else len(self.track.numbers)
-        with tqdm(self.squares(size), total=total, desc="invert", unit="frame") as bar:
+        squares = self.squares(size)
+        with self.console.bar(squares, total=total, desc="invert", unit="frame") as bar:
             ws = torch.cat([batch.cpu() for batch in inverted(scene, iter(bar))])
         runs = [len(ws)] if self.track is None else self.track.runs
         ws = smooth_runs(ws, runs, self.window)
@@ -211,16 +220,17 @@ class Clip(Sources):
             yield frame if quad is None else paste_back(frame, next(faces), quad)
 
     def write(
-        self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
+        self, out: OutputFolder, edited: Iterable[Image.Image], latents: Latents, edits: Edits
     ) -> dict[str, Any]:
         """Write edited.mp4 with the clip's audio and rate, or frames/ of a folder."""
         assert latents.whole is not None
         path = self.frames.path
-        name = FOLDER if path.is_dir() else VIDEO
-        frames, total = self.pasted(edit(latents.whole)), latents.facts["frames"]
-        with tqdm(frames, total=total, desc="edit", unit="frame") as bar:
-            if path.is_dir():
-                write_frames(out / name, iter(bar))
-            else:
-                write_video(out / name, iter(bar), self.frames.rate, path)
-        return {"edited": [name]}
+        frames, total = self.pasted(edits(latents.whole)), latents.facts["frames"]
+        with self.console.bar(frames, total=total, desc="edit", unit="frame") as bar:
+            if not path.is_dir():
+                write_video(out.take(VIDEO), iter(bar), self.frames, path)
+                return {"edited": [VIDEO]}
+            write_frames(out.path / FRAMES, iter(bar))
+        for frame in sorted((out.path / FRAMES).iterdir()):
+            out.take(f"{FRAMES}/{frame.name}")
+        return {"edited": [FRAMES]}

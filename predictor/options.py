@@ -1,226 +1,45 @@
-"""The flags of the `targetclip` command, and the request that they and a world amount to.
+"""The request that the flags of the `targetclip` command and a world amount to.
 
 Knows what flags exclude and what a world lacks; nothing of how a request is carried out. Importing
 it does not import torch, so that a wrong command line is refused at once.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from predictor import Mode
-from targetclip.command import Precision, choose_precision
-from targetclip.recipes import RECIPES, Initial, Recipe
+from predictor.flags import EditFlags, ModeFlags, Optimize, SourceFlags, Transfer, given
+from predictor.paths import (
+    check_text,
+    check_weights,
+    is_video,
+    pictures_of,
+    refuse_url,
+)
+from targetclip.command import Precision, choose_precision, did_you_mean
+from targetclip.recipes import RECIPES, Recipe
 from targetclip.world import World, load_world
 
-MAX_SOURCES = 1000  # more than a person looks at; the grid is one picture
-MAX_STRENGTH = 100.0  # far beyond it images overflow
 NUM_SOURCES, WINDOW = 6, 5
 STEPS_FROM_MEAN = 300  # of a search for latents that no inverter starts
 OF_OPTIMIZER = ("recipe", "initial", "steps", "patience")
-# Containers that targetclip.media.frames reads.
-VIDEO_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts"),
-    *(".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp"),
-)
-VIDEO, FOLDER = "edited.mp4", "frames"  # written of clips
-
-
-def check_range(flag: str, value: float | None, limit: float) -> None:
-    """Raise a ValueError for NaN, or a number beyond the limit on either side."""
-    if value is not None and not abs(value) <= limit:
-        raise ValueError(f"--{flag}: expected a number within {limit:g} of 0, found {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Flags of every command that finds a direction."""
-
-    target: tuple[Path, ...] = ()
-    """Pictures whose essence is wanted."""
-    text: tuple[str, ...] = ()
-    """Texts that describe an essence, such as "green hair and round glasses"."""
-    weights: tuple[float, ...] | None = None
-    """Of the targets, pictures first, then texts; a negative one takes an essence away.
-    Default: equal ones, of sum 1."""
-    out: Path
-    """Folder to write into; made if missing."""
-    world: str = "sketch64"
-    """Name of a bundled world, or the path of a world's .toml file."""
-    recipe: str | None = None
-    """Recipe of the optimizer: release, paper, consistent or identity. Default: the world's."""
-    initial: Initial | None = None
-    """Where the optimizer starts. Default: the recipe's."""
-    steps: int | None = None
-    """Steps of the optimizer. Default: the recipe's."""
-    patience: int | None = None
-    """Stop early when the loss has not improved for so many steps."""
-    align: Annotated[bool | None, tyro.conf.DisallowNone] = None
-    """Find the face in each picture that is inverted, cut it out as FFHQ's faces are, and put it
-    back when it is edited. --no-align: the pictures are such squares already. Default: the
-    world's."""
-    invert_steps: int | None = None
-    """Steps of a search that brings inverted pictures closer to the originals. Default: 0, or 300
-    in a world without an inverter."""
-    seed: int = 0
-    """Of all random numbers: sources, starts, and those of the optimizer."""
-    device: str | None = None
-    """Device by torch's name. Default: an accelerator if there is one."""
-    precision: Precision | None = None
-    """Of the search for directions; pictures are rendered in fp32. Default: accelerate's, or else
-    fp32."""
-    max_images: int | None = None
-    """Images rendered at once; less needs less memory. Default: 64, or a whole step of the
-    optimizer."""
-    checkpoint_layers: bool = False
-    """Keep three fifths of an image's activations for the backward pass, and compute the rest
-    again: for where not even --max-images 1 fits. The result is the same."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "patience", "max_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag}: expected 1 or more, found {value}")
-        if self.invert_steps is not None and self.invert_steps < 0:
-            raise ValueError(f"--invert-steps: expected 0 or more, found {self.invert_steps}")
-        count = len(self.target) + len(self.text)
-        if not count:
-            raise ValueError("expected a target: give --target PICTURE or --text TEXT")
-        if self.weights is not None:
-            if len(self.weights) != count:
-                raise ValueError(
-                    f"--weights: expected {count}, one for each target, found {len(self.weights)}"
-                )
-            for weight in self.weights:
-                check_range("weights", weight, MAX_STRENGTH)
-            if not any(self.weights):
-                raise ValueError("--weights: expected one that is not 0, found none")
-
-    def given(self, names: Sequence[str]) -> list[str]:
-        """Return those of the named options that were given."""
-        return [name for name in names if getattr(self, name) is not None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Transfer(Options):
-    """Give sources the essence of one target or of several."""
-
-    sources: tuple[Path, ...] | None = None
-    """Pictures to edit, or one clip: a video file or a folder of frames. They are inverted first.
-    Default: generated ones."""
-    num_sources: int | None = None
-    """How many sources to generate instead. Default: 6."""
-    face: int | None = None
-    """Which face of each photo, 0 being the largest. Of a clip: in the first frame that has it,
-    from where it is followed. Default: 0."""
-    smooth: int | None = None
-    """Over how many frames of a clip faces and latents are smoothed, an odd number; 1 smooths
-    nothing. Default: 5."""
-    mode: Mode | None = None
-    """How the direction is found: by the mapper alone (instant); by the mapper, checked on probe
-    sources, refined or optimized where that falls short (auto); by the mapper and always refined
-    (refine); by the optimizer alone (optimize). Default: auto where there is a mapper."""
-    mapper: Path | None = None
-    """Mapper file. Default: the world's."""
-    direction: Path | None = None
-    """Apply this direction file instead of finding one, ours or a .npy or .pt of TargetCLIP's
-    release; the target is what it is scored against."""
-    strength: float | None = None
-    """How far along the direction; 0 changes nothing. Default: the world's."""
-    identity_floor: float | None = None
-    """Go only so far that sources keep, on average, this identity similarity, 1 being all."""
-    coarse: float = 1.0
-    middle: float = 1.0
-    fine: float = 1.0
-    """How much of the direction its coarse layers take (4 and 8 px: shape), its middle ones (16
-    and 32 px: features) and its fine ones (from 64 px on: colours)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sources is not None and self.num_sources is not None:
-            raise ValueError("--sources and --num-sources exclude each other: give one of them")
-        if self.sources is not None and not self.sources:
-            raise ValueError("--sources: expected one or more pictures, found none")
-        if self.num_sources is not None and not 1 <= self.num_sources <= MAX_SOURCES:
-            raise ValueError(
-                f"--num-sources: expected 1 to {MAX_SOURCES}, found {self.num_sources}"
-            )
-        if self.face is not None and (self.face < 0 or self.sources is None):
-            raise ValueError(
-                f"--face: expected 0 or more, and --sources to find it in, found {self.face}"
-            )
-        if self.smooth is not None and (self.smooth < 1 or self.smooth % 2 == 0):
-            raise ValueError(f"--smooth: expected an odd number of frames, found {self.smooth}")
-        if self.direction is not None:
-            for name in self.given((*OF_OPTIMIZER, "weights", "mode", "mapper")):
-                raise ValueError(f"--{name} is for finding a direction: drop it or --direction")
-        if self.mode == "instant":
-            for name in self.given(OF_OPTIMIZER):
-                raise ValueError(f"--{name} is the optimizer's: drop it or --mode instant")
-        if self.mode == "refine":
-            for name in self.given(("initial", "steps")):
-                raise ValueError(f"--{name}: a refinement has its own: drop it or --mode refine")
-        if self.mode == "optimize" and self.mapper is not None:
-            raise ValueError("--mapper: --mode optimize asks no mapper: drop one of them")
-        if self.mode is None and self.mapper is not None:
-            for name in self.given(OF_OPTIMIZER):
-                raise ValueError(f"--{name} and --mapper need a mode: add --mode auto, or drop one")
-        for flag in ("strength", "coarse", "middle", "fine"):
-            check_range(flag, getattr(self, flag), MAX_STRENGTH)
-        # Written so that NaN fails too.
-        if self.identity_floor is not None and not -1 <= self.identity_floor <= 1:
-            raise ValueError(
-                f"--identity-floor: expected a number from -1 to 1, found {self.identity_floor}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimize(Options):
-    """Find the direction of a target by the optimizer, and save it."""
-
-
-@dataclass(frozen=True)
-class WorldList:
-    """List the bundled worlds: what they make, and whether their files are there."""
-
-
-@dataclass(frozen=True)
-class WorldCheck:
-    """Check the files of a world: whether they are there and right, and where to get them."""
-
-    world: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORLD")]
-    """Name of a bundled world, or the path of a world's .toml file."""
-    download: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Fetch missing files that have a copy on the Hugging Face hub."""
-
-
-Asked = Transfer | Optimize | WorldList | WorldCheck
-Worlds = (
-    Annotated[WorldList, tyro.conf.subcommand("list")]
-    | Annotated[WorldCheck, tyro.conf.subcommand("check")]
-)
-Command = (
-    Annotated[Transfer, tyro.conf.subcommand("transfer")]
-    | Annotated[Optimize, tyro.conf.subcommand("optimize")]
-    | Annotated[Worlds, tyro.conf.subcommand("world", description="See which worlds there are.")]
-)
+STRONG = 3.0  # times the usual strength, from which on pictures fall apart
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A command line and its world, checked against each other, with nothing left to decide."""
 
+    command: str
+    """"transfer" or "optimize"."""
     world: World
-    out: Path
     pictures: tuple[Path, ...]
     texts: tuple[str, ...]
     """Targets: pictures, then texts."""
     weights: tuple[float, ...]
-    """One for each target."""
+    """One for each target, where they are mixed; otherwise all are 1."""
+    separate: bool
+    """Whether each of several targets has a result of its own."""
     mode: Mode | None
     """How directions are found; None: `direction` is applied."""
     falls_back: bool
@@ -230,7 +49,9 @@ class Request:
     mapper: Path | None
     direction: Path | None
     sources: tuple[Path, ...] | None
-    """Pictures or one clip; None: `num_sources` are generated."""
+    """Pictures; None: a clip, or `num_sources` that are generated."""
+    clip: Path | None
+    """The video, or the folder of frames, that is edited."""
     num_sources: int
     face: int
     smooth: int
@@ -245,25 +66,100 @@ class Request:
     layers: dict[str, float]
     """Factors of the coarse, the middle and the fine layers."""
     seed: int
+    out: Path
+    overwrite: bool
+    quiet: bool
+    json: bool
     device: str | None
     precision: Precision
     max_images: int | None
     checkpoint_layers: bool
+    notes: tuple[str, ...]
+    """Warnings on the command line."""
 
     @property
-    def clip(self) -> Path | None:
-        """The clip that is edited."""
-        return self.sources[0] if self.sources and is_clip(self.sources[0]) else None
+    def inverts_sources(self) -> bool:
+        """Whether sources are pictures that are inverted."""
+        return self.sources is not None or self.clip is not None
 
     @property
     def inverts(self) -> bool:
         """Whether any picture could be inverted."""
-        return self.sources is not None or self.inverts_target
+        return self.inverts_sources or self.inverts_target
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Pictures and clips that are read while results are written."""
+        clip = () if self.clip is None else (self.clip,)
+        return (*self.pictures, *(self.sources or ()), *clip)
 
 
-def is_clip(path: Path) -> bool:
-    """Tell whether a source is a clip: a folder, or a video by its suffix."""
-    return path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir()
+def check_finding(options: Transfer) -> None:
+    """Raise a ValueError for flags that exclude each other."""
+    target, edit, search = options.target, options.edit, options.search
+    mode = search.mode
+    if edit.direction is not None:
+        if target.mix:
+            raise ValueError("--mix is for finding a direction: drop it or --direction")
+        names = given(search, (*OF_OPTIMIZER, "mode", "mapper")) + given(target, ["weights"])
+        for name in names:
+            raise ValueError(f"--{name} is for finding a direction: drop it or --direction")
+    if mode == "instant":
+        for name in given(search, OF_OPTIMIZER):
+            raise ValueError(f"--{name} is the optimizer's: drop it or --mode instant")
+    if mode == "refine":
+        for name in given(search, ("initial", "steps")):
+            raise ValueError(f"--{name}: a refinement has its own: drop it or --mode refine")
+    if mode == "optimize" and search.mapper is not None:
+        raise ValueError("--mapper: --mode optimize asks no mapper: drop one of them")
+    if mode is None and search.mapper is not None:
+        for name in given(search, OF_OPTIMIZER):
+            raise ValueError(f"--{name} and --mapper need a mode: add --mode auto, or drop one")
+
+
+def check_weight_count(options: Transfer, count: int) -> None:
+    """Raise a ValueError for weights of another number than the targets, or nothing to mix."""
+    weights = options.target.weights
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"--weights: expected {count}, one for each target, found {len(weights)}")
+    if options.target.mix and count == 1:
+        raise ValueError("--mix: expected two targets or more, found 1: drop it, or add a target")
+
+
+def clip_of(flags: SourceFlags) -> Path | None:
+    """Return the clip among the sources, if it is one.
+
+    Raises:
+        ValueError: a clip among other sources, or flags of clips without one.
+    """
+    paths = flags.sources or ()
+    for path in paths:
+        refuse_url("--sources", str(path))
+    videos = [path for path in paths if is_video(path)]
+    if videos and len(paths) > 1:
+        raise ValueError(
+            f"--sources: expected pictures or one clip alone, found {str(videos[0])!r} among "
+            f"{len(paths)} sources"
+        )
+    if flags.clip and not videos:
+        if len(paths) != 1 or not paths[0].is_dir():
+            raise ValueError("--clip: expected --sources with one folder of frames, or a video")
+        return paths[0]
+    if flags.smooth is not None and not videos:
+        raise ValueError("--smooth is for clips: drop it, or give a video, or a folder and --clip")
+    return videos[0] if videos else None
+
+
+def strength_notes(strength: float, usual: float, layers: dict[str, float]) -> list[str]:
+    """Return a warning for an edit that goes much further than is usual."""
+    furthest = abs(strength) * max(abs(factor) for factor in layers.values())
+    limit = STRONG * max(1.0, abs(usual))
+    if furthest <= limit:
+        return []
+    return [
+        f"strength {furthest:g} is far beyond the usual {usual:g}: pictures fall apart; "
+        f"give --strength of {limit:g} at most"
+    ]
 
 
 def resolve(options: Transfer | Optimize) -> Request:
@@ -272,105 +168,116 @@ def resolve(options: Transfer | Optimize) -> Request:
     Raises:
         FileNotFoundError: no such world or picture.
         ValueError: a damaged world file, or options that the world or each other do not allow.
-        FileExistsError: frames would be written into a folder that is not empty.
     """
-    world = load_world(options.world)
+    command = "transfer"
     if isinstance(options, Optimize):  # a transfer by the optimizer, less the edit
-        options = Transfer(**vars(options), mode="optimize")
-    name, recipe = choose_recipe(options, world.recipe)
-    mode, mapper = options.mode, options.mapper or world.mapper
-    if mode is None and options.direction is None:
-        mode = "optimize" if mapper is None or options.given(OF_OPTIMIZER) else "auto"
-    count = len(options.target) + len(options.text)
+        command, options = "optimize", as_transfer(options)
+    check_finding(options)
+    target, source, edit, search = options.target, options.source, options.edit, options.search
+    output, machine = options.output, options.machine
+    world = load_world(machine.world)
+    name, recipe = choose_recipe(search, world.recipe)
+    mode, mapper = search.mode, search.mapper or world.mapper
+    if mode is None and edit.direction is None:
+        mode = "optimize" if mapper is None or given(search, OF_OPTIMIZER) else "auto"
+    for text in target.text:
+        check_text(text)
+    check_weights("--mapper", search.mapper, "mapper")
+    check_weights("--direction", edit.direction, "direction")
+    notes: list[str] = []
+    clip = clip_of(source)
+    pictures = pictures_of("--target", target.target, notes)
+    sources = None
+    if source.sources is not None and clip is None:
+        sources = pictures_of("--sources", source.sources, notes)
+    count = len(pictures) + len(target.text)
+    check_weight_count(options, count)
+    mixes = target.mix or target.weights is not None
+    separate = count > 1 and not mixes and edit.direction is None
+    equal = (1.0,) * count if separate else (1 / count,) * count
     search_steps = STEPS_FROM_MEAN if world.inverter is None else 0
+    layers = {group: getattr(edit, group) for group in ("coarse", "middle", "fine")}
+    strength = world.strength if edit.strength is None else edit.strength
+    falls_back = mapper is None and search.mode is None and edit.direction is None
     request = Request(
+        command=command,
         world=world,
-        out=options.out,
-        pictures=options.target,
-        texts=options.text,
-        weights=options.weights or (1 / count,) * count,
+        pictures=pictures,
+        texts=target.text,
+        weights=target.weights or equal,
+        separate=separate,
         mode=mode,
-        falls_back=not options.given(("mode", "direction", *OF_OPTIMIZER)) and mapper is None,
+        falls_back=falls_back and not given(search, OF_OPTIMIZER),
         recipe_name=name,
         recipe=recipe,
         mapper=mapper,
-        direction=options.direction,
-        sources=options.sources,
-        num_sources=options.num_sources or NUM_SOURCES,
-        face=options.face or 0,
-        smooth=options.smooth or WINDOW,
-        align=world.aligner is not None if options.align is None else options.align,
-        invert_steps=search_steps if options.invert_steps is None else options.invert_steps,
-        inverts_target=bool(options.target)
+        direction=edit.direction,
+        sources=sources,
+        clip=clip,
+        num_sources=source.num_sources or NUM_SOURCES,
+        face=source.face or 0,
+        smooth=source.smooth or WINDOW,
+        align=world.aligner is not None if source.align is None else source.align,
+        invert_steps=search_steps if source.invert_steps is None else source.invert_steps,
+        inverts_target=bool(pictures)
         and mode in ("auto", "optimize")
         and recipe.initial == "inversion",
-        strength=world.strength if options.strength is None else options.strength,
-        identity_floor=options.identity_floor,
-        layers={group: getattr(options, group) for group in ("coarse", "middle", "fine")},
-        seed=options.seed,
-        device=options.device,
-        precision=choose_precision(options.precision),
-        max_images=options.max_images,
-        checkpoint_layers=options.checkpoint_layers,
+        strength=strength,
+        identity_floor=edit.identity_floor,
+        layers=layers,
+        seed=search.seed,
+        out=output.out,
+        overwrite=output.overwrite,
+        quiet=output.quiet,
+        json=output.json,
+        device=machine.device,
+        precision=choose_precision(machine.precision),
+        max_images=machine.max_images,
+        checkpoint_layers=machine.checkpoint_layers,
+        notes=(*notes, *strength_notes(strength, world.strength, layers)),
     )
-    check_inversion(options, request)
-    check_clip(options, request)
+    check_inversion(source, request)
     check_world(request)
     return request
 
 
-def choose_recipe(options: Options, default: str) -> tuple[str, Recipe]:
+def as_transfer(options: Optimize) -> Transfer:
+    """Return the transfer that finds the same direction."""
+    return Transfer(
+        target=options.target,
+        source=SourceFlags(**vars(options.source)),
+        edit=EditFlags(),
+        search=ModeFlags(**vars(options.search), mode="optimize"),
+        output=options.output,
+        machine=options.machine,
+    )
+
+
+def choose_recipe(flags: ModeFlags, default: str) -> tuple[str, Recipe]:
     """Return the recipe's name, and the recipe with the changes of the command line."""
-    name = options.recipe or default
+    name = flags.recipe or default
     if name not in RECIPES:
-        raise ValueError(f"--recipe: expected one of {', '.join(RECIPES)}, found {name!r}")
-    changes = {key: getattr(options, key) for key in options.given(OF_OPTIMIZER[1:])}
+        hint = did_you_mean(name, RECIPES)
+        raise ValueError(f"--recipe: expected one of {', '.join(RECIPES)}, found {name!r}{hint}")
+    changes = {key: getattr(flags, key) for key in given(flags, OF_OPTIMIZER[1:])}
     return name, replace(RECIPES[name], **changes)
 
 
-def check_inversion(options: Transfer, request: Request) -> None:
+def check_inversion(flags: SourceFlags, request: Request) -> None:
     """Raise a ValueError for options of an inversion that cannot be or does not happen."""
-    if options.invert_steps == 0 and request.world.inverter is None:
+    if flags.invert_steps == 0 and request.world.inverter is None:
         raise ValueError(
             f"--invert-steps: world {request.world.name!r} has no inverter, so a search finds "
             "latents: expected 1 or more, found 0"
         )
-    flags = {"--align": options.align, "--invert-steps": options.invert_steps is not None}
-    for flag in (flag for flag, given in flags.items() if given and not request.inverts):
+    asked = {"--align": flags.align, "--invert-steps": flags.invert_steps is not None}
+    for flag in (flag for flag, is_given in asked.items() if is_given and not request.inverts):
         raise ValueError(
             f"{flag}: no picture is inverted here: drop it, or give --sources or "
             "--initial inversion"
         )
-    if options.face is not None and not request.align:
+    if flags.face is not None and not request.align:
         raise ValueError("--face: no face is looked for here: drop it, or give --align")
-
-
-def check_clip(options: Transfer, request: Request) -> None:
-    """Check the sources for clips.
-
-    Raises:
-        ValueError: a clip among other sources, smoothing without a clip, or a clip that the results
-            would replace.
-        FileExistsError: something is already where the frames would be written.
-    """
-    clips = [path for path in request.sources or () if is_clip(path)]
-    if options.smooth is not None and not clips:
-        raise ValueError("--smooth is for clips: drop it, or give a video or a folder of frames")
-    if not request.sources or not clips:
-        return
-    clip, count = clips[0], len(request.sources)
-    if count > 1:
-        raise ValueError(
-            f"--sources: expected pictures or one clip alone, found {str(clip)!r} among {count} "
-            "sources"
-        )
-    written = request.out / (FOLDER if clip.is_dir() else VIDEO)
-    if written.resolve() == clip.resolve():
-        raise ValueError(f"--out: {str(written)!r} would replace the clip: give another folder")
-    if clip.is_dir() and written.exists() and (written.is_file() or any(written.iterdir())):
-        raise FileExistsError(
-            f"--out: expected a new or an empty folder, found {str(written)!r}: give another one"
-        )
 
 
 def check_world(request: Request) -> None:
@@ -397,6 +304,3 @@ def check_world(request: Request) -> None:
         raise ValueError(
             f"--identity-floor: world {name!r} has no identity model: choose a --strength"
         )
-    for path in (*request.pictures, *(request.sources or ())):
-        if not path.exists() and not is_clip(path):
-            raise FileNotFoundError(f"no picture at {str(path)!r}; check the path")

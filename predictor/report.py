@@ -1,10 +1,10 @@
-"""The results of the `targetclip` command: report.json and pictures.
+"""The content of a run's results: the entries of report.json, and the sheet of pictures.
 
 Knows what was requested and what came of it; nothing of how directions are found.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,14 @@ from PIL import Image
 from predictor.direction import RECORDED, Direction
 from predictor.inputs import Text
 from predictor.options import Request
-from targetclip.command import Stopwatch, versions, write_json
-from targetclip.media.images import labelled_grid, write_picture
+from targetclip.command import Stopwatch, versions
+from targetclip.media.images import center_square, labelled_grid
 from targetclip.scene import Scene, Scores
+
+WIDEST = 8192  # pixels of a sheet, if its pictures then keep MIN_TILE
+MIN_TILE, MAX_TILE = 128, 512
+IN_A_ROW = 16  # sources, before the sheet of one result begins another row
+MAX_TARGETS = 64  # rows of the sheet of several targets
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,11 @@ class NamedTarget:
     content: Image.Image | Text
     weight: float
 
+    @property
+    def label(self) -> str:
+        """The name for people: a text in quotes, the name of a picture's file."""
+        return f'"{self.name}"' if isinstance(self.content, Text) else Path(self.name).name
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -37,6 +47,9 @@ class Outcome:
     parts: list[Direction]
     """The direction of each target; none where the direction is a file's."""
     interrupted: bool = False
+
+
+# Entries of report.json
 
 
 def inversion_facts(request: Request) -> dict[str, Any]:
@@ -59,6 +72,8 @@ def score_facts(scores: Scores) -> dict[str, Any]:
         "target_similarity_after": scores.target_after,
         "source_similarity_after": scores.source_after,
     }
+    if scores.identity is not None:
+        cosines["identity"] = scores.identity
     return {
         "transfer": float(scores.transfer),
         "consistency": float(scores.consistency),
@@ -71,68 +86,78 @@ def target_facts(targets: Sequence[NamedTarget], outcome: Outcome) -> list[dict[
     """Return an entry for each target and its direction."""
     rows: list[dict[str, Any]] = []
     for i, target in enumerate(targets):
-        kind = "text" if isinstance(target.content, str) else "picture"
+        kind = "text" if isinstance(target.content, Text) else "picture"
         rows.append({"target": target.name, "kind": kind, "weight": target.weight})
         if outcome.parts:
-            facts = {name: getattr(outcome.parts[i], name) for name in RECORDED}
-            rows[-1]["direction"] = facts
+            rows[-1]["direction"] = {n: getattr(outcome.parts[i], n) for n in RECORDED}
     return rows
 
 
-def write_report(
-    request: Request, scene: Scene, outcome: Outcome, watch: Stopwatch, facts: Mapping[str, Any]
-) -> None:
-    """Write report.json: the entries of every report, then `facts`."""
-    report = {
-        **outcome.record,
-        "method": outcome.direction.method,
+def run_facts(request: Request, scene: Scene, watch: Stopwatch) -> dict[str, Any]:
+    """Return the entries of every report on the run itself."""
+    return {
         "world": request.world.name,
-        "direction_norm": float(outcome.direction.vector.norm()),
-        "interrupted": outcome.interrupted,
-        "seconds": watch.seconds,
+        "seconds": dict(watch.seconds),
         "versions": versions(),
         "fingerprints": {
             "generator": scene.generator.fingerprint,
             "embedder": scene.embedder.fingerprint,
         },
     }
-    write_json(request.out / "report.json", {**report, **facts})
 
 
-def write_pictures(out: Path, stem: str, pictures: Iterable[Image.Image]) -> list[str]:
-    """Write pictures with numbered names, and return the names."""
-    names = []
-    for i, picture in enumerate(pictures):
-        names.append(f"{stem}_{i:03d}.png")
-        write_picture(picture, out / names[-1])
-    return names
+def search_facts(request: Request) -> dict[str, Any]:
+    """Return the entries on how directions are searched for, of the report of several targets."""
+    facts: dict[str, Any] = {"mode": request.mode, "seed": request.seed}
+    if request.mode != "instant":
+        facts |= {"recipe": request.recipe_name, "settings": asdict(request.recipe)}
+    return facts
 
 
-def write_grid(
-    out: Path,
+# The sheet
+
+
+def tiles(pictures: Sequence[Image.Image], columns: int) -> list[Image.Image]:
+    """Return squares small enough that so many of them stand side by side."""
+    most = min(max(WIDEST // columns - 12, MIN_TILE), MAX_TILE)
+    squares = [center_square(picture) for picture in pictures]
+    return [s if s.width <= most else s.resize((most, most)) for s in squares]
+
+
+def sheet(
     targets: Sequence[NamedTarget],
     before: Mapping[str, Sequence[Image.Image]],
     edited: Sequence[Image.Image],
     strength: float,
-) -> None:
-    """Write grid.png: targets, rows of sources, and edited pictures."""
-    rows: dict[str, Sequence[Image.Image]] = {}
+) -> Image.Image:
+    """Return the sheet of one result: targets, rows of sources, and edited pictures."""
     pictures = [t.content for t in targets if isinstance(t.content, Image.Image)]
-    if len(pictures) > 1:
-        rows["targets"] = pictures
-    texts = [f'"{target.name}"' for target in targets if isinstance(target.content, str)]
+    rows: dict[str, Sequence[Image.Image]] = {"targets": pictures} if len(pictures) > 1 else {}
+    texts = [target.label for target in targets if isinstance(target.content, Text)]
     label = ", ".join([*texts, f"strength {strength:.3g}"])
-    rows |= {**before, f"results, {label}": edited}
-    grid = labelled_grid(pictures[0] if len(pictures) == 1 else None, rows)
-    write_picture(grid, out / "grid.png")
+    columns = min(len(edited), IN_A_ROW) + 1
+    for start in range(0, len(edited), IN_A_ROW):
+        part = slice(start, start + IN_A_ROW)
+        which = f" {start + 1} to {start + len(edited[part])}" if len(edited) > IN_A_ROW else ""
+        for name, row in {**before, f"results, {label}": edited}.items():
+            rows[name + which] = tiles(row[part], columns)
+    target = tiles(pictures, columns)[0] if len(pictures) == 1 else None
+    return labelled_grid(target, rows)
 
 
-def print_scores(
-    targets: Sequence[NamedTarget], scores: Sequence[Scores], outcome: Outcome, out: Path
-) -> None:
-    """Print a line for each target, and one on the direction."""
-    for target, its in zip(targets, scores, strict=True):
-        name = f"{target.name}: " if len(targets) > 1 else ""
-        before, after = float(its.target_before.mean()), float(its.transfer)
-        print(f"{name}transfer score {before:.3f} -> {after:.3f}")
-    print(f"direction by {outcome.direction.method}; look at {out / 'grid.png'}")
+def sheet_of_targets(
+    targets: Sequence[NamedTarget],
+    sources: Sequence[Image.Image],
+    results: Sequence[Sequence[Image.Image]],
+) -> Image.Image:
+    """Return the sheet of several targets: a row of sources, then a row for each target."""
+    columns = len(sources) + 1
+    blank = Image.new("RGB", (MIN_TILE, MIN_TILE), "white")
+    rows = {"sources": [blank, *tiles(sources, columns)]}
+    for target, row in list(zip(targets, results, strict=True))[:MAX_TARGETS]:
+        picture = blank if isinstance(target.content, Text) else target.content
+        label = target.label
+        while label in rows:  # the same target once more
+            label += " "
+        rows[label] = [*tiles([picture], columns), *row]
+    return labelled_grid(None, rows)

@@ -1,94 +1,78 @@
-"""What the `targetclip` command does: find a direction, edit sources, write the results.
+"""What the `targetclip` command does: find directions, edit sources, write the results.
 
 Knows the order of the work and how long each phase takes. Every choice is in the request.
 """
 
 import dataclasses
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
 
 from predictor.clips import Clip
-from predictor.direction import (
-    Direction,
-    Gate,
-    Interrupted,
-    Method,
-    WatchSearch,
-    WatchStep,
-    mixed,
-)
+from predictor.console import Console
+from predictor.finding import find_direction, write_direction
 from predictor.inputs import Text
 from predictor.options import Request
+from predictor.output import DIRECTION, GRID, OutputFolder, locked, unique_names, words_of
 from predictor.report import (
     NamedTarget,
     Outcome,
     edit_facts,
     inversion_facts,
-    print_scores,
-    score_facts,
+    run_facts,
+    search_facts,
+    sheet,
+    sheet_of_targets,
     target_facts,
-    write_grid,
-    write_report,
+    tiles,
 )
 from predictor.sources import (
     Generated,
     Photos,
     Sources,
+    check_shows,
     find_faces,
     searching_inverter,
     target_aligner,
 )
+from predictor.studio import Edited, Studio, open_studio
 from predictor.transfer import EssenceTransfer, essence_of
 from targetclip.command import (
     STOPPED,
     Stopwatch,
     choose_device,
-    in_precision,
-    make_folder,
-    write_file,
-)
-from targetclip.directions import (
-    RELEASED_SUFFIXES,
-    direction_bytes,
-    load_direction,
-    released_direction,
+    say,
 )
 from targetclip.media.alignment import FaceFinder
-from targetclip.media.images import read_picture, tensor_to_pictures
-from targetclip.optimize import Progress
-from targetclip.recipes import Recipe
-from targetclip.scene import MAX_IMAGES, Scene, layer_weights
+from targetclip.media.images import read_picture, write_picture
 from targetclip.world import load_scene
 
-RELEASED = "released"  # method of the directions of TargetCLIP's release
 
-
-def read_targets(request: Request) -> list[NamedTarget]:
+def read_targets(request: Request, console: Console) -> list[NamedTarget]:
     """Read the targets: pictures, then texts."""
-    contents: list[tuple[str, Image.Image | Text]] = [
-        *((str(path), read_picture(path)) for path in request.pictures),
-        *((text, Text(text)) for text in request.texts),
-    ]
+    contents: list[tuple[str, Image.Image | Text]] = []
+    for path in request.pictures:
+        picture = read_picture(path)
+        check_shows(picture, str(path), console)
+        contents.append((str(path), picture))
+    contents += [(text, Text(text)) for text in request.texts]
     return [NamedTarget(*named, w) for named, w in zip(contents, request.weights, strict=True)]
 
 
-def read_sources(request: Request, finder: FaceFinder | None) -> Sources:
+def read_sources(request: Request, finder: FaceFinder | None, console: Console) -> Sources:
     """Read the sources and find their faces, before any network is loaded."""
-    if request.sources is None:
-        return Generated(request.num_sources, request.seed)
     if request.clip is not None:
-        return Clip(request.clip, finder, request.face, request.smooth)
-    return Photos(request.sources, finder, request.face)
+        return Clip(request.clip, finder, request.face, request.smooth, console=console)
+    if request.sources is not None:
+        return Photos(request.sources, finder, request.face, console)
+    return Generated(request.num_sources, request.seed)
 
 
-def load(request: Request, finder: FaceFinder | None) -> EssenceTransfer:
+def load(request: Request, finder: FaceFinder | None, console: Console) -> EssenceTransfer:
     """Load the networks of a request."""
     scene = load_scene(
         request.world,
@@ -97,189 +81,211 @@ def load(request: Request, finder: FaceFinder | None) -> EssenceTransfer:
         checkpoint_layers=request.checkpoint_layers,
     )
     if request.invert_steps:
-        inverter = searching_inverter(scene, request.invert_steps)
+        inverter = searching_inverter(scene, request.invert_steps, console)
         scene = dataclasses.replace(scene, inverter=inverter)
     aligner = None if finder is None else target_aligner(finder, scene.generator.resolution)
     return essence_of(scene, request.world, request.mapper, aligner)
 
 
-def progress_bars(bars: ExitStack, recipe_name: str) -> WatchSearch:
-    """Return a function that opens a bar in `bars` for a search, and closes that of the last."""
+class Run:
+    """One command, once its networks are loaded."""
 
-    def watch(method: Method, recipe: Recipe) -> WatchStep:
-        bars.close()
-        verb = "refine" if method == "refined" else "optimize"
-        bar = tqdm(total=recipe.steps, desc=f"{verb} ({recipe_name})", unit="step")
-        bars.enter_context(bar)
+    def __init__(
+        self,
+        request: Request,
+        console: Console,
+        watch: Stopwatch,
+        essence: EssenceTransfer,
+        studio: Studio | None,
+        out: OutputFolder,
+    ) -> None:
+        self.request, self.console, self.watch = request, console, watch
+        self.essence, self.studio = essence, studio
+        self.out = out
 
-        def on_step(progress: Progress) -> None:
-            bar.set_postfix(loss=f"{progress.loss[0]:.4f}", refresh=False)
-            bar.update()
+    def direct(self, out: OutputFolder, targets: Sequence[NamedTarget]) -> Outcome:
+        """Find or read a direction, and write it."""
+        phase = "optimize" if self.request.command == "optimize" else "direction"
+        with self.watch.phase(phase):
+            outcome = find_direction(self.essence, targets, self.request, self.console)
+        self.out.clear()
+        out.clear()
+        # Written at once: minutes of optimization must outlive any fault that follows.
+        write_direction(out, self.essence.scene, outcome)
+        return outcome
 
-        return on_step
+    def result(
+        self, out: OutputFolder, targets: Sequence[NamedTarget], warnings: Sequence[str]
+    ) -> tuple[Outcome, Edited | None, dict[str, Any]]:
+        """Find a direction, edit the sources along it, and write all results but the sheet.
 
-    return watch
+        Args:
+            warnings: of the whole run.
 
+        Returns:
+            The direction, the edits (None: none are wanted), and the content of report.json, which
+            is left to write.
+        """
+        request, start = self.request, len(self.console.warnings)
+        outcome = self.direct(out, targets)
+        edited = None if self.studio is None else self.studio.edit(out, targets, outcome)
+        facts = {
+            **outcome.record,
+            **run_facts(request, self.essence.scene, self.watch),
+            "method": outcome.direction.method,
+            "direction_norm": float(outcome.direction.vector.norm()),
+            "interrupted": outcome.interrupted,
+            "warnings": [*warnings, *self.console.warnings[start:]],
+        }
+        if edited is None:
+            facts["targets"] = target_facts(targets, outcome)
+            direction = outcome.direction
+            if direction.transfer is not None:
+                own = {"transfer": direction.transfer, "consistency": direction.consistency}
+                facts["scores_on_own_sources"] = own
+        else:
+            facts |= {"mode": request.mode, **self.source_facts(), **edited.facts}
+            facts["direction"] = None if request.direction is None else str(request.direction)
+            if len(targets) == 1:
+                row = edited.facts["targets"][0]
+                facts |= {"target": row["target"], "scores": row["scores"]}
+        return outcome, edited, facts
 
-def find_direction(
-    essence: EssenceTransfer, targets: list[NamedTarget], request: Request
-) -> Outcome:
-    """Find the direction of the targets; after Ctrl-C, if there is one target, the best so far."""
-    if request.mode is None:
-        return read_direction(essence.scene, request)
-    if request.falls_back:
-        print(
-            "targetclip: this world has no mapper: the optimizer finds directions", file=sys.stderr
+    def source_facts(self) -> dict[str, Any]:
+        """Return the entries of report.json on the sources."""
+        assert self.studio is not None
+        facts = {**self.studio.sources.facts, **self.studio.latents.facts}
+        facts |= edit_facts(self.request)
+        return facts | (inversion_facts(self.request) if self.request.inverts_sources else {})
+
+    def one(self, targets: Sequence[NamedTarget]) -> tuple[dict[str, Any], int]:
+        """Write the result of one target or of a mixture; return its report and the exit code."""
+        outcome, edited, facts = self.result(self.out, targets, tuple(self.console.warnings))
+        if edited is not None:
+            assert self.studio is not None
+            with self.watch.phase("write"):
+                rows, strength = self.studio.latents.rows, edited.facts["strength"]
+                grid = sheet(targets, rows, edited.shown, strength)
+                write_picture(grid, self.out.take(GRID))
+            facts["seconds"] = dict(self.watch.seconds)
+        report = self.out.write_report(facts)
+        for target, scores in zip(targets, edited.scores if edited else (), strict=False):
+            name = f"{target.name}: " if len(targets) > 1 else ""
+            before, after = float(scores.target_before.mean()), float(scores.transfer)
+            self.console.result(f"{name}transfer score {before:.3f} -> {after:.3f}")
+        path = self.out.path / DIRECTION
+        if edited is None:
+            self.console.result(f"direction by {outcome.direction.method}; wrote {path}")
+            self.console.result(f"next: targetclip transfer --direction {quoted(path)} applies it")
+        else:
+            self.print_cut(len(edited.shown))
+            place = self.out.path / GRID
+            self.console.result(f"direction by {outcome.direction.method}; look at {place}")
+            self.console.result(f"next: --direction {quoted(path)} edits other sources alike")
+        return report, STOPPED if outcome.interrupted else 0
+
+    def print_cut(self, shown: int) -> None:
+        """Say how many of the sources the sheet shows, if not all."""
+        assert self.studio is not None
+        total = len(self.studio.latents.scored)
+        if self.request.clip is None and shown < total:
+            self.console.result(f"{GRID} shows the first {shown} of {total} sources")
+
+    def several(self, targets: Sequence[NamedTarget]) -> tuple[dict[str, Any], int]:
+        """Write a result for each target, a sheet and a report of all; return the report and the
+        exit code. After Ctrl-C these tell of the targets so far."""
+        names = unique_names(
+            (words_of(t.name) if isinstance(t.content, Text) else Path(t.name).stem)
+            for t in targets
         )
-    parts, interrupted = list[Direction](), False
-    try:
-        with ExitStack() as bars, in_precision(essence.scene.device, request.precision):
-            given = request.mode, request.recipe, request.seed
-            watch = progress_bars(bars, request.recipe_name)
-            for target in targets:
-                parts.append(essence.direction(target.content, *given, watch))
-    except Interrupted as stopped:
-        if len(targets) > 1:  # a mixture needs every direction
-            raise
-        print("targetclip: interrupted; going on with the direction so far", file=sys.stderr)
-        parts, interrupted = [stopped.direction], True
-    direction = parts[0] if request.weights == (1,) else mixed(parts, request.weights)
-    record = record_of(essence, direction, request)
-    if interrupted:
-        record["interrupted"] = True
-    return Outcome(direction, record, parts, interrupted)
+        folders = [self.out.within(name) for name in names]
+        warnings, entries = tuple(self.console.warnings), list[dict[str, Any]]()
+        rows: list[list[Image.Image]] = []
+        interrupted = False
+        for target, name, folder in zip(targets, names, folders, strict=True):
+            self.console.progress(f"{len(entries) + 1} of {len(targets)}: {target.name}")
+            try:
+                # Equal weights are those of a mixture: alone, a target has its whole direction.
+                outcome, edited, facts = self.result(folder, [target], warnings)
+            except KeyboardInterrupt:
+                if not entries:
+                    raise
+                interrupted = True
+                break
+            report = folder.write_report(facts)
+            entries.append({**facts["targets"][0], "folder": name, "method": facts["method"]})
+            for key in ("strength", "scores_on_own_sources", "warnings"):
+                if key in report:
+                    entries[-1][key] = report[key]
+            self.out.files += [f"{name}/{file}" for file in folder.files]
+            line = f"{name}: direction by {outcome.direction.method}"
+            if edited is not None:
+                rows.append(tiles(edited.shown, len(edited.shown) + 1))
+                before = float(edited.scores[0].target_before.mean())
+                line += f", transfer score {before:.3f} -> {float(edited.scores[0].transfer):.3f}"
+            self.console.result(line)
+            if interrupted := outcome.interrupted:
+                break
+        facts = {
+            **search_facts(self.request),
+            **run_facts(self.request, self.essence.scene, self.watch),
+            "interrupted": interrupted,
+            "warnings": self.console.warnings,
+            "targets": entries,
+        }
+        if self.studio is not None:
+            sources = next(iter(self.studio.latents.rows.values()))
+            grid = sheet_of_targets(targets[: len(rows)], sources, rows)
+            write_picture(grid, self.out.take(GRID))
+            facts |= self.source_facts()
+            self.print_cut(len(sources))
+        report = self.out.write_report(facts)
+        place = self.out.path / GRID if self.studio else self.out.path
+        self.console.result(f"{len(entries)} of {len(targets)} targets; look at {place}")
+        path = self.out.path / names[0] / DIRECTION
+        self.console.result(f"next: --direction {quoted(path)} edits sources alike; so do others")
+        return report, STOPPED if interrupted else 0
 
 
-def record_of(essence: EssenceTransfer, direction: Direction, request: Request) -> dict[str, Any]:
-    """Return the record of a direction: what made it, and by which settings."""
-    record: dict[str, Any] = {
-        "method": direction.method,
-        "mode": request.mode,
-        "seed": request.seed,
-        "steps": direction.steps,
-        "embedder": essence.scene.embedder.fingerprint,
-    }
-    if request.precision != "fp32":
-        record["precision"] = request.precision
-    if request.mode != "instant":
-        record["recipe"] = request.recipe_name
-        record["settings"] = dataclasses.asdict(request.recipe)
-        if request.inverts_target:
-            record |= inversion_facts(request)
-    if request.mode != "optimize":
-        mapper = essence.asked_mapper()
-        record["mapper"] = mapper.fingerprint
-        if request.mode != "instant":
-            record["gate"] = dataclasses.asdict(Gate.of(mapper))
-    if request.weights != (1,):
-        names = (*map(str, request.pictures), *request.texts)
-        weighted = zip(names, request.weights, strict=True)
-        record["targets"] = [{"target": name, "weight": weight} for name, weight in weighted]
-    return record
+def quoted(path: Path) -> str:
+    """Return a path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
-def read_direction(scene: Scene, request: Request) -> Outcome:
-    """Read a direction file: ours, with its record, or one of TargetCLIP's release."""
-    path, generator = request.direction, scene.generator
-    assert path is not None  # where there is no mode
-    if path.suffix in RELEASED_SUFFIXES:
-        vector = released_direction(path, generator.num_ws, generator.w_dim)
-        record: dict[str, Any] = {"method": RELEASED}
-    else:
-        stored = load_direction(path, generator)
-        vector, record = stored.direction, stored.record
-    method = str(record.get("method", "file"))
-    direction = Direction(
-        vector=vector.to(scene.device), method=method, generator=generator.fingerprint
-    )
-    return Outcome(direction, record, [])
+def run(request: Request, console: Console) -> int:
+    """Do what a request asks, and write its results. Return the exit code.
 
-
-def write_direction(request: Request, scene: Scene, outcome: Outcome) -> None:
-    """Write direction.safetensors."""
-    content = direction_bytes(outcome.direction.vector, scene.generator, outcome.record)
-    write_file(request.out / "direction.safetensors", content)
-
-
-def run_optimize(request: Request) -> int:
-    """Find a direction; write direction.safetensors and report.json. Return the exit code."""
-    targets = read_targets(request)
-    finder = find_faces(request, targets)
-    make_folder(request.out)
-    watch = Stopwatch()
-    with watch.phase("load"):
-        essence = load(request, finder)
-    with watch.phase("optimize"):
-        outcome = find_direction(essence, targets, request)
-    write_direction(request, essence.scene, outcome)
-    facts: dict[str, Any] = {"targets": target_facts(targets, outcome)}
-    direction = outcome.direction
-    if direction.transfer is not None:
-        own = {"transfer": direction.transfer, "consistency": direction.consistency}
-        facts["scores_on_own_sources"] = own
-    write_report(request, essence.scene, outcome, watch, facts)
-    print(f"wrote {request.out / 'direction.safetensors'}")
-    return STOPPED if outcome.interrupted else 0
-
-
-def run_transfer(request: Request) -> int:
-    """Find or read a direction, edit the sources, and write pictures, grid, direction and report.
-
-    Return the exit code.
+    Raises:
+        FileNotFoundError, ValueError: an input cannot be used.
+        FileExistsError: the folder holds other results.
+        OSError: the results cannot be written.
     """
-    targets = read_targets(request)
-    finder = find_faces(request, targets)
-    make_folder(request.out)
-    watch = Stopwatch()
-    with watch.phase("sources"):
-        sources = read_sources(request, finder)
-    with watch.phase("load"):
-        essence = load(request, finder)
-        scene = essence.scene
-    with watch.phase("sources"):
-        latents = sources.latents(scene)
-    with watch.phase("direction"):
-        outcome = find_direction(essence, targets, request)
-    # Written at once: minutes of optimization must outlive any fault that follows.
-    write_direction(request, scene, outcome)
-    with watch.phase("edit"):
-        factors = layer_weights(scene.generator.num_ws, **request.layers).to(scene.device)
-        vector, strength = outcome.direction.vector * factors[:, None], request.strength
-        if request.identity_floor is not None:
-            strength = essence.strength_at_identity(
-                latents.scored, vector, request.identity_floor, strength
+    for note in request.notes:
+        console.warn(note)
+    with console.hearing_logs():
+        targets = read_targets(request, console)
+        finder = find_faces(request, targets)
+        with locked(request.out):
+            out = OutputFolder(
+                request.out,
+                request.command,
+                overwrite=request.overwrite,
+                inputs=request.inputs,
             )
-        before = scene.edit(latents.scored, vector, 0.0)
-        edited = scene.edit(latents.scored, vector, strength)
-    with watch.phase("score"):
-        scores = [essence.score(target.content, before, edited) for target in targets]
-
-    def edited_pictures(ws: Float[Tensor, "sources num_ws w_dim"]) -> Iterator[Image.Image]:
-        for part in ws.split(scene.max_images or MAX_IMAGES):
-            yield from tensor_to_pictures(scene.edit(part.to(scene.device), vector, strength))
-
-    with watch.phase("write"):
-        pictures = tensor_to_pictures(edited)
-        shown = [pictures[i] for i in latents.shown]
-        write_grid(request.out, targets, latents.rows, shown, strength)
-        written = sources.write(request.out, pictures, latents, edited_pictures)
-    rows = target_facts(targets, outcome)
-    for row, its in zip(rows, scores, strict=True):
-        row["scores"] = score_facts(its)
-    facts: dict[str, Any] = {
-        "mode": request.mode,
-        "direction": None if request.direction is None else str(request.direction),
-        "strength": strength,
-        **sources.facts,
-        **latents.facts,
-        "targets": rows,
-        **written,
-        **edit_facts(request),
-    }
-    if request.sources is not None:
-        facts |= inversion_facts(request)
-    if len(targets) == 1:
-        facts |= {"target": targets[0].name, "scores": rows[0]["scores"]}
-    write_report(request, scene, outcome, watch, facts)
-    print_scores(targets, scores, outcome, request.out)
-    return STOPPED if outcome.interrupted else 0
+            watch, sources = Stopwatch(), None
+            if request.command == "transfer":
+                with watch.phase("sources"):
+                    sources = read_sources(request, finder, console)
+            with watch.phase("load"):
+                essence = load(request, finder, console)
+            if request.falls_back:
+                console.progress("this world has no mapper: the optimizer finds directions")
+            studio = None
+            if sources is not None:
+                studio = open_studio(essence, sources, request, console, watch)
+            work = Run(request, console, watch, essence, studio, out)
+            whole = work.several if request.separate else work.one
+            report, code = whole(targets)
+    if request.json:
+        say(json.dumps(report, indent=2, default=str))
+    return code

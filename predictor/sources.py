@@ -16,18 +16,21 @@ from jaxtyping import Float
 from numpy import ndarray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from predictor.console import Console
 from predictor.options import Request
-from predictor.report import NamedTarget, write_pictures
+from predictor.output import OutputFolder, unique_names
+from predictor.report import NamedTarget
 from targetclip.encoders.inverter import InversionConfig, LatentInverter, OptimizingInverter
 from targetclip.media.alignment import Face, FaceFinder, align, check_quad, paste_back, quad_of
-from targetclip.media.images import read_picture, tensor_to_pictures
+from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
 from targetclip.scene import MAX_IMAGES, Scene
 
+MAX_SHOWN = 64  # sources in a sheet
+SMALL = 32  # pixels a side, below which a picture shows no face
 AT_ONCE = 4  # images searched for together: gradients take several times the memory of rendering
 
-Edit = Callable[[Float[Tensor, "sources num_ws w_dim"]], Iterator[Image.Image]]
+Edits = Callable[[Float[Tensor, "sources num_ws w_dim"]], Iterator[Image.Image]]
 """From latents on any device to edited pictures."""
 
 
@@ -38,9 +41,9 @@ class Latents:
     scored: Float[Tensor, "sources num_ws w_dim"]
     """Those that the edit is scored on."""
     shown: Sequence[int]
-    """Places of those among them that the grid shows."""
+    """Places of those among them that the sheet shows."""
     rows: Mapping[str, Sequence[Image.Image]]
-    """Rows of the grid of unedited sources, by their labels."""
+    """Rows of the sheet of unedited sources, by their labels."""
     whole: Float[Tensor, "frames num_ws w_dim"] | None = None
     """Those of every frame of a clip, on the processor."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -52,20 +55,34 @@ class Sources:
 
     facts: dict[str, Any]
     """Entries of report.json."""
+    names: list[str]
+    """Name of each source, in the names of its results."""
 
     def latents(self, scene: Scene) -> Latents:
         """Return the latents, inverted or generated."""
         raise NotImplementedError
 
     def write(
-        self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
+        self, out: OutputFolder, edited: Iterable[Image.Image], latents: Latents, edits: Edits
     ) -> dict[str, Any]:
-        """Write the scored edits as edited_000.png and so on; return entries of report.json.
+        """Write the scored edits as edited_NAME.png; return entries of report.json.
 
         Args:
-            edit: makes more edits than the scored ones.
+            edits: makes more edits than the scored ones.
         """
-        return {"edited": write_pictures(out, "edited", edited)}
+        names = [f"edited_{name}.png" for name in self.names]
+        for name, picture in zip(names, edited, strict=True):
+            write_picture(picture, out.take(name))
+        return {"edited": names}
+
+
+def check_shows(picture: Image.Image, name: str, console: Console) -> None:
+    """Warn of a picture that shows nothing: a few pixels, or a single colour."""
+    if min(picture.size) < SMALL:
+        size = f"{picture.width} x {picture.height} px"
+        console.warn(f"{name}: {size} are too few to show a face; give {SMALL} px a side or more")
+    elif len(picture.getcolors(maxcolors=1) or ()) == 1:
+        console.warn(f"{name}: the picture is of a single colour; check the file")
 
 
 # Faces in pictures
@@ -120,7 +137,7 @@ def target_aligner(finder: FaceFinder, size: int) -> Callable[[Image.Image], Ima
 # From pictures to latents and back
 
 
-def searching_inverter(scene: Scene, steps: int) -> LatentInverter:
+def searching_inverter(scene: Scene, steps: int, console: Console) -> LatentInverter:
     """Return an inverter that searches, with a progress bar for each call.
 
     It starts at the answer of the scene's inverter or, without one, at the mean latent.
@@ -132,7 +149,7 @@ def searching_inverter(scene: Scene, steps: int) -> LatentInverter:
     ) -> Float[Tensor, "batch num_ws w_dim"]:
         total = steps * math.ceil(len(images) / at_once)
         # None: beside the bar of a clip's frames it goes away when it is full.
-        with tqdm(total=total, desc="search latents", unit="step", leave=None) as bar:
+        with console.bar(total=total, desc="search latents", unit="step", leave=None) as bar:
 
             def on_step(loss: float) -> None:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -165,16 +182,21 @@ class Generated(Sources):
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
-        self.facts: dict[str, Any] = {"sources": {"count": count, "seed": seed}}
+        self.names = [f"{i:03d}" for i in range(count)]
+        self.facts = {"sources": {"count": count, "seed": seed}}
 
     def latents(self, scene: Scene) -> Latents:
         ws = scene.sources(self.count, self.seed)
-        rows = {"sources": tensor_to_pictures(scene.render(ws))}
-        return Latents(scored=ws, shown=range(len(ws)), rows=rows)
+        shown = range(min(len(ws), MAX_SHOWN))
+        rows = {"sources": tensor_to_pictures(scene.render(ws[: len(shown)]))}
+        return Latents(scored=ws, shown=shown, rows=rows)
 
 
 class Photos(Sources):
-    """Pictures, read and their faces found at construction.
+    """Pictures, checked and their faces found at construction.
+
+    They are read again where they are needed, so that a thousand photos need no more memory than
+    one. Results have the names of their files.
 
     Args:
         finder: None: the pictures are aligned already.
@@ -184,30 +206,48 @@ class Photos(Sources):
         FileNotFoundError, ValueError: as `read_picture` and `face_quad`.
     """
 
-    def __init__(self, paths: Sequence[Path], finder: FaceFinder | None, face: int = 0) -> None:
-        self.pictures = [read_picture(path) for path in paths]
-        self.quads: list[Float[ndarray, "4 2"]] | None = None
-        self.facts: dict[str, Any] = {"sources": [str(path) for path in paths]}
-        if finder is not None:
-            photos = zip(self.pictures, paths, strict=True)
-            self.quads = [face_quad(finder, photo, face, str(path)) for photo, path in photos]
-            self.facts["face"] = face
+    def __init__(
+        self, paths: Sequence[Path], finder: FaceFinder | None, face: int, console: Console
+    ) -> None:
+        self.paths = list(paths)
+        self.names = unique_names(path.stem for path in paths)
+        self.facts = {"sources": [str(path) for path in paths]}
+        self.quads: list[Float[ndarray, "4 2"]] = []
+        self.aligns = finder is not None
+        for path in paths:
+            picture = read_picture(path)
+            check_shows(picture, str(path), console)
+            if finder is not None:
+                self.quads.append(face_quad(finder, picture, face, str(path)))
+                self.facts["face"] = face
+
+    def squares(self, size: int, count: int | None = None) -> Iterator[Image.Image]:
+        """Return the pictures to invert, or the first so many."""
+        for i, path in enumerate(self.paths[:count]):
+            picture = read_picture(path)
+            yield align(picture, self.quads[i], size) if self.aligns else picture
 
     def latents(self, scene: Scene) -> Latents:
-        squares, size = self.pictures, scene.generator.resolution
-        if self.quads is not None:
-            faces = zip(self.pictures, self.quads, strict=True)
-            squares = [align(photo, quad, size) for photo, quad in faces]
-        ws = torch.cat([*inverted(scene, squares)])
-        rows = {"sources": squares, "sources, inverted": tensor_to_pictures(scene.render(ws))}
-        return Latents(scored=ws, shown=range(len(ws)), rows=rows)
+        size, shown = scene.generator.resolution, range(min(len(self.paths), MAX_SHOWN))
+        ws = torch.cat([*inverted(scene, self.squares(size))])
+        rows = {
+            "sources": [*self.squares(size, len(shown))],
+            "sources, inverted": tensor_to_pictures(scene.render(ws[: len(shown)])),
+        }
+        return Latents(scored=ws, shown=shown, rows=rows)
 
     def write(
-        self, out: Path, edited: Sequence[Image.Image], latents: Latents, edit: Edit
+        self, out: OutputFolder, edited: Iterable[Image.Image], latents: Latents, edits: Edits
     ) -> dict[str, Any]:
-        """Write edited_000.png and so on and, of photos, photo_000.png and so on."""
-        facts = super().write(out, edited, latents, edit)
-        if self.quads is not None:
-            faces = zip(self.pictures, edited, self.quads, strict=True)
-            facts["photos"] = write_pictures(out, "photo", (paste_back(*face) for face in faces))
-        return facts
+        """Write edited_NAME.png and, of photos, photo_NAME.png."""
+        if not self.aligns:
+            return super().write(out, edited, latents, edits)
+        photos = [f"photo_{name}.png" for name in self.names]
+
+        def pasted() -> Iterator[Image.Image]:
+            given = zip(edited, self.paths, self.quads, photos, strict=True)
+            for face, path, quad, photo in given:
+                write_picture(paste_back(read_picture(path), face, quad), out.take(photo))
+                yield face
+
+        return {**super().write(out, pasted(), latents, edits), "photos": photos}

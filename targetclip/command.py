@@ -15,15 +15,16 @@ import re
 import secrets
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from difflib import get_close_matches
 from importlib import import_module, metadata
-from io import StringIO
-from itertools import dropwhile, takewhile
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -73,17 +74,74 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def usage_message(box: str) -> str:
-    """Return what a usage error of tyro says, without its frame, its title and the help below."""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like a misspelt one; None if none is like it."""
+    lower = {one.lower(): one for one in known}
+    matches = get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return lower[matches[0]] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error that names the nearest known name; nothing if none is near."""
+    near = nearest(name, known)
+    return f": did you mean {near!r}?" if near is not None else ""
+
+
+def usage_blocks(box: str) -> list[list[str]]:
+    """Return the rows of a usage error of tyro, split at its rules, without its frame."""
     rows = [row.strip("│╭╮╰╯ ") for row in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    blocks: list[list[str]] = [[]]
+    for row in rows[1:]:  # below the title
+        if row.strip("─-"):
+            blocks[-1].append(row)
+        elif blocks[-1]:
+            blocks.append([])
+    return [block for block in blocks if block]
 
-    def has_words(row: str) -> bool:
-        return bool(row.strip("─-"))
 
-    # Where the terminal knows no frames there is a rule under the title instead.
-    below_title = dropwhile(lambda row: not has_words(row), rows[1:])
-    message = " ".join(takewhile(has_words, below_title))
-    return re.sub(r"^Error parsing \w+: ", "", message)  # a class's name, where options disagree
+def usage_message(box: str, args: Sequence[str]) -> str:
+    """Return what a usage error of tyro says and what to do about it, as one line.
+
+    Args:
+        box: what tyro printed.
+        args: the command line.
+    """
+    blocks = usage_blocks(box)
+    message = " ".join(blocks[0]) if blocks else "the command line cannot be read"
+    # The name of the class whose options disagree.
+    message = re.sub(r"^Error parsing (?!--)\S+: ", "", message)
+    rest = [row for block in blocks[1:] for row in block]
+    text = " ".join(rest)
+    for arg in args:
+        if re.fullmatch(r"-[A-Za-gi-z]", arg):
+            flags = sorted({*re.findall(r"--[a-z][a-z-]+", box)})
+            near = [flag for flag in ("--out", *flags) if flag[2] == arg[1]]
+            return f"unknown option {arg}: did you mean {near[0] if near else '--help'}?"
+    if message.startswith("Missing from"):
+        names = [row for row in blocks[0][1:] if re.match(r"--|[A-Z_]+$", row)]
+        return f"expected {' and '.join(names)}, found none"
+    if match := re.match(r"Unrecognized options: ([^\s,]+)", message):
+        name = match[1]
+        if commands := re.search(r"Available subcommands: (.+?)(?: For |$)", text):
+            known = commands[1].replace(",", " ").split()
+            hint = did_you_mean(name, known) or f": expected {', '.join(known)}"
+            return f"unknown command {name!r}{hint}"
+        flags = [row.split()[0] for row in rest if row.startswith("--")]
+        if "Perhaps you meant" in text and flags:
+            return f"unknown option {name}: did you mean {' or '.join(dict.fromkeys(flags[:2]))}?"
+        return f"unknown option {name}" if name.startswith("-") else f"{name!r} is of no option"
+    if match := re.match(
+        r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)", message
+    ):
+        known = [choice.strip(" '") for choice in match[3].split(",")]
+        known = sorted(choice for choice in known if choice not in ("", "None"))
+        hint = did_you_mean(match[1], known)
+        return f"{match[2]}: expected {' or '.join(known)}, found {match[1]!r}{hint}"
+    kinds = {"INT": "a whole number", "FLOAT": "a number"}
+    pattern = r"Error parsing (--\S+): no type matching .*?(INT|FLOAT).* from \[(.*?)\]"
+    if match := re.match(pattern, message):
+        return f"{match[1]}: expected {kinds[match[2]]}, found {match[3]}"
+    return message
 
 
 def parse(
@@ -96,13 +154,18 @@ def parse(
     """
     import tyro
 
-    box = StringIO()
+    box, args = StringIO(), sys.argv[1:] if args is None else args
+    # Flags stand in groups where `kind` nests classes, and are named without the group.
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     try:
         with redirect_stderr(box):
-            asked: Asked = tyro.cli(kind, prog=prog, description=description, args=args)
+            asked: Asked = tyro.cli(
+                kind, prog=prog, description=description, args=args, config=config
+            )
     except SystemExit as ended:
         if ended.code:
-            print(f"{prog}: {usage_message(box.getvalue())} (see --help)", file=sys.stderr)
+            message = usage_message(box.getvalue(), args)
+            print(f"{prog}: {message} (see --help)", file=sys.stderr)
             raise SystemExit(USAGE) from None
         raise
     return asked
@@ -113,22 +176,65 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+def prepare_streams() -> None:
+    """Have texts that the terminal's encoding lacks printed with escapes, not fail a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def signals_as_ctrl_c() -> Iterator[None]:
+    """Within the block, treat SIGTERM and SIGHUP as Ctrl-C: what was done is kept.
+
+    Only the first of them counts: a closing terminal or a scheduler may send several. A signal that
+    is ignored, as SIGHUP under nohup, stays ignored. Does nothing outside the main thread.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        for one in handlers:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for one in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(one) == signal.SIG_DFL:
+                handlers[one] = signal.signal(one, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line to standard output or another stream; a reader that is gone is no error."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:  # a closed pipe, or a terminal that hung up
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def guarded(work: Callable[[], int | None], prog: str) -> int:
     """Call `work` and return the exit code; an error that a user can mend is one line."""
+    prepare_streams()
     try:
         return work() or 0
     except (KeyboardInterrupt, Stopped):
-        print(f"{prog}: stopped; what was done is kept", file=sys.stderr)
+        say(f"{prog}: stopped; what was done is kept", sys.stderr)
         return STOPPED
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
+        say(f"{prog}: error: {one_line(error)}", sys.stderr)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        print(
+        say(
             f"{prog}: error: out of memory: lower --batch-size or --max-images, or add "
             "--checkpoint-layers, where the command has them",
-            file=sys.stderr,
+            sys.stderr,
         )
     return FAILED
 
@@ -170,15 +276,18 @@ def choose_device(name: str | None = None) -> "torch.device":
     """
     import torch
 
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.get_default_device()
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # some devices exist but cannot compute
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device: {name!r} cannot be used here: {reason}") from error
+        known = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+        raise ValueError(
+            f"--device: expected {' or '.join(known)}, found {name!r}, which cannot be used here "
+            f"({one_line(error).split('. ')[0][:80]}): leave it out, and the best is taken"
+        ) from error
     return device
 
 

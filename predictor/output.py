@@ -1,0 +1,182 @@
+"""The folder of a run's results: who may write into it, and which older results go.
+
+A run owns the names of its results. It removes those that an earlier run of the same command lists
+in its report.json, and leaves every other file. Two runs never write into one folder at once.
+"""
+
+import fcntl
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from targetclip.command import make_folder, write_json
+
+REPORT, DIRECTION, GRID = "report.json", "direction.safetensors", "grid.png"
+VIDEO, FRAMES = "edited.mp4", "frames"  # written of clips
+OURS = re.compile(r"(report\.json|direction\.safetensors|grid\.png|edited\.mp4|frames)$|"
+                  r"(edited|photo)_.*\.png$")  # fmt: skip
+LONGEST = 150  # bytes of a name, so that what is added to it still fits into a file name
+
+
+def unique_names(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """Return names for files or folders: equal ones get a number, however letters are cased."""
+    used = {name.casefold() for name in taken}
+    result = []
+    for name in names:
+        short = os.fsdecode(os.fsencode(name.lstrip("."))[:LONGEST]) or "picture"
+        unique, count = short, 1
+        while unicodedata.normalize("NFC", unique).casefold() in used:
+            count += 1
+            unique = f"{short}_{count}"
+        used.add(unicodedata.normalize("NFC", unique).casefold())
+        result.append(unique)
+    return result
+
+
+def words_of(text: str) -> str:
+    """Return a text as the name of a file: its letters and digits, joined by "_"."""
+    return "_".join(re.findall(r"\w+", text))[:60] or "text"
+
+
+def earlier_report(folder: Path) -> dict[str, Any] | None:
+    """Return the report of an earlier run in a folder; {} for another file of that name."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return report if isinstance(report, dict) else {}
+
+
+class OutputFolder:
+    """A folder for the results of one run.
+
+    Args:
+        command: that writes them, such as "transfer".
+        inputs: files that the run reads; none of them may be replaced.
+
+    Raises:
+        OSError: the folder cannot be written into.
+        FileExistsError: it holds results that are not this command's to replace.
+    """
+
+    def __init__(
+        self, path: Path, command: str, *, overwrite: bool = False, inputs: Iterable[Path] = ()
+    ) -> None:
+        self.path, self.command, self.overwrite = path, command, overwrite
+        self.inputs = tuple(inputs)
+        self.files: list[str] = []
+        """Names of what this run has written, in the folder."""
+        self.cleared = False
+        self.older = self.older_results()
+
+    def older_results(self) -> list[str]:
+        """Return the names of results that this run replaces, after checking the folder."""
+        report = earlier_report(self.path)
+        present = sorted(os.listdir(self.path)) if self.path.is_dir() else []
+        ours = [name for name in present if OURS.match(name) and not self.is_empty_folder(name)]
+        by = None if report is None else report.get("command")
+        if by != self.command and ours and not self.overwrite:
+            whose = f"results of targetclip {by}" if by else f"{ours[0]!r}, of another origin"
+            raise FileExistsError(
+                f"--out: {str(self.path)!r} holds {whose}: give another folder, or --overwrite"
+            )
+        listed = [str(name) for name in (report or {}).get("files", [])]
+        if report and by == self.command and not report.get("finished", False):
+            listed += ours  # it was killed before it could list them
+        elif not self.overwrite:
+            tops = {name.split("/")[0] for name in listed}
+            if strange := [name for name in ours if name not in tops and name != REPORT]:
+                raise FileExistsError(
+                    f"--out: {str(self.path)!r} holds {strange[0]!r}, which no earlier run lists: "
+                    "give another folder, or --overwrite"
+                )
+        if by != self.command:
+            listed = []
+        for path in self.inputs:
+            for name in listed:
+                if (self.path / name).resolve() == path.resolve():
+                    raise FileExistsError(
+                        f"--out: {str(path)!r} is read by this run and would be replaced: "
+                        "give another folder"
+                    )
+        return list(dict.fromkeys(listed))
+
+    def is_empty_folder(self, name: str) -> bool:
+        """Tell whether something in the folder is a folder without content."""
+        path = self.path / name
+        return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+
+    def within(self, name: str) -> "OutputFolder":
+        """Return a folder in this one, for the results of one of several targets."""
+        return OutputFolder(self.path / name, self.command, overwrite=self.overwrite)
+
+    def take(self, name: str) -> Path:
+        """List a result, and return its path."""
+        if name not in self.files:
+            self.files.append(name)
+        return self.path / name
+
+    def clear(self) -> None:
+        """Remove the older results; do nothing the second time.
+
+        Until the report is written, report.json says that the run has not finished.
+        """
+        if self.cleared:
+            return
+        self.cleared = True
+        make_folder(self.path)
+        folders = set()
+        for name in self.older:
+            path = self.path / name
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                continue
+            if path.is_dir() and not path.is_symlink():
+                folders.add(path)
+                continue
+            path.unlink(missing_ok=True)
+            folders |= {one for one in path.parents if one.is_relative_to(self.path)}
+        for path in sorted(folders - {self.path}, reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        write_json(
+            self.path / REPORT, {"command": self.command, "finished": False, "files": [REPORT]}
+        )
+
+    def write_report(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Write report.json, which lists all results; return its content."""
+        self.take(REPORT)
+        whole = {"command": self.command, "finished": True, **report, "files": self.files}
+        write_json(self.path / REPORT, whole)
+        return whole
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Make a folder, and hold it for one run; the system frees it however the run ends.
+
+    Raises:
+        BlockingIOError: another run holds it.
+        OSError: it cannot be written into.
+    """
+    make_folder(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"--out: another run is writing into {str(path)!r}: wait for its end, or give "
+                "another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
