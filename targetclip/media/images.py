@@ -45,7 +45,7 @@ MAX_FILE_BYTES = 50_000_000
 MAX_SIDE = 8192
 MAX_TEXT_BYTES = 1_000_000  # of all text chunks of a PNG, unpacked; Pillow refuses 1 MiB in one
 MAX_PROFILE_BYTES = 100_000  # of a profile that is kept
-JPEG_END = b"\xff\xd9"
+JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 
 MIN_TILE = 128
 MAX_TILE = 512
@@ -175,29 +175,45 @@ def has_every_scan(jpeg: bytes) -> bool:
 
 
 def with_end_marker(jpeg: bytes) -> bytes | None:
-    """Return a JPEG that lacks only its end marker, with it; None if pixels are missing as well."""
+    """Return a JPEG that lacks only its end marker, with it; None if pixels may be missing too.
+
+    Raises:
+        OSError: there are not enough data for all pixels.
+    """
     body = jpeg.rstrip(b"\xff")  # half of the marker
-    if body.endswith(bytes(16)) or not has_every_scan(body):  # zeros are what a lost part becomes
+    if body.endswith(bytes(4)) or not has_every_scan(body):  # zeros are what a lost part becomes
         return None
-    # Two continuations that differ in every bit: they matter only where bits are missing.
-    pixels = [
-        Image.open(io.BytesIO(body + byte * 1000 + JPEG_END), formats=("JPEG",)).tobytes()
-        for byte in (b"\x55", b"\xaa")
-    ]
-    return body + JPEG_END if pixels[0] == pixels[1] else None
+    with Image.open(io.BytesIO(body), formats=("JPEG",)) as header:
+        progressive = "progressive" in header.info
+    if progressive and b"\xff\xdd" in body:  # the decoder fills up what ends at a restart marker
+        return None
+    # Whatever follows the last pixel makes no difference: any difference is a missing pixel.
+    random, pixels = np.random.default_rng(0), set()
+    for _ in range(8):
+        more = random.integers(0, 255, 1000, dtype=np.uint8).tobytes()  # without 255: no marker
+        content = body + more + (JPEG_END if progressive else b"")
+        with Image.open(io.BytesIO(content), formats=("JPEG",)) as picture:
+            pixels.add(picture.tobytes())
+    return body + JPEG_END if len(pixels) == 1 else None
 
 
 def loaded(picture: Image.Image, content: bytes, origin: str) -> Image.Image:
     """Decode the pixels of an opened picture, also of a JPEG that lacks only its end marker."""
+    is_jpeg = picture.format in ("JPEG", "MPO")
     try:
         picture.load()
+        # Pillow decodes the zeros that are left of a broken download as if they were pixels.
+        if not is_jpeg or content.rfind(JPEG_END) > content.rfind(JPEG_SCAN):
+            return picture
     except OSError:
-        whole = with_end_marker(content) if picture.format in ("JPEG", "MPO") else None
-        if whole is None:
+        if not is_jpeg:
             raise
-        logger.warning("%r lacks its end marker; all its pixels are there and are used", origin)
-        picture = Image.open(io.BytesIO(whole), formats=READABLE_FORMATS)
-        picture.load()
+    whole = with_end_marker(content)
+    if whole is None:
+        raise OSError("pixels are missing")
+    logger.warning("%r lacks its end marker; all its pixels are there and are used", origin)
+    picture = Image.open(io.BytesIO(whole), formats=READABLE_FORMATS)
+    picture.load()
     return picture
 
 

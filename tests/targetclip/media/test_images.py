@@ -13,12 +13,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from targetclip.media.images import (
     MAX_FILE_BYTES,
+    MAX_PROFILE_BYTES,
+    READABLE_SUFFIXES,
     center_square,
     eight_bit,
+    is_picture,
     labelled_grid,
     picture_to_tensor,
     read_picture,
@@ -43,13 +46,33 @@ def encoded(picture: Image.Image, format_name: str, **options: object) -> bytes:
     return stream.getvalue()
 
 
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """A part of a PNG file."""
+    checksum = struct.pack(">I", zlib.crc32(kind + body))
+    return struct.pack(">I", len(body)) + kind + body + checksum
+
+
+def with_chunk(png: bytes, kind: bytes, body: bytes) -> bytes:
+    """A PNG with a chunk more, after its header."""
+    return png[:33] + chunk(kind, body) + png[33:]
+
+
+def png_row(depth: int, kind: int, samples: bytes, width: int, clear: bytes) -> bytes:
+    """A PNG of one row, with a transparent value; `kind` 0 is grey and 2 is RGB."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", clear)
+    return start + chunk(b"IDAT", zlib.compress(b"\0" + samples)) + chunk(b"IEND", b"")
+
+
+def srgb_profile(size: int = 0, space: bytes = b"RGB ") -> bytes:
+    """The profile of sRGB, filled up to a size with what cannot be packed, or of another space."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    filled = profile + np.random.default_rng(0).bytes(max(0, size - len(profile)))
+    return filled[:16] + space + filled[20:]
+
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that only promises its pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + checksum
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" * 100)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
@@ -100,6 +123,74 @@ def test_transparency_of_every_kind_shows_white(tmp_path: Path) -> None:
         path.write_bytes(content)
         picture = read_picture(path)
         assert (picture.getpixel((1, 4)), picture.getpixel((6, 4))) == (WHITE, RED), name
+
+
+@pytest.mark.parametrize(
+    ("depth", "kind", "samples", "clear"),
+    [
+        (1, 0, b"\x40", b"\0\0"),
+        (2, 0, b"\x60", b"\0\1"),
+        (4, 0, b"\x5a", b"\0\x05"),
+        (8, 0, b"\x50\xa0", b"\0\x50"),
+        (16, 0, b"\x12\x34\x56\x78", b"\x12\x34"),
+        (8, 2, b"\1\2\3\4\5\6", b"\0\1\0\2\0\3"),
+        (16, 2, b"\x12\x34" * 3 + b"\x56\x78" * 3, b"\x12\x34" * 3),
+    ],
+)
+def test_a_transparent_value_of_any_depth_shows_white(
+    tmp_path: Path, depth: int, kind: int, samples: bytes, clear: bytes
+) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(png_row(depth, kind, samples, 2, clear))
+    picture = read_picture(path)
+    assert picture.getpixel((0, 0)) == WHITE
+    path.write_bytes(png_row(depth, kind, samples, 2, b"").replace(chunk(b"tRNS", b""), b""))
+    opaque = read_picture(path)
+    assert opaque.getpixel((1, 0)) == picture.getpixel((1, 0))
+    assert opaque.getpixel((0, 0)) != WHITE
+
+
+def test_of_sixteen_bits_only_the_value_itself_is_transparent(tmp_path: Path) -> None:
+    path = tmp_path / "grey.png"
+    path.write_bytes(png_row(16, 0, struct.pack(">3H", 300, 301, 302), 3, struct.pack(">H", 301)))
+    values = [read_picture(path).getpixel((x, 0)) for x in range(3)]
+    assert values == [(1, 1, 1), WHITE, (1, 1, 1)]
+
+
+def bmp32(alpha: int) -> bytes:
+    """A 32-bit BMP with a mask for alpha, as Windows writes screenshots (header of version 4)."""
+    width, height = ramp().size
+    pixels = np.dstack([np.asarray(ramp())[::-1, :, ::-1], np.full((height, width), alpha)])
+    body = pixels.astype(np.uint8).tobytes()
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    info = struct.pack("<IiiHHIIiiII", 108, width, height, 1, 32, 3, len(body), 2835, 2835, 0, 0)
+    info += masks + b"sRGB" + bytes(48)
+    start = 14 + len(info)
+    return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + info + body
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_the_unused_fourth_byte_of_a_bmp_is_ignored(tmp_path: Path, alpha: int) -> None:
+    path = tmp_path / "screenshot.bmp"
+    path.write_bytes(bmp32(alpha))
+    np.testing.assert_array_equal(np.asarray(read_picture(path)), np.asarray(ramp()))
+
+
+def test_the_alpha_of_a_bmp_that_uses_it_counts(tmp_path: Path) -> None:
+    content = bytearray(bmp32(255))
+    content[-4 * ramp().width + 3] = 0  # of the first pixel of the first row, stored last
+    path = tmp_path / "icon.bmp"
+    path.write_bytes(content)
+    assert read_picture(path).getpixel((0, 0)) == WHITE
+    assert read_picture(path).getpixel((9, 9)) == ramp().getpixel((9, 9))
+
+
+@pytest.mark.parametrize("format_name", ["PNG", "WEBP", "GIF"])
+def test_a_wholly_transparent_picture_is_refused(tmp_path: Path, format_name: str) -> None:
+    path = tmp_path / "empty"
+    picture = Image.new("RGBA", (8, 8), (*RED, 0))
+    path.write_bytes(encoded(picture, format_name))
+    assert "wholly transparent" in error_of(path)
 
 
 def test_half_transparent_grey_is_blended_with_white(tmp_path: Path) -> None:
@@ -181,7 +272,92 @@ def test_paths_that_are_no_picture_are_refused_in_one_line(tmp_path: Path) -> No
     assert "folder" in error_of(tmp_path)
     assert "empty" in error_of(empty)
     assert "PNG, JPEG" in error_of(text)
+    for name in ("TIFF", "AVIF"):
+        path = tmp_path / f"picture.{name.lower()}"
+        path.write_bytes(encoded(ramp(), name))
+        assert f"of the kind {name}, which is not read" in error_of(path)
+        assert "magick" in error_of(path)
+    phone = tmp_path / "IMG_1.HEIC"
+    phone.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    assert "of the kind HEIC" in error_of(phone)
     assert "convert it to PNG" in error_of(script)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 3_000_000)),
+        (b"tEXt", b"Comment\0" + b"a" * 3_000_000),
+        (b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(b"a" * 3_000_000)),
+        (b"iTXt", b"Comment\0\0\0en\0c\0" + b"a" * 3_000_000),
+        (b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile(3_000_000))),
+        (b"zTXt", b"Comment\0\0" + b"not packed"),
+    ],
+)
+@pytest.mark.parametrize("times", [1, 30])
+def test_large_texts_and_profiles_of_a_png_do_not_hide_its_pixels(
+    tmp_path: Path, kind: bytes, body: bytes, times: int
+) -> None:
+    content = encoded(ramp(), "PNG")
+    for _ in range(times if len(body) < 100_000 else 1):
+        content = with_chunk(content, kind, body)
+    path = tmp_path / "large.png"
+    path.write_bytes(content)
+    picture = read_picture(path)
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(ramp()))
+    assert picture.info == {}
+
+
+def test_an_orientation_in_a_small_text_is_kept_beside_a_large_one(tmp_path: Path) -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"></x:xmpmeta>'
+    content = with_chunk(encoded(ramp(), "PNG"), b"zTXt", b"a\0\0" + zlib.compress(bytes(3 << 20)))
+    content = with_chunk(content, b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+    path = tmp_path / "turned.png"
+    path.write_bytes(content)
+    assert read_picture(path).size == (ramp().height, ramp().width)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (33, 47, 3), dtype=np.uint8)
+JPEGS: list[dict[str, object]] = [
+    {},
+    {"progressive": True},
+    {"optimize": True, "subsampling": 0},
+    {"quality": 100, "restart_marker_blocks": 1},
+    {"subsampling": 2, "quality": 30},
+]
+
+
+@pytest.mark.parametrize("options", JPEGS)
+@pytest.mark.parametrize("pixels", [NOISE, np.asarray(ramp()), NOISE[..., 0]])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_jpeg_that_lacks_only_its_end_marker_is_read_and_said(
+    tmp_path: Path,
+    options: dict[str, object],
+    pixels: np.ndarray,
+    lost: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    content = encoded(Image.fromarray(pixels), "JPEG", **options)
+    whole, cut = tmp_path / "whole.jpg", tmp_path / "cut.jpg"
+    whole.write_bytes(content)
+    cut.write_bytes(content[:-lost])
+    expected = np.asarray(read_picture(whole))
+    assert not caplog.records
+    np.testing.assert_array_equal(np.asarray(read_picture(cut)), expected)
+    assert "lacks its end marker" in caplog.text and str(cut) in caplog.text
+
+
+@pytest.mark.parametrize("options", JPEGS)
+def test_a_jpeg_cut_anywhere_before_its_end_marker_is_refused(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    content = encoded(Image.fromarray(NOISE), "JPEG", **options)
+    path = tmp_path / "cut.jpg"
+    for kept in [*range(3, len(content) - 40, 19), *range(len(content) - 40, len(content) - 2)]:
+        for zeros in (0, max(4, len(content) - kept)):  # a broken download may leave zeros
+            path.write_bytes(content[:kept] + bytes(zeros))
+            message = error_of(path)
+            assert "damaged" in message or "known kind" in message
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
@@ -227,6 +403,22 @@ def test_any_damage_gives_a_picture_or_one_clear_line(
         assert read_picture(path).mode == "RGB"
     except ValueError as error:
         assert "\n" not in str(error) and str(path) in str(error)
+
+
+def test_pictures_of_a_folder_are_told_by_suffix_or_without_one_by_content(tmp_path: Path) -> None:
+    for suffix in READABLE_SUFFIXES:
+        assert is_picture(tmp_path / f"a{suffix}") and is_picture(tmp_path / f"A{suffix.upper()}")
+    for name in ("a.tif", "a.avif", "a.heic", "notes.txt", "a.png.zip", "a.mp4", "missing"):
+        assert not is_picture(tmp_path / name)
+    for format_name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"):
+        path = tmp_path / format_name
+        path.write_bytes(encoded(ramp(), format_name))
+        assert is_picture(path) == (format_name not in ("TIFF", "AVIF"))
+        if is_picture(path):
+            read_picture(path)
+    (tmp_path / "LICENSE").write_text("BSD")
+    (tmp_path / "folder").mkdir()
+    assert not is_picture(tmp_path / "LICENSE") and not is_picture(tmp_path / "folder")
 
 
 def test_pictures_survive_the_way_to_tensors_and_back_exactly() -> None:
@@ -277,6 +469,52 @@ def test_a_written_picture_can_be_read_and_nothing_else_is_left(tmp_path: Path, 
     difference = np.asarray(read_picture(tmp_path / name), dtype=int) - np.asarray(ramp(64, 64))
     assert abs(difference).mean() < 3
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+@pytest.mark.parametrize("size", [0, MAX_PROFILE_BYTES, MAX_PROFILE_BYTES + 1, 3_000_000])
+def test_a_small_rgb_profile_is_kept_and_a_large_one_is_not(
+    tmp_path: Path, name: str, size: int
+) -> None:
+    profile = srgb_profile(size)
+    source = tmp_path / "source.jpg"
+    source.write_bytes(encoded(ramp(), "JPEG", icc_profile=profile, comment=b"a" * 60_000))
+    picture = read_picture(source)
+    write_picture(picture.crop((2, 2, 12, 12)), tmp_path / name)
+    unread = ramp()  # as a caller of Python may have it
+    unread.info = {"icc_profile": profile, "comment": b"a", "exif": b"a" * 70_000}
+    write_picture(unread, tmp_path / f"unread_{name}")
+    for path in (tmp_path / name, tmp_path / f"unread_{name}"):
+        read_picture(path)
+        with Image.open(path) as written:
+            kept = written.info.get("icc_profile")
+            written.load()
+        assert kept == (profile if size <= MAX_PROFILE_BYTES else None)
+        assert path.stat().st_size < 3000 + (size if kept else 0)
+
+
+@pytest.mark.parametrize(("mode", "space"), [("CMYK", b"CMYK"), ("L", b"GRAY"), ("RGB", b"CMYK")])
+def test_the_profile_of_another_colour_space_is_not_kept(
+    tmp_path: Path, mode: str, space: bytes
+) -> None:
+    source = tmp_path / "source.jpg"
+    stored = ramp().convert(mode)
+    source.write_bytes(encoded(stored, "JPEG", icc_profile=srgb_profile(space=space)))
+    picture = read_picture(source)
+    assert picture.mode == "RGB" and picture.info == {}
+    write_picture(picture, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as written:
+        assert written.info == {}
+
+
+def test_what_is_written_carries_no_texts_and_no_transparent_value(tmp_path: Path) -> None:
+    information = PngImagePlugin.PngInfo()
+    information.add_text("Comment", "a" * 500_000, zip=True)
+    source = tmp_path / "source.png"
+    source.write_bytes(encoded(ramp(), "PNG", pnginfo=information, transparency=(1, 2, 3)))
+    write_picture(read_picture(source), tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as written:
+        assert written.info == {} and written.mode == "RGB"
 
 
 def test_a_failed_write_leaves_the_old_picture(tmp_path: Path) -> None:
