@@ -49,6 +49,7 @@ from eval.trials import (
     RELEASED_SOURCES,
     Comparison,
     grids,
+    reference_features,
     released_report,
     set_report,
     sweep_report,
@@ -365,13 +366,19 @@ def run(config: Config) -> dict[str, Any]:
     sets = make_sets(config, bench, judges)
     chosen, left_out = choose_methods(config, bench)
     answers = find_all(config, bench, sets, chosen)
-    comparison = Comparison.of(bench, judges, config.unedited, config.first, config.seed)
+    comparison = Comparison(
+        bench=bench,
+        judges=judges,
+        references=reference_features(judges, config.unedited),
+        first=config.first,
+        seed=config.seed,
+    )
     drawn = not config.only or DRAWN_ANSWER in config.only
     report = facts(config, world, bench, judges, left_out) | {"sets": {}}
     pictures: dict[str, Image.Image] = {}
     for targets in sets:
         own = answers[targets.name]
-        if trials := comparison.trials(targets, own, drawn):
+        if trials := comparison.judge_all(targets, own, drawn):
             report["sets"][targets.name] = set_report(comparison, targets, own, trials)
             pictures |= grids(comparison, targets, own, trials)
     report["released"] = released_report(comparison, sets, answers)

@@ -1,12 +1,13 @@
-"""The judges: networks that look at images of edits, and the scores that follow.
+"""Judge images of edits by networks, and score them.
 
-Knows images, embeddings and readings; nothing of how edits were found. Everything is in float32
-and at the embedder's own preprocessing, whatever precision or recipe made the edits. What is kept
-of images is on the processor.
+Knows images, embeddings and readings; nothing of how edits were found. Judges compute in float32,
+at the embedder's own preprocessing, whatever precision or recipe made the edits. Their outputs are
+on the processor.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +16,6 @@ from torch.nn import functional as F
 
 from data.drawn.sketch import SIZE
 from eval.metrics import (
-    Spread,
     additivity,
     essence_acquired,
     frechet_distance,
@@ -25,6 +25,7 @@ from eval.metrics import (
     perceptual_distance,
     reading_columns,
     released_score,
+    spread,
 )
 from eval.reader import AttributeReader, load_reader
 from eval.sets import EvalSet, Truth
@@ -47,7 +48,7 @@ RELEASED_STRENGTH = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class Outputs:
     """The outputs of all judges for some images; every field has the images' leading axes."""
 
     embeddings: Float[Tensor, "*images embed"]
@@ -67,14 +68,14 @@ class Look:
         return torch.cat(parts, dim=-1)
 
 
-def stacked(looks: Sequence[Look]) -> Look:
-    """Return looks at several batches of images as one, with a new first axis."""
+def stacked(outputs: Sequence[Outputs]) -> Outputs:
+    """Return the outputs for several batches of images as one, with a new first axis."""
 
-    def joined(name: str) -> Tensor | None:
-        parts = [value for look in looks if (value := vars(look)[name]) is not None]
-        return torch.stack(parts) if parts else None
+    def joined(name: str) -> Any:
+        parts = [vars(output)[name] for output in outputs]
+        return None if parts[0] is None else torch.stack(parts)
 
-    return Look(**{field.name: joined(field.name) for field in fields(Look)})  # type: ignore[arg-type]
+    return Outputs(**{field.name: joined(field.name) for field in fields(Outputs)})
 
 
 def reader_levels(
@@ -98,7 +99,7 @@ def read(
 
 @dataclass(frozen=True, kw_only=True)
 class Judges:
-    """The models that look at images of a scene: its own, and readers that nothing learns from."""
+    """The models that judge images of a scene: its own, and readers that nothing learns from."""
 
     scene: Scene
     """Its embedder judges, and its identity model if there is one."""
@@ -115,7 +116,7 @@ class Judges:
         return "the second judge's embedding" if self.second else "the embedder's own embedding"
 
     @torch.no_grad()
-    def look(self, images: Float[Tensor, "batch 3 height width"]) -> Look:
+    def outputs(self, images: Float[Tensor, "batch 3 height width"]) -> Outputs:
         """Return the outputs of every judge for images in [-1, 1]."""
         identity = self.scene.identity
         embeddings = self.scene.embedder.embed_images(images)
@@ -127,7 +128,7 @@ class Judges:
         def kept(output: Tensor | None) -> Tensor | None:
             return None if output is None else output.float().cpu()
 
-        return Look(
+        return Outputs(
             embeddings=embeddings.float().cpu(),
             features=features.float().cpu(),
             readings=kept(readings),
@@ -188,7 +189,7 @@ def face_judges(scene: Scene) -> Judges:
 
 @dataclass(frozen=True)
 class Goal:
-    """Targets as the judges see them."""
+    """The outputs of the judges for targets."""
 
     embeddings: Float[Tensor, "targets embed"]
     second: Float[Tensor, "targets other"] | None
@@ -198,7 +199,7 @@ class Goal:
 
 
 def goal_of(judges: Judges, targets: EvalSet) -> Goal:
-    """Return targets as their embedders' own libraries preprocess them."""
+    """Judge targets, preprocessed as their embedders' own libraries do."""
     pictures = list(targets.pictures)
     second = None if judges.second is None else judges.second.embed_pictures(pictures).cpu()
     return Goal(judges.scene.embedder.embed_pictures(pictures).cpu(), second, targets.truth)
@@ -207,67 +208,105 @@ def goal_of(judges: Judges, targets: EvalSet) -> Goal:
 # Edits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Judged:
-    """The judges' outputs for edits, targets first, then sources."""
+    """Edits of sources, judged."""
 
-    look: Look
-    outside: Float[Tensor, " targets"]
-    """Change outside of the edit, in pixels."""
-    perceived: Float[Tensor, " targets"] | None
-    """The same by the reader; None where no reader knows such pictures."""
+    before: Outputs
+    """For the sources, unedited."""
+    after: Outputs
+    """For their edits, targets first, then sources."""
+    goal: Goal
+    scores: Mapping[str, Float[Tensor, " targets"]]
+    """Of SCORES, those that there is a judge for: means over sources."""
+
+    def __len__(self) -> int:
+        return len(self.goal.embeddings)
 
 
-def edited_images(
-    judges: Judges,
-    sources: Float[Tensor, "sources num_ws w_dim"],
-    edits: Float[Tensor, "targets *sources num_ws w_dim"],
-    strength: float = 1.0,
-) -> Iterable[Float[Tensor, "sources 3 height width"]]:
-    """Yield images of the edited sources, a target at a time."""
-    for edit in edits.to(sources.device):
-        yield judges.scene.edit(sources, edit, strength)
+def scores_of(before: Outputs, after: Outputs, goal: Goal) -> dict[str, Float[Tensor, " targets"]]:
+    """Return the scores that follow from outputs."""
+    edits = score_features(goal.embeddings, before.scored.expand_as(after.scored), after.scored)
+    scores = {
+        "transfer": edits.transfer,
+        "consistency": edits.consistency,
+        "additivity": additivity(before.embeddings, after.embeddings),
+    }
+    if edits.identity is not None:
+        scores["person"] = edits.identity.mean(dim=1)
+    if after.readings is not None and before.readings is not None:
+        scores["identity"] = identity_kept(after.readings, before.readings)
+        if (truth := goal.truth) is not None:
+            scores["essence"] = essence_acquired(
+                after.readings, before.readings, truth.readings, truth.seen
+            )
+    if after.second is not None and before.second is not None and goal.second is not None:
+        unedited = before.second.expand_as(after.second)
+        scores["second"] = score_features(goal.second, unedited, after.second).transfer
+    return scores
 
 
 def judge(
     judges: Judges,
+    goal: Goal,
     before: Float[Tensor, "sources 3 height width"],
     edited: Iterable[Float[Tensor, "sources 3 height width"]],
 ) -> Judged:
-    """Look at images of edited sources, a target at a time."""
-    looks, outside, perceived = [], [], []
+    """Judge images of edited sources, a target of `goal` at a time.
+
+    Args:
+        before: images of the sources, unedited.
+    """
+    outputs, outside, perceived = [], [], []
     for images in edited:
-        looks.append(judges.look(images))
+        outputs.append(judges.outputs(images))
         outside.append(outside_change(before, images).mean().cpu())
         if (distance := judges.perceived(before, images)) is not None:
             perceived.append(distance.mean().cpu())
-    distances = torch.stack(perceived) if perceived else None
-    return Judged(stacked(looks), torch.stack(outside), distances)
+    unedited, after = judges.outputs(before), stacked(outputs)
+    scores = scores_of(unedited, after, goal) | {"outside": torch.stack(outside)}
+    if perceived:
+        scores["perceived"] = torch.stack(perceived)
+    scores = {name: scores[name] for name in SCORES if name in scores}
+    return Judged(before=unedited, after=after, goal=goal, scores=scores)
 
 
-def scores_of(judged: Judged, before: Look, goal: Goal) -> dict[str, Float[Tensor, " targets"]]:
-    """Return every score of SCORES that there is a judge for: means over sources."""
-    look = judged.look
-    edits = score_features(goal.embeddings, before.scored.expand_as(look.scored), look.scored)
-    scores = {
-        "transfer": edits.transfer,
-        "consistency": edits.consistency,
-        "additivity": additivity(before.embeddings, look.embeddings),
-        "outside": judged.outside,
+def edited_images(
+    scene: Scene,
+    sources: Float[Tensor, "sources num_ws w_dim"],
+    edits: Float[Tensor, "targets *sources num_ws w_dim"],
+    strength: float = 1.0,
+) -> Iterator[Float[Tensor, "sources 3 height width"]]:
+    """Yield images of the edited sources, a target at a time."""
+    for edit in edits.to(sources.device):
+        yield scene.edit(sources, edit, strength)
+
+
+def judge_edits(
+    judges: Judges,
+    goal: Goal,
+    sources: Float[Tensor, "sources num_ws w_dim"],
+    edits: Float[Tensor, "targets *sources num_ws w_dim"],
+    strength: float = 1.0,
+) -> Judged:
+    """Judge edits of sources: for each target a direction, or an offset for each source."""
+    before = judges.scene.render(sources)
+    return judge(judges, goal, before, edited_images(judges.scene, sources, edits, strength))
+
+
+def study_means(scores: Mapping[str, Float[Tensor, " targets"]]) -> dict[str, float]:
+    """Return means over the targets of `study_set`, of which every second one is in range."""
+    transfer, essence = scores["transfer"], scores["essence"]
+    means = {
+        "transfer": transfer,
+        "transfer_in_range": transfer[::2],
+        "transfer_out_of_range": transfer[1::2],
+        "consistency": scores["consistency"],
+        "essence_in_range": essence[::2],
+        "essence_out_of_range": essence[1::2],
+        "identity": scores["identity"],
     }
-    if edits.identity is not None:
-        scores["person"] = edits.identity.mean(dim=1)
-    if judged.perceived is not None:
-        scores["perceived"] = judged.perceived
-    if look.readings is not None and before.readings is not None:
-        scores["identity"] = identity_kept(look.readings, before.readings)
-        if (truth := goal.truth) is not None:
-            shown = (truth.readings, truth.seen)
-            scores["essence"] = essence_acquired(look.readings, before.readings, *shown)
-    if look.second is not None and before.second is not None and goal.second is not None:
-        unedited = before.second.expand_as(look.second)
-        scores["second"] = score_features(goal.second, unedited, look.second).transfer
-    return {name: scores[name] for name in SCORES if name in scores}
+    return {name: float(values.mean()) for name, values in means.items()}
 
 
 # The released evaluation
@@ -279,8 +318,8 @@ def released_scores(
     edits: Float[Tensor, "targets num_ws w_dim"],
     targets: EvalSet,
     references: Float[Tensor, "images features"],
-) -> dict[str, Spread]:
-    """Score directions by the released evaluation, with its fault and without.
+) -> dict[str, dict[str, float]]:
+    """Score directions by the released evaluation, with its fault and without (see `spread`).
 
     Strength 1.2 for all; every score is a mean over sources, then mean and deviation over targets.
     `identity_released` repeats the fault: the identity model sees sources in [-1, 1], as it
@@ -288,20 +327,19 @@ def released_scores(
     Identity readings, where they stand in for such a model, are centred on the sources' mean.
     `fid` is each target's, of its results against `references`.
     """
-    goal = goal_of(judges, targets)
-    looks, results, faulty = [], [], []
-    for images in edited_images(judges, sources, edits, RELEASED_STRENGTH):
-        looks.append(judges.look(images))
+    goal, scene = goal_of(judges, targets), judges.scene
+    outputs, results, faulty = [], [], []
+    for images in edited_images(scene, sources, edits, RELEASED_STRENGTH):
+        outputs.append(judges.outputs(images))
         if judges.people_of is not None:
             clamped = images.clamp(-1, 1)
             results.append(judges.people(clamped))
             faulty.append(judges.people(clamped / 2 + 0.5))
-    look = stacked(looks)
-    scores = {"semantic": released_score(look.embeddings, goal.embeddings[:, None])}
-    if look.second is not None and goal.second is not None:
-        scores["second"] = released_score(look.second, goal.second[:, None])
+    after = stacked(outputs)
+    scores = {"semantic": released_score(after.embeddings, goal.embeddings[:, None])}
+    if after.second is not None and goal.second is not None:
+        scores["second"] = released_score(after.second, goal.second[:, None])
     if judges.people_of is not None:
-        scene = judges.scene
         people_of_targets = judges.people(scene.images_of(targets.pictures))
         before = judges.people(scene.render(sources).clamp(-1, 1))
         centre = before.mean(dim=0) if scene.identity is None else torch.zeros(())
@@ -309,6 +347,5 @@ def released_scores(
         scores["identity_released"] = released_score(spoilt, (before - centre)[None])
         scores["identity"] = released_score(kept, (before - centre)[None])
         scores["target_identity"] = released_score(kept, (people_of_targets - centre)[:, None])
-    distances = torch.tensor([frechet_distance(rows, references) for rows in look.features])
-    deviation = float(distances.std(correction=0))
-    return scores | {"fid": Spread(float(distances.mean()), deviation)}
+    distances = torch.tensor([frechet_distance(rows, references) for rows in after.features])
+    return scores | {"fid": spread(distances)}

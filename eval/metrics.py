@@ -5,7 +5,6 @@ Knows numbers only. Cosines to targets, consistency and identity are `targetclip
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -262,25 +261,19 @@ def interval(
     return {"mean": mean, "low": float(low), "high": float(high), "count": count}
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A score in the format of the released evaluation."""
-
-    mean: float
-    """Over sources, then over targets, times 100."""
-    deviation: float
-    """Standard deviation of the targets' means, times 100."""
+def spread(values: Float[Tensor, " targets"]) -> dict[str, float]:
+    """Return the `mean` over targets and their standard `deviation`."""
+    return {"mean": float(values.mean()), "deviation": float(values.std(correction=0))}
 
 
 def released_score(
     results: Float[Tensor, "targets sources features"],
     references: Float[Tensor, "#targets #sources features"],
-) -> Spread:
+) -> dict[str, float]:
     """Return a score of the released evaluation: 100 times the cosines of results to references.
 
-    Mean over sources, then mean and deviation over targets. Its semantic score compares embeddings
-    of results with those of targets [targets, 1, features]; its identity score compares identity
+    The mean over sources, then mean and deviation over targets. The semantic score compares
+    embeddings of results with those of targets [targets, 1, features], the identity score identity
     features of results with those of sources [1, sources, features].
     """
-    means = 100 * F.cosine_similarity(results, references, dim=-1).mean(dim=1)
-    return Spread(float(means.mean()), float(means.std(correction=0)))
+    return spread(100 * F.cosine_similarity(results, references, dim=-1).mean(dim=1))

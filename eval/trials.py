@@ -1,10 +1,10 @@
-"""Trials: methods' answers judged on every set, and the numbers and grids that follow.
+"""Judge the answers of methods on every set, and make the numbers and grids of the report.
 
 Knows answers and judges; nothing of how answers were found, nor of how a report looks.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from eval.judging import (
     Goal,
     Judged,
     Judges,
-    Look,
     edited_images,
     goal_of,
     judge,
+    judge_edits,
     released_scores,
-    scores_of,
 )
 from eval.methods import METHODS, Bench, drawn_answer
 from eval.metrics import (
@@ -46,32 +45,11 @@ STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
 SHOWN = 8  # sources in a row of a grid
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """A method judged on the targets of a set, or on the first of them."""
-
-    judged: Judged
-    before: Look
-    """At the sources, unedited."""
-    goal: Goal
-    scores: Mapping[str, Float[Tensor, " targets"]]
-    """Of SCORES."""
-
-    @staticmethod
-    def of(judged: Judged, before: Look, goal: Goal) -> "Trial":
-        """Score what was judged."""
-        scores = scores_of(judged, before, goal)
-        return Trial(judged=judged, before=before, goal=goal, scores=scores)
-
-    def __len__(self) -> int:
-        return len(self.judged.outside)
-
-
 # Numbers of trials
 
 
 def means(
-    trials: Mapping[str, Trial],
+    trials: Mapping[str, Judged],
     count: int,
     references: Float[Tensor, "images features"],
     seed: int,
@@ -81,7 +59,7 @@ def means(
     for name, trial in trials.items():
         if len(trial) < count:
             continue
-        features = trial.judged.look.features[:count].flatten(0, 1)
+        features = trial.after.features[:count].flatten(0, 1)
         rows[name] = {
             **{score: interval(v[:count], seed) for score, v in trial.scores.items()},
             "fid": frechet_distance(features, references),
@@ -92,7 +70,7 @@ def means(
 
 
 def differences(
-    trials: Mapping[str, Trial], reference: str, seed: int
+    trials: Mapping[str, Judged], reference: str, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Return scores of the reference less those of each other method, over the targets of both."""
     rows: dict[str, dict[str, Any]] = {}
@@ -107,9 +85,9 @@ def differences(
     return rows
 
 
-def by_attribute(trial: Trial) -> dict[str, dict[str, float]]:
+def by_attribute(trial: Judged) -> dict[str, dict[str, float]]:
     """Return essence acquired and identity kept of each attribute; empty without a reader."""
-    readings, before, truth = trial.judged.look.readings, trial.before.readings, trial.goal.truth
+    readings, before, truth = trial.after.readings, trial.before.readings, trial.goal.truth
     if readings is None or before is None:
         return {}
     scores = {"identity": identity_by_attribute(readings, before)}
@@ -124,7 +102,7 @@ def by_rank(scores: Float[Tensor, " targets"]) -> dict[str, int]:
     return {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
 
 
-def reference_of(trials: Mapping[str, Trial]) -> str:
+def reference_of(trials: Mapping[str, Judged]) -> str:
     return REFERENCE if REFERENCE in trials else next(iter(trials))
 
 
@@ -137,10 +115,6 @@ class Comparison:
 
     bench: Bench
     judges: Judges
-    before: Float[Tensor, "sources 3 height width"]
-    """Images of the test sources, unedited."""
-    look: Look
-    """At `before`."""
     references: Float[Tensor, "images features"]
     """Features of unedited images for FID and KID."""
     first: int
@@ -148,56 +122,44 @@ class Comparison:
     seed: int
     """Of the bootstrap."""
 
-    @staticmethod
-    def of(bench: Bench, judges: Judges, references: int, first: int, seed: int) -> "Comparison":
-        """Render the sources, and as many `references` as asked."""
-        before = bench.scene.render(bench.sources)
-        latents = bench.scene.latents([seed_of("reference", i) for i in range(references)])
-        parts = latents.split(bench.scene.max_images or MAX_IMAGES)
-        bar = tqdm(parts, "references", unit="batch", leave=False)
-        features = [judges.look(bench.scene.render(part)).features for part in bar]
-        return Comparison(
-            bench=bench,
-            judges=judges,
-            before=before,
-            look=judges.look(before),
-            references=torch.cat(features),
-            first=first,
-            seed=seed,
-        )
-
-    def trial(self, edits: Tensor, goal: Goal, strength: float = 1.0) -> Trial:
+    def judge(self, edits: Tensor, goal: Goal, strength: float = 1.0) -> Judged:
         """Judge edits [targets, *sources, num_ws, w_dim] of the test sources."""
-        edited = edited_images(self.judges, self.bench.sources, edits, strength)
-        return Trial.of(judge(self.judges, self.before, edited), self.look, goal)
+        return judge_edits(self.judges, goal, self.bench.sources, edits, strength)
 
-    def drawn_trial(self, targets: EvalSet) -> Trial | None:
+    def judge_drawn(self, targets: EvalSet) -> Judged | None:
         """Judge the drawn answer; None where the content of targets is not known."""
-        sources = self.bench.sources
         if targets.truth is None:
             return None
-        z_dim = self.bench.scene.generator.z_dim
+        sources, z_dim = self.bench.sources, self.bench.scene.generator.z_dim
         before, edited = drawn_answer(targets.truth.faces, z_dim, len(sources))
-        before = before.to(sources.device)
-        judged = judge(self.judges, before, edited.to(sources.device))
-        return Trial.of(judged, self.judges.look(before), goal_of(self.judges, targets))
+        goal, device = goal_of(self.judges, targets), sources.device
+        return judge(self.judges, goal, before.to(device), edited.to(device))
 
-    def trials(
+    def judge_all(
         self, targets: EvalSet, answers: Mapping[str, TimedAnswer], drawn: bool
-    ) -> dict[str, Trial]:
+    ) -> dict[str, Judged]:
         """Judge every method's answer to a set; the drawn answer too, if asked for and there."""
-        trials: dict[str, Trial] = {}
+        trials: dict[str, Judged] = {}
         for name, timed in tqdm(answers.items(), f"judge {targets.name}", unit="method"):
             edits = timed.answer.edits
-            trials[name] = self.trial(edits, goal_of(self.judges, targets.part(0, len(edits))))
-        answer = self.drawn_trial(targets) if drawn else None
+            trials[name] = self.judge(edits, goal_of(self.judges, targets.part(0, len(edits))))
+        answer = self.judge_drawn(targets) if drawn else None
         return trials if answer is None else {**trials, DRAWN_ANSWER: answer}
+
+
+def reference_features(judges: Judges, count: int) -> Float[Tensor, "images features"]:
+    """Return the features of so many generated images."""
+    scene = judges.scene
+    latents = scene.latents([seed_of("reference", i) for i in range(count)])
+    parts = latents.split(scene.max_images or MAX_IMAGES)
+    bar = tqdm(parts, "references", unit="batch", leave=False)
+    return torch.cat([judges.outputs(scene.render(part)).features for part in bar])
 
 
 # Parts of report.json
 
 
-def method_report(trial: Trial, timed: TimedAnswer | None) -> dict[str, Any]:
+def method_report(trial: Judged, timed: TimedAnswer | None) -> dict[str, Any]:
     """Return the report of one method on one set; the drawn answer has no seconds."""
     row: dict[str, Any] = {"count": len(trial)}
     if timed is not None:
@@ -213,13 +175,15 @@ def set_report(
     comparison: Comparison,
     targets: EvalSet,
     answers: Mapping[str, TimedAnswer],
-    trials: Mapping[str, Trial],
+    trials: Mapping[str, Judged],
 ) -> dict[str, Any]:
     """Return the report of a set."""
     goal, count, reference = goal_of(comparison.judges, targets), len(targets), reference_of(trials)
     references, seed = comparison.references, comparison.seed
     fewer = {len(trial) for trial in trials.values()} - {count}
-    unedited = unit_cosines(comparison.look.embeddings, goal.embeddings[:, None])
+    bench, judges = comparison.bench, comparison.judges
+    before = judges.outputs(bench.scene.render(bench.sources)).embeddings
+    unedited = unit_cosines(before, goal.embeddings[:, None])
     return {
         "targets": [list(pair) for pair in zip(targets.ids, targets.origins, strict=True)],
         "unedited": float(unedited.mean()),
@@ -261,10 +225,9 @@ def released_report(
     methods: dict[str, Any] = {}
     for name in tqdm(names, "released", unit="method"):
         edits = [answers[part.name][name].answer.edits[: len(part)] for part in parts]
-        scores = released_scores(
+        methods[name] = released_scores(
             comparison.judges, sources, torch.cat(edits), targets, comparison.references
         )
-        methods[name] = {score: asdict(spread) for score, spread in scores.items()}
     return {"targets": len(targets), "sources": len(sources), "methods": methods}
 
 
@@ -278,8 +241,8 @@ def sweep_report(
     for name, timed in tqdm(answers.items(), "strengths", unit="method"):
         rows[name] = []
         for strength in STRENGTHS:
-            trial = comparison.trial(timed.answer.edits[: len(few)], goal, strength)
-            scores = {score: float(values.mean()) for score, values in trial.scores.items()}
+            judged = comparison.judge(timed.answer.edits[: len(few)], goal, strength)
+            scores = {score: float(values.mean()) for score, values in judged.scores.items()}
             rows[name].append({"strength": strength, **scores})
     return rows
 
@@ -304,26 +267,25 @@ def grids(
     comparison: Comparison,
     targets: EvalSet,
     answers: Mapping[str, TimedAnswer],
-    trials: Mapping[str, Trial],
+    trials: Mapping[str, Judged],
 ) -> dict[str, Image.Image]:
     """Return a grid of each method, and one of all on the same target, by their files' names.
 
     Targets are chosen by rank. A method's grid shows its best, median and worst target. The grid of
     all shows the reference's median among the first ones, which every method has answered.
     """
-    sources = comparison.bench.sources
-    unedited = tensor_to_pictures(comparison.before)
+    sources, scene = comparison.bench.sources, comparison.bench.scene
+    unedited = tensor_to_pictures(scene.render(sources))
 
     def edited(name: str, place: int) -> list[Image.Image]:
         if name in answers:
             edit = answers[name].answer.edits[place : place + 1]
-            (images,) = edited_images(comparison.judges, sources, edit)
+            (images,) = edited_images(scene, sources, edit)
         else:
             truth = targets.part(place, place + 1).truth
             if truth is None:
                 raise ValueError(f"expected edits of {name!r}, found none")
-            z_dim = comparison.bench.scene.generator.z_dim
-            images = drawn_answer(truth.faces, z_dim, len(sources))[1][0]
+            images = drawn_answer(truth.faces, scene.generator.z_dim, len(sources))[1][0]
         return tensor_to_pictures(images[:SHOWN])
 
     pictures = {}

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.publish import sha256_of
 from eval.answers import earlier_report
-from eval.judging import Goal, Judges, Look, edited_images, face_judges, goal_of, judge, scores_of
+from eval.judging import Goal, Judges, face_judges, goal_of, judge_edits, study_means
 from eval.metrics import interval
 from eval.reader import BUNDLED
 from eval.report import number, table, with_bounds
@@ -106,14 +106,7 @@ def network_of(config: MapperConfig) -> str:
     return f"{config.width} x {config.depth}{rank}"
 
 
-def record_of(mapper: Mapper) -> MapperRecord:
-    """Return the record that every mapper's file has."""
-    if mapper.record is None:
-        raise ValueError("expected a mapper with a record, found none: load it from its file")
-    return mapper.record
-
-
-def open_mappers(paths: Sequence[Path], scene: Scene) -> dict[str, Mapper]:
+def open_mappers(paths: Sequence[Path], scene: Scene) -> dict[str, tuple[Mapper, MapperRecord]]:
     """Read mappers, in the order given, to the scene's device; their folders name them.
 
     Raises:
@@ -129,7 +122,7 @@ def open_mappers(paths: Sequence[Path], scene: Scene) -> dict[str, Mapper]:
                 f"{str(named[name])!r} and {str(path)!r}: rename one of them"
             )
         named[name] = path
-    mappers: dict[str, Mapper] = {}
+    mappers: dict[str, tuple[Mapper, MapperRecord]] = {}
     for name, path in named.items():
         mapper, record = load_mapper(path, scene.generator.fingerprint, scene.embedder.fingerprint)
         try:
@@ -137,42 +130,11 @@ def open_mappers(paths: Sequence[Path], scene: Scene) -> dict[str, Mapper]:
             trained_recipe(record)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        mappers[name] = mapper.to(scene.device)
+        mappers[name] = mapper.to(scene.device), record
     return mappers
 
 
 # Judging
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """The judges, and what every mapper is judged on."""
-
-    judges: Judges
-    targets: EvalSet
-    goal: Goal
-    sources: Float[Tensor, "sources num_ws w_dim"]
-    before: Float[Tensor, "sources 3 height width"]
-    look: Look
-    """At the sources, unedited."""
-
-
-def make_task(scene: Scene, targets: EvalSet, held_out: int) -> Task:
-    """Render the sources that are edited, and look at them and at the targets.
-
-    Raises:
-        ValueError: as `face_judges`.
-    """
-    judges, sources = face_judges(scene), scene.sources(held_out, VALIDATION_SOURCES)
-    before = scene.render(sources)
-    return Task(
-        judges=judges,
-        targets=targets,
-        goal=goal_of(judges, targets),
-        sources=sources,
-        before=before,
-        look=judges.look(before),
-    )
 
 
 def answer(scene: Scene, mapper: Mapper, targets: EvalSet) -> Prediction:
@@ -183,10 +145,14 @@ def answer(scene: Scene, mapper: Mapper, targets: EvalSet) -> Prediction:
     return prediction
 
 
-def target_scores(task: Task, prediction: Prediction) -> dict[str, Float[Tensor, " targets"]]:
+def target_scores(
+    judges: Judges,
+    goal: Goal,
+    sources: Float[Tensor, "sources num_ws w_dim"],
+    prediction: Prediction,
+) -> dict[str, Float[Tensor, " targets"]]:
     """Score the edits of every target."""
-    edited = edited_images(task.judges, task.sources, prediction.directions)
-    scores = scores_of(judge(task.judges, task.before, edited), task.look, task.goal)
+    scores = judge_edits(judges, goal, sources, prediction.directions).scores
     return {
         **{name: scores[name] for name in ("transfer", "consistency", "essence", "identity")},
         "norm": prediction.directions.flatten(1).norm(dim=1).cpu(),
@@ -199,34 +165,27 @@ def figures_of(scores: Mapping[str, Tensor], expects: bool, seed: int) -> dict[s
 
     `expected_error` is None for a mapper that was never taught what to expect.
     """
-    transfer, essence = scores["transfer"], scores["essence"]
-    error = float((scores["expected"] - transfer).abs().mean())
+    error = float((scores["expected"] - scores["transfer"]).abs().mean())
     return {
-        "transfer": interval(transfer, seed),
-        "transfer_in_range": float(transfer[::2].mean()),  # as study_set has them
-        "transfer_out_of_range": float(transfer[1::2].mean()),
-        "consistency": float(scores["consistency"].mean()),
-        "essence_in_range": float(essence[::2].mean()),
-        "essence_out_of_range": float(essence[1::2].mean()),
-        "identity": float(scores["identity"].mean()),
+        **study_means(scores),
+        "transfer": interval(scores["transfer"], seed),
         "norm": float(scores["norm"].mean()),
         "expected_error": error if expects else None,
         "each": {name: values.tolist() for name, values in scores.items()},
     }
 
 
-def row_of(task: Task, mapper: Mapper, seed: int) -> dict[str, Any]:
-    """Judge a mapper, and return its row of the report: network, training and scores."""
-    record = record_of(mapper)
-    # Older records do not say whether the transfer term, which teaches it, was used.
-    expects = bool(record.recipe.get("expects", True))
-    prediction = answer(task.judges.scene, mapper, task.targets)
+def row_of(
+    mapper: Mapper, record: MapperRecord, scores: Mapping[str, Tensor], seed: int
+) -> dict[str, Any]:
+    """Return a mapper's row of the report: network, training and scores."""
     return {
         "fingerprint": mapper.fingerprint,
         "recipe": record.recipe,
         "network": network_of(mapper.config),
         "trained": training_of(record),
-        **figures_of(target_scores(task, prediction), expects, seed),
+        # Older records do not say whether the transfer term, which teaches it, was used.
+        **figures_of(scores, bool(record.recipe.get("expects", True)), seed),
     }
 
 
@@ -276,10 +235,10 @@ def open_report(path: Path, config: Config, scene: Scene) -> dict[str, Any]:
     return {"mappers": {}} | earlier_report(path, comparison)
 
 
-def is_row_of(row: Mapping[str, Any], mapper: Mapper) -> bool:
+def is_row_of(row: Mapping[str, Any], mapper: Mapper, record: MapperRecord) -> bool:
     """Tell whether a row is of these weights and this record."""
-    same = row["fingerprint"] == mapper.fingerprint and row["recipe"] == record_of(mapper).recipe
-    return bool(same)
+    same: bool = (row["fingerprint"], row["recipe"]) == (mapper.fingerprint, record.recipe)
+    return same
 
 
 def run(config: Config) -> dict[str, dict[str, Any]]:
@@ -296,15 +255,20 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     mappers = open_mappers(config.mappers, scene)
     path = config.out / "report.json"
     report = open_report(path, config, scene)
-    task = make_task(scene, study_set(config.targets), config.held_out)
+    judges, targets = face_judges(scene), study_set(config.targets)
+    goal, sources = goal_of(judges, targets), scene.sources(config.held_out, VALIDATION_SOURCES)
     command.make_folder(config.out)
     rows: dict[str, dict[str, Any]] = {}
-    for name, mapper in tqdm(mappers.items(), unit="mapper"):
+    for name, (mapper, record) in tqdm(mappers.items(), unit="mapper"):
         known, path_of_sheet = report["mappers"], config.out / f"{name}.png"
-        judged = next((row for row in known.values() if is_row_of(row, mapper)), None)
-        rows[name] = judged or row_of(task, mapper, config.seed)
-        if not path_of_sheet.exists() or name not in known or not is_row_of(known[name], mapper):
-            few = task.targets.part(0, SHOWN)
+        judged = next((row for row in known.values() if is_row_of(row, mapper, record)), None)
+        if judged is None:
+            prediction = answer(scene, mapper, targets)
+            scores = target_scores(judges, goal, sources, prediction)
+            judged = row_of(mapper, record, scores, config.seed)
+        rows[name] = judged
+        if not path_of_sheet.exists() or known.get(name) != judged:
+            few = targets.part(0, SHOWN)
             write_picture(sheet(scene, few, answer(scene, mapper, few).directions), path_of_sheet)
         report["mappers"] = {**rows, **{n: row for n, row in known.items() if n not in rows}}
         command.write_json(path, report)

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("eval.studies.teachers")
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.answers import earlier_report
-from eval.judging import Judges, edited_images, face_judges, goal_of, judge, scores_of
+from eval.judging import (
+    Goal,
+    Judges,
+    face_judges,
+    goal_of,
+    judge,
+    judge_edits,
+    study_means,
+)
 from eval.methods import drawn_answer
 from eval.report import Series, check_charts, line_chart, table
 from eval.sets import EvalSet, study_set
@@ -166,38 +174,15 @@ def search(
     return optimized, (time.perf_counter() - start) / count
 
 
-def mean_scores(
-    judges: Judges,
-    targets: EvalSet,
-    before: Float[Tensor, "sources 3 height width"],
-    edited: Iterable[Float[Tensor, "sources 3 height width"]],
-) -> dict[str, float]:
-    """Judge edited sources, a target at a time, and return means over the targets."""
-    judged = judge(judges, before, edited)
-    scores = scores_of(judged, judges.look(before), goal_of(judges, targets))
-    transfer, essence = scores["transfer"], scores["essence"]
-    means = {
-        "transfer": transfer,
-        "transfer_in_range": transfer[::2],  # as study_set has them
-        "transfer_out_of_range": transfer[1::2],
-        "consistency": scores["consistency"],
-        "essence_in_range": essence[::2],
-        "essence_out_of_range": essence[1::2],
-        "identity": scores["identity"],
-    }
-    return {name: float(values.mean()) for name, values in means.items()}
-
-
 def direction_scores(
     judges: Judges,
-    targets: EvalSet,
+    goal: Goal,
     sources: Float[Tensor, "sources num_ws w_dim"],
     directions: Float[Tensor, "targets num_ws w_dim"],
     strength: float = 1.0,
 ) -> dict[str, float]:
     """Judge directions on sources that none of them was optimized on."""
-    edited = edited_images(judges, sources, directions, strength)
-    return mean_scores(judges, targets, judges.scene.render(sources), edited)
+    return study_means(judge_edits(judges, goal, sources, directions, strength).scores)
 
 
 def drawn_scores(judges: Judges, targets: EvalSet, count: int) -> dict[str, float]:
@@ -206,7 +191,7 @@ def drawn_scores(judges: Judges, targets: EvalSet, count: int) -> dict[str, floa
         raise ValueError("expected targets whose faces are known, found others")
     z_dim = judges.scene.generator.z_dim
     before, edited = drawn_answer(targets.truth.faces, z_dim, count, VALIDATION_SOURCES)
-    return mean_scores(judges, targets, before, edited)
+    return study_means(judge(judges, goal_of(judges, targets), before, edited).scores)
 
 
 def run_recipe(
@@ -223,15 +208,15 @@ def run_recipe(
         What the report says of the recipe, and the directions.
     """
     optimized, seconds = search(scene, recipe, targets, config.seed, precision)
-    directions = optimized.directions
+    directions, goal = optimized.directions, goal_of(judges, targets)
     sources = scene.sources(config.held_out, VALIDATION_SOURCES)
     figures: dict[str, Any] = {
-        **direction_scores(judges, targets, sources, directions),
+        **direction_scores(judges, goal, sources, directions),
         "own_transfer": 1 - float(optimized.transfer.mean()),
         "norm": float(directions.flatten(1).norm(dim=1).mean()),
         "seconds_per_target": seconds,
         "by_strength": {
-            str(strength): direction_scores(judges, targets, sources, directions, strength)
+            str(strength): direction_scores(judges, goal, sources, directions, strength)
             for strength in config.strengths
         },
     }
@@ -239,7 +224,7 @@ def run_recipe(
         again = search(scene, recipe, targets, config.seed + 1, precision)[0].directions
         agreement = F.cosine_similarity(directions.flatten(1), again.flatten(1), dim=1)
         figures["agreement"] = float(agreement.mean())
-        figures["again"] = direction_scores(judges, targets, sources, again)
+        figures["again"] = direction_scores(judges, goal, sources, again)
     return figures, directions
 
 

@@ -30,7 +30,7 @@ from data.drawn.captions import caption
 from data.drawn.faces import wide_face
 from data.drawn.readings import READINGS, readings_of
 from data.drawn.sketch import GLASSES_COLOURS, HAIR_COLOURS, HAT_COLOURS, NAMES, Colour, Face, draw
-from eval.judging import Goal, Judges, edited_images, face_judges, judge, scores_of
+from eval.judging import Goal, Judges, face_judges, judge_edits
 from eval.metrics import interval
 from eval.report import number, table, with_bounds
 from eval.sets import Truth
@@ -183,8 +183,6 @@ class Setup:
     texts: TextTargets
     judges: Judges
     sources: Float[Tensor, "sources num_ws w_dim"]
-    before: Float[Tensor, "sources 3 height width"]
-    """The sources, unedited."""
 
     def embed(self, targets: Sequence[Image.Image | str]) -> Float[Tensor, "targets embed"]:
         """Embed targets as the product gives them to the mapper."""
@@ -198,7 +196,7 @@ class Setup:
 
 
 def make_setup(config: Config, world: World) -> Setup:
-    """Load the product, and render the sources.
+    """Load the product and the judges.
 
     Raises:
         FileNotFoundError: no such mapper.
@@ -207,13 +205,11 @@ def make_setup(config: Config, world: World) -> Setup:
     essence = load_essence(world, command.choose_device(), config.mapper)
     if essence.texts is None:
         raise ValueError(f"{world.name!r} is a world without neutral texts")
-    sources = essence.scene.sources(config.sources, TEST_SOURCES)
     return Setup(
         essence=essence,
         texts=essence.texts,
         judges=face_judges(essence.scene),
-        sources=sources,
-        before=essence.scene.render(sources),
+        sources=essence.scene.sources(config.sources, TEST_SOURCES),
     )
 
 
@@ -248,9 +244,8 @@ def judge_targets(
     directions = setup.essence.predict_embeddings(embeddings).directions
     asked = embeddings.float().cpu()
     shown = judges.scene.embedder.embed_pictures(pictures).cpu() if pictures else asked
-    judged = judge(judges, setup.before, edited_images(judges, setup.sources, directions))
     goal = Goal(embeddings=shown, second=None, truth=truth)
-    known = scores_of(judged, judges.look(setup.before), goal)
+    known = judge_edits(judges, goal, setup.sources, directions).scores
     scores = {name: known[name] for name in ("essence", "identity")}
     if pictures:
         scores["transfer"] = known["transfer"]
@@ -316,7 +311,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 def grid(setup: Setup, results: Sequence[Result], faces: DescribedFaces) -> Image.Image:
     """Return the sources, then a row for each of the first faces' targets and for each phrase."""
     sources = setup.sources[:SHOWN_SOURCES]
-    unedited = tensor_to_pictures(setup.before[:SHOWN_SOURCES])
+    unedited = tensor_to_pictures(setup.judges.scene.render(sources))
     blank = Image.new("RGB", unedited[0].size, "white")
     rows = {"sources": [blank, *unedited]}
 

@@ -244,6 +244,6 @@ def test_the_released_score_is_a_mean_over_sources_and_then_over_targets() -> No
     mean = sum(means) / 3
     deviation = math.sqrt(sum((value - mean) ** 2 for value in means) / 3)
     found = released_score(results, targets[:, None])
-    assert (found.mean, found.deviation) == pytest.approx((mean, deviation), rel=1e-4)
+    assert (found["mean"], found["deviation"]) == pytest.approx((mean, deviation), rel=1e-4)
     same = released_score(sources.expand(3, -1, -1), sources[None])
-    assert (same.mean, same.deviation) == pytest.approx((100, 0), abs=1e-3)
+    assert (same["mean"], same["deviation"]) == pytest.approx((100, 0), abs=1e-3)

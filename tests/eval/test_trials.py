@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from eval.judging import Judges, edited_images, goal_of, judge
-from eval.sets import EvalSet, samples
-from eval.trials import Trial, by_attribute, by_rank, differences, means, sheet
+from eval.judging import Judges, goal_of, judge_edits
+from eval.sets import samples
+from eval.trials import by_attribute, by_rank, differences, means, sheet
 from targetclip.scene import Scene
 from targetclip.world import load_scene, load_world
 
@@ -18,17 +17,12 @@ def scene(tiny_world: Path) -> Scene:
     return load_scene(load_world(str(tiny_world)), max_images=8)
 
 
-def trial_of(scene: Scene, sources: Tensor, edits: Tensor, targets: EvalSet) -> Trial:
-    judges, before = Judges(scene=scene), scene.render(sources)
-    judged = judge(judges, before, edited_images(judges, sources, edits))
-    return Trial.of(judged, judges.look(before), goal_of(judges, targets))
-
-
 def test_a_method_that_answered_fewer_targets_is_compared_on_those(scene: Scene) -> None:
     sources, targets = scene.sources(3), samples(scene.generator, 1.0, 3)
     edits = torch.randn(3, *sources.shape[1:], generator=torch.Generator().manual_seed(0))
-    whole = trial_of(scene, sources, edits, targets)
-    part = trial_of(scene, sources, edits[:2], targets.part(0, 2))
+    judges = Judges(scene=scene)
+    whole = judge_edits(judges, goal_of(judges, targets), sources, edits)
+    part = judge_edits(judges, goal_of(judges, targets.part(0, 2)), sources, edits[:2])
     references = whole.before.features
     assert set(means({"a": whole, "b": part}, 3, references, 0)) == {"a"}
     few = means({"a": whole, "b": part}, 2, references, 0)

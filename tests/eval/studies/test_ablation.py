@@ -11,14 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.judging import face_judges
+from eval.judging import face_judges, goal_of
 from eval.sets import study_set
 from eval.studies.ablation import (
     Config,
     answer,
     figures_of,
     main,
-    make_task,
     network_of,
     run,
     target_scores,
@@ -86,7 +85,9 @@ def test_a_mapper_is_judged_as_the_study_judges_directions(
     with torch.no_grad():
         answered = mapper(scene.embedder.embed_pictures(targets.pictures))
     sources = scene.sources(2, VALIDATION_SOURCES)
-    expected = direction_scores(face_judges(scene), targets, sources, answered.directions)
+    judges = face_judges(scene)
+    goal = goal_of(judges, targets)
+    expected = direction_scores(judges, goal, sources, answered.directions)
     assert row["transfer"]["mean"] == pytest.approx(expected.pop("transfer"), abs=1e-5)
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-5)
     norms = answered.directions.flatten(1).norm(dim=1)
@@ -112,12 +113,13 @@ def test_identical_mappers_have_identical_figures_and_others_have_not(
 
 def test_the_better_of_two_answers_has_the_better_scores(scene: Scene) -> None:
     """Directions to sources that are judged good or bad by the target's own embedding."""
-    task = make_task(scene, study_set(2), 3)
+    judges, sources = face_judges(scene), scene.sources(3, VALIDATION_SOURCES)
+    goal = goal_of(judges, study_set(2))
     random = torch.Generator().manual_seed(0)
-    tried = 3 * torch.randn(8, *task.sources.shape[1:], generator=random)
+    tried = 3 * torch.randn(8, *sources.shape[1:], generator=random)
 
     def scores(directions: torch.Tensor) -> dict[str, torch.Tensor]:
-        return target_scores(task, Prediction(directions, torch.zeros(2)))
+        return target_scores(judges, goal, sources, Prediction(directions, torch.zeros(2)))
 
     transfer = torch.stack([scores(one.expand(2, -1, -1))["transfer"] for one in tried])
     best, worst = tried[transfer.argmax(dim=0)], tried[transfer.argmin(dim=0)]
@@ -137,7 +139,8 @@ def test_scores_depend_neither_on_the_other_targets_nor_on_the_batch(
     for part, at_once in ((2, None), (4, 1)):
         targets, small = study_set(part), scene.with_max_images(at_once)
         answered = answer(small, mapper, targets)
-        scores = target_scores(make_task(small, targets, 2), answered)
+        judges, sources = face_judges(small), small.sources(2, VALIDATION_SOURCES)
+        scores = target_scores(judges, goal_of(judges, targets), sources, answered)
         for name, values in whole.items():
             assert values[:part] == pytest.approx(scores[name].tolist(), abs=1e-5), name
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from data.drawn.sketch import SIZE
-from eval.judging import face_judges
+from eval.judging import face_judges, goal_of
 from eval.sets import study_set
 from eval.studies.teachers import (
     Config,
@@ -119,12 +119,12 @@ def test_scores_are_means_over_the_targets_at_every_strength(scene: Scene) -> No
     random = torch.Generator().manual_seed(0)
     directions = torch.randn(2, *sources.shape[1:], generator=random)
     for strength in (0.0, 0.5, 1.0):
-        together = direction_scores(judges, both, sources, directions, strength)
+        together = direction_scores(judges, goal_of(judges, both), sources, directions, strength)
         alone = []
         for i in range(2):
             rows = slice(i, i + 1)
-            part = both.part(i, i + 1)
-            alone.append(direction_scores(judges, part, sources, directions[rows], strength))
+            goal = goal_of(judges, both.part(i, i + 1))
+            alone.append(direction_scores(judges, goal, sources, directions[rows], strength))
         for key in ("transfer", "consistency", "identity"):
             mean = sum(scores[key] for scores in alone) / 2
             assert together[key] == pytest.approx(mean, abs=1e-5), key
