@@ -293,7 +293,7 @@ def unknown_words(tokenizer: Tokenizer, text: str) -> str:
 
     foreign = " ".join(filter(is_foreign, text.split()))
     tokens = len(tokens_of(tokenizer, foreign)) - len(tokens_of(tokenizer, ""))
-    return foreign if tokens > max(2, sum(map(str.isalpha, foreign))) else ""
+    return foreign if tokens >= max(3, sum(map(str.isalpha, foreign))) else ""
 
 
 @lru_cache(maxsize=1024)  # each text is warned of once

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
 from targetclip.encoders.irse import COUNTER, STAGES, IrSe50, fill
-from targetclip.generators.rosinality import read_checkpoint
+from targetclip.generators.rosinality import PARALLEL, read_checkpoint
 from targetclip.weights import digest_of_weights
 
 EXPECTED = "ArcFace's IR-SE50 weights, a state dict as in model_ir_se50.pth"
@@ -89,7 +89,7 @@ def load_arcface(path: str | Path) -> ArcFace:
             raise ValueError(f"expected {EXPECTED}, found {type(state).__name__}")
         with torch.device("meta"):
             network = ArcFace()
-        fill(network, state, EXPECTED)
+        fill(network, {name.removeprefix(PARALLEL): state[name] for name in state}, EXPECTED)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return network

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
 from targetclip.encoders.irse import STAGES, IrSe50, counted, fill
-from targetclip.generators.rosinality import read_checkpoint
+from targetclip.generators.rosinality import PARALLEL, read_checkpoint
 from targetclip.generators.stylegan2 import EqualizedLinear
 
+ENCODER_TYPE = "Encoder4Editing"
 EXPECTED = 'an e4e checkpoint {"state_dict": {"encoder...": ...}, "latent_avg": ...}'
 SIZE = 256
 INPUT = EncoderInput(SIZE, SIGNED, SIGNED, "bilinear")
@@ -113,17 +114,31 @@ def average_of(latent_avg: object, num_ws: int, w_dim: int) -> Float[Tensor, "nu
     return latent_avg.detach().float().expand(num_ws, w_dim).contiguous()
 
 
+def encoder_type(options: object) -> object:
+    """Return the kind of encoder that the options of a training name; None if they name none."""
+    if isinstance(options, argparse.Namespace):
+        options = vars(options)
+    return options.get("encoder_type") if isinstance(options, dict) else None
+
+
 def inverter_of(checkpoint: object, num_ws: int, w_dim: int) -> E4eInverter:
-    """Return the inverter of a loaded checkpoint; its decoder and options are ignored."""
+    """Return the inverter of a loaded checkpoint; its decoder and most options are ignored."""
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(checkpoint, dict) or not isinstance(state, dict):
         keys = counted(set(map(str, checkpoint)) if isinstance(checkpoint, dict) else set())
         raise ValueError(f"expected {EXPECTED}, found {type(checkpoint).__name__}, keys: {keys}")
+    # pSp's encoder has the same names and shapes, but all of its w vectors are absolute.
+    if (kind := encoder_type(checkpoint.get("opts"))) not in (None, ENCODER_TYPE):
+        raise ValueError(
+            f"expected {EXPECTED}, found an encoder of the type {kind}, as of pSp: take the e4e "
+            "that was trained with this generator"
+        )
+    names = {name: name.removeprefix(PARALLEL) for name in state if isinstance(name, str)}
     prefix = "encoder."
     encoder = {
-        name.removeprefix(prefix): value
-        for name, value in state.items()
-        if isinstance(name, str) and name.startswith(prefix)
+        plain.removeprefix(prefix): state[name]
+        for name, plain in names.items()
+        if plain.startswith(prefix)
     }
     last = encoder.get("styles.0.linear.weight")
     if not isinstance(last, Tensor) or last.ndim != 2:

@@ -209,10 +209,63 @@ def test_embeddings_are_raw(embedder: ClipEmbedder) -> None:
         assert (embeddings.norm(dim=-1) - 1).abs().min() > 0.01
 
 
-def test_texts_are_told_apart_and_cut_at_the_context_length(embedder: ClipEmbedder) -> None:
-    hat, beard, long = embedder.embed_texts(["a red hat", "a beard", "a red hat " * 40])
+def test_texts_are_told_apart(embedder: ClipEmbedder, caplog: pytest.LogCaptureFixture) -> None:
+    hat, beard = embedder.embed_texts(["a red hat", "a beard"])
     assert F.cosine_similarity(hat, beard, dim=0) < 0.999
-    assert long.isfinite().all()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("hat " * 14, None),  # exactly the 16 tokens of the context, two of which mark the ends
+        ("hat " * 14 + "and beard", "and beard"),
+        ("hat " * 13 + "xqzjwv, blue", "xqzjwv, blue"),  # the first of them in part
+        ("1234567890" * 3, "5678901234567890"),  # without spaces; each digit is a token
+    ],
+)
+def test_a_text_is_cut_at_the_context_length_and_what_is_lost_is_named(
+    text: str, lost: str | None, embedder: ClipEmbedder, caplog: pytest.LogCaptureFixture
+) -> None:
+    [cut] = embedder.embed_texts([text])
+    if lost is None:
+        assert not caplog.records
+        return
+    message = caplog.messages[0]
+    assert "16 tokens" in message and f": {lost!r} is left out" in message
+    kept = text.removesuffix(lost)
+    assert kept != text
+    [again] = embedder.embed_texts([text + " and much more"])
+    assert torch.equal(again, cut)  # nothing that follows has a part in it
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("красная шапка", "красная шапка"),
+        ("a man, шапка", "шапка"),
+        ("红帽子", "红帽子"),
+        ("빨간 모자", "빨간 모자"),
+        ("قبعة حمراء", "قبعة حمراء"),
+        ("une fille très âgée", None),
+        ("niño con sombrero", None),
+        ("naïve café!!! 42", None),
+    ],
+)
+def test_words_in_a_script_that_the_tokenizer_hardly_knows_are_named(
+    text: str, unknown: str | None, embedder: ClipEmbedder, caplog: pytest.LogCaptureFixture
+) -> None:
+    embedder.embed_texts([text])
+    scripts = [message for message in caplog.messages if "hardly knows" in message]
+    assert len(scripts) == (unknown is not None)
+    if unknown is not None:
+        assert repr(unknown) in scripts[0]
+
+
+def test_a_text_is_warned_of_once(embedder: ClipEmbedder, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        embedder.embed_texts(["a green hat " * 20])
+    assert len(caplog.records) == 1
 
 
 def test_nothing_to_embed_and_pictures_with_alpha_are_refused(embedder: ClipEmbedder) -> None:

@@ -119,6 +119,12 @@ def test_every_weight_of_a_file_is_in_the_network_which_is_frozen(small: Path) -
     assert not any(module.training for module in network.modules())
 
 
+def test_names_of_a_parallel_training_are_read(small: Path, tmp_path: Path) -> None:
+    state = {f"module.{name}": tensor for name, tensor in small_state().items()}
+    path = saved(state, tmp_path / "parallel.pth")
+    assert load_arcface(path).fingerprint == load_arcface(small).fingerprint
+
+
 def test_the_fingerprint_is_that_of_the_weights_alone(small: Path, tmp_path: Path) -> None:
     network = load_arcface(small)
     assert isinstance(network, IdentityModel)

@@ -166,11 +166,29 @@ def test_an_average_of_one_row_is_repeated(shape: tuple[int, ...], tmp_path: Pat
     assert torch.equal(inverter.latent_avg, torch.arange(8.0).repeat(8, 1))
 
 
-@pytest.mark.parametrize("options", [{"encoder_type": "x"}, argparse.Namespace(encoder_type="x")])
+@pytest.mark.parametrize("options", [{"lr": 0.1}, argparse.Namespace(lr=0.1)])
 def test_a_file_with_the_options_of_its_training_is_read(options: object, tmp_path: Path) -> None:
     path = saved(small_checkpoint() | {"opts": options}, tmp_path / "e4e.pt")
     load_e4e(path, 8, 8)
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
+
+
+def test_an_encoder_of_psp_is_refused_though_its_names_are_the_same(tmp_path: Path) -> None:
+    for options in ({"encoder_type": "GradualStyleEncoder"}, {"encoder_type": "Encoder4Editing"}):
+        for kept in (options, argparse.Namespace(**options)):
+            path = saved(small_checkpoint() | {"opts": kept}, tmp_path / "psp.pt")
+            if options["encoder_type"] == "Encoder4Editing":
+                load_e4e(path, 8, 8)
+            else:
+                assert "GradualStyleEncoder, as of pSp" in error_of(path)
+
+
+def test_names_of_a_parallel_training_are_read(small: Path, tmp_path: Path) -> None:
+    checkpoint = small_checkpoint()
+    state = {f"module.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
+    path = saved(checkpoint | {"state_dict": state}, tmp_path / "e4e.pt")
+    expected, actual = (load_e4e(p, 8, 8).state_dict() for p in (small, path))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def test_old_and_half_precision_files_without_counters_are_read(tmp_path: Path) -> None:
