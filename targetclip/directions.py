@@ -83,7 +83,6 @@ def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
             are not finite.
     """
     path = Path(path)
-    refuse_picture(path, "a direction")
     metadata, tensors = read_tensors(path, "direction", [FORMAT], MAKE)
     if "direction" not in tensors:
         raise ValueError(f"{path}: expected a direction as in {FORMAT}, found none: {MAKE}")

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from targetclip.command import write_file
+from targetclip.media.images import refuse_picture
 
 GET_AGAIN = "get the file again"
 
@@ -72,6 +73,7 @@ def read_tensors(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such {kind} file: {make}")
+    refuse_picture(path, f"a safetensors file ({kind})")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -27,11 +27,10 @@ logger = logging.getLogger(__name__)
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 READABLE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib")
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-HEADS = {  # of files; the others are told by their first container
+HEADS = {  # first bytes of files
     PNG_SIGNATURE: "PNG",
     b"\xff\xd8\xff": "JPEG",
     b"GIF8": "GIF",
-    b"BM": "BMP",
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
     b"8BPS": "Photoshop",
@@ -40,6 +39,7 @@ HEADS = {  # of files; the others are told by their first container
     b"\0\0\0\x0cjP  ": "JPEG 2000",
 }
 HEAD_BYTES = 64  # enough to tell the kind
+BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # lengths; other files may begin with BM, too
 WRITABLE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_FILE_BYTES = 50_000_000
 MAX_SIDE = 8192
@@ -59,6 +59,8 @@ def picture_kind(head: bytes) -> str | None:
     """Return the name of a picture format, also of those not read, by a file's first 64 bytes."""
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in BMP_HEADERS:
+        return "BMP"
     if head[4:8] == b"ftyp":
         brands = head[8:HEAD_BYTES]
         if b"avif" in brands or b"avis" in brands:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -55,6 +56,13 @@ def test_another_format_a_damaged_file_and_no_file_are_named(tmp_path: Path) -> 
         read(path, "other/1", "other/2")
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(ValueError, match="expected a safetensors file"):
+        read(path)
+
+
+def test_a_picture_given_as_weights_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    path = tmp_path / "face.png"
+    Image.new("RGB", (8, 8)).save(path)
+    with pytest.raises(ValueError, match=r"\(kind\), found a picture \(PNG\); give .* --target"):
         read(path)
 
 

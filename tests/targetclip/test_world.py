@@ -97,7 +97,9 @@ def test_backslashes_divide_folders_on_every_system(tmp_path: Path) -> None:
 def test_without_a_home_folder_a_path_in_it_is_refused_and_others_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "found no home folder" in error_of(written(tmp_path, LEAST + 'mapper = "~no_such_user/m"\n'))
+    assert "found no home folder" in error_of(
+        written(tmp_path, LEAST + 'mapper = "~no_such_user/m"\n')
+    )
     monkeypatch.setenv("HOME", "")
     assert load_world("sketch64").name == "sketch64"
 

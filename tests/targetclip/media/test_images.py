@@ -417,6 +417,8 @@ def test_pictures_of_a_folder_are_told_by_suffix_or_without_one_by_content(tmp_p
         if is_picture(path):
             read_picture(path)
     (tmp_path / "LICENSE").write_text("BSD")
+    (tmp_path / "CARS").write_text("BMW and others are no pictures, as a BMP would be.")
+    assert not is_picture(tmp_path / "CARS")
     (tmp_path / "folder").mkdir()
     assert not is_picture(tmp_path / "LICENSE") and not is_picture(tmp_path / "folder")
 
