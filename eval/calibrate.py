@@ -31,6 +31,7 @@ from tqdm import tqdm
 from data.targets import Target, of_split, open_targets
 from eval.expectation import fit_expectation
 from eval.report import Series, check_charts, line_chart
+from eval.sets import Directions, Embeddings, Sources
 from predictor.direction import Gate
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperRecord, trained_recipe
@@ -85,15 +86,6 @@ class Config:
     """Of every random number of the searches, and of the sources of the expected score."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
-
-
-def check_config(config: Config) -> None:
-    """Raise a ValueError for an option that is out of range."""
-    for name, least in {"count": 1, "fitted": 0, "sources": 2, "probes": 1}.items():
-        if getattr(config, name) < least:
-            raise ValueError(f"--{name}: expected {least} or more, found {getattr(config, name)}")
-    if config.max_images is not None and config.max_images < 1:
-        raise ValueError(f"--max-images: expected 1 or more, found {config.max_images}")
 
 
 # Figures from scores
@@ -168,9 +160,9 @@ class Validation:
     ids: list[str]
     specs: list[str]
     """The set that each target is from."""
-    embeddings: Float[Tensor, "targets embed"]
+    embeddings: Embeddings
     """Edits are compared with them."""
-    sources: Float[Tensor, "sources num_ws w_dim"]
+    sources: Sources
     """Not used by the optimizer or the probe."""
     probes: int
     teacher: Recipe
@@ -189,9 +181,7 @@ class Validation:
         return {spec: float(values[rows].mean()) for spec, rows in self.members().items()}
 
     @torch.no_grad()
-    def scores(
-        self, directions: Float[Tensor, "targets num_ws w_dim"]
-    ) -> dict[str, Float[Tensor, " targets"]]:
+    def scores(self, directions: Directions) -> dict[str, Float[Tensor, " targets"]]:
         """Return the transfer score, the losses of refinements and of the teacher, and the transfer
         score on the probe sources."""
         scene = self.essence.scene
@@ -250,7 +240,7 @@ def open_validation(config: Config, essence: EssenceTransfer, teacher: Recipe) -
 
 def predictions(
     validation: Validation, mapper: Mapper
-) -> tuple[Float[Tensor, "targets num_ws w_dim"], Float[Tensor, " targets"]]:
+) -> tuple[Directions, Float[Tensor, " targets"]]:
     """Return the mapper's directions, and the transfer scores it expects."""
     recipe, scene = trained_recipe(mapper.record), validation.essence.scene
     with torch.no_grad():
@@ -261,12 +251,12 @@ def predictions(
 def searched(
     validation: Validation,
     recipe: Recipe,
-    initial: Float[Tensor, "targets num_ws w_dim"],
+    initial: Directions,
     seed: int,
     *,
     label: str,
     precision: Precision,
-) -> Float[Tensor, "targets num_ws w_dim"]:
+) -> Directions:
     """Return the optimizer's directions of all targets; the start where a search failed."""
     scene = validation.essence.scene
     directions, failures = scene.search_in_batches(
@@ -281,9 +271,7 @@ def searched(
     return torch.where(failed[:, None, None], initial, directions)
 
 
-def stretched(
-    validation: Validation, predicted: Float[Tensor, "targets num_ws w_dim"]
-) -> tuple[float, dict[float, float]]:
+def stretched(validation: Validation, predicted: Directions) -> tuple[float, dict[float, float]]:
     """Return the factor of the directions with the lowest mean loss, and the loss of each."""
     losses = {
         factor: float(validation.scores(factor * predicted)["loss"].mean())
@@ -297,7 +285,7 @@ Losses = dict[str, dict[float, dict[int, float]]]
 
 def refinements(
     validation: Validation,
-    predicted: Float[Tensor, "targets num_ws w_dim"],
+    predicted: Directions,
     scores: Mapping[str, Tensor],
     settings: Sequence[tuple[float, int]],
     seed: int,
@@ -329,9 +317,7 @@ def refinements(
 
 
 def reliability_chart(
-    validation: Validation,
-    expected: Float[Tensor, " targets"],
-    reached: Float[Tensor, " targets"],
+    validation: Validation, expected: Float[Tensor, " targets"], reached: Float[Tensor, " targets"]
 ) -> Image.Image:
     """Draw expected against reached transfer scores, a point for each target."""
     series = [
@@ -359,7 +345,7 @@ def run(
     Raises:
         FileNotFoundError, ValueError: parts that are missing or do not fit; no targets.
     """
-    check_config(config)
+    command.check_least(config, count=1, fitted=0, sources=2, probes=1, max_images=1)
     check_charts()
     world = load_world(config.world)
     precision = command.choose_precision(config.precision)

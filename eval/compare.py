@@ -141,11 +141,8 @@ class Config:
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for options that are out of range or do not go together."""
-    least = {"sources": 2, "references": 2}
-    for name, value in vars(config).items():
-        if type(value) is int and name != "seed" and value < least.get(name, 1):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag}: expected {least.get(name, 1)} or more, found {value}")
+    command.check_least(config, targets=1, slow=1, max_steps=1, max_images=1)
+    command.check_least(config, sources=2, references=2)
     if unknown := [name for name in config.only if name not in NAMES]:
         raise ValueError(f"--only: expected some of {', '.join(NAMES)}, found {unknown[0]!r}")
     if config.trust_folder and config.folder is None:

@@ -28,7 +28,7 @@ from eval.metrics import (
     spread,
 )
 from eval.reader import AttributeReader, load_reader
-from eval.sets import EvalSet, Truth
+from eval.sets import Directions, Embeddings, EvalSet, Sources, Truth
 from targetclip.embedder import ImageEmbedder
 from targetclip.scene import Scene, score_features
 
@@ -191,7 +191,7 @@ def face_judges(scene: Scene) -> Judges:
 class Goal:
     """The outputs of the judges for targets."""
 
-    embeddings: Float[Tensor, "targets embed"]
+    embeddings: Embeddings
     second: Float[Tensor, "targets other"] | None
     """Embeddings of the second judge."""
     truth: Truth | None
@@ -273,7 +273,7 @@ def judge(
 
 def edited_images(
     scene: Scene,
-    sources: Float[Tensor, "sources num_ws w_dim"],
+    sources: Sources,
     edits: Float[Tensor, "targets *sources num_ws w_dim"],
     strength: float = 1.0,
 ) -> Iterator[Float[Tensor, "sources 3 height width"]]:
@@ -285,7 +285,7 @@ def edited_images(
 def judge_edits(
     judges: Judges,
     goal: Goal,
-    sources: Float[Tensor, "sources num_ws w_dim"],
+    sources: Sources,
     edits: Float[Tensor, "targets *sources num_ws w_dim"],
     strength: float = 1.0,
 ) -> Judged:
@@ -314,8 +314,8 @@ def study_means(scores: Mapping[str, Float[Tensor, " targets"]]) -> dict[str, fl
 
 def released_scores(
     judges: Judges,
-    sources: Float[Tensor, "sources num_ws w_dim"],
-    edits: Float[Tensor, "targets num_ws w_dim"],
+    sources: Sources,
+    edits: Directions,
     targets: EvalSet,
     references: Float[Tensor, "images features"],
 ) -> dict[str, dict[str, float]]:

@@ -24,7 +24,7 @@ from data.drawn.faces import GROUPS, faces_from_z, to_images
 from data.drawn.sketch import ESSENCE, Face, draw
 from data.pairs import dimensions
 from data.publish import sha256_of
-from eval.sets import EvalSet
+from eval.sets import Directions, Embeddings, EvalSet, Sources
 from predictor.mapper import Mapper
 from predictor.mapper_file import trained_recipe
 from predictor.transfer import EssenceTransfer
@@ -74,23 +74,17 @@ class PairTable:
     weights: Float64[Tensor, "embed entries"]
     """Ridge regression from embeddings less `centre` to flattened directions less `mean`."""
 
-    def mean_directions(
-        self, embeddings: Float[Tensor, "targets embed"]
-    ) -> Float[Tensor, "targets num_ws w_dim"]:
+    def mean_directions(self, embeddings: Embeddings) -> Directions:
         """Return the mean of all training directions, for every target."""
         return self.mean.float().repeat(len(embeddings), 1, 1)
 
-    def nearest_directions(
-        self, embeddings: Float[Tensor, "targets embed"]
-    ) -> Float[Tensor, "targets num_ws w_dim"]:
+    def nearest_directions(self, embeddings: Embeddings) -> Directions:
         """Return the direction of the training pair whose embedding has the highest cosine."""
         nearest = (F.normalize(embeddings, dim=1) @ self.embeddings.T).argmax(dim=1)
         # One at a time: a selection of rows would lose their order and repetitions.
         return torch.stack([self.rows[int(i)]["direction"] for i in nearest])
 
-    def ridge_directions(
-        self, embeddings: Float[Tensor, "targets embed"]
-    ) -> Float[Tensor, "targets num_ws w_dim"]:
+    def ridge_directions(self, embeddings: Embeddings) -> Directions:
         """Return the predictions of the ridge regression."""
         offsets = F.normalize(embeddings.double(), dim=1) - self.centre
         directions = (self.mean.flatten() + offsets @ self.weights).float()
@@ -166,7 +160,7 @@ class Bench:
 
     essence: EssenceTransfer
     """With the mapper that is judged."""
-    sources: Float[Tensor, "sources num_ws w_dim"]
+    sources: Sources
     """The test sources, for methods that edit each source by itself; others ignore them."""
     pairs: PairTable | None = None
     differences: Mapper | None = None
@@ -192,7 +186,7 @@ class Bench:
         most = self.max_steps
         return recipe if most is None else replace(recipe, steps=min(recipe.steps, most))
 
-    def embed(self, targets: EvalSet, recipe: Recipe) -> Float[Tensor, "targets embed"]:
+    def embed(self, targets: EvalSet, recipe: Recipe) -> Embeddings:
         """Return embeddings of targets, preprocessed as a recipe wants them."""
         return self.scene.embed_targets(targets.pictures, recipe)
 

@@ -19,6 +19,7 @@ from data.drawn.readings import READINGS
 from targetclip.losses import SHORTEST_DIFFERENCE
 from targetclip.seeds import seed_of
 
+Images = Float[Tensor, "images 3 height width"]
 KID_SUBSETS, KID_SUBSET = 10, 1000
 
 # In embedding space
@@ -126,9 +127,7 @@ def identity_by_attribute(
 # In pixels
 
 
-def outside_change(
-    before: Float[Tensor, "images 3 height width"], after: Float[Tensor, "images 3 height width"]
-) -> Float[Tensor, " images"]:
+def outside_change(before: Images, after: Images) -> Float[Tensor, " images"]:
     """Return the mean absolute change of the left and right border, a sixteenth of the width each.
 
     A fraction of the range of values, in [0, 1]. On drawn faces the border is background: the
@@ -139,14 +138,12 @@ def outside_change(
     return torch.cat([change[..., :width], change[..., -width:]], dim=-1).mean(dim=(1, 2, 3))
 
 
-def border_width(images: Float[Tensor, "images 3 height width"]) -> int:
+def border_width(images: Images) -> int:
     """Return the columns at either side where no essence is drawn."""
     return max(1, images.shape[-1] // 16)
 
 
-def outside_alone(
-    before: Float[Tensor, "images 3 height width"], after: Float[Tensor, "images 3 height width"]
-) -> Float[Tensor, "images 3 height width"]:
+def outside_alone(before: Images, after: Images) -> Images:
     """Return the unedited images with the borders of the edited ones."""
     width, mixed = border_width(before), before.clone()
     mixed[..., :width], mixed[..., -width:] = after[..., :width], after[..., -width:]

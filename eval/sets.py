@@ -34,6 +34,10 @@ from targetclip.seeds import (
     source_seeds,
 )
 
+Sources = Float[Tensor, "sources num_ws w_dim"]
+Embeddings = Float[Tensor, "targets embed"]
+Directions = Float[Tensor, "targets num_ws w_dim"]
+
 IN_RANGE, OUT_OF_RANGE, ADVERSARIAL, FOLDER = "in-range", "out-of-range", "adversarial", "folder"
 RESERVED = 4096  # sources of each kind that the test sources must not be
 TEXTS = ("GREEN HAIR", "BIG HAT", "RED LIPS", "GLASSES", "A BEARD", "WHITE FACE")

@@ -32,7 +32,7 @@ from eval.metrics import (
     interval,
     kernel_distance,
 )
-from eval.sets import ADVERSARIAL, EvalSet
+from eval.sets import ADVERSARIAL, Directions, EvalSet
 from targetclip.losses import unit_cosines
 from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.scene import MAX_IMAGES, Scene
@@ -250,9 +250,7 @@ def sweep_report(
 # Grids of pictures
 
 
-def sheet(
-    scene: Scene, targets: EvalSet, directions: Float[Tensor, "targets num_ws w_dim"]
-) -> Image.Image:
+def sheet(scene: Scene, targets: EvalSet, directions: Directions) -> Image.Image:
     """Return nine sources, then for each target a row: its picture, and the sources edited."""
     sources = scene.sources(9, VALIDATION_SOURCES)
     unedited = tensor_to_pictures(scene.render(sources))

@@ -24,7 +24,7 @@ from importlib import import_module, metadata
 from io import StringIO, TextIOWrapper
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -208,9 +208,9 @@ def signals_as_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line to standard output or another stream; a reader that is gone is no error."""
-    stream = stream or sys.stdout
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line to standard output or standard error; a reader that is gone is no error."""
+    stream = sys.stderr if error else sys.stdout
     try:
         print(text, file=stream, flush=True)
     except OSError:  # a closed pipe, or a terminal that hung up
@@ -224,17 +224,17 @@ def guarded(work: Callable[[], int | None], prog: str) -> int:
     try:
         return work() or 0
     except (KeyboardInterrupt, Stopped):
-        say(f"{prog}: stopped; what was done is kept", sys.stderr)
+        say(f"{prog}: stopped; what was done is kept", error=True)
         return STOPPED
     except (ValueError, OSError, FloatingPointError) as error:
-        say(f"{prog}: error: {one_line(error)}", sys.stderr)
+        say(f"{prog}: error: {one_line(error)}", error=True)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         say(
             f"{prog}: error: out of memory: lower --batch-size or --max-images, or add "
             "--checkpoint-layers, where the command has them",
-            sys.stderr,
+            error=True,
         )
     return FAILED
 
@@ -266,6 +266,19 @@ def start(module: str) -> NoReturn:
 
 
 # Device and precision
+
+
+def check_least(config: object, **least: int) -> None:
+    """Raise a ValueError for a number of a command's options that is too small; None passes.
+
+    Args:
+        least: the smallest value of each, by the name of its field.
+    """
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: expected {bound} or more, found {value}")
 
 
 def choose_device(name: str | None = None) -> "torch.device":

@@ -58,16 +58,6 @@ class Config:
     """Decides what the bootstrap draws; targets and sources are always the same."""
 
 
-def check_config(config: Config) -> None:
-    """Raise a ValueError for an option that cannot be."""
-    if not config.mappers:
-        raise ValueError("--mappers: expected one mapper's file or more, found none")
-    for name in ("targets", "held_out"):
-        if getattr(config, name) < 2:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag}: expected 2 or more, found {getattr(config, name)}")
-
-
 # The mappers
 
 
@@ -250,7 +240,9 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
         FileNotFoundError, ValueError: see `open_mappers`; an option that cannot be, or a report of
             other options.
     """
-    check_config(config)
+    if not config.mappers:
+        raise ValueError("--mappers: expected one mapper's file or more, found none")
+    command.check_least(config, targets=2, held_out=2)
     scene = load_scene(load_world(config.world), command.choose_device())
     mappers = open_mappers(config.mappers, scene)
     path = config.out / "report.json"

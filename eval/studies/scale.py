@@ -39,7 +39,7 @@ from data.teacher import Teacher, make_teacher
 from data.worker import Worker, merge_all
 from eval.costs import Sizes, alone, count_operations, machine, peak_bytes
 from targetclip import command
-from targetclip.command import Precision, Stop, choose_precision
+from targetclip.command import Precision, Stop, Stopwatch, choose_precision
 from targetclip.optimize import Optimized
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
@@ -76,31 +76,29 @@ class Config:
 # Builds in this process
 
 
-@dataclass(frozen=True, kw_only=True)
-class LocalBuild:
-    """A build of the world's recipe that this process alone works on."""
+def build_here(
+    work: Path, world: World, teacher: Teacher, targets: TargetSet, size: int, clock: Stopwatch
+) -> tuple[Plan, dict[str, Any]]:
+    """Build pairs in this process alone, as the command does, in phases plan, run and merge.
 
-    work: Path
-    world: World
-    teacher: Teacher
+    Args:
+        work: folder of the build, made anew; its pairs come into the folder `dataset` below.
+        size: targets of a chunk.
 
-    def plan(self, targets: TargetSet, size: int) -> Plan:
-        """Plan chunks of `size` targets."""
-        settings = settings_of(self.teacher, self.world, seed=0)
-        prepare = self.teacher.prepare
-        return make_plan(
-            self.work, "scale", [targets], settings, size, prepare, lambda count, total: None
+    Returns:
+        The plan, and the report of the dataset.
+    """
+    settings = settings_of(teacher, world, seed=0)
+    with clock.phase("plan"):
+        plan = make_plan(
+            work, "scale", [targets], settings, size, teacher.prepare, lambda count, total: None
         )
-
-    def run(self, plan: Plan) -> None:
-        """Do all chunks, as a worker of the command does."""
-        Worker(work=self.work, plan=plan, teacher=self.teacher, stop=Stop()).run(wait=True)
-
-    def merge(self, plan: Plan) -> dict[str, Any]:
-        """Merge the chunks into the folder `dataset`, and return its report."""
-        config = Build(out=self.work, world=self.world.argument)
-        info = dataset_info(config, self.world, self.teacher.scene, plan)
-        return merge_all(self.work / "dataset", self.work, plan, info)
+    with clock.phase("run"):
+        Worker(work=work, plan=plan, teacher=teacher, stop=Stop()).run(wait=True)
+    with clock.phase("merge"):
+        info = dataset_info(Build(out=work, world=world.argument), world, teacher.scene, plan)
+        report = merge_all(work / "dataset", work, plan, info)
+    return plan, report
 
 
 class InstantScene(Scene):
@@ -122,39 +120,26 @@ class InstantScene(Scene):
         )
 
 
-def local_build(
-    folder: Path,
-    world: World,
-    scene: Scene,
-    *,
-    steps: int | None = None,
-    held_out: int = 16,
-    precision: Precision = "fp32",
-) -> LocalBuild:
-    """Make a teacher by the world's recipe, and a new folder name below `folder`."""
-    recipe = RECIPES[world.recipe]
-    recipe = replace(recipe, steps=steps or recipe.steps)
-    teacher = make_teacher(scene, world.recipe, recipe, held_out, precision)
-    return LocalBuild(work=folder / f"work-{time.time_ns()}", world=world, teacher=teacher)
-
-
 # The measures
+
+
+def new_folder(config: Config, name: str) -> Path:
+    """Name a new folder of a build below --out."""
+    return config.out / f"{name}-{time.time_ns()}"
 
 
 def measure_overhead(config: Config) -> dict[str, float]:
     """Time the bare optimizer, a build of the same chunks, and the stages of that build."""
     world, targets = load_world(config.world), open_targets(f"drawn:{config.targets}")
+    recipe = RECIPES[world.recipe]
+    recipe = replace(recipe, steps=config.steps or recipe.steps)
     precision = choose_precision(config.precision)
-    folder = config.out / "overhead"
-    folder.mkdir(exist_ok=True)
-    build = local_build(folder, world, load_scene(world), steps=config.steps, precision=precision)
-    teacher, clock = build.teacher, command.Stopwatch()
-    with clock.phase("plan"):
-        plan = build.plan(targets, config.batch_size)
-    with clock.phase("run"):
-        build.run(plan)
-    with clock.phase("merge"):
-        build.merge(plan)
+    teacher, clock = (
+        make_teacher(load_scene(world), world.recipe, recipe, 16, precision),
+        Stopwatch(),
+    )
+    work = new_folder(config, "overhead")
+    plan, _ = build_here(work, world, teacher, targets, config.batch_size, clock)
     with clock.phase("bare"):
         for chunk in range(plan.chunks):
             teacher.optimize_chunk(plan, chunk, lambda progress: None, None)
@@ -167,10 +152,7 @@ def measure_overhead(config: Config) -> dict[str, float]:
     scoring = seconds["scoring"] * plan.chunks
     return {
         "targets": len(plan.targets),
-        "bare_seconds": bare,
-        "plan_seconds": seconds["plan"],
-        "run_seconds": seconds["run"],
-        "merge_seconds": seconds["merge"],
+        **{f"{phase}_seconds": seconds[phase] for phase in ("bare", "plan", "run", "merge")},
         "held_out_scoring_seconds": scoring,
         "overhead": whole / bare - 1,
         "overhead_without_scoring": (whole - scoring) / bare - 1,
@@ -188,7 +170,7 @@ def build_rate(
         ChildProcessError: a worker failed.
         ValueError: too few targets for the number of processes.
     """
-    out = config.out / f"throughput-{processes}-{time.time_ns()}"
+    out = new_folder(config, f"throughput-{processes}")
     words = [sys.executable, "-m", "data.build", "--out", str(out), "--world", config.world]
     words += ["--batch-size", str(config.batch_size)]
     words += ["--precision", choose_precision(config.precision)]
@@ -254,16 +236,13 @@ class BlankTargets:
 
 def instant_build(config: Config, pairs: int) -> dict[str, Any]:
     """Build so many pairs with the simulated optimizer, and return the dataset's report."""
-    world, folder = load_world(config.world), config.out / "memory"
-    folder.mkdir(exist_ok=True)
+    world, work = load_world(config.world), new_folder(config, "memory")
     scene = InstantScene(**vars(load_scene(world)))
-    build = local_build(folder, world, scene, held_out=2)
+    teacher = make_teacher(scene, world.recipe, RECIPES[world.recipe], 2, "fp32")
     try:
-        plan = build.plan(BlankTargets(pairs), 10)
-        build.run(plan)
-        return build.merge(plan)
+        return build_here(work, world, teacher, BlankTargets(pairs), 10, Stopwatch())[1]
     finally:
-        shutil.rmtree(build.work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def memory_of(config: Config, pairs: int) -> float:
@@ -273,7 +252,7 @@ def memory_of(config: Config, pairs: int) -> float:
 
 
 def measure_memory(config: Config, alone: Callable[..., Any] = alone) -> dict[str, float]:
-    """Measure builds of every size, each in a process of its own."""
+    """Measure the peak megabytes of builds of every size, each in a process of its own."""
     return {str(pairs): alone(memory_of, config, pairs) for pairs in config.pairs}
 
 

@@ -52,14 +52,6 @@ class Config:
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
 
 
-def check_config(config: Config) -> None:
-    """Raise a ValueError for an option that cannot be."""
-    for name in ("rounds", "steps"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name}: expected 1 or more, found {value}")
-
-
 def median_seconds(
     works: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, float]:
@@ -121,7 +113,7 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: options that cannot be, parts that are missing or do not fit.
     """
-    check_config(config)
+    command.check_least(config, rounds=1, steps=1)
     world, precision = load_world(config.world), choose_precision(config.precision)
     command.make_folder(config.out)
     device = command.choose_device(config.device)

@@ -22,9 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -40,7 +38,7 @@ from eval.judging import (
 )
 from eval.methods import drawn_answer
 from eval.report import Series, check_charts, line_chart, table
-from eval.sets import EvalSet, study_set
+from eval.sets import Directions, EvalSet, Sources, study_set
 from eval.trials import sheet
 from targetclip import command
 from targetclip.command import Precision, choose_precision, in_precision
@@ -175,11 +173,7 @@ def search(
 
 
 def direction_scores(
-    judges: Judges,
-    goal: Goal,
-    sources: Float[Tensor, "sources num_ws w_dim"],
-    directions: Float[Tensor, "targets num_ws w_dim"],
-    strength: float = 1.0,
+    judges: Judges, goal: Goal, sources: Sources, directions: Directions, strength: float = 1.0
 ) -> dict[str, float]:
     """Judge directions on sources that none of them was optimized on."""
     return study_means(judge_edits(judges, goal, sources, directions, strength).scores)
@@ -201,7 +195,7 @@ def run_recipe(
     targets: EvalSet,
     config: Config,
     precision: Precision,
-) -> tuple[dict[str, Any], Float[Tensor, "targets num_ws w_dim"]]:
+) -> tuple[dict[str, Any], Directions]:
     """Find the directions of all targets, and judge them on held-out sources.
 
     Returns:

@@ -112,10 +112,7 @@ class Config:
 
 def check_config(config: Config, world: World) -> None:
     """Raise a ValueError for an option that cannot be."""
-    for name, least in {"count": 1, "sources": 2}.items():
-        if getattr(config, name) < least:
-            found = getattr(config, name)
-            raise ValueError(f"--{name}: expected {least} or more, found {found}")
+    command.check_least(config, count=1, sources=2)
     if (config.mapper or world.mapper) is None:
         raise ValueError(
             f"--mapper: expected a mapper's file, for world {world.name!r} names none; train one "

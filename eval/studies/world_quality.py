@@ -57,14 +57,6 @@ class Config:
     """Faces for CLIP, in each of plain and other style, at least 100 and better twice as many."""
 
 
-def check_config(config: Config) -> None:
-    """Raise a ValueError for numbers that are too small."""
-    for name, least in {"faces": SHOWN, "captions": 100}.items():
-        if getattr(config, name) < least:
-            found = getattr(config, name)
-            raise ValueError(f"--{name}: expected {least} or more, found {found}")
-
-
 def check_reader(
     reader: AttributeReader,
     images: Float[Tensor, "batch 3 height width"],
@@ -170,7 +162,7 @@ def run(config: Config) -> dict[str, Any]:
         FileNotFoundError, ValueError: options or parts of the world that cannot be.
         OSError: --out cannot be written into.
     """
-    check_config(config)
+    command.check_least(config, faces=SHOWN, captions=100)
     scene, reader = load_scene(load_world(config.world)), load_reader()
     generator, embedder = scene.generator, scene.embedder
     if not isinstance(generator, StyleGAN2) or not isinstance(embedder, ClipEmbedder):

@@ -50,14 +50,14 @@ def pairs_below(folder: Path) -> int:
 
 def test_the_overhead_is_what_a_build_takes_beyond_the_bare_optimizer(small: Config) -> None:
     figures = measure_overhead(small)
-    assert figures["targets"] == 2 == pairs_below(small.out / "overhead")
+    assert figures["targets"] == 2 == pairs_below(small.out)
     seconds = [figures[f"{stage}_seconds"] for stage in ("plan", "run", "merge")]
     assert min(seconds) > 0 and figures["bare_seconds"] > 0
     bare, scoring = figures["bare_seconds"], figures["held_out_scoring_seconds"]
     assert figures["overhead"] == pytest.approx(sum(seconds) / bare - 1)
     less = (sum(seconds) - scoring) / bare - 1
     assert scoring > 0 and figures["overhead_without_scoring"] == pytest.approx(less)
-    (path,) = (small.out / "overhead").glob("*/dataset/report.json")
+    (path,) = small.out.glob("overhead-*/dataset/report.json")
     report = json.loads(path.read_text())
     assert report["settings"]["recipe"]["steps"] == 2 and report["settings"]["precision"] == "no"
 
@@ -68,7 +68,7 @@ def test_memory_is_that_of_a_build_of_the_size(size: int, small: Config) -> None
     assert sum(split["pairs"] for split in report["splits"].values()) == size
     before = peak_bytes() / 1e6
     assert memory_of(small, size) >= before > 10
-    assert not list((small.out / "memory").glob("work-*"))
+    assert not list(small.out.glob("memory-*"))
 
 
 def test_every_size_has_a_process_of_its_own(small: Config) -> None:
