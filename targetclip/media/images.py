@@ -138,13 +138,16 @@ def without_large_chunks(content: bytes) -> bytes:
     """Leave out text and profile chunks of a PNG for whose size Pillow refuses the picture."""
     if not content.startswith(PNG_SIGNATURE):
         return content
-    parts, place, room = [PNG_SIGNATURE], len(PNG_SIGNATURE), MAX_TEXT_BYTES
+    parts, place, room, unpacked = [PNG_SIGNATURE], len(PNG_SIGNATURE), MAX_TEXT_BYTES, 0
     while place < len(content):
         kind = content[place + 4 : place + 8]
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")
         size = 0
         if kind in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
-            size = unpacked_size(kind, content[place + 8 : end - 4])
+            size = room + 1  # of those beyond the time that a picture may take
+            if unpacked <= MAX_FILE_BYTES:
+                size = unpacked_size(kind, content[place + 8 : end - 4])
+            unpacked += size
         if size <= room:
             parts.append(content[place:end])
             room -= size
