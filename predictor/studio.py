@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from predictor.console import Console
+from predictor.direction import layer_weights
 from predictor.options import Request
 from predictor.output import OutputFolder
 from predictor.report import (
@@ -32,7 +33,7 @@ from targetclip.command import (
     Stopwatch,
 )
 from targetclip.media.images import tensor_to_pictures
-from targetclip.scene import MAX_IMAGES, Scene, Scores, layer_weights, score_features
+from targetclip.scene import MAX_IMAGES, Scene, Scores, score_features
 
 
 def features_of(

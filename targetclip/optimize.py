@@ -228,10 +228,7 @@ class Search:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor but those of Adam by its name, without copying."""
-        kept = (self.kept_vectors, self.kept_coefficients, self.kept_losses)
-        named = dict(zip(("kept_vectors", "kept_coefficients", "kept_losses"), kept, strict=True))
-        named |= {"vectors": self.vectors, "coefficients": self.coefficients}
-        named |= {"active": self.active, "steps_taken": self.steps_taken}
+        named = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return named | {f"patience.{name}": value for name, value in vars(self.patience).items()}
 
     def snapshot(self) -> dict[str, Any]:
@@ -301,22 +298,6 @@ class Search:
         self.step += 1
 
 
-def check_arguments(
-    generator: Generator, recipe: Recipe, targets: int, bank: int, initial: Tensor, seeds: int
-) -> None:
-    """Raise a ValueError if the arguments of `optimize_directions` do not fit each other."""
-    if bank < recipe.sources:
-        raise ValueError(
-            f"the recipe edits {recipe.sources} sources a step, found a bank of {bank}"
-        )
-    expected = (targets, generator.num_ws, generator.w_dim)
-    if initial.shape != expected or seeds != targets:
-        raise ValueError(
-            f"expected {targets} seeds and initial directions of shape {list(expected)}, "
-            f"found {seeds} and {list(initial.shape)}"
-        )
-
-
 def optimize_directions(
     generator: Generator,
     embedder: ImageEmbedder,
@@ -360,7 +341,15 @@ def optimize_directions(
             identity weight and there is no identity model.
     """
     batch, count = len(target_embeddings), recipe.sources
-    check_arguments(generator, recipe, batch, len(source_ws), initial, len(seeds))
+    if len(source_ws) < count:
+        raise ValueError(
+            f"the recipe edits {count} sources a step, found a bank of {len(source_ws)}"
+        )
+    if len(seeds) != batch or initial.shape != (batch, generator.num_ws, generator.w_dim):
+        raise ValueError(
+            f"expected {batch} seeds and initial directions [{batch}, {generator.num_ws}, "
+            f"{generator.w_dim}], found {len(seeds)} and {list(initial.shape)}"
+        )
     bank = source_ws if recipe.fresh_sources else source_ws[:count]
     model = feature_model(embedder, identity, recipe.identity_weight)
     if bank_features is None:

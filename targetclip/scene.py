@@ -88,16 +88,6 @@ def random_latents(
         return generator.mapping(z.to(generator.mean_w.device), truncation)
 
 
-def layer_weights(
-    num_ws: int, coarse: float = 1.0, middle: float = 1.0, fine: float = 1.0
-) -> Float[Tensor, " {num_ws}"]:
-    """Return a factor for each layer of W+: coarse for layers of 4 and 8 px, middle for 16 and
-    32 px, fine from 64 px on (the groups of the StyleGAN paper: layers 0 to 3, 4 to 7, the rest).
-    """
-    rest = max(num_ws - 8, 0)
-    return torch.tensor([coarse] * 4 + [middle] * 4 + [fine] * rest)[:num_ws]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Scene:
     """The frozen networks of a world, on one device."""

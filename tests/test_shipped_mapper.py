@@ -12,10 +12,10 @@ from data.drawn.readings import READINGS
 from data.drawn.sketch import NAMES, Face, draw
 from eval.reader import AttributeReader, load_reader
 from predictor import EssenceTransfer, load_essence, mixed
+from predictor.direction import layer_weights
 from targetclip import load_world
 from targetclip.encoders.identity import identity_similarity
 from targetclip.recipes import RECIPES
-from targetclip.scene import layer_weights
 
 COUNT = 12  # sources
 OFF = ("hat", "beard", "glasses", "moustache", "lipstick", "blush", "face_paint")

@@ -16,6 +16,7 @@ from predictor.direction import (
     Gate,
     Interrupted,
     better,
+    layer_weights,
     mixed,
     strength_at_floor,
 )
@@ -306,3 +307,23 @@ def test_a_floor_that_anything_keeps_gives_the_highest() -> None:
 
 def test_identity_that_is_lost_at_once_gives_nothing() -> None:
     assert strength_at_floor(lambda s: 1.0 if s == 0 else 0.4, 1.0, 0.5) == 0
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("num_ws", "groups"), [(2, (2, 0, 0)), (6, (4, 2, 0)), (8, (4, 4, 0)), (18, (4, 4, 10))]
+)
+def test_coarse_middle_and_fine_layers_have_their_own_factors(
+    num_ws: int, groups: tuple[int, int, int]
+) -> None:
+    coarse, middle, fine = groups
+    factors = layer_weights(num_ws, coarse=2, middle=-0.5, fine=0)
+    assert factors.tolist() == [2] * coarse + [-0.5] * middle + [0] * fine
+    assert factors.dtype == torch.float32
+
+
+def test_layers_without_a_weight_count_fully() -> None:
+    assert torch.equal(layer_weights(10), torch.ones(10))
+    assert layer_weights(10, middle=0).tolist() == [1] * 4 + [0] * 4 + [1] * 2

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.scene import Scene, layer_weights, random_latents
+from targetclip.scene import Scene, random_latents
 from targetclip.seeds import BANK
 from targetclip.world import load_scene, load_world
 
@@ -123,23 +123,6 @@ def test_a_direction_of_another_shape_is_refused(scene: Scene, shape: tuple[int,
     unchecked = inspect.unwrap(Scene.edit)  # the tests' own check of shapes would come first
     with pytest.raises(ValueError, match="another generator"):
         unchecked(scene, random(2, 6, 8), random(*shape))
-
-
-@pytest.mark.parametrize(
-    ("num_ws", "groups"), [(2, (2, 0, 0)), (6, (4, 2, 0)), (8, (4, 4, 0)), (18, (4, 4, 10))]
-)
-def test_coarse_middle_and_fine_layers_have_their_own_factors(
-    num_ws: int, groups: tuple[int, int, int]
-) -> None:
-    coarse, middle, fine = groups
-    factors = layer_weights(num_ws, coarse=2, middle=-0.5, fine=0)
-    assert factors.tolist() == [2] * coarse + [-0.5] * middle + [0] * fine
-    assert factors.dtype == torch.float32
-
-
-def test_layers_without_a_weight_count_fully() -> None:
-    assert torch.equal(layer_weights(10), torch.ones(10))
-    assert layer_weights(10, middle=0).tolist() == [1] * 4 + [0] * 4 + [1] * 2
 
 
 # Images at once
