@@ -23,6 +23,7 @@ from targetclip.directions import (
     direction_bytes,
     load_direction,
     released_direction,
+    warn_of_latent,
 )
 from targetclip.generators import Generator
 from targetclip.optimize import Optimized, Progress
@@ -135,6 +136,7 @@ class Direction:
         record: dict[str, Any] = {"method": RELEASED}
         if Path(path).suffix in RELEASED_SUFFIXES:
             vector = released_direction(path, generator.num_ws, generator.w_dim)
+            warn_of_latent(path, vector, generator)
         else:
             stored = load_direction(path, generator)
             vector, record = stored.direction, {"method": "file", **stored.record}

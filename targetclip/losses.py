@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from targetclip.recipes import Differences
 
-# A difference shorter than this part of its source embedding is rounding noise: one picture rendered
-# in batches of different sizes differs by about 1e-6. Its unit vector would be random, and its
-# gradient, which grows as one over the length, would be larger than all others.
+# A difference shorter than this part of its source embedding is rounding noise: renderings of one
+# picture in batches of different sizes differ by about 1e-6. Its unit vector would be random, and
+# its gradient, which grows as one over the length, would be larger than all others.
 SHORTEST_DIFFERENCE = 1e-3
 
 

@@ -110,8 +110,8 @@ RECIPES: dict[str, Recipe] = {
         initial="random",
         keep="best",
     ),
-    # Not in the paper: every step edits fresh sources, target and images are preprocessed alike, and
-    # the start is neutral. A smaller decay brings more essence and loses more identity. A larger
+    # Not in the paper: every step edits fresh sources, target and images are preprocessed alike,
+    # and the start is neutral. A smaller decay brings more essence and loses more identity. A larger
     # consistency weight makes edits longer, until sources look alike (CHANGELOG).
     "consistent": Recipe(
         sources=6,
