@@ -16,7 +16,7 @@ import sys
 from functools import partial
 
 from targetclip import __version__
-from targetclip.command import guarded, parse, say, signals_as_ctrl_c
+from targetclip.command import guarded, one_line, parse, say, signals_as_ctrl_c
 
 PROG = "targetclip"
 
@@ -69,7 +69,11 @@ def list_worlds() -> int:
     from targetclip.world_files import READY, state_of
 
     for name in world_names():
-        world = load_world(name)
+        try:
+            world = load_world(name)
+        except ValueError as error:  # its files have no place where there is no home folder
+            say(f"{name}: {one_line(error)}")
+            continue
         lacking = [f.role for f in world.files if state_of(f, hashed=False) not in READY]
         state = f"lacks {', '.join(lacking)}: targetclip world check {name}" if lacking else "ready"
         print(": ".join(text for text in (name, world.makes, state) if text))

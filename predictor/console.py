@@ -6,7 +6,7 @@ Progress and warnings go to standard error, results to standard output.
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -14,6 +14,31 @@ from tqdm import tqdm
 from targetclip.command import one_line, say
 
 PACKAGES = ("targetclip", "predictor")
+
+
+class Forgiving:
+    """A stream whose reader may be gone: a closed pipe, a terminal that hung up."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write, if anybody reads."""
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        """Flush, if anybody reads."""
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:  # so that tqdm knows whose lines to clear
+        return self.stream is getattr(other, "stream", other)
+
+    __hash__ = object.__hash__
 
 
 class Console:
@@ -31,7 +56,7 @@ class Console:
     def progress(self, text: str) -> None:
         """Print what is being done."""
         if not self.quiet:
-            say(f"targetclip: {one_line(text)}", sys.stderr)
+            say(f"targetclip: {one_line(text)}", error=True)
 
     def warn(self, text: str) -> None:
         """Print a warning once, and remember it for the report."""
@@ -39,7 +64,7 @@ class Console:
         if text not in self.warnings:
             self.warnings.append(text)
             with tqdm.external_write_mode(file=sys.stderr):  # not into the middle of a bar
-                say(f"targetclip: warning: {text}", sys.stderr)
+                say(f"targetclip: warning: {text}", error=True)
 
     def result(self, text: str) -> None:
         """Print a line of the results."""
@@ -48,7 +73,7 @@ class Console:
 
     def bar(self, over: Iterable[Any] | None = None, **settings: Any) -> Any:
         """Return a progress bar, as tqdm does."""
-        return tqdm(over, disable=self.quiet, **settings)
+        return tqdm(over, disable=self.quiet, file=Forgiving(sys.stderr), **settings)
 
     @contextmanager
     def hearing_logs(self) -> Iterator[None]:

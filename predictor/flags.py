@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from predictor import Mode
-from targetclip.command import Precision
+from targetclip.command import Precision, check_least
 from targetclip.recipes import Initial
 
 MAX_SOURCES = 1000  # more than a person looks at
@@ -38,12 +38,6 @@ def check_range(flag: str, value: float | None, limit: float) -> None:
     """Raise a ValueError for NaN, or a number beyond the limit on either side."""
     if value is not None and not abs(value) <= limit:
         raise ValueError(f"--{flag}: expected a number within {limit:g} of 0, found {value}")
-
-
-def check_least(flag: str, value: int | None, least: int) -> None:
-    """Raise a ValueError for a number below the least one."""
-    if value is not None and value < least:
-        raise ValueError(f"--{flag}: expected {least} or more, found {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +75,7 @@ class InversionFlags:
     Default: 0, or 300 in a world without an inverter."""
 
     def __post_init__(self) -> None:
-        check_least("invert-steps", self.invert_steps, 0)
+        check_least(self, invert_steps=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +178,7 @@ class SearchFlags:
     """Seed of all random numbers: generated sources, starts, and those of the optimizer."""
 
     def __post_init__(self) -> None:
-        check_least("steps", self.steps, 1)
-        check_least("patience", self.patience, 1)
+        check_least(self, steps=1, patience=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +216,7 @@ class MachineFlags:
     """Compute activations twice, where not even --max-images 1 fits. Results are the same."""
 
     def __post_init__(self) -> None:
-        check_least("max-images", self.max_images, 1)
+        check_least(self, max_images=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,31 +82,32 @@ class OutputFolder:
         present = sorted(os.listdir(self.path)) if self.path.is_dir() else []
         ours = [name for name in present if OURS.match(name) and not self.is_empty_folder(name)]
         by = None if report is None else report.get("command")
-        if by != self.command and ours and not self.overwrite:
-            whose = f"results of targetclip {by}" if by else f"{ours[0]!r}, of another origin"
+        listed = []
+        if report and by == self.command:
+            listed = [str(name) for name in report.get("files", [])]
+            if not report.get("finished", False):
+                listed += ours  # it was ended before it could list them
+        tops = {REPORT, *(name.split("/")[0] for name in listed)} if listed else set()
+        strange = [name for name in ours if name not in tops]
+        self.check_inputs({*listed, *ours})
+        if strange and (not self.overwrite or FRAMES in strange):
+            other = isinstance(by, str) and by != self.command
+            whose = f"results of targetclip {by}" if other else f"{strange[0]!r} of another origin"
+            hint = f"remove {FRAMES}" if FRAMES in strange else "--overwrite"
             raise FileExistsError(
-                f"--out: {str(self.path)!r} holds {whose}: give another folder, or --overwrite"
+                f"--out: {str(self.path)!r} holds {whose}: give another folder, or {hint}"
             )
-        listed = [str(name) for name in (report or {}).get("files", [])]
-        if report and by == self.command and not report.get("finished", False):
-            listed += ours  # it was killed before it could list them
-        elif not self.overwrite:
-            tops = {name.split("/")[0] for name in listed}
-            if strange := [name for name in ours if name not in tops and name != REPORT]:
-                raise FileExistsError(
-                    f"--out: {str(self.path)!r} holds {strange[0]!r}, which no earlier run lists: "
-                    "give another folder, or --overwrite"
-                )
-        if by != self.command:
-            listed = []
-        for path in self.inputs:
-            for name in listed:
-                if (self.path / name).resolve() == path.resolve():
-                    raise FileExistsError(
-                        f"--out: {str(path)!r} is read by this run and would be replaced: "
-                        "give another folder"
-                    )
         return list(dict.fromkeys(listed))
+
+    def check_inputs(self, names: Iterable[str]) -> None:
+        """Raise a FileExistsError for an input that is among the files that may be replaced."""
+        replaced = {(self.path / name).resolve() for name in names}
+        for path in self.inputs:
+            if path.resolve() in replaced:
+                raise FileExistsError(
+                    f"--out: {str(path)!r} is read by this run and would be replaced: "
+                    "give another folder"
+                )
 
     def is_empty_folder(self, name: str) -> bool:
         """Tell whether something in the folder is a folder without content."""

@@ -1,12 +1,42 @@
 """Runs of the `targetclip` command in the process of a test, and their results."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from predictor import cli
+from predictor.flags import (
+    EditFlags,
+    MachineFlags,
+    ModeFlags,
+    OutputFlags,
+    SourceFlags,
+    TargetFlags,
+    Transfer,
+)
+
+GROUPS: dict[str, Any] = {
+    "target": TargetFlags,
+    "source": SourceFlags,
+    "edit": EditFlags,
+    "search": ModeFlags,
+    "output": OutputFlags,
+    "machine": MachineFlags,
+}
+
+
+def transfer(**flags: Any) -> Transfer:
+    """Return the options of a transfer by the names of its flags, whatever group they are in."""
+    given = {"target": (Path("t.png"),), "out": Path("out"), **flags}
+    groups = {}
+    for name, kind in GROUPS.items():
+        its = [field.name for field in fields(kind) if field.name in given]
+        groups[name] = kind(**{flag: given.pop(flag) for flag in its})
+    assert not given, f"no such flags: {[*given]}"
+    return Transfer(**groups)
 
 
 def exit_code(*arguments: object) -> int:
@@ -29,6 +59,6 @@ def report_of(out: Path) -> dict[str, Any]:
 
 def one_line(text: str) -> str:
     """Return the only line of an error."""
-    [line] = text.splitlines()
+    [line] = [line for line in text.splitlines() if not line.startswith("targetclip: loading ")]
     assert line.startswith("targetclip: ")
     return line

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,15 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_runs import exit_code, one_line, report_of
+from command_runs import GROUPS, exit_code, one_line, report_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load
 
 from data.drawn.faces import draw_wide
 from predictor.direction import Direction
+from predictor.inputs import Text
 from predictor.mapper import load_mapper, save_mapper
-from predictor.options import Transfer
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip.command import STOPPED
 from targetclip.directions import direction_bytes, load_direction
@@ -118,8 +119,8 @@ def test_source_pictures_are_inverted_and_edited(
     pictures = [Image.open(path).convert("RGB") for path in faces[1:]]
     direction = load_direction(direction_file, scene.generator).direction
     images = essence.edit(scene.invert(pictures), direction)
-    for i, picture in enumerate(tensor_to_pictures(images)):
-        found = np.asarray(Image.open(tmp_path / "out" / f"edited_{i:03d}.png"))
+    for name, picture in zip("ab", tensor_to_pictures(images), strict=True):
+        found = np.asarray(Image.open(tmp_path / "out" / f"edited_{name}.png"))
         np.testing.assert_array_equal(found, np.asarray(picture))
     assert report_of(tmp_path / "out")["sources"] == [str(path) for path in faces[1:]]
 
@@ -273,7 +274,7 @@ def test_an_instant_direction_is_the_mappers_and_says_so(
 ) -> None:
     assert run("transfer", "--world", rich_world, "--mode", "instant", "--num-sources", 2) == 0
     captured = capsys.readouterr()
-    assert not captured.err and "direction by mapper" in captured.out  # no bar: no search
+    assert "%" not in captured.err and "direction by mapper" in captured.out  # no bar: no search
     stored = load_direction(tmp_path / "out" / "direction.safetensors", rich.scene.generator)
     assert rich.mapper is not None
     assert stored.record == {
@@ -314,7 +315,7 @@ def test_several_targets_pictures_and_texts_are_mixed_by_their_weights(
     targets = ("--target", faces[0], faces[1], "--text", "green hair")
     arguments = ("--world", rich_world, "--mode", "instant", "--num-sources", 2)
     assert run("transfer", *arguments, *targets, "--weights", 1, 0.5, "-0.25") == 0
-    wanted = [read_picture(faces[0]), read_picture(faces[1]), "green hair"]
+    wanted = [read_picture(faces[0]), read_picture(faces[1]), Text("green hair")]
     vectors = [rich.direction(target, "instant").vector for target in wanted]
     expected = vectors[0] + 0.5 * vectors[1] - 0.25 * vectors[2]
     stored = load_direction(tmp_path / "out" / "direction.safetensors", rich.scene.generator)
@@ -402,7 +403,7 @@ def test_a_world_without_mapper_says_so_once_and_optimizes(
     few = dataclasses.replace(RECIPES["consistent"], steps=2)
     monkeypatch.setitem(RECIPES, "consistent", few)
     targets = ("--target", faces[0], faces[1])
-    assert run("transfer", *targets, "--num-sources", 1, steps=None) == 0
+    assert run("transfer", *targets, "--mix", "--num-sources", 1, steps=None) == 0
     captured = capsys.readouterr()
     assert captured.err.count("this world has no mapper") == 1
     assert "direction by optimizer" in captured.out
@@ -416,7 +417,7 @@ def test_a_world_without_mapper_says_so_once_and_optimizes(
         (["--mode", "instant"], "--mode instant: world 'tiny' has no mapper"),
         (["--identity-floor", "0.5"], "--identity-floor: world 'tiny' has no identity model"),
         (["--text", "green hair"], "--text: world 'tiny' has no neutral texts"),
-        (["--mapper", "nowhere.safetensors"], "nowhere.safetensors: no such mapper file"),
+        (["--mapper", "nowhere.safetensors"], "--mapper: no mapper file at 'nowhere.safetensors'"),
     ],
 )
 def test_what_a_world_lacks_is_refused_in_one_line_before_any_search(
@@ -512,7 +513,7 @@ def test_ctrl_c_between_several_targets_leaves_no_half_a_mixture(
     run: Run, tmp_path: Path, faces: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(monkeypatch, lambda told: len(told) == 4)  # in the second search
-    assert run("transfer", "--target", faces[0], faces[1]) == 130
+    assert run("transfer", "--mix", "--target", faces[0], faces[1]) == 130
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -563,7 +564,7 @@ def test_an_awkward_picture_is_taken_as_target_and_as_source(
     awkward(kind, path)
     arguments = ("--target", path, "--sources", path, "--direction", direction_file)
     assert run("transfer", *arguments) == 0
-    assert (tmp_path / "out" / "edited_000.png").is_file()
+    assert (tmp_path / "out" / "edited_picture.png").is_file()
 
 
 def spoilt(kind: str, path: Path) -> None:
@@ -657,8 +658,10 @@ def test_help_lists_the_options_and_is_no_error(capsys: pytest.CaptureFixture[st
     assert exit_code("transfer", "--help") == 0
     captured = capsys.readouterr()
     assert not captured.err
-    fields = {field.name.replace("_", "-") for field in dataclasses.fields(Transfer)}
-    assert all(f"--{name}" in captured.out for name in fields)
+    fields = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
+    assert all(f"--{name.replace('_', '-')}" in captured.out for name in fields)
+    assert all(f" {name} options " in captured.out for name in GROUPS)
+    assert "(default: None)" not in captured.out and "(default: )" not in captured.out
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -669,10 +672,8 @@ def test_a_usage_error_is_one_line_on_terminals_with_and_without_frames(
     long = "a" * 30
     assert exit_code("optimize", "--initial", long, "--out", long) == 2
     line = one_line(capsys.readouterr().err)
-    assert line.startswith(
-        f"targetclip: invalid choice '{long}' for argument '--initial'. Expected"
-    )
-    assert "'zero'" in line and line.endswith("). (see --help)")
+    expected = f"--initial: expected inversion or random or zero, found '{long}'"
+    assert line == f"targetclip: {expected} (see --help)"
 
 
 def test_an_output_that_cannot_be_a_folder_is_refused_before_any_work(
@@ -734,20 +735,17 @@ def test_a_world_with_a_wrong_part_is_refused_in_one_line(
     assert said in one_line(capsys.readouterr().err)
 
 
-def test_pictures_that_cannot_be_written_leave_the_direction(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out" / "grid.png").mkdir(parents=True)
-    assert run("transfer", "--num-sources", 1) == 1
-    assert "grid.png" in one_line(capsys.readouterr().err.splitlines()[-1])
-    left = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert left == ["direction.safetensors", "grid.png"]
-
-
 # As a program of its own
 
 
-def started(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
+def started(
+    *arguments: object, beforehand: Callable[[], None] = lambda: None, **environment: str
+) -> "subprocess.Popen[str]":
+    def prepare() -> None:
+        # A shell's background jobs ignore Ctrl-C, and hand that down to what they start.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        beforehand()
+
     return subprocess.Popen(
         [sys.executable, "-m", "predictor.cli", *map(str, arguments)],
         cwd=ROOT,
@@ -755,8 +753,7 @@ def started(*arguments: object, **environment: str) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        # A shell's background jobs ignore Ctrl-C, and hand that down to what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=prepare,
     )
 
 
@@ -799,8 +796,9 @@ finally:
     assert ended.returncode == code and ended.stdout.splitlines()[-1] == "False"
 
 
-def test_ctrl_c_ends_the_program_with_the_direction_so_far(
-    tiny_world: Path, faces: list[Path], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_program_with_the_direction_so_far(
+    tiny_world: Path, faces: list[Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     common = ("--world", tiny_world, "--target", faces[0], "--out", tmp_path)
     process = started("optimize", *common, "--steps", 1_000_000)
@@ -810,9 +808,33 @@ def test_ctrl_c_ends_the_program_with_the_direction_so_far(
         part = process.stderr.read(1)
         assert part, shown
         shown += part
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in err
+    process.send_signal(number)
+    if number == signal.SIGHUP:  # a terminal that closes hears nothing more, and may send it twice
+        process.send_signal(number)
+        process.stderr.close()
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(timeout=120) == 130
+    else:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 130 and "Traceback" not in err
     report = report_of(tmp_path)
     assert report["interrupted"] is True and 1 <= report["steps"] < 1_000_000
     assert metadata_of(tmp_path / "direction.safetensors")["format"] == "targetclip-direction/1"
+
+
+def test_pictures_that_cannot_be_written_leave_the_direction(
+    tiny_world: Path, faces: list[Path], tmp_path: Path
+) -> None:
+    given = ("--world", tiny_world, "--target", faces[0], "--steps", 2, "--num-sources", 1)
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # less than a sheet
+
+    process = started("transfer", *given, "--out", tmp_path / "out", beforehand=small_files)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "grid.png" in err.splitlines()[-1] and "free some space" in err.splitlines()[-1]
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"direction.safetensors", "edited_000.png", "report.json"}
+    assert report_of(tmp_path / "out")["finished"] is False

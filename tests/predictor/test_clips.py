@@ -13,6 +13,7 @@ from PIL import Image
 
 from predictor import clips
 from predictor.clips import Clip, evenly_spaced, find_track
+from predictor.console import Console
 from predictor.transfer import EssenceTransfer
 from targetclip.command import STOPPED
 from targetclip.directions import load_direction
@@ -23,6 +24,7 @@ from targetclip.media.images import read_picture, tensor_to_pictures
 Run = Callable[..., int]
 Seen = list[tuple[float, float, int]]
 Seeing = Callable[[Callable[[Image.Image], Seen]], FaceFinder]
+QUIET = Console(quiet=True)
 RATE = Fraction(30000, 1001)
 
 
@@ -71,7 +73,7 @@ def sliding(picture: Image.Image) -> Seen:
 def test_frames_of_a_folder_are_edited_in_natural_order(
     run: Run, tmp_path: Path, folder: Path, direction_file: Path, tiny: EssenceTransfer
 ) -> None:
-    given = ("--sources", folder, "--direction", direction_file)
+    given = ("--clip", "--sources", folder, "--direction", direction_file)
     for name, arguments in {"out": (), "few": ("--max-images", 5)}.items():
         assert run("transfer", *given, "--smooth", 1, *arguments, "--out", tmp_path / name) == 0
     pictures = [read_picture(folder / f"frame_{number + 1}.png") for number in range(12)]
@@ -97,7 +99,7 @@ def test_frames_without_a_face_stay_as_they_are_and_are_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     seeing(sliding)
-    given = ("--sources", folder, "--direction", direction_file, "--align")
+    given = ("--clip", "--sources", folder, "--direction", direction_file, "--align")
     assert run("transfer", *given, "--strength", 3) == 0
     found = frames_of(tmp_path / "out" / "frames")
     for number, pixels in enumerate(found):
@@ -127,7 +129,7 @@ def test_a_clip_without_any_face_is_refused_before_networks_are_loaded(
     }
     for message, (seen, face) in said.items():
         seeing(lambda picture, seen=seen: seen)
-        arguments = ("--align", "--sources", folder, "--face", face)
+        arguments = ("--align", "--clip", "--sources", folder, "--face", face)
         assert run("transfer", "--world", unloadable_world, *arguments) == 1
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith(f"targetclip: error: {folder}: ") and message in line
@@ -144,9 +146,9 @@ def test_what_is_there_is_not_written_over(
     (tmp_path / "out" / "frames").mkdir(parents=True)
     (tmp_path / "out" / "frames" / "mine.txt").write_text("precious")
     (tmp_path / "edited.mp4").write_text("a clip")
-    said = {folder: "expected a new or an empty folder", tmp_path / "edited.mp4": "would replace"}
+    said = {folder: "give another folder, or remove frames", tmp_path / "edited.mp4": "replaced"}
     for (path, message), out in zip(said.items(), (tmp_path / "out", tmp_path), strict=True):
-        assert run("transfer", "--sources", path, "--out", out) == 1
+        assert run("transfer", "--clip", "--sources", path, "--out", out, "--overwrite") == 1
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "out" / "frames" / "mine.txt").read_text() == "precious"
 
@@ -171,10 +173,10 @@ def test_ctrl_c_leaves_no_half_a_clip(
         return whole(*given)
 
     monkeypatch.setattr(clips, place, interrupted)
-    arguments = ("--align", "--sources", folder, "--direction", direction_file)
+    arguments = ("--align", "--clip", "--sources", folder, "--direction", direction_file)
     assert run("transfer", *arguments) == STOPPED
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert left == ({"direction.safetensors", "grid.png"} if place == "paste_back" else set())
+    assert left == ({"direction.safetensors", "report.json"} if place == "paste_back" else set())
 
 
 # A video
@@ -210,7 +212,9 @@ def shaking(tiny: EssenceTransfer, clip: Clip) -> float:
 
 
 def test_smoothing_brings_neighbouring_frames_closer(tiny: EssenceTransfer, folder: Path) -> None:
-    raw, little, much = (shaking(tiny, Clip(folder, None, window=window)) for window in (1, 3, 7))
+    raw, little, much = (
+        shaking(tiny, Clip(folder, None, window=window, console=QUIET)) for window in (1, 3, 7)
+    )
     assert raw > 1.5 * little > 1.5 * 1.5 * much > 0
 
 
@@ -218,11 +222,11 @@ def test_nothing_is_smoothed_over_a_gap(
     tiny: EssenceTransfer, folder: Path, seeing: Seeing
 ) -> None:
     finder = seeing(sliding)
-    clip = Clip(folder, finder, window=11)
+    clip = Clip(folder, finder, window=11, console=QUIET)
     assert clip.track is not None and clip.track.runs == [4, 3, 2]
     # A face that moves evenly keeps its place in the middle of a run, where smoothing is even.
     eyes = clip.track.quads[:, :, 0].mean(dim=1)
-    raw = find_track(open_frames(folder), finder, 0, 1).quads[:, :, 0].mean(dim=1)
+    raw = find_track(open_frames(folder), finder, 0, 1, QUIET).quads[:, :, 0].mean(dim=1)
     torch.testing.assert_close(eyes[5], raw[5])
     for run in eyes.split(clip.track.runs):
         assert (run.diff() > 0).all() and (run.diff() < 1).all()
@@ -238,14 +242,14 @@ def test_a_face_is_followed_when_another_becomes_the_largest(folder: Path, seein
 
     finder = seeing(two)
     for index, x in ((0, 20), (1, 48)):
-        track = find_track(open_frames(folder), finder, index, 5)
+        track = find_track(open_frames(folder), finder, index, 5, QUIET)
         assert track.numbers == [*range(12)] and track.runs == [12]
         assert (track.quads[:, :, 0].mean(dim=1) - x).abs().max() < 2
 
 
 def test_a_leap_to_another_face_begins_anew(folder: Path, seeing: Seeing) -> None:
     finder = seeing(lambda picture: [(16 if number_of(picture) < 7 else 48, 30, 16)])
-    track = find_track(open_frames(folder), finder, 0, 5)
+    track = find_track(open_frames(folder), finder, 0, 5, QUIET)
     assert track.runs == [7, 5]
     x = track.quads[:, :, 0].mean(dim=1)
     assert len(x[:7].unique()) == len(x[7:].unique()) == 1

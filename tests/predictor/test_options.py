@@ -5,17 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_runs import transfer
 
-from predictor.options import OF_OPTIMIZER, Optimize, Request, Transfer, resolve
+from predictor.flags import InversionFlags, Optimize, SearchFlags
+from predictor.options import OF_OPTIMIZER, Request, check_finding, resolve
 from predictor.report import edit_facts
 from targetclip.recipes import RECIPES
 
 GIVEN: dict[str, Any] = {"recipe": "paper", "initial": "zero", "steps": 9, "patience": 2}
 FINDING = {**GIVEN, "weights": (1.0,), "mode": "auto", "mapper": Path("m")}
-
-
-def transfer(**changes: Any) -> Transfer:
-    return Transfer(**{"target": (Path("t.png"),), "out": Path("out"), **changes})
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -25,7 +23,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({"mode": "refine", k: GIVEN[k]}, f"--{k}: a refinement") for k in ("initial", "steps")),
     ({"mode": "optimize", "mapper": Path("m")}, "--mode optimize asks no mapper"),
     ({"target": ()}, "--target PICTURE or --text TEXT"),
-    ({"weights": ()}, "--weights: expected 1, one for each target, found 0"),
+    ({"weights": (1.0, 2.0)}, "--weights: expected 1, one for each target, found 2"),
+    ({"mix": True}, "--mix: expected two targets or more, found 1"),
+    ({"mix": True, "direction": Path("d")}, "--mix is for finding"),
     ({"weights": (1.0,), "text": ("green hair",)}, "--weights: expected 2"),
     ({"weights": (float("nan"),)}, "--weights: expected a number within 100 of 0, found nan"),
     ({"weights": (0.0,)}, "--weights: expected one that is not 0"),
@@ -36,10 +36,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "said"), REFUSED)
 def test_options_that_exclude_each_other_are_refused_in_one_line(
-    changes: dict[str, Any], said: str
+    changes: dict[str, Any], said: str, tiny_world: Path, faces: list[Path]
 ) -> None:
     with pytest.raises(ValueError) as caught:
-        transfer(**changes)
+        resolve(transfer(**{"target": (faces[0],), "world": str(tiny_world), **changes}))
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -53,7 +53,10 @@ def test_options_that_exclude_each_other_are_refused_in_one_line(
     ],
 )
 def test_options_that_fit_are_taken(changes: dict[str, Any]) -> None:
-    assert dataclasses.asdict(transfer(**changes)).items() >= changes.items()
+    options = transfer(**changes)
+    check_finding(options)
+    taken = {k: v for group in vars(options).values() for k, v in vars(group).items()}
+    assert taken.items() >= changes.items()
 
 
 # With a world
@@ -84,27 +87,38 @@ def test_a_request_has_the_worlds_defaults(
 
 
 def test_what_is_given_goes_before_the_worlds_defaults(
-    worlds: dict[bool, str], faces: list[Path]
+    worlds: dict[bool, str], tiny_mapper: Path, faces: list[Path]
 ) -> None:
     changes: dict[str, Any] = {"sources": (faces[1],), "align": True, "invert_steps": 5}
-    changes |= {"strength": 0.0, "mapper": Path("m"), "face": 2}
-    given = transfer(target=(faces[0],), world=worlds[True], **changes)
-    request = resolve(given)
+    changes |= {"strength": 0.0, "mapper": tiny_mapper, "face": 2}
+    common: dict[str, Any] = {"target": (faces[0],), "world": worlds[True]}
+    request = resolve(transfer(**common, **changes))
     assert {name: getattr(request, name) for name in changes} == changes and request.inverts
-    steps = resolve(dataclasses.replace(given, mapper=None, **GIVEN)).recipe
+    steps = resolve(transfer(**common, **{**changes, **GIVEN, "mapper": None})).recipe
     assert steps == dataclasses.replace(RECIPES["paper"], initial="zero", steps=9, patience=2)
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 4])
-def test_weights_are_all_the_same_and_one_together_unless_given(
+def test_weights_of_a_mixture_are_all_the_same_and_one_together_unless_given(
     worlds: dict[bool, str], faces: list[Path], pictures: int
 ) -> None:
-    given = transfer(
-        target=(faces[0],) * pictures, text=("green hair", "a hat"), world=worlds[True]
-    )
-    assert resolve(given).weights == pytest.approx([1 / (pictures + 2)] * (pictures + 2))
+    given: dict[str, Any] = {
+        "target": (faces[0],) * pictures, "text": ("green hair", "a hat"), "world": worlds[True]
+    }  # fmt: skip
+    request = resolve(transfer(**given, mix=True))
+    assert request.weights == pytest.approx([1 / (pictures + 2)] * (pictures + 2))
     weights = (1.0, -0.5, *range(pictures))
-    assert resolve(dataclasses.replace(given, weights=weights)).weights == weights
+    mixed = resolve(transfer(**given, weights=weights))
+    assert mixed.weights == weights and not mixed.separate
+    alone = resolve(transfer(**given))
+    assert alone.separate and alone.weights == (1.0,) * (pictures + 2)
+
+
+def test_a_direction_file_is_scored_against_several_targets_in_one_result(
+    worlds: dict[bool, str], faces: list[Path], direction_file: Path
+) -> None:
+    options = transfer(target=tuple(faces), world=worlds[True], direction=direction_file)
+    assert not resolve(options).separate
 
 
 def test_a_report_says_how_a_direction_was_changed_and_nothing_of_what_was_not(
@@ -118,7 +132,7 @@ def test_a_report_says_how_a_direction_was_changed_and_nothing_of_what_was_not(
 
 
 def test_a_mode_that_is_given_is_used_and_the_optimizers_options_ask_for_it(
-    worlds: dict[bool, str], picture: tuple[Path, ...]
+    worlds: dict[bool, str], picture: tuple[Path, ...], direction_file: Path
 ) -> None:
     def mode_of(**changes: Any) -> str | None:
         return resolve(transfer(target=picture, world=worlds[True], **changes)).mode
@@ -128,7 +142,7 @@ def test_a_mode_that_is_given_is_used_and_the_optimizers_options_ask_for_it(
     for name in OF_OPTIMIZER:
         assert mode_of(**{name: GIVEN[name]}) == "optimize"
     assert mode_of(mode="auto", steps=9) == "auto"
-    assert mode_of(direction=Path("d")) is None
+    assert mode_of(direction=direction_file) is None
 
 
 def test_the_mode_is_auto_where_there_is_a_mapper_and_else_the_optimizer(
@@ -148,9 +162,18 @@ def test_the_mode_is_auto_where_there_is_a_mapper_and_else_the_optimizer(
 def test_optimize_is_a_transfer_by_the_optimizer(
     worlds: dict[bool, str], picture: tuple[Path, ...], mapper: bool
 ) -> None:
-    common: dict[str, Any] = {"target": picture, "out": Path("out"), "world": worlds[mapper]}
-    request = resolve(Optimize(**common))
-    assert request == resolve(Transfer(**common, mode="optimize")) and not request.falls_back
+    options = transfer(target=picture, world=worlds[mapper], mode="optimize")
+    request = resolve(
+        Optimize(
+            target=options.target,
+            source=InversionFlags(),
+            search=SearchFlags(),
+            output=options.output,
+            machine=options.machine,
+        )
+    )
+    same = dataclasses.replace(resolve(options), command="optimize")
+    assert request == same and not request.falls_back
 
 
 @pytest.mark.parametrize(

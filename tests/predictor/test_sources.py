@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_runs import one_line, report_of
+from command_runs import one_line, report_of, transfer
 from PIL import Image
 
-from predictor.options import Transfer, resolve
+from predictor.console import Console
+from predictor.options import resolve
 from predictor.sources import Photos, face_quad, searching_inverter
 from predictor.transfer import EssenceTransfer
 from targetclip.command import STOPPED
@@ -71,17 +72,17 @@ def test_a_photo_comes_back_with_its_face_edited_and_every_other_pixel_as_it_was
     ws = tiny.scene.invert([align(picture, quad, 16)])
     vector = load_direction(direction_file, tiny.scene.generator).direction
     [edited] = tensor_to_pictures(tiny.edit(ws, vector))
-    np.testing.assert_array_equal(pixels(out / "edited_000.png"), np.asarray(edited))
+    np.testing.assert_array_equal(pixels(out / "edited_photo.png"), np.asarray(edited))
     pasted = paste_back(picture, edited, quad)
-    np.testing.assert_array_equal(pixels(out / "photo_000.png"), np.asarray(pasted))
+    np.testing.assert_array_equal(pixels(out / "photo_photo.png"), np.asarray(pasted))
 
     left, top, right, bottom = bounds(finder, photo)
-    found = changed_box(photo, out / "photo_000.png")
+    found = changed_box(photo, out / "photo_photo.png")
     assert left <= found[0] < found[2] <= right and top <= found[1] < found[3] <= bottom
-    assert pixels(out / "photo_000.png").shape == pixels(photo).shape
+    assert pixels(out / "photo_photo.png").shape == pixels(photo).shape
     report = report_of(out)
     assert (report["align"], report["face"], report["invert_steps"]) == (True, 0, 0)
-    assert report["edited"] == ["edited_000.png"] and report["photos"] == ["photo_000.png"]
+    assert report["edited"] == ["edited_photo.png"] and report["photos"] == ["photo_photo.png"]
 
 
 def test_align_and_no_align_go_before_what_the_world_says(
@@ -103,9 +104,9 @@ def test_align_and_no_align_go_before_what_the_world_says(
     for name, arguments in runs.items():
         given = (*arguments, "--sources", photo, "--direction", direction_file)
         assert run("transfer", *given, "--out", tmp_path / name) == 0
-    made = {name: (tmp_path / name / "edited_000.png").read_bytes() for name in runs}
+    made = {name: (tmp_path / name / "edited_photo.png").read_bytes() for name in runs}
     assert made["plain"] == made["off"] != made["on"] == made["photo"]
-    assert {name for name in runs if (tmp_path / name / "photo_000.png").exists()} == {
+    assert {name for name in runs if (tmp_path / name / "photo_photo.png").exists()} == {
         "on",
         "photo",
     }
@@ -124,7 +125,7 @@ def test_another_face_than_the_largest_can_be_chosen(
     arguments = ("--align", "--sources", photo, "--direction", direction_file)
     for face in (0, 1):
         assert run("transfer", *arguments, "--face", face) == 0
-        found = changed_box(photo, tmp_path / "out" / "photo_000.png")
+        found = changed_box(photo, tmp_path / "out" / "photo_photo.png")
         left, top, right, bottom = bounds(finder, photo, face)
         assert left <= found[0] and top <= found[1] and found[2] <= right and found[3] <= bottom
         assert report_of(tmp_path / "out")["face"] == face
@@ -160,7 +161,7 @@ def test_what_keeps_a_face_from_being_found_is_one_line_before_networks_are_load
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--face", "0", "--sources", "a.png"], "--face: no face is looked for here"),
+        (["--face", "0", "--sources", str(HOPPER)], "--face: no face is looked for here"),
         (["--face", "0", "--num-sources", "1"], "--face: expected 0 or more, and --sources"),
         (["--face=-1", "--align", "--sources", "a.png"], "--face: expected 0 or more"),
         (["--align"], "--align: no picture is inverted here"),
@@ -230,16 +231,18 @@ def test_a_target_without_a_face_is_refused_only_where_it_would_be_inverted(
 
 
 def pixel_error(scene: Scene, photos: Photos) -> float:
-    images = torch.cat([picture_to_tensor(picture, 16) for picture in photos.pictures])
+    images = torch.cat([picture_to_tensor(picture, 16) for picture in photos.squares(16)])
     return float((scene.render(photos.latents(scene).scored) - images).square().mean())
 
 
 def test_more_steps_bring_the_inversion_closer_to_the_picture(
     tiny: EssenceTransfer, faces: list[Path]
 ) -> None:
-    photos, scene = Photos(faces[1:], None), tiny.scene
+    console = Console(quiet=True)
+    photos, scene = Photos(faces[1:], None, 0, console), tiny.scene
     little, much = (
-        dataclasses.replace(scene, inverter=searching_inverter(scene, steps)) for steps in (10, 60)
+        dataclasses.replace(scene, inverter=searching_inverter(scene, steps, console))
+        for steps in (10, 60)
     )
     assert pixel_error(scene, photos) > pixel_error(little, photos) > pixel_error(much, photos)
 
@@ -266,7 +269,7 @@ def test_a_world_without_inverter_searches_for_the_latents_of_pictures(
     direction_file: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = Transfer(target=(faces[0],), out=tmp_path, world=str(bare_world))
+    asked = transfer(target=(faces[0],), out=tmp_path, world=str(bare_world))
     assert resolve(asked).invert_steps == 300
     given = ("--world", bare_world, "--direction", direction_file)
     assert run("transfer", *given, "--sources", faces[1], "--invert-steps", 3) == 0
@@ -298,6 +301,6 @@ def test_a_real_photo_goes_in_and_comes_out(
     pytest.importorskip("dlib")
     arguments = ("--world", aligned_world, "--sources", HOPPER, "--direction", direction_file)
     assert run("transfer", *arguments) == 0
-    before, after = read_picture(HOPPER), Image.open(tmp_path / "out" / "photo_000.png")
+    before, after = read_picture(HOPPER), Image.open(tmp_path / "out" / "photo_grace_hopper.png")
     different = (np.asarray(before) != np.asarray(after)).any(axis=2)
     assert before.size == after.size and 0.02 < different.mean() < 0.5
