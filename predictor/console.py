@@ -88,8 +88,10 @@ class Console:
         loggers = [logging.getLogger(name) for name in PACKAGES]
         for logger in loggers:
             logger.addHandler(handler)
+            logger.propagate = False  # to a root logger that some library may have set up
         try:
             yield
         finally:
             for logger in loggers:
                 logger.removeHandler(handler)
+                logger.propagate = True

@@ -4,13 +4,11 @@ A run owns the names of its results. It removes those that an earlier run of the
 in its report.json, and leaves every other file. Two runs never write into one folder at once.
 """
 
-import fcntl
 import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,28 +154,3 @@ class OutputFolder:
         whole = {"command": self.command, "finished": True, **report, "files": self.files}
         write_json(self.path / REPORT, whole)
         return whole
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Make a folder, and hold it for one run; the system frees it however the run ends.
-
-    Raises:
-        BlockingIOError: another run holds it.
-        OSError: it cannot be written into.
-    """
-    make_folder(path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"--out: another run is writing into {str(path)!r}: wait for its end, or give "
-                "another folder"
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)

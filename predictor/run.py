@@ -17,7 +17,7 @@ from predictor.console import Console
 from predictor.finding import find_direction, write_direction
 from predictor.inputs import Text
 from predictor.options import Request
-from predictor.output import DIRECTION, GRID, OutputFolder, locked, unique_names, words_of
+from predictor.output import DIRECTION, GRID, OutputFolder, unique_names, words_of
 from predictor.report import (
     NamedTarget,
     Outcome,
@@ -265,7 +265,7 @@ def run(request: Request, console: Console) -> int:
     with console.hearing_logs():
         targets = read_targets(request, console)
         finder = find_faces(request, targets)
-        with locked(request.out):
+        with locked_folder(request.out):
             out = OutputFolder(
                 request.out,
                 request.command,

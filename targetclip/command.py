@@ -8,6 +8,7 @@ error; 130 stopped by a signal, and what was done is kept.
 """
 
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -137,10 +138,10 @@ def usage_message(box: str, args: Sequence[str]) -> str:
         known = sorted(choice for choice in known if choice not in ("", "None"))
         hint = did_you_mean(match[1], known)
         return f"{match[2]}: expected {' or '.join(known)}, found {match[1]!r}{hint}"
-    kinds = {"INT": "a whole number", "FLOAT": "a number"}
-    pattern = r"Error parsing (--\S+): no type matching .*?(INT|FLOAT).* from \[(.*?)\]"
-    if match := re.match(pattern, message):
-        return f"{match[1]}: expected {kinds[match[2]]}, found {match[3]}"
+    for kind, named in (("a whole number", "INT|int"), ("a number", "FLOAT|float")):
+        pattern = rf"Error parsing (--\S+): .*(?:{named})\b.*?('[^']*'|\[[^]]*\])"
+        if match := re.match(pattern, message):
+            return f"{match[1]}: expected {kind}, found {match[2].strip('[]')}"
     return message
 
 
@@ -216,6 +217,11 @@ def say(text: str, *, error: bool = False) -> None:
     except OSError:  # a closed pipe, or a terminal that hung up
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say_next(out: Path, results: str, then: str, *, error: bool = False) -> None:
+    """Print where a command's results are and what comes next."""
+    say(f"{out}: {results}; next: {then}", error=error)
 
 
 def guarded(work: Callable[[], int | None], prog: str) -> int:
@@ -418,6 +424,31 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_file(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
+@contextmanager
+def locked_folder(out: Path) -> Iterator[None]:
+    """Make an output folder, and hold it for one run; the system frees it however the run ends.
+
+    Raises:
+        BlockingIOError: another run holds it.
+        OSError: it cannot be written into.
+    """
+    make_folder(out)
+    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"--out: another run is writing into {str(out)!r}: wait for its end, or give "
+                "another folder"
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def make_folder(out: Path) -> None:
     """Make an output folder and check that it can be written into, before any work.
 
@@ -430,7 +461,9 @@ def make_folder(out: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"--out: cannot write into {out}: {error.strerror}") from error
+        raise OSError(
+            f"--out: cannot write into {out}: {error.strerror}; give another folder"
+        ) from error
 
 
 # Records

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -20,11 +21,15 @@ from targetclip.command import (
     Stopped,
     choose_device,
     choose_precision,
+    did_you_mean,
     full_disk_explained,
     guarded,
     in_precision,
     main,
     make_folder,
+    nearest,
+    parse,
+    signals_as_ctrl_c,
     whole_file,
     write_file,
     write_json,
@@ -88,6 +93,50 @@ def test_a_usage_error_is_one_line_and_exit_code_2(
     assert message.startswith("prog: ") and message.count("\n") == 1 and "many" in message
 
 
+@dataclass(frozen=True)
+class Options:
+    steps: int | None = None
+    seed: int = 0
+    rate: float = 0.1
+    kind: Literal["paper", "release"] = "paper"
+    out: Path = Path("out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stesp", "3"], "unknown option --stesp: did you mean --steps?"),
+        (["--colour", "3"], "unknown option --colour"),
+        (["--kind", "papre"], "--kind: expected paper or release, found 'papre': "
+         "did you mean 'paper'?"),
+        (["--kind", "x"], "--kind: expected paper or release, found 'x'"),
+        (["--steps", "2.5"], "--steps: expected a whole number, found '2.5'"),
+        (["--seed", "nan"], "--seed: expected a whole number, found 'nan'"),
+        (["--rate", "fast"], "--rate: expected a number, found 'fast'"),
+        (["-o", "x"], "unknown option -o: did you mean --out?"),
+        (["x"], "'x' is of no option"),
+        (["--steps"], "Missing value for argument '--steps'. Expected 1 values."),
+    ],
+)  # fmt: skip
+def test_a_usage_error_names_what_was_meant(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(Options, "prog", "", arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"prog: {said} (see --help)\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("relase", "release"), ("PAPER", "paper"), ("optimise", "optimize"), ("zzz", None)],
+)
+def test_the_nearest_name_is_found_if_any_is_near(name: str, near: str | None) -> None:
+    known = ("release", "paper", "optimize")
+    assert nearest(name, known) == near
+    assert did_you_mean(name, known) == (f": did you mean {near!r}?" if near else "")
+
+
 def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         'if __name__ == "__main__":\n'
@@ -116,6 +165,27 @@ def test_importing_a_command_does_not_import_torch() -> None:
 
 
 # Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_ctrl_c_once_within_the_block(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)
+    try:
+        with signals_as_ctrl_c():
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+                time.sleep(1)
+            for again in (signal.SIGTERM, signal.SIGHUP):  # these end nothing that is being saved
+                os.kill(os.getpid(), again)
+                time.sleep(0.01)
+        assert signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        with signals_as_ctrl_c():
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+    finally:
+        signal.signal(number, before)
 
 
 def test_the_first_signal_asks_and_a_second_ctrl_c_ends() -> None:
@@ -185,7 +255,8 @@ def test_bfloat16_computes_products_alone_in_half() -> None:
 def test_a_device_that_cannot_compute_is_named() -> None:
     assert choose_device("cpu").type == "cpu"
     for name in ("gpu", "meta"):
-        with pytest.raises(ValueError, match=f"--device: '{name}' cannot be used"):
+        expected = f"--device: expected cpu.*, found '{name}', which cannot be used here"
+        with pytest.raises(ValueError, match=expected):
             choose_device(name)
 
 
