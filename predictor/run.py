@@ -45,6 +45,7 @@ from targetclip.command import (
     STOPPED,
     Stopwatch,
     choose_device,
+    locked_folder,
     say,
 )
 from targetclip.media.alignment import FaceFinder

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from command_runs import report_of
 
-from predictor.output import locked, unique_names, words_of
+from predictor.output import unique_names, words_of
+from targetclip.command import locked_folder
 
 Run = Callable[..., int]
 ROOT = Path(__file__).parents[2]
@@ -100,8 +101,8 @@ def test_two_runs_at_once_in_one_folder_are_refused_and_a_kill_frees_it(
 ) -> None:
     out, given = tmp_path / "out", ("--num-sources", 1, "--direction", direction_file)
     program = (
-        "import sys, time; from pathlib import Path; from predictor.output import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from targetclip.command import locked_folder\n"
+        "with locked_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", program, str(out)], cwd=ROOT, stdout=subprocess.PIPE
@@ -115,7 +116,7 @@ def test_two_runs_at_once_in_one_folder_are_refused_and_a_kill_frees_it(
         holder.kill()
         holder.communicate()
     assert run("transfer", *given) == 0
-    with locked(out):
+    with locked_folder(out):
         pass
 
 
