@@ -1,1 +1,1 @@
-"""What proves the project: metrics, baselines, the attribute reader and the benchmarks."""
+"""Prove the project: scores, baselines, calibration, the attribute reader and studies."""

@@ -1,4 +1,4 @@
-"""Answers of methods: timed, and kept so that no finished search is run again.
+"""Time the answers of methods, and keep them: no finished search is run again.
 
 Knows methods and files; nothing of scores.
 """
@@ -7,13 +7,12 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from data.targets import digest_of, picture_id
 from eval.methods import METHODS, Answer, Bench, Method, needs_of
@@ -24,36 +23,24 @@ from targetclip.weights import save_tensors
 TIMED = 5  # targets that a fast method is timed on, one at a time
 
 
-@dataclass(frozen=True)
-class TimedAnswer:
-    """A method's answer to some targets, on the processor, and the seconds it took."""
-
-    answer: Answer
-    seconds: float
-    """For each target, from its picture to its edits."""
-    timing: Literal["alone", "share"]
-    """Of a target alone, or the share of a target where all were answered together."""
-
-
-def find(method: Method, bench: Bench, targets: EvalSet) -> tuple[Answer, float]:
-    """Return a method's answer, on the processor, and the seconds it took."""
+def find(method: Method, bench: Bench, targets: EvalSet) -> Answer:
+    """Return a method's answer, on the processor, with the seconds that all of it took."""
     start = time.perf_counter()
     answer = method.find(bench, targets)
     expected = None if answer.expected is None else answer.expected.cpu()
-    # Copying waits until an accelerator has finished.
-    answer = Answer(answer.edits.cpu(), answer.notes, expected)
-    return answer, time.perf_counter() - start
+    edits = answer.edits.cpu()  # waits until an accelerator has finished
+    return replace(answer, edits=edits, expected=expected, seconds=time.perf_counter() - start)
 
 
-def timed(method: Method, bench: Bench, targets: EvalSet) -> TimedAnswer:
+def timed(method: Method, bench: Bench, targets: EvalSet) -> Answer:
     """Run a method. One that searches is timed on the way, another one on single targets."""
-    answer, seconds = find(method, bench, targets)
+    answer = find(method, bench, targets)
     if method.optimizes:
-        return TimedAnswer(answer, seconds / len(targets), "share")
+        return replace(answer, seconds=answer.seconds / len(targets), timing="share")
     # The run above was the warm-up.
     singles = [targets.part(i, i + 1) for i in range(min(TIMED, len(targets)))]
-    alone = [find(method, bench, single)[1] for single in singles]
-    return TimedAnswer(answer, statistics.median(alone), "alone")
+    seconds = statistics.median(find(method, bench, single).seconds for single in singles)
+    return replace(answer, seconds=seconds)
 
 
 def settings_of(name: str, bench: Bench, targets: EvalSet) -> dict[str, Any]:
@@ -76,7 +63,7 @@ def settings_of(name: str, bench: Bench, targets: EvalSet) -> dict[str, Any]:
     return settings
 
 
-def kept(path: Path, settings: dict[str, Any]) -> TimedAnswer | None:
+def kept(path: Path, settings: dict[str, Any]) -> Answer | None:
     """Return the answer in a file, if it is there, whole, and of these settings."""
     if not path.is_file():
         return None
@@ -89,26 +76,20 @@ def kept(path: Path, settings: dict[str, Any]) -> TimedAnswer | None:
     if metadata.get("settings") != json.dumps(settings, sort_keys=True):
         return None
     facts = json.loads(metadata["facts"])
-    answer = Answer(tensors["edits"], tuple(facts["notes"]), tensors.get("expected"))
-    return TimedAnswer(answer, facts["seconds"], facts["timing"])
+    return Answer(**tensors, **facts | {"notes": tuple(facts["notes"])})
 
 
-def keep(path: Path, timed_answer: TimedAnswer, settings: dict[str, Any]) -> None:
+def keep(path: Path, answer: Answer, settings: dict[str, Any]) -> None:
     """Write an answer, whole or not at all."""
-    answer = timed_answer.answer
-    tensors: dict[str, Tensor] = {"edits": answer.edits}
+    tensors = {"edits": answer.edits}
     if answer.expected is not None:
         tensors["expected"] = answer.expected
-    facts = {
-        "notes": answer.notes,
-        "seconds": timed_answer.seconds,
-        "timing": timed_answer.timing,
-    }
+    facts = {"notes": answer.notes, "seconds": answer.seconds, "timing": answer.timing}
     metadata = {"settings": json.dumps(settings, sort_keys=True), "facts": json.dumps(facts)}
     save_tensors(path, tensors, metadata)
 
 
-def answer_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> TimedAnswer:
+def answer_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> Answer:
     """Return a method's answer to some targets: the one kept in `folder`, or a new one.
 
     Raises:
@@ -120,7 +101,7 @@ def answer_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> TimedA
     answer = kept(path, settings)
     if answer is None:
         answer = timed(METHODS[name], bench, targets)
-        if not torch.isfinite(answer.answer.edits).all():
+        if not torch.isfinite(answer.edits).all():
             raise ValueError(f"{name} on {targets.name}: expected finite edits, found NaN or more")
         keep(path, answer, settings)
     return answer

@@ -2,13 +2,12 @@
 
     python -m eval.calibrate --mapper runs/mapper/mapper.safetensors --out runs/calibrated
 
-The mapper and its teacher answer validation targets, on which nothing was trained, and refinements
-of the mapper's answers are tried. The results are a threshold for the score on the probe sources
-and the settings of refinements (`predictor.direction.Gate`), and a factor that stretches the
-mapper's directions: the weight decay of their training leaves them shorter than the rest of the
-loss would have them. The expected score is fitted anew (`eval.expectation`) and judged. Sources
-that judge are neither the probe's nor the optimizer's. Writes the mapper with its calibration,
-report.json and reliability.png.
+The mapper and the optimizer, its teacher, answer validation targets, and refinements of the
+mapper's answers are tried. The results are a threshold for the score on the probe sources and the
+settings of refinements (`predictor.direction.Gate`), and a factor that stretches the mapper's
+directions, which weight decay leaves too short. The expected score is fitted anew
+(`eval.expectation`). Sources that judge are neither the probe's nor the optimizer's. Writes the
+mapper with its calibration, report.json and reliability.png.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -30,11 +29,12 @@ from tqdm import tqdm
 
 from data.targets import Target, of_split, open_targets
 from eval.expectation import fit_expectation
+from eval.methods import predict
 from eval.report import Series, check_charts, line_chart
 from eval.sets import Directions, Embeddings, Sources
 from predictor.direction import Gate
-from predictor.mapper import Mapper, save_mapper
-from predictor.mapper_file import MapperRecord, trained_recipe
+from predictor.mapper import save_mapper
+from predictor.mapper_file import MapperRecord
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
 from targetclip.command import Precision
@@ -56,7 +56,7 @@ RARE = 0.01  # part of the validation targets that count as unlike all others
 @dataclass(frozen=True, kw_only=True)
 class Config:
     mapper: Path
-    """Mapper file to calibrate; it is left as it is."""
+    """Mapper file to calibrate; it is not changed."""
     out: Path
     """Folder for mapper.safetensors, report.json and reliability.png."""
     world: str = "sketch64"
@@ -100,9 +100,8 @@ def threshold_of(
     """Return the lowest probe score that may pass.
 
     Targets below it are answered by the better of mapper and teacher. Then every set's mean score
-    must reach the better mean of mapper and teacher, but for TOLERANCE. The threshold is no lower
-    than the probe score that all but RARE of the targets reach: an answer below that is to a target
-    unlike the validation targets.
+    must reach the better mean of mapper and teacher, but for TOLERANCE. The threshold is at least
+    the probe score that all but RARE of the targets reach.
     """
     floor = float(torch.quantile(probe, RARE))
     best = torch.maximum(mapper, teacher)
@@ -168,6 +167,10 @@ class Validation:
     teacher: Recipe
     refined: Recipe
     """The loss of refinements: the teacher's, with the identity weight of the mapper's training."""
+    precision: Precision
+    """Of searches."""
+    seed: int
+    """Of searches."""
 
     def members(self) -> dict[str, Bool[Tensor, " targets"]]:
         """Return a mask of the targets of each set."""
@@ -182,8 +185,12 @@ class Validation:
 
     @torch.no_grad()
     def scores(self, directions: Directions) -> dict[str, Float[Tensor, " targets"]]:
-        """Return the transfer score, the losses of refinements and of the teacher, and the transfer
-        score on the probe sources."""
+        """Score directions.
+
+        Returns:
+            The `transfer` score, the `loss` of refinements, the `teacher_loss`, and the transfer
+            score on the `probe` sources.
+        """
         scene = self.essence.scene
         weight = max(self.teacher.identity_weight, self.refined.identity_weight)
         edits = self.sources + directions[:, None]
@@ -201,24 +208,36 @@ class Validation:
             "probe": torch.tensor(probe),
         }
 
+    def search(self, recipe: Recipe, initial: Directions, label: str) -> Directions:
+        """Return the optimizer's directions of all targets; the start where a search failed."""
+        scene = self.essence.scene
+        directions, failures = scene.search_in_batches(
+            scene.embed_targets(self.pictures, recipe),
+            recipe,
+            initial,
+            [seed_of("calibrate", self.seed, name) for name in self.ids],
+            label=label,
+            precision=self.precision,
+        )
+        failed = torch.tensor([failure is not None for failure in failures], device=initial.device)
+        return torch.where(failed[:, None, None], initial, directions)
 
-def open_validation(config: Config, essence: EssenceTransfer, teacher: Recipe) -> Validation:
-    """Take the first targets of the validation split of each set.
 
-    Raises:
-        ValueError: a set has none.
-    """
+def open_validation(
+    config: Config, essence: EssenceTransfer, teacher: Recipe, precision: Precision
+) -> Validation:
+    """Take the first targets of the validation split of each set, which may not be empty."""
     scene, trained = essence.scene, essence.trained
     targets: list[tuple[str, Target]] = []
     for spec in config.targets:
         candidates = open_targets(spec, scene.generator, scene.truncation)
-        found = list(of_split(candidates, "validation", config.count))
-        if not found:
+        chosen = list(of_split(candidates, "validation", config.count))
+        if not chosen:
             raise ValueError(
                 f"--targets: expected pictures of the validation split (one in twenty), found none "
                 f"in {spec!r}; give more"
             )
-        targets += [(spec, target) for target in found]
+        targets += [(spec, target) for target in chosen]
     pictures = [target.picture for _, target in targets]
     return Validation(
         essence=essence,
@@ -232,43 +251,12 @@ def open_validation(config: Config, essence: EssenceTransfer, teacher: Recipe) -
         refined=replace(
             teacher, identity_weight=trained.identity_weight, weight_decay=trained.weight_decay
         ),
-    )
-
-
-# Answers
-
-
-def predictions(
-    validation: Validation, mapper: Mapper
-) -> tuple[Directions, Float[Tensor, " targets"]]:
-    """Return the mapper's directions, and the transfer scores it expects."""
-    recipe, scene = trained_recipe(mapper.record), validation.essence.scene
-    with torch.no_grad():
-        prediction = mapper(scene.embed_targets(validation.pictures, recipe))
-    return prediction.directions, prediction.expected.cpu()
-
-
-def searched(
-    validation: Validation,
-    recipe: Recipe,
-    initial: Directions,
-    seed: int,
-    *,
-    label: str,
-    precision: Precision,
-) -> Directions:
-    """Return the optimizer's directions of all targets; the start where a search failed."""
-    scene = validation.essence.scene
-    directions, failures = scene.search_in_batches(
-        scene.embed_targets(validation.pictures, recipe),
-        recipe,
-        initial,
-        [seed_of("calibrate", seed, name) for name in validation.ids],
-        label=label,
         precision=precision,
+        seed=config.seed,
     )
-    failed = torch.tensor([failure is not None for failure in failures], device=initial.device)
-    return torch.where(failed[:, None, None], initial, directions)
+
+
+# Searches and scores
 
 
 def stretched(validation: Validation, predicted: Directions) -> tuple[float, dict[float, float]]:
@@ -288,8 +276,6 @@ def refinements(
     predicted: Directions,
     scores: Mapping[str, Tensor],
     settings: Sequence[tuple[float, int]],
-    seed: int,
-    precision: Precision,
 ) -> Losses:
     """Return mean losses, `loss` and `teacher_loss`, by rate and steps of a refinement.
 
@@ -305,8 +291,7 @@ def refinements(
     for rate, steps in settings:
         gate = Gate(0.0, validation.probes, steps, rate)
         recipe = gate.refining(validation.teacher, validation.refined)
-        label = f"refine, rate {rate:g}, {steps} steps"
-        refined = searched(validation, recipe, predicted, seed, label=label, precision=precision)
+        refined = validation.search(recipe, predicted, f"refine, rate {rate:g}, {steps} steps")
         refined_scores = validation.scores(refined)
         for name, by_rate in losses.items():
             by_rate[rate][steps] = float(refined_scores[name].mean())
@@ -360,20 +345,20 @@ def run(
     mapper, seed = essence.asked_mapper(), config.seed
     if mapper.record is None:
         raise ValueError(f"{config.mapper}: expected a mapper with a record, found none")
-    validation = open_validation(config, essence, teacher or RECIPES[world.recipe])
+    validation = open_validation(config, essence, teacher or RECIPES[world.recipe], precision)
 
-    stretch, by_stretch = stretched(validation, predictions(validation, mapper)[0])
+    scene, pictures = essence.scene, validation.pictures
+    stretch, by_stretch = stretched(validation, predict(scene, mapper, pictures).directions)
     mapper.scale.mul_(stretch)
-    fitted = fit_expectation(essence.scene, mapper, config.targets, config.fitted, seed)
+    fitted = fit_expectation(scene, mapper, config.targets, config.fitted, seed)
 
-    predicted, expected = predictions(validation, mapper)
-    scores = validation.scores(predicted)
-    recipe, scene = validation.teacher, essence.scene
+    prediction = predict(scene, mapper, pictures)
+    predicted, expected = prediction.directions, prediction.expected.cpu()
+    scores, recipe = validation.scores(predicted), validation.teacher
     seeds = [seed_of("initial", seed, name) for name in validation.ids]
-    initial = scene.initial(validation.pictures, recipe.initial, seeds)
-    taught = searched(validation, recipe, initial, seed, label="teacher", precision=precision)
-    teacher_scores = validation.scores(taught)
-    losses = refinements(validation, predicted, scores, refined_by, seed, precision)
+    initial = scene.initial(pictures, recipe.initial, seeds)
+    teacher_scores = validation.scores(validation.search(recipe, initial, "teacher"))
+    losses = refinements(validation, predicted, scores, refined_by)
     rate, steps = choose_refinement(losses["loss"])
     sets, transfer = list(validation.members().values()), scores["transfer"]
     threshold = threshold_of(scores["probe"], transfer, teacher_scores["transfer"], sets)

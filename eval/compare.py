@@ -26,10 +26,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.publish import sha256_of
-from eval.answers import TimedAnswer, answer_of
+from eval.answers import answer_of
 from eval.costs import machine
 from eval.judging import Judges
-from eval.methods import LACKING, METHODS, Bench, Part, needs_of, open_pair_table
+from eval.methods import LACKING, METHODS, Answer, Bench, Part, needs_of, open_pair_table
 from eval.reader import load_reader
 from eval.report import charts, check_charts, report_text
 from eval.sets import (
@@ -228,7 +228,7 @@ def load_judge(
 
 
 def make_judges(config: Config, world: World, bench: Bench) -> Judges:
-    """Load everything that looks at images."""
+    """Load the networks that judge images."""
     device = bench.scene.device
     return Judges(
         scene=bench.scene,
@@ -254,11 +254,7 @@ def make_sets(config: Config, bench: Bench, judges: Judges) -> list[EvalSet]:
 
 
 def choose_methods(config: Config, bench: Bench) -> tuple[list[str], list[str]]:
-    """Return the names of the methods to run, and why others are left out.
-
-    Raises:
-        ValueError: a method that was asked for lacks a part.
-    """
+    """Return the names of the methods to run, and why others are left out."""
     chosen, left_out = [], []
     for name, method in METHODS.items():
         lacking = [LACKING[part] for part in needs_of(method, bench) if part not in bench.digests]
@@ -286,11 +282,11 @@ def count_for(config: Config, name: str, targets: EvalSet) -> int:
 
 def find_all(
     config: Config, bench: Bench, sets: Sequence[EvalSet], chosen: Sequence[str]
-) -> dict[str, dict[str, TimedAnswer]]:
+) -> dict[str, dict[str, Answer]]:
     """Return the answers of every method to every set, by the names of sets and methods."""
     folder = config.out / "answers"
     folder.mkdir(exist_ok=True)
-    answers: dict[str, dict[str, TimedAnswer]] = {targets.name: {} for targets in sets}
+    answers: dict[str, dict[str, Answer]] = {targets.name: {} for targets in sets}
     bar = tqdm([(targets, name) for targets in sets for name in chosen], unit="run")
     for targets, name in bar:
         bar.set_description(f"{targets.name}, {name}")

@@ -160,11 +160,7 @@ class Judges:
     def people(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch identity"]:
-        """Return identity features: the identity model's or, without one, identity readings.
-
-        Raises:
-            ValueError: there is neither.
-        """
+        """Return identity features: the identity model's or, without one, identity readings."""
         if self.scene.identity is not None:
             return self.scene.identity.embed_images(images).float().cpu()
         if self.reader is None:

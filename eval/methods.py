@@ -1,7 +1,7 @@
-"""The methods that are compared: the mapper, the teacher by its recipes, baselines and peers.
+"""Answer targets by the methods that are compared: mapper, optimizer, baselines and peers.
 
-A method is a function of a bench, which holds everything a method may use, and of a set of targets;
-it returns edits. Knows how directions are found; nothing of how they are scored.
+A method maps a bench, which holds everything methods may use, and a set of targets to edits. Knows
+how edits are found; nothing of how they are scored.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from data.drawn.sketch import ESSENCE, Face, draw
 from data.pairs import dimensions
 from data.publish import sha256_of
 from eval.sets import Directions, Embeddings, EvalSet, Sources
-from predictor.mapper import Mapper
+from predictor.mapper import Mapper, Prediction
 from predictor.mapper_file import trained_recipe
 from predictor.transfer import EssenceTransfer
 from targetclip.command import Precision, in_precision
@@ -97,7 +98,7 @@ def ridge_by_penalty(
     """Return the weights of a ridge regression for each of PENALTIES.
 
     Args:
-        offsets: centred inputs. A penalty is added to the variances of their coordinates.
+        offsets: centred inputs.
         cross: covariances of inputs and outputs.
     """
     variances, axes = torch.linalg.eigh(offsets.T @ offsets / len(offsets))
@@ -106,10 +107,9 @@ def ridge_by_penalty(
 
 
 def open_pair_table(folder: Path, scene: Scene) -> PairTable:
-    """Read the train pairs of a dataset, and fit the ridge regression to them.
+    """Read the train pairs of a dataset, a few at a time, and fit the ridge regression to them.
 
-    Its penalty is that of the least squared error on the validation pairs. A few directions are in
-    memory at a time.
+    Its penalty is that of the least squared error on the validation pairs.
 
     Raises:
         FileNotFoundError, ValueError: see `load_pairs` and `networks_of`; pairs of other networks.
@@ -187,11 +187,11 @@ class Bench:
         return recipe if most is None else replace(recipe, steps=min(recipe.steps, most))
 
     def embed(self, targets: EvalSet, recipe: Recipe) -> Embeddings:
-        """Return embeddings of targets, preprocessed as a recipe wants them."""
+        """Return embeddings of targets, preprocessed for a recipe."""
         return self.scene.embed_targets(targets.pictures, recipe)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Answer:
     """A method's edits for a set of targets."""
 
@@ -201,36 +201,47 @@ class Answer:
     """A remark on each target; empty where there is none."""
     expected: Float[Tensor, " targets"] | None = None
     """Transfer scores that the method itself expects."""
+    seconds: float = 0.0
+    """For each target, from its picture to its edits; 0 until it is timed."""
+    timing: Literal["alone", "share"] = "alone"
+    """Of a target alone, or the share of a target where all were answered together."""
 
 
 # The mapper
 
 
-def mapped(bench: Bench, targets: EvalSet, mapper: Mapper) -> Answer:
-    """Return a mapper's predictions."""
-    embeddings = bench.embed(targets, trained_recipe(mapper.record))
+def predict(scene: Scene, mapper: Mapper, pictures: Sequence[Image.Image]) -> Prediction:
+    """Return a mapper's predictions for targets, preprocessed as those of its training."""
+    embeddings = scene.embed_targets(pictures, trained_recipe(mapper.record))
     with torch.no_grad():
-        prediction = mapper(embeddings)
-    return Answer(prediction.directions, expected=prediction.expected)
+        prediction: Prediction = mapper(embeddings)
+    return prediction
+
+
+def mapped(bench: Bench, targets: EvalSet, mapper: Mapper) -> Answer:
+    """Answer by a mapper."""
+    prediction = predict(bench.scene, mapper, targets.pictures)
+    return Answer(edits=prediction.directions, expected=prediction.expected)
 
 
 def by_mapper(bench: Bench, targets: EvalSet) -> Answer:
+    """Answer by the product's mapper."""
     return mapped(bench, targets, bench.essence.asked_mapper())
 
 
 def by_auto(bench: Bench, targets: EvalSet) -> Answer:
-    """Return the product's default, one target after another; notes are the `Direction.method`s."""
+    """Answer as the product does by default, target by target; notes are `Direction.method`s."""
     recipe = bench.cut(RECIPES[bench.recipe])
     directions = [
         bench.essence.direction(picture, "auto", recipe, seed_of("compare", bench.seed, name))
         for picture, name in zip(targets.pictures, targets.ids, strict=True)
     ]
     vectors = torch.stack([direction.vector for direction in directions])
-    return Answer(vectors, tuple(direction.method for direction in directions))
+    return Answer(edits=vectors, notes=tuple(direction.method for direction in directions))
 
 
 def by_differences(bench: Bench, targets: EvalSet) -> Answer:
-    """Predict by a mapper trained as DeltaEdit: by differences of the generator's own samples."""
+    """Answer by a mapper trained as DeltaEdit: by differences of the generator's own samples."""
     if bench.differences is None:
         raise ValueError(LACKING["differences"])
     return mapped(bench, targets, bench.differences)
@@ -251,7 +262,7 @@ def taught(bench: Bench, targets: EvalSet, name: str) -> Answer:
         label=name,
         precision=bench.precision,
     )
-    return Answer(directions, tuple(f"failed: {f}" if f else "" for f in failures))
+    return Answer(edits=directions, notes=tuple(f"failed: {f}" if f else "" for f in failures))
 
 
 def blended(
@@ -277,9 +288,9 @@ def blended(
 
 
 def by_clip_blending(bench: Bench, targets: EvalSet, recipe: Recipe = BLENDING) -> Answer:
-    """Optimize every source on its own towards the mean of its own and the target's unit embedding.
+    """Optimize each source towards the mean of its own and the target's unit embedding.
 
-    The paper's own baseline.
+    This is the paper's baseline.
     """
     scene, sources = bench.scene, bench.sources
     with torch.no_grad():
@@ -292,7 +303,7 @@ def by_clip_blending(bench: Bench, targets: EvalSet, recipe: Recipe = BLENDING) 
     for start in tqdm(range(0, len(ws), at_once), "clip-blending", unit="part", leave=False):
         part = slice(start, start + at_once)
         offsets.append(blended(bench, ws[part], goals[part], bench.cut(recipe)))
-    return Answer(torch.cat(offsets).unflatten(0, (len(targets), len(sources))))
+    return Answer(edits=torch.cat(offsets).unflatten(0, (len(targets), len(sources))))
 
 
 # One pass, without a mapper
@@ -305,21 +316,21 @@ def by_pairs(
     if bench.pairs is None:
         raise ValueError(LACKING["pairs"])
     embeddings = bench.embed(targets, RECIPES["consistent"])
-    return Answer(answer(bench.pairs, embeddings.cpu()).to(bench.sources.device))
+    return Answer(edits=answer(bench.pairs, embeddings.cpu()).to(bench.sources.device))
 
 
 def by_latent_blending(bench: Bench, targets: EvalSet) -> Answer:
-    """Return the target's inversion less the mean latent, which adds all of the target."""
-    return Answer(bench.scene.invert(targets.pictures) - bench.scene.generator.mean_w)
+    """Answer by the target's inversion less the mean latent, which adds all of the target."""
+    return Answer(edits=bench.scene.invert(targets.pictures) - bench.scene.generator.mean_w)
 
 
 def by_encoder(bench: Bench, targets: EvalSet) -> Answer:
-    """Ask an encoder of target pictures, such as TargetCLIP-E: its output less its mean latent."""
+    """Answer by an encoder of pictures, such as TargetCLIP-E: its output less its mean latent."""
     if bench.encoder is None:
         raise ValueError(LACKING["encoder"])
     with torch.no_grad():
         latents = bench.encoder(bench.scene.images_of(targets.pictures))
-    return Answer(latents - bench.encoder.mean_w)
+    return Answer(edits=latents - bench.encoder.mean_w)
 
 
 # The upper reference
@@ -330,15 +341,11 @@ def drawn_answer(
 ) -> tuple[Float[Tensor, "sources 3 64 64"], Float[Tensor, "targets sources 3 64 64"]]:
     """Return images of sources and of their right edits, which no direction can reach.
 
-    Sources are the faces of generated sources of a seed, drawn. Edits are the same faces, drawn
-    with their own identity and a target's essence, without the target's extras and style.
+    Sources are the faces of a seed's generated sources, drawn. Edits are the same faces, drawn with
+    their own identity and a target's essence, without the target's extras and style.
     """
-    z = torch.stack(
-        [
-            torch.randn(z_dim, generator=torch.Generator().manual_seed(source))
-            for source in source_seeds(seed, count)
-        ]
-    )
+    numbers = [torch.Generator().manual_seed(source) for source in source_seeds(seed, count)]
+    z = torch.stack([torch.randn(z_dim, generator=generator) for generator in numbers])
     values = faces_from_z(z[:, None].expand(-1, len(GROUPS), -1)).tolist()
     faces = [Face(*row) for row in values]
     before = np.stack([np.asarray(draw(face)) for face in faces])
@@ -370,8 +377,10 @@ class Method:
 
 
 def needs_of(method: Method, bench: Bench) -> tuple[Part, ...]:
-    """Return the parts that a method needs: for refinements of a mapper that was trained with an
-    identity loss, the identity model too."""
+    """Return the parts that a method needs.
+
+    To refine the answers of a mapper that was trained by identity takes the identity model.
+    """
     by_identity = "calibration" in method.needs and bench.essence.trained.identity_weight
     return (*method.needs, "identity") if by_identity else method.needs
 
@@ -404,11 +413,7 @@ METHODS: dict[str, Method] = {
     "ridge": baseline(PairTable.ridge_directions, penalties=list(PENALTIES)),
     "latent-blending": Method(find=by_latent_blending, needs=("inverter",)),
     "clip-blending": Method(
-        find=by_clip_blending,
-        settings=asdict(BLENDING),
-        optimizes=True,
-        slow=True,
-        per_source=True,
+        find=by_clip_blending, settings=asdict(BLENDING), optimizes=True, slow=True, per_source=True
     ),
     "differences": Method(find=by_differences, needs=("differences",)),
     "encoder": Method(find=by_encoder, needs=("encoder",)),

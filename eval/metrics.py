@@ -1,4 +1,4 @@
-"""Scores of edits, as pure functions of embeddings, readings, features and images.
+"""Score edits by pure functions of embeddings, readings, features and images.
 
 Knows numbers only. Cosines to targets, consistency and identity are `targetclip.scene`'s.
 """
@@ -34,10 +34,8 @@ def additivity(
 
         mean over i != j of s_i . s_j  /  mean over i of |s_i|^2
 
-    It equals 1 - (spread of the shifts around their mean) / (their mean square), corrected for the
-    bias of few sources. At most 1, where all sources are shifted by one vector, as the paper asks.
-    0 for unrelated shifts, or for none. Consistency is the same measure for shifts scaled to
-    length 1, so it ignores how far each source was shifted.
+    At most 1, where all sources are shifted by one vector, as the paper asks. 0 for unrelated
+    shifts, or for none. Consistency is the same for shifts of length 1.
     """
     shift = F.normalize(edited, dim=-1) - F.normalize(source, dim=-1)
     count = shift.shape[1]
@@ -81,8 +79,7 @@ def essence_by_attribute(
 ) -> dict[str, float]:
     """Return `essence_acquired` of each essence attribute, over all targets that show it.
 
-    Sums go over targets as well: a target far from its sources counts more than a near one. An
-    attribute that no target shows is left out.
+    Sums go over targets as well. An attribute that no target shows is left out.
     """
     left = (edited - target[:, None]).abs().sum(dim=1) * seen
     whole = (source[None] - target[:, None]).abs().sum(dim=1) * seen
@@ -102,7 +99,7 @@ def distance_apart(source: Float[Tensor, "sources readings"]) -> Float[Tensor, "
 def identity_kept(
     edited: Float[Tensor, "targets sources outputs"], source: Float[Tensor, "sources outputs"]
 ) -> Float[Tensor, " targets"]:
-    """Return the part of the sources' identity that is left: 1 all, 0 as between two sources.
+    """Return the part of the sources' identity that was kept: 1 all, 0 as between two sources.
 
     1 - |edited - source| / |source - another source|, both averaged over the identity readings.
     """
@@ -130,8 +127,8 @@ def identity_by_attribute(
 def outside_change(before: Images, after: Images) -> Float[Tensor, " images"]:
     """Return the mean absolute change of the left and right border, a sixteenth of the width each.
 
-    A fraction of the range of values, in [0, 1]. On drawn faces the border is background: the
-    widest hat ends before it. On photographs long hair may reach it.
+    A fraction of the range of values, in [0, 1]. On drawn faces the border is background; on
+    photographs long hair may reach it.
     """
     width = border_width(before)
     change = (after.clamp(-1, 1) - before.clamp(-1, 1)).abs() / 2
@@ -170,15 +167,13 @@ def perceptual_distance(
 
 
 class PassThrough(nn.Module):
-    """Return features as they are: torchmetrics wants a network, and features are known already."""
+    """Return features as they are, in place of the network that torchmetrics expects."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
-    def forward(
-        self, features: Float[Tensor, "images features"]
-    ) -> Float[Tensor, "images features"]:
+    def forward(self, features: Tensor) -> Tensor:
         return features
 
 
@@ -192,9 +187,8 @@ def check_samples(name: str, *samples: Float[Tensor, "_ _"]) -> None:
 def frechet_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features"]) -> float:
     """Return the FID: the Frechet distance of two Gaussians fitted to two samples.
 
-    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), by torchmetrics in float64, for any
-    features. Small samples make it too large, by an amount that depends on their size: compare
-    values of equally many images only.
+    |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), by torchmetrics in float64. Small
+    samples make it too large: compare values of equally many images only.
 
     Raises:
         ValueError: fewer than two rows in a sample.
@@ -210,9 +204,8 @@ def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features
     """Return the KID: the unbiased squared maximum mean discrepancy of two samples.
 
     By torchmetrics in float64, with the kernel (x . y / features + 1)^3. The mean over 10 draws,
-    always the same, of as many rows of each sample as the smaller one has, at most 1,000. Two
-    samples of one distribution have an expected value of 0, whatever their size; a single value
-    may be below 0.
+    always the same, of as many rows of each sample as the smaller one has, at most 1,000. The
+    expected value for one distribution is 0, whatever the size; a single value may be below.
 
     Raises:
         ValueError: fewer than two rows in a sample.
@@ -240,9 +233,8 @@ def interval(
 ) -> dict[str, Any]:
     """Return the mean over targets with a 95 % percentile bootstrap interval.
 
-    Targets are drawn anew, with replacement; their sources stay with them. For a paired comparison
-    give the differences of two methods' scores, target by target. The seed and the number of
-    targets alone decide the draws.
+    Targets are drawn with replacement. The seed and their number alone decide the draws. For a
+    paired comparison give the differences of two methods' scores, target by target.
 
     Returns:
         `mean`; `low` and `high`, the bounds of 95 % of the resampled means, None for a single

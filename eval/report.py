@@ -1,11 +1,11 @@
-"""Reports for people: tables in Markdown and charts, of the numbers in report.json.
+"""Show the numbers of report.json to people: tables in Markdown, and charts.
 
 Knows numbers by their names; nothing of how they were found. Charts need matplotlib, the extra
 `eval`.
 """
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,14 +75,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def with_bounds(score: Mapping[str, Any] | None, digits: int = 3) -> str:
+def with_bounds(score: Mapping[str, Any] | None) -> str:
     """Return a mean and its interval (see `interval`); empty for None."""
     if score is None:
         return ""
-    mean = number(score["mean"], digits)
-    if score["low"] is None:
-        return mean
-    return f"{mean} [{number(score['low'], digits)}, {number(score['high'], digits)}]"
+    mean = number(score["mean"])
+    return mean if score["low"] is None else f"{mean} [{score['low']:.3f}, {score['high']:.3f}]"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -94,10 +92,15 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 # report.md of the comparison
 
 
+def present(scores: Iterable[str], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the scores that some row has, in their order."""
+    return [score for score in scores if any(score in row for row in rows.values())]
+
+
 def score_tables(scored: Mapping[str, Any], block: str) -> list[str]:
     """Return two tables of a block of means: the main scores, and the rest."""
     means = scored[block]
-    have = [score for score in SCORES if any(score in row for row in means.values())]
+    have = present(SCORES, means)
     main = [score for score in have if score in MAIN]
     rest = [score for score in have if score not in MAIN]
     main_rows, rest_rows = [], []
@@ -118,7 +121,7 @@ def difference_table(scored: Mapping[str, Any]) -> list[str]:
     others = scored["differences"]
     if not others:
         return []
-    have = [score for score in MAIN if any(score in row for row in others.values())]
+    have = present(MAIN, others)
     rows = [
         [name, str(row["transfer"]["count"]), *(with_bounds(row.get(score)) for score in have)]
         for name, row in others.items()
@@ -155,12 +158,11 @@ def released_section(released: Mapping[str, Any], people: str | None) -> list[st
     methods = released["methods"]
     if not methods:
         return []
-    have = [score for score in RELEASED if any(score in row for row in methods.values())]
-    rows = []
-    for name, row in methods.items():
-        spreads = [row[score] for score in have]
-        cells = [f"{spread['mean']:.1f} ± {spread['deviation']:.1f}" for spread in spreads]
-        rows.append([name, *cells])
+    have = present(RELEASED, methods)
+    rows = [
+        [name, *(f"{row[score]['mean']:.1f} ± {row[score]['deviation']:.1f}" for score in have)]
+        for name, row in methods.items()
+    ]
     source = f"Identity is by {people}. " if people else ""
     targets = f"{released['targets']} targets (the first of each set)"
     return [
@@ -297,12 +299,10 @@ def bar_chart(
     title: str,
     groups: Mapping[str, Mapping[str, float]],
     y_label: str,
-    colours: Mapping[str, int] | None = None,
 ) -> Image.Image:
     """Draw a bar for each value, side by side: `groups[name][kind]`, kinds along the axis.
 
-    Args:
-        colours: places in PALETTE, by the names of the groups.
+    Groups named as methods have the methods' colours.
 
     Raises:
         ValueError: there is no value, or no matplotlib.
@@ -314,7 +314,7 @@ def bar_chart(
     width = 0.8 / len(groups)
     for i, (name, values) in enumerate(groups.items()):
         places = [kinds.index(kind) + (i + 0.5) * width - 0.4 for kind in values]
-        colour = colour_at((colours or {}).get(name, 2 * i))
+        colour = colour_at(COLOUR_OF.get(name, 2 * i))
         axes.bar(places, list(values.values()), width, label=name, color=colour)
     labels = [kind.replace("_", " ") for kind in kinds]
     axes.set_xticks(range(len(kinds)), labels, rotation=40, ha="right", rotation_mode="anchor")
@@ -325,8 +325,10 @@ def bar_chart(
 
 
 def seconds_chart(name: str, scored: Mapping[str, Any]) -> Image.Image | None:
-    """Draw transfer score against seconds; hollow: a method that answered the first targets alone.
-    None where no method was timed."""
+    """Draw transfer score against seconds; None where no method was timed.
+
+    Hollow points are of methods that answered the first targets alone.
+    """
     series = []
     for method, row in scored["methods"].items():
         if "seconds" not in row:
@@ -352,8 +354,10 @@ def seconds_chart(name: str, scored: Mapping[str, Any]) -> Image.Image | None:
 
 
 def strength_chart(report: Mapping[str, Any]) -> Image.Image | None:
-    """Draw identity against essence by strength, or against transfer without a reader. None where
-    nothing measures identity."""
+    """Draw identity against essence, or against transfer without a reader, by strength.
+
+    None where nothing measures identity.
+    """
     rows = [row for by_strength in report["sweep"].values() for row in by_strength]
     across = next((s for s in ("identity", "person") if all(s in row for row in rows)), None)
     upward = "essence" if all("essence" in row for row in rows) else "transfer"
@@ -384,7 +388,7 @@ def attribute_charts(name: str, scored: Mapping[str, Any]) -> dict[str, Image.Im
         }
         if groups:
             title = f"{name}: {SCORES[kind]} by attribute"
-            pictures[f"{name} {kind}"] = bar_chart(title, groups, SCORES[kind], COLOUR_OF)
+            pictures[f"{name} {kind}"] = bar_chart(title, groups, SCORES[kind])
     return pictures
 
 

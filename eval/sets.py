@@ -1,8 +1,7 @@
-"""Test sets: fixed, named, seeded targets and sources that nothing of this project learned from.
+"""Make test sets: fixed targets and sources that nothing of this project learned from.
 
-Targets have the ids of `data.targets`, and only ids of the test split are taken, which every
-trainer leaves out. Knows pictures, their ids and the content of drawn ones; nothing of methods or
-scores.
+Targets have the ids of `data.targets`; those of the test split are taken, which every trainer
+leaves out. Knows pictures, their ids and the content of drawn ones; nothing of methods or scores.
 """
 
 import itertools
@@ -83,6 +82,16 @@ class EvalSet:
         )
 
 
+def set_of(name: str, targets: Sequence[Target]) -> EvalSet:
+    """Return a set of targets of unknown content."""
+    return EvalSet(
+        name=name,
+        ids=tuple(target.id for target in targets),
+        origins=tuple(target.origin for target in targets),
+        pictures=tuple(target.picture for target in targets),
+    )
+
+
 # Drawn faces, and samples of a generator
 
 
@@ -156,8 +165,7 @@ def outside_indices() -> Iterator[int]:
 
 
 def out_of_range(count: int) -> EvalSet:
-    """Return faces that the bundled generator cannot show, by style and by content: those of
-    wide:N@SEED that have both."""
+    """Return faces beyond the bundled generator in style and content: those of wide:N@SEED."""
     ids = held_out(("wide", TEST_TARGETS), outside_indices(), count)
     origins = {name: f"wide:{i}@{TEST_TARGETS}" for i, name in ids.items()}
     return drawn_set(OUT_OF_RANGE, origins, [wide_face(TEST_TARGETS, i) for i in ids])
@@ -167,41 +175,41 @@ def samples(generator: Generator, truncation: float, count: int) -> EvalSet:
     """Return a generator's own samples, in range by definition: those of generated:N@SEED."""
     named_by = ("generated", TEST_TARGETS, generator.fingerprint, float(truncation))
     ids = held_out(named_by, itertools.count(), count)
-    pictures = [render_sample(generator, truncation, "generated", TEST_TARGETS, i) for i in ids]
-    return EvalSet(
-        name=IN_RANGE,
-        ids=tuple(ids.values()),
-        origins=tuple(f"generated:{i}@{TEST_TARGETS}" for i in ids),
-        pictures=tuple(pictures),
-    )
+    targets = []
+    for i, name in ids.items():
+        picture = render_sample(generator, truncation, "generated", TEST_TARGETS, i)
+        targets.append(Target(name, f"generated:{i}@{TEST_TARGETS}", picture))
+    return set_of(IN_RANGE, targets)
 
 
-def study_set(count: int, seed: int = STUDY_TARGETS) -> EvalSet:
+def study_set(count: int) -> EvalSet:
     """Return validation faces for studies, of which every second one is in the generator's range.
 
     The others have another style and something that the generator never draws. Readings that a
     style hides count as well.
     """
-    triples = [wide_face(seed, i, styled=i % 2, extra=i % 2) for i in range(count)]
-    origins = {f"study:{i}@{seed}": f"study:{i}@{seed}" for i in range(count)}
-    return drawn_set("study", origins, triples, hide=False)
+    triples = [wide_face(STUDY_TARGETS, i, styled=i % 2, extra=i % 2) for i in range(count)]
+    names = [f"study:{i}@{STUDY_TARGETS}" for i in range(count)]
+    return drawn_set("study", dict(zip(names, names, strict=True)), triples, hide=False)
 
 
 # Pictures that have no essence, or none that sources lack
 
-Paint = Callable[[np.random.Generator, int, Sequence[Image.Image]], Image.Image]
+Random = np.random.Generator
+Pictures = Sequence[Image.Image]
+Paint = Callable[[Random, int, Pictures], Image.Image]
 
 
-def noise(random: np.random.Generator, side: int, sources: Sequence[Image.Image]) -> Image.Image:
+def noise(random: Random, side: int, sources: Pictures) -> Image.Image:
     return Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def blank(random: np.random.Generator, side: int, sources: Sequence[Image.Image]) -> Image.Image:
+def blank(random: Random, side: int, sources: Pictures) -> Image.Image:
     red, green, blue = random.integers(0, 256, 3).tolist()
     return Image.new("RGB", (side, side), (red, green, blue))
 
 
-def text(random: np.random.Generator, side: int, sources: Sequence[Image.Image]) -> Image.Image:
+def text(random: Random, side: int, sources: Pictures) -> Image.Image:
     """Draw words alone: an embedder that reads them may take the word for the thing."""
     words = TEXTS[int(random.integers(len(TEXTS)))].replace(" ", "\n")
     picture = Image.new("RGB", (side, side), "white")
@@ -212,22 +220,18 @@ def text(random: np.random.Generator, side: int, sources: Sequence[Image.Image])
     return picture
 
 
-def source(random: np.random.Generator, side: int, sources: Sequence[Image.Image]) -> Image.Image:
+def source(random: Random, side: int, sources: Pictures) -> Image.Image:
     return center_square(sources[int(random.integers(len(sources)))])
 
 
-def checkerboard(
-    random: np.random.Generator, side: int, sources: Sequence[Image.Image]
-) -> Image.Image:
+def checkerboard(random: Random, side: int, sources: Pictures) -> Image.Image:
     colours = random.integers(0, 256, (2, 3), dtype=np.uint8)
     cells = int(random.integers(4, 9))
     at = np.arange(side) * cells // side
     return Image.fromarray(colours[(at[:, None] + at[None]) % 2])
 
 
-def upside_down(
-    random: np.random.Generator, side: int, sources: Sequence[Image.Image]
-) -> Image.Image:
+def upside_down(random: Random, side: int, sources: Pictures) -> Image.Image:
     return source(random, side, sources).transpose(Image.Transpose.ROTATE_180)
 
 
@@ -241,7 +245,7 @@ ADVERSARIES: dict[str, Paint] = {
 }
 
 
-def adversarial(count: int, side: int, sources: Sequence[Image.Image]) -> EvalSet:
+def adversarial(count: int, side: int, sources: Pictures) -> EvalSet:
     """Return pictures without an essence, of each kind of ADVERSARIES in turn.
 
     Args:
@@ -249,18 +253,14 @@ def adversarial(count: int, side: int, sources: Sequence[Image.Image]) -> EvalSe
         sources: pictures of the test sources; some of them are targets, as they are or turned
             upside down.
     """
-    ids, origins, pictures = [], [], []
+    targets = []
     for number in range(count):
         kind = list(ADVERSARIES)[number % len(ADVERSARIES)]
         named_by = ("adversarial", TEST_TARGETS, kind, number)
         ((variant, name),) = held_out(named_by, itertools.count(), 1).items()
         random = np.random.default_rng(seed_of(*named_by, variant))
-        ids.append(name)
-        origins.append(kind)
-        pictures.append(ADVERSARIES[kind](random, side, sources))
-    return EvalSet(
-        name=ADVERSARIAL, ids=tuple(ids), origins=tuple(origins), pictures=tuple(pictures)
-    )
+        targets.append(Target(name, kind, ADVERSARIES[kind](random, side, sources)))
+    return set_of(ADVERSARIAL, targets)
 
 
 def folder_set(path: Path, count: int, trusted: bool) -> EvalSet:
@@ -281,12 +281,7 @@ def folder_set(path: Path, count: int, trusted: bool) -> EvalSet:
             f"{len(readable)} that can be read; give more, or --trust-folder if nothing was ever "
             "trained on them"
         )
-    return EvalSet(
-        name=FOLDER,
-        ids=tuple(target.id for target in chosen),
-        origins=tuple(target.origin for target in chosen),
-        pictures=tuple(target.picture for target in chosen),
-    )
+    return set_of(FOLDER, chosen)
 
 
 # Checks

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.answers import TimedAnswer
 from eval.judging import (
     Goal,
     Judged,
@@ -24,7 +23,7 @@ from eval.judging import (
     judge_edits,
     released_scores,
 )
-from eval.methods import METHODS, Bench, drawn_answer
+from eval.methods import METHODS, Answer, Bench, drawn_answer
 from eval.metrics import (
     essence_by_attribute,
     frechet_distance,
@@ -136,15 +135,15 @@ class Comparison:
         return judge(self.judges, goal, before.to(device), edited.to(device))
 
     def judge_all(
-        self, targets: EvalSet, answers: Mapping[str, TimedAnswer], drawn: bool
+        self, targets: EvalSet, answers: Mapping[str, Answer], drawn: bool
     ) -> dict[str, Judged]:
         """Judge every method's answer to a set; the drawn answer too, if asked for and there."""
         trials: dict[str, Judged] = {}
-        for name, timed in tqdm(answers.items(), f"judge {targets.name}", unit="method"):
-            edits = timed.answer.edits
+        for name, answer in tqdm(answers.items(), f"judge {targets.name}", unit="method"):
+            edits = answer.edits
             trials[name] = self.judge(edits, goal_of(self.judges, targets.part(0, len(edits))))
-        answer = self.judge_drawn(targets) if drawn else None
-        return trials if answer is None else {**trials, DRAWN_ANSWER: answer}
+        right = self.judge_drawn(targets) if drawn else None
+        return trials if right is None else {**trials, DRAWN_ANSWER: right}
 
 
 def reference_features(judges: Judges, count: int) -> Float[Tensor, "images features"]:
@@ -159,14 +158,13 @@ def reference_features(judges: Judges, count: int) -> Float[Tensor, "images feat
 # Parts of report.json
 
 
-def method_report(trial: Judged, timed: TimedAnswer | None) -> dict[str, Any]:
+def method_report(trial: Judged, answer: Answer | None) -> dict[str, Any]:
     """Return the report of one method on one set; the drawn answer has no seconds."""
     row: dict[str, Any] = {"count": len(trial)}
-    if timed is not None:
-        expected = timed.answer.expected
-        row |= {"seconds": timed.seconds, "timing": timed.timing}
-        row |= {"notes": list(timed.answer.notes)}
-        row |= {"expected": None if expected is None else expected.tolist()}
+    if answer is not None:
+        expected = None if answer.expected is None else answer.expected.tolist()
+        row |= {"seconds": answer.seconds, "timing": answer.timing}
+        row |= {"notes": list(answer.notes), "expected": expected}
     scores = {score: values.tolist() for score, values in trial.scores.items()}
     return row | {"scores": scores, "attributes": by_attribute(trial)}
 
@@ -174,7 +172,7 @@ def method_report(trial: Judged, timed: TimedAnswer | None) -> dict[str, Any]:
 def set_report(
     comparison: Comparison,
     targets: EvalSet,
-    answers: Mapping[str, TimedAnswer],
+    answers: Mapping[str, Answer],
     trials: Mapping[str, Judged],
 ) -> dict[str, Any]:
     """Return the report of a set."""
@@ -199,15 +197,11 @@ def set_report(
 def released_report(
     comparison: Comparison,
     sets: Sequence[EvalSet],
-    answers: Mapping[str, Mapping[str, TimedAnswer]],
-    count: int = RELEASED_SOURCES,
+    answers: Mapping[str, Mapping[str, Answer]],
 ) -> dict[str, Any]:
     """Return the released evaluation of every method that answers with directions.
 
     Targets are the first ones of each set but the adversarial one, the same for all methods.
-
-    Args:
-        count: of sources.
     """
     parts = [t.part(0, comparison.first) for t in sets if t.name != ADVERSARIAL]
     targets = EvalSet(
@@ -216,7 +210,7 @@ def released_report(
         origins=tuple(origin for part in parts for origin in part.origins),
         pictures=tuple(picture for part in parts for picture in part.pictures),
     )
-    sources = comparison.bench.scene.sources(count, TEST_SOURCES)
+    sources = comparison.bench.scene.sources(RELEASED_SOURCES, TEST_SOURCES)
     names = [
         name
         for name, method in METHODS.items()
@@ -224,7 +218,7 @@ def released_report(
     ]
     methods: dict[str, Any] = {}
     for name in tqdm(names, "released", unit="method"):
-        edits = [answers[part.name][name].answer.edits[: len(part)] for part in parts]
+        edits = [answers[part.name][name].edits[: len(part)] for part in parts]
         methods[name] = released_scores(
             comparison.judges, sources, torch.cat(edits), targets, comparison.references
         )
@@ -232,16 +226,16 @@ def released_report(
 
 
 def sweep_report(
-    comparison: Comparison, targets: EvalSet, answers: Mapping[str, TimedAnswer]
+    comparison: Comparison, targets: EvalSet, answers: Mapping[str, Answer]
 ) -> dict[str, list[dict[str, float]]]:
     """Return mean scores by strength, over the first targets of a set, of every method."""
     few = targets.part(0, comparison.first)
     goal = goal_of(comparison.judges, few)
     rows: dict[str, list[dict[str, float]]] = {}
-    for name, timed in tqdm(answers.items(), "strengths", unit="method"):
+    for name, answer in tqdm(answers.items(), "strengths", unit="method"):
         rows[name] = []
         for strength in STRENGTHS:
-            judged = comparison.judge(timed.answer.edits[: len(few)], goal, strength)
+            judged = comparison.judge(answer.edits[: len(few)], goal, strength)
             scores = {score: float(values.mean()) for score, values in judged.scores.items()}
             rows[name].append({"strength": strength, **scores})
     return rows
@@ -264,7 +258,7 @@ def sheet(scene: Scene, targets: EvalSet, directions: Directions) -> Image.Image
 def grids(
     comparison: Comparison,
     targets: EvalSet,
-    answers: Mapping[str, TimedAnswer],
+    answers: Mapping[str, Answer],
     trials: Mapping[str, Judged],
 ) -> dict[str, Image.Image]:
     """Return a grid of each method, and one of all on the same target, by their files' names.
@@ -277,7 +271,7 @@ def grids(
 
     def edited(name: str, place: int) -> list[Image.Image]:
         if name in answers:
-            edit = answers[name].answer.edits[place : place + 1]
+            edit = answers[name].edits[place : place + 1]
             (images,) = edited_images(scene, sources, edit)
         else:
             truth = targets.part(place, place + 1).truth

@@ -1,1 +1,1 @@
-"""Studies: one question each, answered by one command."""
+"""Answer one question by each command."""

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -26,10 +25,11 @@ from tqdm import tqdm
 from data.publish import sha256_of
 from eval.answers import earlier_report
 from eval.judging import Goal, Judges, face_judges, goal_of, judge_edits, study_means
+from eval.methods import predict
 from eval.metrics import interval
 from eval.reader import BUNDLED
 from eval.report import number, table, with_bounds
-from eval.sets import EvalSet, study_set
+from eval.sets import study_set
 from eval.trials import sheet
 from predictor.mapper import Mapper, Prediction, load_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord, trained_recipe
@@ -127,14 +127,6 @@ def open_mappers(paths: Sequence[Path], scene: Scene) -> dict[str, tuple[Mapper,
 # Judging
 
 
-def answer(scene: Scene, mapper: Mapper, targets: EvalSet) -> Prediction:
-    """Return a mapper's answer to targets, preprocessed as those that it was trained on."""
-    embeddings = scene.embed_targets(targets.pictures, trained_recipe(mapper.record))
-    with torch.no_grad():
-        prediction: Prediction = mapper(embeddings)
-    return prediction
-
-
 def target_scores(
     judges: Judges,
     goal: Goal,
@@ -212,11 +204,7 @@ def report_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def open_report(path: Path, config: Config, scene: Scene) -> dict[str, Any]:
-    """Return the report of an earlier run of the same comparison, or an empty one.
-
-    Raises:
-        ValueError: it is of another comparison, or damaged.
-    """
+    """Return the report of an earlier run of the same comparison, or an empty one."""
     comparison = {name: getattr(config, name) for name in ("world", "targets", "held_out", "seed")}
     comparison["truncation"] = scene.truncation
     comparison["generator"] = scene.generator.fingerprint[:12]
@@ -237,8 +225,7 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     Rows of mappers that are not named stay in report.json. Returns those of the named ones.
 
     Raises:
-        FileNotFoundError, ValueError: see `open_mappers`; an option that cannot be, or a report of
-            other options.
+        FileNotFoundError, ValueError: bad options, files or records; a report of other options.
     """
     if not config.mappers:
         raise ValueError("--mappers: expected one mapper's file or more, found none")
@@ -255,13 +242,14 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
         known, path_of_sheet = report["mappers"], config.out / f"{name}.png"
         judged = next((row for row in known.values() if is_row_of(row, mapper, record)), None)
         if judged is None:
-            prediction = answer(scene, mapper, targets)
+            prediction = predict(scene, mapper, targets.pictures)
             scores = target_scores(judges, goal, sources, prediction)
             judged = row_of(mapper, record, scores, config.seed)
         rows[name] = judged
         if not path_of_sheet.exists() or known.get(name) != judged:
             few = targets.part(0, SHOWN)
-            write_picture(sheet(scene, few, answer(scene, mapper, few).directions), path_of_sheet)
+            directions = predict(scene, mapper, few.pictures).directions
+            write_picture(sheet(scene, few, directions), path_of_sheet)
         report["mappers"] = {**rows, **{n: row for n, row in known.items() if n not in rows}}
         command.write_json(path, report)
     text = report_table(rows)

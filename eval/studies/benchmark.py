@@ -8,14 +8,14 @@ the processor.
     python -m eval.studies.benchmark                                   # some minutes on two cores
     python -m eval.studies.benchmark --out runs/benchmark --compare-released
 
-Much of what is left is the system handing out memory that the last step gave back. On Linux these
-two settings, which a command for a long optimization takes as well, let the process keep it:
+Much of the rest is the system handing out memory that the last step gave back. On Linux two
+settings, good for any long optimization, let the process keep it:
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python -m eval.studies.benchmark
 
-`--compare-released` also times a step as the released loop makes it: sources rendered again at
-every step, gradients for the generator's weights, images enlarged seven times before they are
-averaged. It keeps this project's convolutions, where the released ones are grouped and slower.
+`--compare-released` also times a step of the released loop: sources rendered again at every step,
+gradients for the generator's weights, images enlarged seven times before they are averaged. It
+keeps this project's convolutions; the released ones are grouped and slower.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -38,14 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.costs import (
-    Sizes,
-    count_operations,
-    machine,
-    peak_bytes,
-    random_networks,
-    seconds_of,
-)
+from eval.costs import Sizes, count_operations, machine, peak_bytes, random_networks, seconds_of
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder
@@ -72,16 +65,14 @@ class Config(Sizes):
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for options that leave nothing to time."""
+    command.check_least(config, steps=1)
     if config.compare_released and config.resolution < 32:
         raise ValueError(
             f"--compare-released averages blocks of resolution/32 px, found {config.resolution} "
             "px; give --resolution 32 or more"
         )
-    if config.steps < 1 or not config.precisions or not config.matrix_sizes:
-        raise ValueError(
-            f"expected --steps of 1 or more, a precision and a matrix size, found "
-            f"{config.steps}, {config.precisions} and {config.matrix_sizes}"
-        )
+    if not config.precisions or not config.matrix_sizes:
+        raise ValueError("expected a value of --precisions and of --matrix-sizes, found none")
 
 
 def matrix_rate(dtype: torch.dtype, sizes: tuple[int, ...]) -> float:

@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from PIL import Image
 from data.build import WORK, dataset_info, settings_of
 from data.build import Config as Build
 from data.plan import Plan, make_plan
-from data.targets import BadTarget, Target, TargetSet, open_targets
+from data.targets import SeededTargets, TargetSet, open_targets
 from data.teacher import Teacher, make_teacher
 from data.worker import Worker, merge_all
 from eval.costs import Sizes, alone, count_operations, machine, peak_bytes
@@ -43,6 +43,7 @@ from targetclip.command import Precision, Stop, Stopwatch, choose_precision
 from targetclip.optimize import Optimized
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
+from targetclip.seeds import DEFAULT_TARGETS
 from targetclip.world import World, load_scene, load_world
 
 Measure = Literal["overhead", "throughput", "memory", "plan"]
@@ -164,7 +165,7 @@ def build_rate(
 ) -> float:
     """Return the targets per second of so many workers on one plan, one thread each.
 
-    Counted between the first chunk published and the last, so that starting up is left out.
+    The time is that from the first chunk published to the last, without starting up.
 
     Raises:
         ChildProcessError: a worker failed.
@@ -209,29 +210,10 @@ def measure_throughput(
     return {"targets_per_second_1": one, "targets_per_second_2": two, "ratio": two / one}
 
 
-@dataclass(frozen=True)
-class BlankTargets:
-    """Numbered black pictures: what is measured is the builder and not the drawing."""
-
-    count: int
-
-    @property
-    def spec(self) -> str:
-        return f"blank:{self.count}"
-
-    def identity(self) -> str:
-        return self.spec
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[Target | BadTarget]:
-        return self.starting_at(0)
-
-    def starting_at(self, start: int) -> Iterator[Target | BadTarget]:
-        blank = Image.new("RGB", (64, 64))
-        for index in range(start, self.count):
-            yield Target(f"{index:016x}", f"blank:{index}", blank)
+def blank_targets(count: int) -> SeededTargets:
+    """Return so many black pictures, which take no time to make."""
+    blank = Image.new("RGB", (64, 64))
+    return SeededTargets(f"blank:{count}", count, DEFAULT_TARGETS, ("blank",), lambda index: blank)
 
 
 def instant_build(config: Config, pairs: int) -> dict[str, Any]:
@@ -240,7 +222,7 @@ def instant_build(config: Config, pairs: int) -> dict[str, Any]:
     scene = InstantScene(**vars(load_scene(world)))
     teacher = make_teacher(scene, world.recipe, RECIPES[world.recipe], 2, "fp32")
     try:
-        return build_here(work, world, teacher, BlankTargets(pairs), 10, Stopwatch())[1]
+        return build_here(work, world, teacher, blank_targets(pairs), 10, Stopwatch())[1]
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -263,10 +245,7 @@ def measure_plan(
 
     Of recipes without an identity loss: the cost of an identity model is not counted.
     """
-    report: dict[str, Any] = {
-        "assumed_fraction": ASSUMED_FRACTION,
-        "assumed_price": ASSUMED_PRICE,
-    }
+    report: dict[str, Any] = {"assumed_fraction": ASSUMED_FRACTION, "assumed_price": ASSUMED_PRICE}
     for name, recipe in RECIPES.items():
         if recipe.identity_weight:
             continue

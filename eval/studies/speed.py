@@ -5,7 +5,7 @@
 
 Three ratios: target picture to direction against one encoding of a picture; target picture to one
 edited image against one encoding and one rendering; the optimizer against target picture to
-direction. What is quick is timed in turns, so that other load on the machine falls on all of it.
+direction. Quick operations are timed in turns, so that other load on the machine falls on all.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -66,7 +66,7 @@ def median_seconds(
 
 
 def quick_works(essence: EssenceTransfer, target: Image.Image) -> dict[str, Callable[[], object]]:
-    """Return what is timed in turns: an encoding, a rendering, a direction and an edited image."""
+    """Return the operations timed in turns: encoding, rendering, direction and edited image."""
     ws = essence.scene.sources(1)
     direction = essence.predict(target).vector
     return {
@@ -92,7 +92,7 @@ def optimizer_seconds(
     count = recipe.steps if steps is None else min(steps, recipe.steps)
     with tqdm(total=count, desc="optimizer", unit="step") as bar:
         essence.optimize(target, replace(recipe, steps=count), on_step=on_step)
-    # What precedes the first step is paid once, whatever the number of steps.
+    # The time before the first step does not grow with the number of steps.
     before = ends[0] - start
     return before + (ends[-1] - ends[0]) / max(1, count - 1) * (recipe.steps - 1)
 

@@ -1,9 +1,9 @@
 """Compare settings of the optimizer on the bundled world, on sources that none of them edited.
 
-Targets are drawn faces that no network was trained on; half of them with attributes and styles the
-generator cannot draw. Every setting runs twice, with other sources and other random starts: what
-two runs agree on is the target's, the rest is chance. Writes report.json, report.md, a sheet of
-pictures a setting, and charts of settings that change the same thing.
+Targets are drawn faces that no network was trained on; half of them have attributes and styles the
+generator cannot draw. Every setting runs twice, with other sources and other random starts, to
+measure chance. Writes report.json, report.md, a sheet of pictures a setting, and charts of settings
+that change the same thing.
 
     python -m eval.studies.teachers --out runs/recipes                 # the named recipes
     python -m eval.studies.teachers --out runs/recipes --variants all  # all settings, in hours
@@ -27,15 +27,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.answers import earlier_report
-from eval.judging import (
-    Goal,
-    Judges,
-    face_judges,
-    goal_of,
-    judge,
-    judge_edits,
-    study_means,
-)
+from eval.judging import Goal, Judges, face_judges, goal_of, judge, judge_edits, study_means
 from eval.methods import drawn_answer
 from eval.report import Series, check_charts, line_chart, table
 from eval.sets import Directions, EvalSet, Sources, study_set
@@ -53,7 +45,7 @@ MAX_IMAGES = 512  # rendered at once: all targets of a step
 DRAWN_ANSWER = "drawn answer"
 BASE = "consistent"
 
-# What is weighed for the `consistent` recipe, one change at a time
+# Changes of the `consistent` recipe, each tried alone
 CHANGES: dict[str, dict[str, Any]] = {
     "start inversion": {"initial": "inversion"},
     "start random": {"initial": "random"},
@@ -85,11 +77,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tied layers": {"tied_layers": True},
     "identity 0.5": {"identity_weight": 0.5},
     "identity 0.15, decay 2e-3": {"identity_weight": 0.15, "weight_decay": 2e-3},
-    "6 fixed sources, coefficients": {
-        "sources": 6,
-        "fresh_sources": False,
-        "coefficients": True,
-    },
+    "6 fixed sources, coefficients": {"sources": 6, "fresh_sources": False, "coefficients": True},
 }
 
 
@@ -125,11 +113,7 @@ class Config:
 
 
 def chosen_recipes(config: Config) -> dict[str, Recipe]:
-    """Return the recipes to run, by name.
-
-    Raises:
-        ValueError: --only has an unknown name.
-    """
+    """Return the recipes to run, by name."""
     recipes = variants() if config.variants == "all" else RECIPES
     if unknown := sorted(set(config.only) - recipes.keys()):
         raise ValueError(
@@ -148,10 +132,10 @@ def chosen_recipes(config: Config) -> dict[str, Recipe]:
 def search(
     scene: Scene, recipe: Recipe, targets: EvalSet, seed: int, precision: Precision
 ) -> tuple[Optimized, float]:
-    """Find the directions of all targets at once; another seed has other sources and starts.
+    """Search the directions of all targets at once, from sources and starts of a seed.
 
     Returns:
-        What the optimizer found, and its seconds a target.
+        The optimizer's results, and its seconds a target.
     """
     pictures, count = targets.pictures, len(targets)
     embeddings = scene.embed_targets(pictures, recipe)
@@ -189,18 +173,14 @@ def drawn_scores(judges: Judges, targets: EvalSet, count: int) -> dict[str, floa
 
 
 def run_recipe(
-    scene: Scene,
-    judges: Judges,
-    recipe: Recipe,
-    targets: EvalSet,
-    config: Config,
-    precision: Precision,
+    judges: Judges, recipe: Recipe, targets: EvalSet, config: Config, precision: Precision
 ) -> tuple[dict[str, Any], Directions]:
-    """Find the directions of all targets, and judge them on held-out sources.
+    """Search the directions of all targets, and judge them on held-out sources.
 
     Returns:
-        What the report says of the recipe, and the directions.
+        The recipe's part of the report, and the directions.
     """
+    scene = judges.scene
     optimized, seconds = search(scene, recipe, targets, config.seed, precision)
     directions, goal = optimized.directions, goal_of(judges, targets)
     sources = scene.sources(config.held_out, VALIDATION_SOURCES)
@@ -282,8 +262,7 @@ def run(config: Config) -> dict[str, Any]:
     """Run what the report lacks, write it after every recipe, and return it.
 
     Raises:
-        ValueError: an unknown recipe, a recipe that lacks a part of the world, or a report of
-            other options.
+        ValueError: bad options, a recipe that lacks a part of the world, a report of other options.
         OSError: files that cannot be read or written.
     """
     check_charts()
@@ -306,7 +285,7 @@ def run(config: Config) -> dict[str, Any]:
         # A recipe that has changed since is run again.
         if name in report and stored_recipe(report[name]["settings"]) == recipe:
             continue
-        figures, directions = run_recipe(scene, judges, recipe, targets, config, precision)
+        figures, directions = run_recipe(judges, recipe, targets, config, precision)
         report[name] = {**figures, "settings": asdict(recipe)}
         command.write_json(path, report)
         shown = {key: value for key, value in figures.items() if isinstance(value, float)}

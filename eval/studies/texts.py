@@ -1,4 +1,4 @@
-"""How much of a target a text brings, against the picture of the same face.
+"""Compare texts as targets with the pictures of the same faces.
 
     python -m eval.studies.texts --out runs/texts
 
@@ -118,11 +118,6 @@ def check_config(config: Config, world: World) -> None:
             f"--mapper: expected a mapper's file, for world {world.name!r} names none; train one "
             "with python -m train.mapper"
         )
-    if not world.neutral:
-        raise ValueError(
-            f"--world: expected a world with neutral texts, which others are measured from, found "
-            f"none in {world.name!r}"
-        )
 
 
 # Targets
@@ -193,15 +188,13 @@ class Setup:
 
 
 def make_setup(config: Config, world: World) -> Setup:
-    """Load the product and the judges.
-
-    Raises:
-        FileNotFoundError: no such mapper.
-        ValueError: the world has no neutral texts, or pictures that the reader does not know.
-    """
+    """Load the product and the judges."""
     essence = load_essence(world, command.choose_device(), config.mapper)
     if essence.texts is None:
-        raise ValueError(f"{world.name!r} is a world without neutral texts")
+        raise ValueError(
+            f"--world: expected a world with neutral texts, which others are measured from, found "
+            f"none in {world.name!r}"
+        )
     return Setup(
         essence=essence,
         texts=essence.texts,
@@ -220,7 +213,7 @@ class Result:
     """The texts, or the faces."""
     directions: Float[Tensor, "targets num_ws w_dim"]
     scores: dict[str, Tensor]
-    """Those of SCORES that there are, each [targets]."""
+    """By the names of SCORES, each [targets]; not every target has all."""
 
 
 def judge_targets(

@@ -230,7 +230,7 @@ def test_what_changed_is_run_again_and_nothing_else(
         ({"trust_folder": True}, "--trust-folder: expected --folder"),
         ({"judge_pretrained": "openai"}, "--judge-pretrained: expected --judge"),
         ({"folder": Path("nowhere")}, "--folder: expected a folder"),
-        ({"pairs": Path("nowhere")}, "SHA256SUMS"),
+        ({"pairs": Path("nowhere")}, "nowhere"),
     ],
 )
 def test_what_cannot_be_is_one_line(

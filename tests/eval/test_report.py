@@ -45,7 +45,7 @@ def test_joined_points_have_a_line_and_the_diagonal_one_scale() -> None:
 
 def test_a_bar_is_as_long_as_its_number() -> None:
     groups = {"a": {"hat": 1.0, "beard": 1.0}, "b": {"hat": 0.5, "beard": -0.25}}
-    picture = bar_chart("c", groups, "y", {"a": BLUE, "b": ORANGE})
+    picture = bar_chart("c", groups, "y")
     ratio = len(where(picture, BLUE)) / len(where(picture, ORANGE))
     assert ratio == pytest.approx(2 / 0.75, rel=0.1)
 
@@ -66,5 +66,5 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_tables_leave_out_what_there_is_not() -> None:
     assert number(None) == "" and number(0.12345) == "0.123" and number(1.25, 1) == "1.2"
     assert with_bounds(None) == "" and with_bounds({"mean": 0.5, "low": None}) == "0.500"
-    assert with_bounds({"mean": 0.5, "low": 0.4, "high": 0.6}, 1) == "0.5 [0.4, 0.6]"
+    assert with_bounds({"mean": 0.5, "low": 0.4, "high": 0.6}) == "0.500 [0.400, 0.600]"
     assert table(["a", "b"], [["1", ""]]) == ["| a | b |", "|---|---|", "| 1 |  |", ""]

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from eval.judging import face_judges, goal_of
+from eval.methods import predict
 from eval.sets import study_set
 from eval.studies.ablation import (
     Config,
-    answer,
     figures_of,
     main,
     network_of,
@@ -138,7 +138,7 @@ def test_scores_depend_neither_on_the_other_targets_nor_on_the_batch(
     mapper = load_mapper(path)[0]
     for part, at_once in ((2, None), (4, 1)):
         targets, small = study_set(part), scene.with_max_images(at_once)
-        answered = answer(small, mapper, targets)
+        answered = predict(small, mapper, targets.pictures)
         judges, sources = face_judges(small), small.sources(2, VALIDATION_SOURCES)
         scores = target_scores(judges, goal_of(judges, targets), sources, answered)
         for name, values in whole.items():

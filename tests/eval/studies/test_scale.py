@@ -12,14 +12,14 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from data.targets import Target, TargetSet
+from data.targets import Target
 from eval.costs import peak_bytes
 from eval.studies.scale import (
     MEASURES,
     PEAK,
-    BlankTargets,
     Config,
     InstantScene,
+    blank_targets,
     instant_build,
     measure_memory,
     measure_overhead,
@@ -200,11 +200,11 @@ def test_the_simulated_optimizer_depends_on_its_seeds_alone(tiny_world: Path) ->
 
 
 def test_numbered_targets_are_blank_and_each_has_its_own_id() -> None:
-    blank = BlankTargets(5)
-    assert isinstance(blank, TargetSet) and len(blank) == 5
+    blank = blank_targets(5)
+    assert len(blank) == 5
     targets = [target for target in blank if isinstance(target, Target)]
     assert len({target.id for target in targets}) == 5
     assert not any(np.asarray(target.picture).any() for target in targets)
     rest = [target for target in blank.starting_at(3) if isinstance(target, Target)]
     assert [target.id for target in rest] == [target.id for target in targets[3:]]
-    assert BlankTargets(6).identity() != blank.identity()
+    assert blank_targets(6).identity() != blank.identity()
