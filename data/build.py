@@ -29,7 +29,7 @@ from typing import Any, Literal
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from data.card import REPORT, SUMS, DatasetInfo
+from data.card import CARD, REPORT, SUMS, DatasetInfo
 from data.claims import Claim, claim, clock_ns, owner_name
 from data.dataset import verify
 from data.plan import (
@@ -47,7 +47,15 @@ from data.targets import TargetSet, open_targets
 from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
 from data.worker import Worker, merge_all, remove_leftovers
 from targetclip import command
-from targetclip.command import Precision, Stop, choose_precision
+from targetclip.command import (
+    Precision,
+    Stop,
+    choose_precision,
+    did_you_mean,
+    make_folder,
+    say,
+    say_next,
+)
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe
 from targetclip.scene import Scene
@@ -57,6 +65,11 @@ logger = logging.getLogger(__name__)
 
 Stage = Literal["plan", "run", "merge", "verify"]
 
+SCHEDULE = "pairs:1000 transfer:4000"  # schedule of a mapper's training
+LATER = {  # where results are and what comes next, after a part of the work
+    "plan": ("planned", "the same command without --only, on as many workers as you like"),
+    "run": ("this worker's chunks are done", "the same command with --only merge"),
+}
 WORK = ".build"  # hidden, so that a loader finds the dataset alone
 ACCELERATE_NAMES: dict[Precision, str] = {"fp32": "no", "bf16": "bf16"}  # as plans record them
 
@@ -124,7 +137,8 @@ def check_config(config: Config) -> None:
             "--held-out: expected 2 or more, for consistency compares sources, found 1"
         )
     if config.recipe is not None and config.recipe not in RECIPES:
-        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}")
+        hint = did_you_mean(config.recipe, RECIPES)
+        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}{hint}")
 
 
 def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
@@ -416,6 +430,15 @@ def verify_build(out: Path, work: Path) -> list[str]:
 # The command
 
 
+def print_result(out: Path, report: dict[str, Any]) -> None:
+    """Print counts and scores as JSON and, to standard error, where the dataset is."""
+    say(json.dumps({"splits": report["splits"], "failures": report["failures"]}))
+    pairs = sum(split["pairs"] for split in report["splits"].values())
+    folder = shlex.quote(str(out))
+    train = f"python -m train.mapper --out MAPPER --pairs {folder} --schedule {SCHEDULE}"
+    say_next(out, f"{pairs} pairs, {report['failures']} failures, {CARD}", train, error=True)
+
+
 def run(config: Config, at: At = go_on) -> int:
     """Do the stages that are asked for; return the exit code.
 
@@ -430,13 +453,21 @@ def run(config: Config, at: At = go_on) -> int:
     work = config.out / WORK
     if config.only == "verify":
         problems = verify_build(config.out, work)
-        print("\n".join(problems) or f"{config.out}: clean")
+        say("\n".join(problems) or f"{config.out}: clean")
+        if problems and work.is_dir():
+            then = "the command of its build again, which merges anew"
+            say_next(config.out, f"{len(problems)} problems", then, error=True)
         return 1 if problems else 0
     precision = choose_precision(config.precision)
+    world = load_world(config.world)
+    make_folder(config.out)
     stop = Stop()
     stop.listen()
-    launch = Accelerator()
-    world = load_world(config.world)
+    # Searches run in the precision that was chosen; accelerate need not convert anything.
+    launch = Accelerator(mixed_precision="no")
+    main = launch.is_main_process
+    if main:
+        say(f"loading world {world.name}", error=True)
     scene = load_scene(
         world,
         launch.device,
@@ -444,7 +475,6 @@ def run(config: Config, at: At = go_on) -> int:
         checkpoint_layers=config.checkpoint_layers,
     )
     teacher = make_teacher(scene, *chosen_recipe(config, world), config.held_out, precision)
-    main = launch.is_main_process
     build = Build(
         config=config,
         work=work,
@@ -467,8 +497,9 @@ def run(config: Config, at: At = go_on) -> int:
     if config.only in (None, "run"):
         done = run_chunks(build, plan) and config.only is None
     if main and done:
-        report = merge_once(build, plan, info, began)
-        print(json.dumps({"splits": report["splits"], "failures": report["failures"]}))
+        print_result(config.out, merge_once(build, plan, info, began))
+    elif main:
+        say_next(config.out, *LATER[config.only or "run"], error=True)
     return 0
 
 

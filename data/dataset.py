@@ -176,9 +176,16 @@ def read_sums(out: Path) -> dict[str, str]:
     """Read the names and SHA-256 of the files of a dataset.
 
     Raises:
-        ValueError: there is no dataset, its merge did not finish, or the list is damaged.
+        FileNotFoundError: there is no dataset.
+        ValueError: its merge did not finish, or the list is damaged.
     """
     path = out / SUMS
+    if not out.is_dir() or not any(out.iterdir()):
+        found = "no such folder" if not out.exists() else "none"
+        raise FileNotFoundError(
+            f"expected a dataset of pairs at {str(out)!r}, found {found}: give the --out of "
+            "python -m data.build"
+        )
     if not path.is_file():
         raise ValueError(f"{str(path)!r} is missing: the merge did not finish; run it again")
     sums = {}

@@ -18,7 +18,6 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
 
     start("data.released")
 
-import json
 import logging
 import secrets
 import shlex
@@ -43,7 +42,7 @@ from data.targets import FolderTargets, Target, brief, open_folder, printable
 from data.teacher import Teacher, make_teacher
 from data.worker import chunk_name, merge_all
 from targetclip import command
-from targetclip.command import Precision, choose_precision, sync_folder
+from targetclip.command import Precision, choose_precision, say, sync_folder
 from targetclip.directions import released_direction
 from targetclip.optimize import Optimized
 from targetclip.recipes import RECIPES
@@ -291,7 +290,9 @@ def fill(
     """
     precision = choose_precision(config.precision)
     images = config.max_images or MAX_IMAGES
-    scene = load_scene(world, Accelerator().device, max_images=images)
+    say(f"loading world {world.name}", error=True)
+    device = Accelerator(mixed_precision="no").device
+    scene = load_scene(world, device, max_images=images)
     recipe = replace(RECIPES[world.recipe], initial="zero")  # no search starts here
     teacher = make_teacher(scene, RECIPE, recipe, config.held_out, precision)
     work = folder / build.WORK
@@ -346,6 +347,7 @@ def import_released(config: Config, at: At = go_on) -> dict[str, Any]:
             raise FileNotFoundError(f"{flag}: no folder {str(folder)!r}; check the path")
     limits = build.Config(out=out, held_out=config.held_out, max_images=config.max_images)
     build.check_config(limits)
+    choose_precision(config.precision)  # refuses what cannot be, before anything is loaded
     world = load_world(config.world)
     directions, pictures = open_directions(config.directions), open_folder(str(config.targets))
     if not Published.of(directions, pictures).partners:
@@ -368,8 +370,7 @@ def import_released(config: Config, at: At = go_on) -> dict[str, Any]:
 
 def run(config: Config) -> None:
     """Make the dataset and print its counts and scores."""
-    report = import_released(config)
-    print(json.dumps({"splits": report["splits"], "failures": report["failures"]}))
+    build.print_result(config.out, import_released(config))
 
 
 def main() -> None:

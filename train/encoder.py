@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
 
     start("train.encoder")
 
+import shlex
 from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,8 +38,11 @@ from targetclip.command import (
     Stop,
     choose_device,
     choose_precision,
+    did_you_mean,
     in_precision,
     make_folder,
+    say,
+    say_next,
 )
 from targetclip.encoders.inverter import Inverter, load_inverter, save_inverter
 from targetclip.media.images import center_square
@@ -48,7 +52,7 @@ from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
 from targetclip.weights import digest_of_weights
 from targetclip.world import load_scene, load_world
-from train.loop import Schedule, train
+from train.loop import LOG, Schedule, train
 from train.mapper_data import (
     Validation,
     embed_unit,
@@ -97,12 +101,10 @@ class Config:
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for a flag that cannot be."""
-    for name in ("steps", "batch_size", "max_images", "evaluate_every"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+    command.check_least(config, steps=1, batch_size=1, max_images=1, evaluate_every=1)
     if config.recipe is not None and config.recipe not in RECIPES:
-        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}")
+        hint = did_you_mean(config.recipe, RECIPES)
+        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}{hint}")
     if config.targets == ():
         raise ValueError("--targets: expected some such as drawn:6000@17, found none")
     if not 0 < config.learning_rate < 1:
@@ -250,6 +252,7 @@ def run(config: Config, stop: Stop | None = None) -> Inverter:
     stop = stop or Stop()
     stop.listen()
     make_folder(config.out)
+    say(f"loading world {config.world}", error=True)
     scene, recipe, encoder = make_parts(config)
     specs, judged = targets_of(config)
     validation = Validation.open(judged, scene, recipe)
@@ -293,6 +296,9 @@ def run(config: Config, stop: Stop | None = None) -> Inverter:
         in_backward=partial(sdpa_kernel, SDPBackend.MATH) if unfused else nullcontext,
     )
     save_inverter(average, config.out / ENCODER)
+    encoder_file = shlex.quote(str(config.out / ENCODER))
+    then = f"python -m eval.compare --out REPORT --encoder {encoder_file}"
+    say_next(config.out, f"{ENCODER}, {LOG}", then)
     return average
 
 

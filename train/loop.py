@@ -22,6 +22,7 @@ from tqdm import tqdm
 from targetclip.command import (
     Stop,
     Stopped,
+    locked_folder,
     make_folder,
     one_line,
     whole_file,
@@ -339,18 +340,20 @@ def train(
 
     Raises:
         ValueError, OSError, FloatingPointError, Stopped: see `Trainer`.
+        BlockingIOError: another run trains in this folder.
     """
     groups = groups or [{"params": list(network.parameters())}]
     if stop is None:
         stop = Stop()
         stop.listen()
-    trainer = Trainer(
-        network=network,
-        optimizer=torch.optim.Adam(groups, lr=1.0, betas=(0.9, 0.99)),
-        out=out,
-        schedule=schedule,
-        settings=settings,
-        in_backward=in_backward,
-        clock=clock,
-    )
-    return trainer.run(lambda step, shard: {"loss": loss_at(step)}, evaluate, stop)
+    with locked_folder(out):
+        trainer = Trainer(
+            network=network,
+            optimizer=torch.optim.Adam(groups, lr=1.0, betas=(0.9, 0.99)),
+            out=out,
+            schedule=schedule,
+            settings=settings,
+            in_backward=in_backward,
+            clock=clock,
+        )
+        return trainer.run(lambda step, shard: {"loss": loss_at(step)}, evaluate, stop)

@@ -18,7 +18,9 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("train.mapper")
 
 import math
+import shlex
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,8 +41,11 @@ from targetclip.command import (
     Precision,
     Stop,
     choose_precision,
+    did_you_mean,
     in_precision,
-    make_folder,
+    locked_folder,
+    say,
+    say_next,
     versions,
     write_json,
 )
@@ -49,7 +54,7 @@ from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
 from targetclip.world import load_scene, load_world
-from train.loop import Schedule, Trainer
+from train.loop import LOG, Schedule, Trainer
 from train.mapper_data import (
     Pairs,
     Validation,
@@ -175,7 +180,8 @@ def check_config(config: Config) -> None:
         raise ValueError("--learning-rate: expected a number above 0, found 0")
     recipe = config.transfer.recipe
     if recipe is not None and recipe not in RECIPES:
-        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {recipe!r}")
+        hint = did_you_mean(recipe, RECIPES)
+        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {recipe!r}{hint}")
     if config.data.num_pairs is not None and config.data.pairs is None:
         raise ValueError("--num-pairs: expected a dataset by --pairs as well, found none")
 
@@ -423,20 +429,23 @@ def run(config: Config, stop: Stop | None = None) -> Mapper:
     choose_precision(config.precision)  # refuses what cannot be, before anything is loaded
     stop = stop or Stop()
     stop.listen()
-    make_folder(config.out)
     # The loop computes in the precision; accelerate need not convert anything.
     accelerator = Accelerator(gradient_accumulation_steps=config.accumulate, mixed_precision="no")
-    training = prepare(config, accelerator, stop)
-    settings = training.trainer.settings
-    if accelerator.is_main_process:
-        flags = flags_of(training.config)
-        content = {"config": flags, "settings": settings, "versions": versions()}
-        write_json(config.out / "config.json", content)
-    average = training.run(stop)
-    if accelerator.is_main_process:
-        save_mapper(
-            average, config.out / MAPPER, record_of(training.config, settings, training.stages)
-        )
+    main = accelerator.is_main_process
+    with locked_folder(config.out) if main else nullcontext():
+        if main:
+            say(f"loading world {config.world}", error=True)
+        training = prepare(config, accelerator, stop)
+        config, settings = training.config, training.trainer.settings
+        if main:
+            content = {"config": flags_of(config), "settings": settings, "versions": versions()}
+            write_json(config.out / "config.json", content)
+        average = training.run(stop)
+        if main:
+            path = config.out / MAPPER
+            save_mapper(average, path, record_of(config, settings, training.stages))
+            then = f"python -m eval.calibrate --out CALIBRATED --mapper {shlex.quote(str(path))}"
+            say_next(config.out, f"{MAPPER}, {LOG}, grid.png", then)
     accelerator.end_training()
     return average
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predictor.mapper import Mapper, Prediction
+from targetclip.command import did_you_mean
 from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
@@ -53,10 +54,12 @@ def parse_schedule(texts: Sequence[str]) -> tuple[TrainingStage, ...]:
     for text in texts:
         parts = STAGE.fullmatch(text)
         names = parts[1].split("+") if parts else []
-        if not parts or not set(names) <= set(TERMS) or len(set(names)) < len(names):
+        unknown = [name for name in names if name not in TERMS]
+        if not parts or unknown or len(set(names)) < len(names):
+            hint = did_you_mean(unknown[0], TERMS) if unknown else ""
             raise ValueError(
                 f"--schedule: expected NAME[+NAME...]:STEPS with different names of "
-                f"{', '.join(TERMS)} and 1 step or more, found {text!r}"
+                f"{', '.join(TERMS)} and 1 step or more, found {text!r}{hint}"
             )
         terms = tuple(name for name in TERMS if name in names)
         stages.append(TrainingStage(terms, int(parts[2])))

@@ -580,7 +580,7 @@ def test_many_ids_stay_one_line(dataset: Path) -> None:
 
 
 def test_no_damage_raises(dataset: Path, tmp_path: Path) -> None:
-    assert_named(verify(tmp_path / "nowhere"), "the merge did not finish")
+    assert_named(verify(tmp_path / "nowhere"), "expected a dataset", "found no such folder")
     (dataset / TRAIN).unlink()
     (dataset / TRAIN).mkdir()
     assert_named(verify(dataset), TRAIN, "cannot be read")

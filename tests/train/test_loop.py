@@ -396,3 +396,20 @@ def test_the_average_moves_quicker_at_first_and_copies_buffers() -> None:
             torch.testing.assert_close(after - before, torch.full_like(before, 1 - decay))
         assert float(moved.seen) == 3
     assert F.mse_loss(average.last.bias, fresh().last.bias) == 0
+
+
+def test_a_second_run_into_a_folder_is_refused_and_a_killed_one_frees_it(tmp_path: Path) -> None:
+    first, out = fresh(), tmp_path / "out"
+
+    def second_at(step: int) -> Tensor:
+        if step == 3:
+            with pytest.raises(BlockingIOError, match="another run is writing into") as refused:
+                trained(fresh(), out)
+            assert "\n" not in str(refused.value)
+            raise KeyboardInterrupt
+        return loss_of(first)(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(first, out, loss_at=second_at)
+    straight, again = fresh(), fresh()
+    assert same(trained(again, out), trained(straight, tmp_path / "straight"))

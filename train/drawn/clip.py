@@ -87,6 +87,7 @@ def held_out(count: int, styled: bool) -> tuple[list[Described], Tensor]:
 def run(config: Config) -> None:
     import open_clip
 
+    make_folder(config.out)
     torch.manual_seed(config.seed)
     model = open_clip.CLIP(**MODEL)
     tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
@@ -140,6 +141,9 @@ def run(config: Config) -> None:
         plain_settings(config),
     )
     save_local_directory(average, config.out / "model")
+    command.say_next(
+        config.out, "model/, log.jsonl", "name model/ as embedder in a world's .toml file"
+    )
 
 
 def save_local_directory(model: nn.Module, folder: Path) -> None:

@@ -185,6 +185,7 @@ def start_small(config: Config, sizes: StyleGAN2Config) -> StyleGAN2:
 
 
 def run(config: Config) -> None:
+    command.make_folder(config.out)
     torch.manual_seed(config.seed)
     sizes = StyleGAN2Config(
         resolution=SIZE,
@@ -198,13 +199,18 @@ def run(config: Config) -> None:
     else:
         network = load_generator(config.start).float().requires_grad_(True)
         if network.config != sizes:
-            raise SystemExit(f"--start {config.start} has {network.config}; wanted {sizes}")
+            raise ValueError(
+                f"--start: expected a generator of {sizes}, found {network.config}: give its sizes "
+                "by --channels, --w-dim and --mapping-layers"
+            )
     average = train_at(config, network, config.steps, config.out)
     with torch.no_grad():
         many = torch.randn(100_000, config.w_dim, generator=torch.Generator().manual_seed(0))
         average.mapping_network.w_avg.copy_(average.mapping_network(many).mean(dim=0))
     with whole_file(config.out / "generator.safetensors") as temporary:
         save_safetensors(average, temporary, torch.float16)
+    then = f"python -m train.drawn.inverter --generator {config.out}/generator.safetensors"
+    command.say_next(config.out, "generator.safetensors, log.jsonl", f"{then} --out INVERTER")
 
 
 def main() -> None:

@@ -234,13 +234,17 @@ def train_identity(config: Config, stop: Stop | None = None) -> SketchIdentity:
 
 
 def run(config: Config) -> None:
+    command.make_folder(config.out)
+    then = "name it as identity in a world's .toml file"
     if config.measure is not None:
         measure(config, config.measure)
+        command.say_next(config.out, "report.json", then)
         return
     path = config.out / "identity.safetensors"
     average = train_identity(config)
     save_identity(average, path)
     measure(config, path)
+    command.say_next(config.out, "identity.safetensors, report.json, log.jsonl", then)
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ class Config:
 
 
 def run(config: Config) -> None:
+    command.make_folder(config.out)
     torch.manual_seed(config.seed)
     generator = load_generator(config.generator)
     inverter = Inverter(
@@ -92,6 +93,8 @@ def run(config: Config) -> None:
     settings = plain_settings(config, generator=generator.fingerprint)
     average = train(inverter, loss_at, config.out, schedule, evaluate, settings)
     save_inverter(average, config.out / "inverter.safetensors")
+    then = "name it as inverter in a world's .toml file"
+    command.say_next(config.out, "inverter.safetensors, grid.png, log.jsonl", then)
 
 
 def main() -> None:

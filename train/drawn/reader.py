@@ -45,6 +45,7 @@ class Config:
 
 
 def run(config: Config) -> None:
+    command.make_folder(config.out)
     torch.manual_seed(config.seed)
     generator = load_generator(config.generator)
     reader = AttributeReader()
@@ -97,6 +98,8 @@ def run(config: Config) -> None:
     settings = plain_settings(config, generator=generator.fingerprint)
     average = train(reader, loss_at, config.out, schedule, evaluate, settings)
     save_reader(average, config.out / "reader.safetensors")
+    then = "put it in place of eval/reader.safetensors"
+    command.say_next(config.out, "reader.safetensors, log.jsonl", then)
 
 
 def main() -> None:
