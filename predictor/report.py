@@ -147,10 +147,14 @@ def sheet(
 
 def sheet_of_targets(
     targets: Sequence[NamedTarget],
-    sources: Sequence[Image.Image],
     results: Sequence[Sequence[Image.Image]],
+    sources: Sequence[Image.Image],
 ) -> Image.Image:
-    """Return the sheet of several targets: a row of sources, then a row for each target."""
+    """Return the sheet of several targets: a row of sources, then a row for each target.
+
+    Args:
+        results: the edited pictures of each target.
+    """
     columns = len(sources) + 1
     blank = Image.new("RGB", (MIN_TILE, MIN_TILE), "white")
     rows = {"sources": [blank, *tiles(sources, columns)]}

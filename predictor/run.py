@@ -42,6 +42,7 @@ from predictor.sources import (
 from predictor.studio import Edited, Studio, open_studio
 from predictor.transfer import EssenceTransfer, essence_of
 from targetclip.command import (
+    FAILED,
     STOPPED,
     Stopwatch,
     choose_device,
@@ -50,6 +51,7 @@ from targetclip.command import (
 )
 from targetclip.media.alignment import FaceFinder
 from targetclip.media.images import read_picture, write_picture
+from targetclip.scene import Scores
 from targetclip.world import load_scene
 
 
@@ -172,17 +174,15 @@ class Run:
         report = self.out.write_report(facts)
         for target, scores in zip(targets, edited.scores if edited else (), strict=False):
             name = f"{target.name}: " if len(targets) > 1 else ""
-            before, after = float(scores.target_before.mean()), float(scores.transfer)
-            self.console.result(f"{name}transfer score {before:.3f} -> {after:.3f}")
+            self.console.result(f"{name}{score_line(scores)}")
         path = self.out.path / DIRECTION
         if edited is None:
             self.console.result(f"direction by {outcome.direction.method}; wrote {path}")
-            self.console.result(f"next: targetclip transfer --direction {quoted(path)} applies it")
         else:
             self.print_cut(len(edited.shown))
             place = self.out.path / GRID
             self.console.result(f"direction by {outcome.direction.method}; look at {place}")
-            self.console.result(f"next: --direction {quoted(path)} edits other sources alike")
+        self.print_next(targets[0], path)
         return report, STOPPED if outcome.interrupted else 0
 
     def print_cut(self, shown: int) -> None:
@@ -193,40 +193,64 @@ class Run:
             self.console.result(f"{GRID} shows the first {shown} of {total} sources")
 
     def several(self, targets: Sequence[NamedTarget]) -> tuple[dict[str, Any], int]:
-        """Write a result for each target, a sheet and a report of all; return the report and the
-        exit code. After Ctrl-C these tell of the targets so far."""
+        """Write a result for each target, a sheet and a report of all.
+
+        A target without a direction does not end the run. After Ctrl-C the report and the sheet
+        tell of the targets so far.
+
+        Returns:
+            The report and the exit code.
+        """
         names = unique_names(
-            (words_of(t.name) if isinstance(t.content, Text) else Path(t.name).stem)
-            for t in targets
+            words_of(t.name) if isinstance(t.content, Text) else Path(t.name).stem for t in targets
         )
         folders = [self.out.within(name) for name in names]
-        warnings, entries = tuple(self.console.warnings), list[dict[str, Any]]()
-        rows: list[list[Image.Image]] = []
+        warnings = tuple(self.console.warnings)
+        entries: list[dict[str, Any]] = []
+        shown: list[tuple[NamedTarget, list[Image.Image]]] = []
+        done: list[str] = []
         interrupted = False
-        for target, name, folder in zip(targets, names, folders, strict=True):
-            self.console.progress(f"{len(entries) + 1} of {len(targets)}: {target.name}")
+        for number, (target, folder) in enumerate(zip(targets, folders, strict=True)):
+            self.console.progress(f"{number + 1} of {len(targets)}: {target.name}")
             try:
-                # Equal weights are those of a mixture: alone, a target has its whole direction.
                 outcome, edited, facts = self.result(folder, [target], warnings)
+            except FloatingPointError as error:
+                self.console.warn(f"{target.name}: {error}")
+                entries.append({"target": target.name, "error": str(error)})
+                continue
             except KeyboardInterrupt:
-                if not entries:
+                if not done:
                     raise
                 interrupted = True
                 break
-            report = folder.write_report(facts)
-            entries.append({**facts["targets"][0], "folder": name, "method": facts["method"]})
-            for key in ("strength", "scores_on_own_sources", "warnings"):
-                if key in report:
-                    entries[-1][key] = report[key]
-            self.out.files += [f"{name}/{file}" for file in folder.files]
-            line = f"{name}: direction by {outcome.direction.method}"
+            folder.write_report(facts)
+            self.out.files += [f"{names[number]}/{file}" for file in folder.files]
+            done.append(names[number])
+            entries.append(entry_of(names[number], facts))
+            line = f"{names[number]}: direction by {outcome.direction.method}"
             if edited is not None:
-                rows.append(tiles(edited.shown, len(edited.shown) + 1))
-                before = float(edited.scores[0].target_before.mean())
-                line += f", transfer score {before:.3f} -> {float(edited.scores[0].transfer):.3f}"
+                shown.append((target, tiles(edited.shown, len(edited.shown) + 1)))
+                line += f", {score_line(edited.scores[0])}"
             self.console.result(line)
             if interrupted := outcome.interrupted:
                 break
+        if not done:
+            raise FloatingPointError(f"none of {len(targets)} targets has a direction")
+        report = self.write_overview(entries, shown, interrupted)
+        place = self.out.path / GRID if self.studio else self.out.path
+        self.console.result(f"{len(done)} of {len(targets)} targets; look at {place}")
+        self.print_next(targets[names.index(done[0])], self.out.path / done[0] / DIRECTION)
+        if interrupted:
+            return report, STOPPED
+        return report, FAILED if len(done) < len(targets) else 0
+
+    def write_overview(
+        self,
+        entries: Sequence[dict[str, Any]],
+        shown: Sequence[tuple[NamedTarget, list[Image.Image]]],
+        interrupted: bool,
+    ) -> dict[str, Any]:
+        """Write the sheet of several targets, and the report, whose content is returned."""
         facts = {
             **search_facts(self.request),
             **run_facts(self.request, self.essence.scene, self.watch),
@@ -236,21 +260,31 @@ class Run:
         }
         if self.studio is not None:
             sources = next(iter(self.studio.latents.rows.values()))
-            grid = sheet_of_targets(targets[: len(rows)], sources, rows)
+            grid = sheet_of_targets([t for t, _ in shown], [row for _, row in shown], sources)
             write_picture(grid, self.out.take(GRID))
             facts |= self.source_facts()
             self.print_cut(len(sources))
-        report = self.out.write_report(facts)
-        place = self.out.path / GRID if self.studio else self.out.path
-        self.console.result(f"{len(entries)} of {len(targets)} targets; look at {place}")
-        path = self.out.path / names[0] / DIRECTION
-        self.console.result(f"next: --direction {quoted(path)} edits sources alike; so do others")
-        return report, STOPPED if interrupted else 0
+        return self.out.write_report(facts)
+
+    def print_next(self, target: NamedTarget, direction: Path) -> None:
+        """Print what comes next."""
+        flag = "--text" if isinstance(target.content, Text) else "--target"
+        command = f"targetclip transfer {flag} {shlex.quote(target.name)}"
+        self.console.result(
+            f"next: {command} --direction {shlex.quote(str(direction))} --sources ... --out ..."
+        )
 
 
-def quoted(path: Path) -> str:
-    """Return a path as a shell takes it."""
-    return shlex.quote(str(path))
+def entry_of(name: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the entry of a target's result in the report of several."""
+    kept = ("method", "strength", "scores_on_own_sources", "warnings")
+    return {**facts["targets"][0], "folder": name, **{k: facts[k] for k in kept if k in facts}}
+
+
+def score_line(scores: Scores) -> str:
+    """Return the transfer score before and after the edit."""
+    before, after = float(scores.target_before.mean()), float(scores.transfer)
+    return f"transfer score {before:.3f} -> {after:.3f}"
 
 
 def run(request: Request, console: Console) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from command_runs import one_line, report_of
 from PIL import Image
 
 from data.drawn.faces import draw_wide
+from predictor.direction import Direction
 from predictor.transfer import EssenceTransfer
 from targetclip.directions import load_direction
 from targetclip.media.images import read_picture, tensor_to_pictures
@@ -172,3 +174,24 @@ def test_texts_are_several_results_too(
     capsys.readouterr()
     assert run("transfer", "--world", world, "--text", "a hat", "--mix") == 1
     assert "--mix: expected two targets or more" in one_line(capsys.readouterr().err)
+
+
+def test_a_target_without_a_direction_does_not_end_the_run(
+    run: Run, tmp_path: Path, faces: list[Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    find, calls = EssenceTransfer.direction, list[int]()
+
+    def failing(self: EssenceTransfer, *given: Any, **more: Any) -> Direction:
+        calls.append(1)
+        if len(calls) == 2:
+            raise FloatingPointError("no direction found: loss is nan")
+        return find(self, *given, **more)
+
+    monkeypatch.setattr(EssenceTransfer, "direction", failing)
+    assert run("transfer", "--target", *faces, "--num-sources", 1) == 1
+    rows = report_of(tmp_path / "out")["targets"]
+    assert [row.get("folder") for row in rows] == ["target", None, "b"]
+    assert rows[1]["error"] == "no direction found: loss is nan"
+    captured = capsys.readouterr()
+    assert "2 of 3 targets" in captured.out and f"warning: {faces[1]}: no direction" in captured.err

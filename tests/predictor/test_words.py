@@ -74,18 +74,19 @@ def test_words_that_happen_to_be_a_folder_are_a_text(
 
 
 def test_a_run_says_where_its_results_are_and_what_comes_next(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, tmp_path: Path, faces: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "my out"
     assert run("optimize", "--out", out) == 0
     *_, wrote, following = capsys.readouterr().out.splitlines()
     assert wrote == f"direction by optimizer; wrote {out / 'direction.safetensors'}"
-    assert following.startswith(f"next: targetclip transfer --direction '{out}/direction")
+    command = f"targetclip transfer --target {faces[0]} --direction '{out}/direction.safetensors'"
+    assert following == f"next: {command} --sources ... --out ..."
     assert run("transfer", "--num-sources", 1) == 0
     captured = capsys.readouterr()
     *_, look, following = captured.out.splitlines()
     assert look == f"direction by optimizer; look at {tmp_path / 'out' / 'grid.png'}"
-    assert following.startswith("next: --direction ")
+    assert following.startswith("next: targetclip transfer ")
     assert captured.err.startswith("targetclip: loading tiny\n")
 
 
