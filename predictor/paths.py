@@ -126,6 +126,6 @@ def pictures_of(flag: str, paths: Iterable[Path], notes: list[str]) -> tuple[Pat
             raise ValueError(f"{flag}: expected pictures in the folder {str(path)!r}, found none")
         if others:
             named = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
-            notes.append(f"{path}: {len(others)} entries are no pictures and left out: {named}")
+            notes.append(f"{path}: {len(pictures)} pictures taken, {len(others)} left out: {named}")
         result += pictures
     return tuple(result)

@@ -138,7 +138,7 @@ def sheet(
     columns = min(len(edited), IN_A_ROW) + 1
     for start in range(0, len(edited), IN_A_ROW):
         part = slice(start, start + IN_A_ROW)
-        which = f" {start + 1} to {start + len(edited[part])}" if len(edited) > IN_A_ROW else ""
+        which = f" ({start + 1} to {start + len(edited[part])})" if len(edited) > IN_A_ROW else ""
         for name, row in {**before, f"results, {label}": edited}.items():
             rows[name + which] = tiles(row[part], columns)
     target = tiles(pictures, columns)[0] if len(pictures) == 1 else None

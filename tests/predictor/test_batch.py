@@ -56,7 +56,7 @@ def test_a_folder_of_sources_is_a_batch_and_results_keep_the_names(
     assert report["edited"] == [f"edited_{name}.png" for name in names]
     assert report["sources"] == [str(photographs / file) for file in names.values()]
     [warning] = report["warnings"]
-    assert warning.endswith("1 entries are no pictures and left out: notes.txt")
+    assert warning.endswith("4 pictures taken, 1 left out: notes.txt")
     assert f"targetclip: warning: {warning}" in capsys.readouterr().err
 
 
