@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("eval.calibrate")
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.targets import Target, of_split, open_targets
+from data.targets import Target, default_targets, of_split, open_targets
 from eval.expectation import fit_expectation
 from eval.methods import predict
 from eval.report import Series, check_charts, line_chart
@@ -45,7 +46,6 @@ from targetclip.scene import score_features
 from targetclip.seeds import CALIBRATION_TARGETS, VALIDATION_SOURCES, seed_of
 from targetclip.world import load_world
 
-TARGETS = (f"drawn:2000@{CALIBRATION_TARGETS}", f"wide:2000@{CALIBRATION_TARGETS}")
 REFINEMENTS = tuple((rate, steps) for rate in (0.01, 0.03) for steps in (5, 10, 20, 30))
 STRETCHES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
 NEAR = 0.002  # a shorter refinement is preferred whose loss exceeds the lowest by no more
@@ -61,10 +61,11 @@ class Config:
     """Folder for mapper.safetensors, report.json and reliability.png."""
     world: str = "sketch64"
     """Name of a bundled world, or the path of a world's .toml file."""
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] | None = None
     """Sets of targets, as data.build takes them; the threshold holds on each. Those of the
     validation split judge; the expected score is fitted on those of the training split, so give
-    others than the mapper was trained on."""
+    others than the mapper was trained on. Default: 4,000 drawn faces for sketch64; 4,000 samples
+    of its own generator for any other world."""
     count: int = 32
     """Targets of each set that judge, at most."""
     fitted: int = 2000
@@ -229,7 +230,7 @@ def open_validation(
     """Take the first targets of the validation split of each set, which may not be empty."""
     scene, trained = essence.scene, essence.trained
     targets: list[tuple[str, Target]] = []
-    for spec in config.targets:
+    for spec in config.targets or ():
         candidates = open_targets(spec, scene.generator, scene.truncation)
         chosen = list(of_split(candidates, "validation", config.count))
         if not chosen:
@@ -335,6 +336,11 @@ def run(
     world = load_world(config.world)
     precision = command.choose_precision(config.precision)
     command.make_folder(config.out)
+    command.say(f"loading world {world.name}", error=True)
+    specs = config.targets
+    if specs is None:
+        specs = default_targets(world, CALIBRATION_TARGETS, 2000)
+    config = replace(config, targets=specs)
     essence = load_essence(
         world,
         command.choose_device(config.device),
@@ -350,7 +356,7 @@ def run(
     scene, pictures = essence.scene, validation.pictures
     stretch, by_stretch = stretched(validation, predict(scene, mapper, pictures).directions)
     mapper.scale.mul_(stretch)
-    fitted = fit_expectation(scene, mapper, config.targets, config.fitted, seed)
+    fitted = fit_expectation(scene, mapper, specs, config.fitted, seed)
 
     prediction = predict(scene, mapper, pictures)
     predicted, expected = prediction.directions, prediction.expected.cpu()
@@ -367,7 +373,8 @@ def run(
     figures = {**asdict(gate), **trust, "fitted": fitted, "stretch": stretch}
     trained = {**mapper.record.recipe, "expects": True} if fitted else mapper.record.recipe
     record = replace(mapper.record, recipe=trained, calibration=figures)
-    save_mapper(mapper, config.out / "mapper.safetensors", record, half=config.half)
+    path = config.out / "mapper.safetensors"
+    save_mapper(mapper, path, record, half=config.half)
 
     teacher_loss = float(teacher_scores["teacher_loss"].mean())
     options = {name: str(value) for name, value in vars(config).items()}
@@ -396,6 +403,8 @@ def run(
     write_picture(reliability_chart(validation, expected, transfer), config.out / "reliability.png")
     shown = {name: report[name] for name in ("calibration", "passing", "steps_to_teachers_loss")}
     print(json.dumps(shown, indent=2))
+    then = f"python -m eval.compare --out REPORT --mapper {shlex.quote(str(path))}"
+    command.say_next(config.out, "mapper.safetensors, report.json", then, error=True)
     return record
 
 

@@ -144,7 +144,8 @@ def check_config(config: Config) -> None:
     command.check_least(config, targets=1, slow=1, max_steps=1, max_images=1)
     command.check_least(config, sources=2, references=2)
     if unknown := [name for name in config.only if name not in NAMES]:
-        raise ValueError(f"--only: expected some of {', '.join(NAMES)}, found {unknown[0]!r}")
+        hint = command.did_you_mean(unknown[0], NAMES)
+        raise ValueError(f"--only: expected some of {', '.join(NAMES)}, found {unknown[0]!r}{hint}")
     if config.trust_folder and config.folder is None:
         raise ValueError("--trust-folder: expected --folder as well, found none")
     if config.judge_pretrained is not None and config.judge is None:
@@ -350,10 +351,19 @@ def run(config: Config) -> dict[str, Any]:
         FloatingPointError: a search whose loss stopped being finite.
     """
     check_config(config)
+    command.choose_precision(config.precision)  # refuses what cannot be, before anything is loaded
     check_charts()
     world, device = load_world(config.world), command.choose_device(config.device)
     check_sources(TEST_SOURCES, max(config.sources, RELEASED_SOURCES))
-    command.make_folder(config.out)
+    with command.locked_folder(config.out):
+        command.say(f"loading world {world.name}", error=True)
+        report = make_report(config, world, device)
+    command.say_next(config.out, "report.md, report.json, grids/, charts", "read report.md")
+    return report
+
+
+def make_report(config: Config, world: World, device: torch.device) -> dict[str, Any]:
+    """Compare in a folder that this run holds; see `run`."""
     bench = make_bench(config, world, device)
     judges = make_judges(config, world, bench)
     sets = make_sets(config, bench, judges)
@@ -383,7 +393,6 @@ def run(config: Config) -> dict[str, Any]:
         write_picture(picture, config.out / "grids" / f"{name}.png")
     for name, picture in charts(report).items():
         write_picture(picture, config.out / f"{name}.png")
-    print(f"look at {config.out / 'report.md'}")
     return report
 
 

@@ -230,6 +230,7 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     if not config.mappers:
         raise ValueError("--mappers: expected one mapper's file or more, found none")
     command.check_least(config, targets=2, held_out=2)
+    command.say(f"loading world {config.world}", error=True)
     scene = load_scene(load_world(config.world), command.choose_device())
     mappers = open_mappers(config.mappers, scene)
     path = config.out / "report.json"
@@ -255,6 +256,7 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     text = report_table(rows)
     command.write_file(config.out / "report.md", text)
     print(text)
+    command.say_next(config.out, "report.md, a sheet a mapper", "read report.md", error=True)
     return rows
 
 

@@ -215,6 +215,7 @@ def run(config: Config) -> dict[str, Any]:
     print(report_table(report))
     if config.out is not None:
         command.write_json(config.out / "report.json", report)
+        command.say_next(config.out, "report.json", "the same on another machine", error=True)
     return report
 
 

@@ -276,6 +276,7 @@ def run(
     Raises:
         ValueError, OSError: bad input, files that cannot be read or written, a worker that failed.
     """
+    choose_precision(config.precision)  # refuses what cannot be, before anything is measured
     command.make_folder(config.out)
     path = config.out / "report.json"
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -284,6 +285,7 @@ def run(
             report[name] = {**measure(config), "machine": machine()}
             command.write_json(path, report)
             print(name, json.dumps(report[name], indent=2), flush=True)
+    command.say_next(config.out, "report.json", "the same on another machine", error=True)
     return report
 
 

@@ -116,6 +116,7 @@ def run(config: Config) -> dict[str, Any]:
     command.check_least(config, rounds=1, steps=1)
     world, precision = load_world(config.world), choose_precision(config.precision)
     command.make_folder(config.out)
+    command.say(f"loading world {world.name}", error=True)
     device = command.choose_device(config.device)
     essence = load_essence(world, device, config.mapper)
     scene, recipe = essence.scene, RECIPES[world.recipe]
@@ -135,6 +136,7 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{name:40} {1000 * value:12.2f} ms")
     for name, value in ratios_of(seconds).items():
         print(f"{name:40} {value:12.2f}")
+    command.say_next(config.out, "report.json", "the same on another machine", error=True)
     return report
 
 

@@ -33,7 +33,7 @@ from eval.report import Series, check_charts, line_chart, table
 from eval.sets import Directions, EvalSet, Sources, study_set
 from eval.trials import sheet
 from targetclip import command
-from targetclip.command import Precision, choose_precision, in_precision
+from targetclip.command import Precision, choose_precision, did_you_mean, in_precision
 from targetclip.media.images import write_picture
 from targetclip.optimize import Optimized, Progress
 from targetclip.recipes import RECIPES, Recipe, stored_recipe
@@ -116,8 +116,9 @@ def chosen_recipes(config: Config) -> dict[str, Recipe]:
     """Return the recipes to run, by name."""
     recipes = variants() if config.variants == "all" else RECIPES
     if unknown := sorted(set(config.only) - recipes.keys()):
+        hint = did_you_mean(unknown[0], recipes)
         raise ValueError(
-            f"--only: expected names among {', '.join(recipes)}, found {', '.join(unknown)}"
+            f"--only: expected names among {', '.join(recipes)}, found {', '.join(unknown)}{hint}"
         )
     chosen = {name: r for name, r in recipes.items() if not config.only or name in config.only}
     if config.max_steps is None:
@@ -271,6 +272,7 @@ def run(config: Config) -> dict[str, Any]:
     names = ("world", "targets", "held_out", "strengths", "seed")
     comparison = {name: getattr(config, name) for name in names} | {"precision": precision}
     report = earlier_report(path, comparison)
+    command.say(f"loading world {config.world}", error=True)
     scene = load_scene(load_world(config.world), max_images=MAX_IMAGES)
     judges, targets = face_judges(scene), study_set(config.targets)
     for name in [name for name, recipe in recipes.items() if recipe.identity_weight]:
@@ -296,6 +298,7 @@ def run(config: Config) -> dict[str, Any]:
     command.write_file(config.out / "report.md", report_table(rows))
     for family, picture in family_charts(rows).items():
         write_picture(picture, config.out / f"chart_{family}.png")
+    command.say_next(config.out, "report.md, sheets, charts", "read report.md", error=True)
     return report
 
 

@@ -336,6 +336,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     """
     world = load_world(config.world)
     check_config(config, world)
+    command.say(f"loading world {world.name}", error=True)
     setup = make_setup(config, world)
     command.make_folder(config.out)
     faces = describe_faces(config.count, config.seed)
@@ -353,6 +354,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     command.write_file(config.out / "report.md", f"# Texts as targets\n\n{text}\n{READING}")
     write_picture(grid(setup, results, faces), config.out / "grid.png")
     print(text)
+    command.say_next(config.out, "report.md, grid.png", "read report.md", error=True)
     return rows
 
 

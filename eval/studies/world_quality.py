@@ -196,6 +196,7 @@ def run(config: Config) -> dict[str, Any]:
     command.write_json(config.out / "report.json", report)
     write_sheets(scene, ws, drawn, inverted, config.out)
     print(json.dumps(report, indent=2))
+    command.say_next(config.out, "report.json, sheets of pictures", "look at them", error=True)
     return report
 
 

