@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from difflib import get_close_matches
 from importlib import import_module, metadata
 from io import StringIO, TextIOWrapper
@@ -158,12 +158,17 @@ def parse(
     box, args = StringIO(), sys.argv[1:] if args is None else args
     # Flags stand in groups where `kind` nests classes, and are named without the group.
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+    page = StringIO()  # of --help
     try:
-        with redirect_stderr(box):
+        with redirect_stderr(box), redirect_stdout(page):
             asked: Asked = tyro.cli(
                 kind, prog=prog, description=description, args=args, config=config
             )
     except SystemExit as ended:
+        # Help texts say what the default is where it is None.
+        hint = re.compile(r"\(default:(\s+│?\s*│?\s*)(None)?\)")
+        if page.getvalue():
+            say(hint.sub(lambda text: re.sub(r"[^\s│]", " ", text[0]), page.getvalue()).rstrip())
         if ended.code:
             message = usage_message(box.getvalue(), args)
             print(f"{prog}: {message} (see --help)", file=sys.stderr)
