@@ -111,8 +111,8 @@ RECIPES: dict[str, Recipe] = {
         keep="best",
     ),
     # Not in the paper: every step edits fresh sources, target and images are preprocessed alike,
-    # and the start is neutral. A smaller decay brings more essence and loses more identity. A larger
-    # consistency weight makes edits longer, until sources look alike (CHANGELOG).
+    # and the start is neutral. A smaller decay brings more essence and loses more identity. With a
+    # larger consistency weight edits are longer, until sources look alike (CHANGELOG).
     "consistent": Recipe(
         sources=6,
         fresh_sources=True,

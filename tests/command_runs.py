@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from predictor import cli
-from predictor.flags import (
+from predictor.cli.flags import (
     EditFlags,
     MachineFlags,
     ModeFlags,

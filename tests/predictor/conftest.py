@@ -11,7 +11,7 @@ from command_runs import exit_code
 from PIL import Image
 
 from data.drawn.faces import draw_wide
-from predictor import sources
+from predictor.cli import sources
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip.directions import direction_bytes
 from targetclip.media.alignment import Face, FaceFinder

@@ -36,7 +36,7 @@ from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES
 from targetclip.world import load_scene, load_world
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 Run = Callable[..., int]
 

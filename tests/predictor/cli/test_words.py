@@ -14,7 +14,7 @@ from command_runs import exit_code, one_line, report_of
 import targetclip
 
 Run = Callable[..., int]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 JOKER = str(ROOT / "examples" / "joker.png")
 GIVEN = ("--target", JOKER, "--out", "out")
 

@@ -11,9 +11,9 @@ import torch
 from command_runs import report_of
 from PIL import Image
 
-from predictor import clips
-from predictor.clips import Clip, evenly_spaced, find_track
-from predictor.console import Console
+from predictor.cli import clips
+from predictor.cli.clips import Clip, evenly_spaced, find_track
+from predictor.cli.console import Console
 from predictor.transfer import EssenceTransfer
 from targetclip.command import STOPPED
 from targetclip.directions import load_direction

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from command_runs import transfer
 
-from predictor.flags import InversionFlags, Optimize, SearchFlags
-from predictor.options import OF_OPTIMIZER, Request, check_finding, resolve
-from predictor.report import edit_facts
+from predictor.cli.flags import InversionFlags, Optimize, SearchFlags
+from predictor.cli.options import OF_OPTIMIZER, Request, check_finding, resolve
+from predictor.cli.report import edit_facts
 from targetclip.recipes import RECIPES
 
 GIVEN: dict[str, Any] = {"recipe": "paper", "initial": "zero", "steps": 9, "patience": 2}

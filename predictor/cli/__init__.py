@@ -45,20 +45,20 @@ def run(args: list[str]) -> int:
         return 0
     if "" in args:
         raise ValueError(f"expected no empty argument, found one in {shlex.join(args)}")
-    from predictor.flags import Asked, Command, WorldCheck, WorldList
+    from predictor.cli.flags import Asked, Command, WorldCheck, WorldList
 
     asked: Asked = parse(Command, PROG, __doc__, args)
     if isinstance(asked, WorldList):
         return list_worlds()
     if isinstance(asked, WorldCheck):
         return check_world(asked.world, asked.download)
-    from predictor.console import Console
-    from predictor.options import resolve
+    from predictor.cli.console import Console
+    from predictor.cli.options import resolve
 
     request = resolve(asked)
     console = Console(quiet=request.quiet, json=request.json)
     console.progress(f"loading {request.world.name}")
-    from predictor.run import run as run_request
+    from predictor.cli.commands import run as run_request
 
     return run_request(request, console)
 
@@ -91,7 +91,3 @@ def check_world(name: str, download: bool) -> int:
     lines, ready = check_files(world.files)
     print(*lines, f"{world.name}: {'ready' if ready else 'not ready'}", sep="\n")
     return 0 if ready else 1
-
-
-if __name__ == "__main__":
-    main()

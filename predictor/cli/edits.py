@@ -13,21 +13,21 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from predictor.console import Console
-from predictor.direction import layer_weights
-from predictor.options import Request
-from predictor.output import OutputFolder
-from predictor.report import (
+from predictor.cli.console import Console
+from predictor.cli.options import Request
+from predictor.cli.output import OutputFolder
+from predictor.cli.report import (
     NamedTarget,
     Outcome,
     score_facts,
     target_facts,
 )
-from predictor.sources import (
+from predictor.cli.sources import (
     MAX_SHOWN,
     Latents,
     Sources,
 )
+from predictor.direction import layer_weights
 from predictor.transfer import EssenceTransfer
 from targetclip.command import (
     Stopwatch,
@@ -81,7 +81,7 @@ class Edited:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Studio:
+class Editor:
     """The sources of a run, ready to be edited along any direction."""
 
     essence: EssenceTransfer
@@ -153,20 +153,20 @@ class Studio:
         return Edited(facts=facts, shown=shown, scores=scores)
 
 
-def open_studio(
+def open_editor(
     essence: EssenceTransfer,
     sources: Sources,
     request: Request,
     console: Console,
     watch: Stopwatch,
-) -> Studio:
+) -> Editor:
     """Invert or generate the sources."""
     scene = essence.scene
     with watch.phase("sources"):
         latents = sources.latents(scene)
         lots = lots_of(scene, latents.scored)
         before = torch.cat([features_of(scene, scene.render(lot)) for lot in lots])
-    return Studio(
+    return Editor(
         essence=essence,
         sources=sources,
         latents=latents,

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from predictor.console import Console
+from predictor.cli.console import Console
+from predictor.cli.options import Request
+from predictor.cli.output import DIRECTION, OutputFolder
+from predictor.cli.report import (
+    NamedTarget,
+    Outcome,
+    inversion_facts,
+)
 from predictor.direction import (
     RELEASED,
     Direction,
@@ -18,13 +25,6 @@ from predictor.direction import (
     WatchSearch,
     WatchStep,
     mixed,
-)
-from predictor.options import Request
-from predictor.output import DIRECTION, OutputFolder
-from predictor.report import (
-    NamedTarget,
-    Outcome,
-    inversion_facts,
 )
 from predictor.transfer import EssenceTransfer
 from targetclip.command import (

@@ -12,13 +12,13 @@ from typing import Any
 
 from PIL import Image
 
-from predictor.clips import Clip
-from predictor.console import Console
-from predictor.finding import find_direction, write_direction
-from predictor.inputs import Text
-from predictor.options import Request
-from predictor.output import DIRECTION, GRID, OutputFolder, unique_names, words_of
-from predictor.report import (
+from predictor.cli.clips import Clip
+from predictor.cli.console import Console
+from predictor.cli.edits import Edited, Editor, open_editor
+from predictor.cli.finding import find_direction, write_direction
+from predictor.cli.options import Request
+from predictor.cli.output import DIRECTION, GRID, OutputFolder, unique_names, words_of
+from predictor.cli.report import (
     NamedTarget,
     Outcome,
     edit_facts,
@@ -30,7 +30,7 @@ from predictor.report import (
     target_facts,
     tiles,
 )
-from predictor.sources import (
+from predictor.cli.sources import (
     Generated,
     Photos,
     Sources,
@@ -39,7 +39,7 @@ from predictor.sources import (
     searching_inverter,
     target_aligner,
 )
-from predictor.studio import Edited, Studio, open_studio
+from predictor.inputs import Text
 from predictor.transfer import EssenceTransfer, essence_of
 from targetclip.command import (
     FAILED,
@@ -99,11 +99,11 @@ class Run:
         console: Console,
         watch: Stopwatch,
         essence: EssenceTransfer,
-        studio: Studio | None,
+        editor: Editor | None,
         out: OutputFolder,
     ) -> None:
         self.request, self.console, self.watch = request, console, watch
-        self.essence, self.studio = essence, studio
+        self.essence, self.editor = essence, editor
         self.out = out
 
     def direct(self, out: OutputFolder, targets: Sequence[NamedTarget]) -> Outcome:
@@ -131,7 +131,7 @@ class Run:
         """
         request, start = self.request, len(self.console.warnings)
         outcome = self.direct(out, targets)
-        edited = None if self.studio is None else self.studio.edit(out, targets, outcome)
+        edited = None if self.editor is None else self.editor.edit(out, targets, outcome)
         facts = {
             **outcome.record,
             **run_facts(request, self.essence.scene, self.watch),
@@ -156,8 +156,8 @@ class Run:
 
     def source_facts(self) -> dict[str, Any]:
         """Return the entries of report.json on the sources."""
-        assert self.studio is not None
-        facts = {**self.studio.sources.facts, **self.studio.latents.facts}
+        assert self.editor is not None
+        facts = {**self.editor.sources.facts, **self.editor.latents.facts}
         facts |= edit_facts(self.request)
         return facts | (inversion_facts(self.request) if self.request.inverts_sources else {})
 
@@ -165,9 +165,9 @@ class Run:
         """Write the result of one target or of a mixture; return its report and the exit code."""
         outcome, edited, facts = self.result(self.out, targets, tuple(self.console.warnings))
         if edited is not None:
-            assert self.studio is not None
+            assert self.editor is not None
             with self.watch.phase("write"):
-                rows, strength = self.studio.latents.rows, edited.facts["strength"]
+                rows, strength = self.editor.latents.rows, edited.facts["strength"]
                 grid = sheet(targets, rows, edited.shown, strength)
                 write_picture(grid, self.out.take(GRID))
             facts["seconds"] = dict(self.watch.seconds)
@@ -187,8 +187,8 @@ class Run:
 
     def print_cut(self, shown: int) -> None:
         """Say how many of the sources the sheet shows, if not all."""
-        assert self.studio is not None
-        total = len(self.studio.latents.scored)
+        assert self.editor is not None
+        total = len(self.editor.latents.scored)
         if self.request.clip is None and shown < total:
             self.console.result(f"{GRID} shows the first {shown} of {total} sources")
 
@@ -237,7 +237,7 @@ class Run:
         if not done:
             raise FloatingPointError(f"none of {len(targets)} targets has a direction")
         report = self.write_overview(entries, shown, interrupted)
-        place = self.out.path / GRID if self.studio else self.out.path
+        place = self.out.path / GRID if self.editor else self.out.path
         self.console.result(f"{len(done)} of {len(targets)} targets; look at {place}")
         self.print_next(targets[names.index(done[0])], self.out.path / done[0] / DIRECTION)
         if interrupted:
@@ -258,8 +258,8 @@ class Run:
             "warnings": self.console.warnings,
             "targets": entries,
         }
-        if self.studio is not None:
-            sources = next(iter(self.studio.latents.rows.values()))
+        if self.editor is not None:
+            sources = next(iter(self.editor.latents.rows.values()))
             grid = sheet_of_targets([t for t, _ in shown], [row for _, row in shown], sources)
             write_picture(grid, self.out.take(GRID))
             facts |= self.source_facts()
@@ -315,10 +315,10 @@ def run(request: Request, console: Console) -> int:
                 essence = load(request, finder, console)
             if request.falls_back:
                 console.progress("this world has no mapper: the optimizer finds directions")
-            studio = None
+            editor = None
             if sources is not None:
-                studio = open_studio(essence, sources, request, console, watch)
-            work = Run(request, console, watch, essence, studio, out)
+                editor = open_editor(essence, sources, request, console, watch)
+            work = Run(request, console, watch, essence, editor, out)
             whole = work.several if request.separate else work.one
             report, code = whole(targets)
     if request.json:

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
+from predictor.cli.options import Request
 from predictor.direction import RECORDED, Direction
 from predictor.inputs import Text
-from predictor.options import Request
 from targetclip.command import Stopwatch, versions
 from targetclip.media.images import center_square, labelled_grid
 from targetclip.scene import Scene, Scores

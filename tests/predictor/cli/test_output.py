@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from command_runs import report_of
 
-from predictor.output import unique_names, words_of
+from predictor.cli.output import unique_names, words_of
 from targetclip.command import locked_folder
 
 Run = Callable[..., int]
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def names_in(folder: Path) -> set[str]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from predictor import Mode
-from predictor.flags import EditFlags, ModeFlags, Optimize, SourceFlags, Transfer, given
-from predictor.paths import (
+from predictor.cli.flags import EditFlags, ModeFlags, Optimize, SourceFlags, Transfer, given
+from predictor.cli.paths import (
     check_text,
     check_weights,
     is_video,

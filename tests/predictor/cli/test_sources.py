@@ -11,9 +11,9 @@ import torch
 from command_runs import one_line, report_of, transfer
 from PIL import Image
 
-from predictor.console import Console
-from predictor.options import resolve
-from predictor.sources import Photos, face_quad, searching_inverter
+from predictor.cli.console import Console
+from predictor.cli.options import resolve
+from predictor.cli.sources import Photos, face_quad, searching_inverter
 from predictor.transfer import EssenceTransfer
 from targetclip.command import STOPPED
 from targetclip.directions import load_direction
@@ -25,7 +25,7 @@ from targetclip.scene import Scene
 Run = Callable[..., int]
 Seen = list[tuple[float, float, int]]
 Seeing = Callable[[Callable[[Image.Image], Seen]], FaceFinder]
-HOPPER = Path(__file__).parents[1] / "fixtures" / "grace_hopper.jpg"
+HOPPER = Path(__file__).parents[2] / "fixtures" / "grace_hopper.jpg"
 ONE: Seen = [(60, 40, 24)]
 TWO: Seen = [(60, 40, 24), (25, 35, 16)]
 

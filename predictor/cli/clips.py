@@ -17,10 +17,10 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
-from predictor.console import Console
-from predictor.options import WINDOW
-from predictor.output import FRAMES, VIDEO, OutputFolder
-from predictor.sources import Edits, Latents, Sources, inverted, quad_in
+from predictor.cli.console import Console
+from predictor.cli.options import WINDOW
+from predictor.cli.output import FRAMES, VIDEO, OutputFolder
+from predictor.cli.sources import Edits, Latents, Sources, inverted, quad_in
 from targetclip.media.alignment import Face, FaceFinder, align, paste_back
 from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
 from targetclip.media.images import tensor_to_pictures

@@ -175,7 +175,7 @@ def test_a_world_that_is_ready_by_the_check_can_be_used(
 def test_using_a_world_whose_files_are_missing_names_the_check(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture = Path(__file__).parents[2] / "examples" / "joker.png"
+    picture = Path(__file__).parents[3] / "examples" / "joker.png"
     arguments = ("--world", path, "--target", picture, "--out", path.with_name("out"))
     assert exit_code("optimize", *arguments) == 1
     line = one_line(capsys.readouterr().err)

@@ -1,7 +1,7 @@
 """Sources of the `targetclip` command: generated ones, squares, and faces in photos.
 
 Knows how a face is cut out of a photo, inverted, and put back edited; nothing of how directions are
-found. Clips are sources of the same kind, in predictor.clips.
+found. Clips are sources of the same kind, in predictor.cli.clips.
 """
 
 import math
@@ -17,10 +17,10 @@ from numpy import ndarray
 from PIL import Image
 from torch import Tensor
 
-from predictor.console import Console
-from predictor.options import Request
-from predictor.output import OutputFolder, unique_names
-from predictor.report import NamedTarget
+from predictor.cli.console import Console
+from predictor.cli.options import Request
+from predictor.cli.output import OutputFolder, unique_names
+from predictor.cli.report import NamedTarget
 from targetclip.encoders.inverter import InversionConfig, LatentInverter, OptimizingInverter
 from targetclip.media.alignment import Face, FaceFinder, align, check_quad, paste_back, quad_of
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture

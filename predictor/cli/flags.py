@@ -1,7 +1,7 @@
 """The flags of the `targetclip` command, in the groups that --help shows.
 
 Each group checks the range of its own values; what flags exclude and what a world lacks is checked
-in predictor.options. Importing it does not import torch.
+in predictor.cli.options. Importing it does not import torch.
 """
 
 from collections.abc import Sequence

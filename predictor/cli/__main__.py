@@ -1,0 +1,5 @@
+"""Run the command by `python -m predictor.cli`."""
+
+from predictor.cli import main
+
+main()
