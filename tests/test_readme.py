@@ -1,0 +1,37 @@
+"""README: its file map names every module, and the files to read first exist and stay short."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("targetclip", "predictor", "data", "train", "eval")
+FILES = (ROOT / "README.md").read_text("utf-8").partition("## Files\n")[2].partition("\n## ")[0]
+FIRST = re.findall(r"`((?:targetclip|predictor|train)/\w+\.py)`", FILES)
+
+
+def part_of(package: str) -> str:
+    """Return the lines of the file map that follow a package's name."""
+    rest = FILES.partition(f"\n{package}/")[2]
+    return re.split(r"\n(?=\w+/)", rest)[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_file_map_names_every_module(package: str) -> None:
+    words = set(re.findall(r"\w+", part_of(package)))
+    modules = {
+        path.stem for path in (ROOT / package).rglob("*.py") if not path.stem.startswith("__")
+    }
+    assert modules and modules <= words
+
+
+def test_the_file_map_names_no_module_that_is_gone() -> None:
+    named = {name for package in PACKAGES for name in re.findall(r"(\w+)\.py", part_of(package))}
+    there = {path.stem for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert len(named) > 30 and named <= there
+
+
+def test_the_files_to_read_first_are_seven_and_there() -> None:
+    assert len(FIRST) == 7
+    assert all((ROOT / name).is_file() for name in FIRST)
