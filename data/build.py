@@ -59,7 +59,7 @@ from targetclip.command import (
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe
 from targetclip.scene import Scene
-from targetclip.world import World, load_scene, load_world
+from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Config:
     targets: tuple[str, ...] = ()
     """Target pictures: folders, dataset:NAME, generated:N, mixed:N, drawn:N, wide:N. Not needed
     once the plan is made."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     only: Stage | None = None
     """Do this stage alone. Default: plan, run and merge."""

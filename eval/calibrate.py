@@ -44,7 +44,7 @@ from targetclip.optimize import losses_of
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import score_features
 from targetclip.seeds import CALIBRATION_TARGETS, VALIDATION_SOURCES, seed_of
-from targetclip.world import load_world
+from targetclip.world import DEFAULT_WORLD, load_world
 
 REFINEMENTS = tuple((rate, steps) for rate in (0.01, 0.03) for steps in (5, 10, 20, 30))
 STRETCHES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
@@ -59,7 +59,7 @@ class Config:
     """Mapper file to calibrate; it is not changed."""
     out: Path
     """Folder for mapper.safetensors, report.json and reliability.png."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     targets: tuple[str, ...] | None = None
     """Sets of targets, as data.build takes them; the threshold holds on each. Those of the
@@ -409,4 +409,4 @@ def run(
 
 
 def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.calibrate")
+    command.main(run, Config, __doc__, "python -m eval.calibrate", exclusive=True)

@@ -64,7 +64,7 @@ from targetclip.encoders.blip import BlipEmbedder
 from targetclip.encoders.inverter import load_inverter
 from targetclip.media.images import tensor_to_pictures, write_picture
 from targetclip.seeds import TEST_SOURCES, TEST_TARGETS
-from targetclip.world import World, load_world
+from targetclip.world import DEFAULT_WORLD, World, load_world
 
 DRAWN_WORLD = "sketch64"  # the attribute reader knows its pictures, and the renderer draws them
 NAMES = (*METHODS, DRAWN_ANSWER)
@@ -77,7 +77,7 @@ TEACHERS = ("consistent", "identity")
 class Config:
     out: Path
     """Folder for the report and the answers of methods."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     mapper: Path | None = None
     """Mapper's file. Default: the world's."""

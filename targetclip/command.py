@@ -250,14 +250,25 @@ def guarded(work: Callable[[], int | None], prog: str) -> int:
     return FAILED
 
 
-def main(run: Callable[[Any], object], kind: Any, description: str | None, prog: str) -> NoReturn:
+def main(
+    run: Callable[[Any], object],
+    kind: Any,
+    description: str | None,
+    prog: str,
+    *,
+    exclusive: bool = False,
+) -> NoReturn:
     """Parse the command line into `kind`, call `run` with it, and end the process.
 
-    A whole number that `run` returns is the exit code.
+    A whole number that `run` returns is the exit code. With `exclusive` a second run into the same
+    `--out` is refused.
     """
 
     def work() -> int:
-        result = run(parse(kind, prog, description))
+        asked = parse(kind, prog, description)
+        out = asked.out if exclusive else None
+        with nullcontext() if out is None else locked_folder(out):
+            result = run(asked)
         return result if type(result) is int else 0
 
     sys.exit(guarded(work, prog))

@@ -51,7 +51,7 @@ from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
 from targetclip.weights import digest_of_weights
-from targetclip.world import load_scene, load_world
+from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 from train.loop import LOG, Schedule, train
 from train.mapper_data import (
     Validation,
@@ -70,7 +70,7 @@ EMA = 0.998
 class Config:
     out: Path
     """Folder for checkpoint, log, target pictures and encoder.safetensors."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     recipe: str | None = None
     """Recipe whose losses are minimised: release, paper, consistent or identity. Default: the

@@ -53,7 +53,7 @@ from targetclip.media.images import write_picture
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
-from targetclip.world import load_scene, load_world
+from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 from train.loop import LOG, Schedule, Trainer
 from train.mapper_data import (
     Pairs,
@@ -128,7 +128,7 @@ class MapperSizes:
 class Config:
     out: Path
     """Folder for checkpoint, log, pictures and mapper.safetensors, shared by all processes."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     schedule: tuple[str, ...] = ("differences:1000", "transfer:4000")
     """Stages NAME[+NAME...]:STEPS, one after the other: transfer is the teacher's own objective,

@@ -37,7 +37,7 @@ from targetclip import command
 from targetclip.media.images import write_picture
 from targetclip.scene import Scene
 from targetclip.seeds import VALIDATION_SOURCES
-from targetclip.world import load_scene, load_world
+from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 
 SHOWN = 12  # targets on a sheet of pictures
 
@@ -48,7 +48,7 @@ class Config:
     """Folder for report.json, report.md and one sheet of pictures a mapper."""
     mappers: tuple[Path, ...]
     """Mappers' files, each in a folder of its own, which names it."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     targets: int = 64
     """Every second one out of the generator's range."""
@@ -261,4 +261,4 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.ablation")
+    command.main(run, Config, __doc__, "python -m eval.studies.ablation", exclusive=True)

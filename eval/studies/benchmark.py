@@ -220,4 +220,4 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.benchmark")
+    command.main(run, Config, __doc__, "python -m eval.studies.benchmark", exclusive=True)

@@ -44,7 +44,7 @@ from targetclip.optimize import Optimized
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
 from targetclip.seeds import DEFAULT_TARGETS
-from targetclip.world import World, load_scene, load_world
+from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
 Measure = Literal["overhead", "throughput", "memory", "plan"]
 
@@ -59,7 +59,7 @@ ASSUMED_PRICE = 2.5  # dollars an hour of one H100
 class Config:
     out: Path
     """Folder for report.json and the builds that are measured."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     only: Measure | None = None
     """Measure this alone. Default: all four."""
@@ -290,4 +290,4 @@ def run(
 
 
 def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.scale")
+    command.main(run, Config, __doc__, "python -m eval.studies.scale", exclusive=True)

@@ -31,14 +31,14 @@ from targetclip.command import Precision, choose_precision, in_precision
 from targetclip.media.images import tensor_to_pictures
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.seeds import VALIDATION_SOURCES
-from targetclip.world import load_world
+from targetclip.world import DEFAULT_WORLD, load_world
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     out: Path
     """Folder for report.json."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     mapper: Path | None = None
     """Mapper file. Default: the world's."""
@@ -141,4 +141,4 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.speed")
+    command.main(run, Config, __doc__, "python -m eval.studies.speed", exclusive=True)

@@ -39,7 +39,7 @@ from targetclip.optimize import Optimized, Progress
 from targetclip.recipes import RECIPES, Recipe, stored_recipe
 from targetclip.scene import Scene
 from targetclip.seeds import BANK, VALIDATION_SOURCES, seed_of
-from targetclip.world import load_scene, load_world
+from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 
 MAX_IMAGES = 512  # rendered at once: all targets of a step
 DRAWN_ANSWER = "drawn answer"
@@ -92,7 +92,7 @@ def variants() -> dict[str, Recipe]:
 class Config:
     out: Path
     """Folder for the report, the sheets and the charts."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     variants: Literal["named", "all"] = "named"
     """The named recipes, or variants of `consistent` as well."""
@@ -303,4 +303,4 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.teachers")
+    command.main(run, Config, __doc__, "python -m eval.studies.teachers", exclusive=True)

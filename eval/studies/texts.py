@@ -40,7 +40,7 @@ from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
 from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
 from targetclip.seeds import TEST_SOURCES, TEXT_TARGETS, seed_of
-from targetclip.world import World, load_world
+from targetclip.world import DEFAULT_WORLD, World, load_world
 
 SHOWN_FACES, SHOWN_SOURCES = 6, 6  # on the grid
 
@@ -98,7 +98,7 @@ PHRASES: dict[str, dict[str, float]] = {
 class Config:
     out: Path
     """Folder for report.json, report.md and grid.png."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     mapper: Path | None = None
     """Mapper's file. Default: the world's."""
@@ -359,4 +359,4 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.texts")
+    command.main(run, Config, __doc__, "python -m eval.studies.texts", exclusive=True)

@@ -34,7 +34,7 @@ from targetclip.generators.stylegan2 import StyleGAN2
 from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
 from targetclip.scene import Scene
 from targetclip.seeds import WORLD_TARGETS
-from targetclip.world import load_scene, load_world
+from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 
 # Prompts of CLIP, in a few words people would use: what a face wears, and that it wears none.
 PROMPTS = {
@@ -49,7 +49,7 @@ SHOWN = 32  # faces on the sheets
 class Config:
     out: Path
     """Folder for report.json and sheets of pictures."""
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     faces: int = 500
     """Faces for generator, inverter and reader, at least 32."""
@@ -163,7 +163,9 @@ def run(config: Config) -> dict[str, Any]:
         OSError: --out cannot be written into.
     """
     command.check_least(config, faces=SHOWN, captions=100)
-    scene, reader = load_scene(load_world(config.world)), load_reader()
+    world = load_world(config.world)
+    command.say(f"loading world {world.name}", error=True)
+    scene, reader = load_scene(world), load_reader()
     generator, embedder = scene.generator, scene.embedder
     if not isinstance(generator, StyleGAN2) or not isinstance(embedder, ClipEmbedder):
         raise ValueError("--world: expected StyleGAN2 and a CLIP model, found others")
@@ -201,4 +203,4 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.world_quality")
+    command.main(run, Config, __doc__, "python -m eval.studies.world_quality", exclusive=True)

@@ -14,6 +14,7 @@ import tyro
 from predictor import Mode
 from targetclip.command import Precision, check_least
 from targetclip.recipes import Initial
+from targetclip.world import DEFAULT_WORLD
 
 MAX_SOURCES = 1000  # more than a person looks at
 MAX_STRENGTH = 100.0  # far beyond it images overflow
@@ -204,7 +205,7 @@ class OutputFlags:
 class MachineFlags:
     """Where and how it is computed."""
 
-    world: str = "sketch64"
+    world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     device: Optional[str] = None
     """Device by torch's name. Default: an accelerator if there is one."""

@@ -82,6 +82,30 @@ def test_what_a_command_returns_is_its_exit_code(monkeypatch: pytest.MonkeyPatch
         assert ended.value.code == code
 
 
+@dataclass(frozen=True)
+class WithFolder:
+    out: Path
+
+
+def test_a_second_run_of_an_exclusive_command_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prog", "--out", str(tmp_path / "out")])
+    codes: list[object] = []
+
+    def run(config: WithFolder) -> None:
+        if not codes:
+            codes.append("first")
+            with pytest.raises(SystemExit) as ended:
+                main(run, WithFolder, "", "prog", exclusive=True)
+            codes.append(ended.value.code)
+
+    with pytest.raises(SystemExit) as ended:
+        main(run, WithFolder, "", "prog", exclusive=True)
+    assert [*codes, ended.value.code] == ["first", FAILED, 0]
+    assert "another run is writing into" in capsys.readouterr().err
+
+
 def test_a_usage_error_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
