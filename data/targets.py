@@ -27,7 +27,7 @@ from data.drawn.faces import draw_parameters, draw_wide, faces_from_z, sample_z,
 from data.drawn.sketch import Extras, Style
 from data.pairs import such_as
 from data.publish import sha256_of
-from targetclip.command import one_line
+from targetclip.command import nearest, one_line
 from targetclip.generators import Generator
 from targetclip.media.images import (
     READABLE_SUFFIXES,
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 SKETCH_Z_DIM = 128  # of the bundled generator
 
+KINDS = ("generated", "mixed", "drawn", "wide", "dataset")
 SEEDED = re.compile(r"(generated|mixed|drawn|wide):([1-9][0-9]{0,14})(?:@([0-9]{1,15}))?")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FORMS = (
@@ -438,7 +439,10 @@ def open_targets(
     if os.path.isdir(spec):
         return open_folder(spec)
     found = "a file: give its folder" if os.path.exists(spec) else "none of these"
-    raise ValueError(f"expected targets as {FORMS}; found {spec!r}, which is {found}")
+    kind, colon, rest = spec.partition(":")
+    near = nearest(kind, KINDS) if colon else None
+    meant = f": did you mean {near + colon + rest!r}?" if near not in (None, kind) else ""
+    raise ValueError(f"expected targets as {FORMS}; found {spec!r}, which is {found}{meant}")
 
 
 def default_targets(world: World, seed: int, count: int, samples: int = 0) -> tuple[str, ...]:

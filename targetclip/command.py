@@ -332,6 +332,8 @@ def choose_precision(asked: Precision | None = None, default: Precision = "fp32"
     Raises:
         ValueError: the variable names a precision that is not computed here.
     """
+    if asked is not None:
+        return asked
     launched = os.environ.get(PRECISION_VARIABLE, "").strip().lower()
     known: dict[str, Precision] = {"no": "fp32", "fp32": "fp32", "bf16": "bf16"}
     if launched and launched not in known:
@@ -339,8 +341,6 @@ def choose_precision(asked: Precision | None = None, default: Precision = "fp32"
             f"{PRECISION_VARIABLE} (accelerate's --mixed_precision): expected no or bf16, found "
             f"{launched!r}: set one of these, or give --precision"
         )
-    if asked is not None:
-        return asked
     return known[launched] if launched else default
 
 

@@ -589,3 +589,17 @@ def test_anything_else_is_refused_with_what_there_is(spec: str) -> None:
 @pytest.mark.parametrize("kind", ["generated", "mixed"])
 def test_samples_need_a_generator(kind: str) -> None:
     assert "expected a generator" in error_of(f"{kind}:3")
+
+
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [("draw:5", "drawn:5"), ("generate:7@3", "generated:7@3"), ("datasets:a/b", "dataset:a/b")],
+)
+def test_a_misspelt_kind_of_targets_gets_its_nearest_name(spec: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+        open_targets(spec)
+
+
+def test_a_kind_that_is_right_is_not_corrected() -> None:
+    with pytest.raises(ValueError, match="none of these$"):
+        open_targets("drawn:many")

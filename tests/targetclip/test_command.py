@@ -266,6 +266,7 @@ def test_a_precision_that_is_not_computed_here_is_refused(
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
     with pytest.raises(ValueError, match=f"expected no or bf16, found '{launched}'"):
         choose_precision()
+    assert choose_precision("fp32") == "fp32"  # as the message says
 
 
 def test_bfloat16_computes_products_alone_in_half() -> None:
