@@ -601,5 +601,5 @@ def test_a_misspelt_kind_of_targets_gets_its_nearest_name(spec: str, meant: str)
 
 
 def test_a_kind_that_is_right_is_not_corrected() -> None:
-    with pytest.raises(ValueError, match="none of these$"):
+    with pytest.raises(ValueError, match=r"none of these$"):
         open_targets("drawn:many")
