@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from data.pairs import Failure, Pair
 from data.plan import Plan
@@ -25,7 +26,7 @@ from data.targets import Target
 from targetclip.command import Precision, in_precision, is_out_of_memory
 from targetclip.optimize import Optimized, Progress
 from targetclip.recipes import Recipe
-from targetclip.scene import Scene
+from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import PAIR_SOURCES
 
 CHUNK_SECONDS = 300.0  # a chunk of more than one target lasts no longer
@@ -242,3 +243,37 @@ def time_step(teacher: Teacher, size: int) -> float:
             on_step=on_step,
         )
     return times[-1] - times[-2]
+
+
+def search_in_batches(
+    scene: Scene,
+    embeddings: Float[Tensor, "targets embed"],
+    recipe: Recipe,
+    initial: Float[Tensor, "targets num_ws w_dim"],
+    seeds: Sequence[int],
+    *,
+    label: str,
+    precision: Precision = "fp32",
+) -> tuple[Float[Tensor, "targets num_ws w_dim"], list[str | None]]:
+    """Find directions with a progress bar, as many targets at once as `max_images` allows.
+
+    Returns:
+        The directions, and why each failed; None where it did not.
+    """
+    at_once = max(1, (scene.max_images or MAX_IMAGES) // recipe.sources)
+    directions, failures = [], list[str | None]()
+    with tqdm(total=len(seeds) * recipe.steps, desc=label, unit="step", leave=False) as bar:
+        for start in range(0, len(seeds), at_once):
+            part = slice(start, start + at_once)
+            rows = len(seeds[part])
+
+            def on_step(progress: Progress, rows: int = rows) -> None:
+                bar.update(rows)
+
+            with in_precision(scene.device, precision):
+                result = scene.search(
+                    embeddings[part], recipe, initial[part], seeds[part], on_step=on_step
+                )
+            directions.append(result.directions)
+            failures += result.failures
+    return torch.cat(directions), failures

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.targets import Target, default_targets, of_split, open_targets
+from data.teacher import search_in_batches
 from eval.expectation import fit_expectation
 from eval.methods import predict
 from eval.report import Series, check_charts, line_chart
@@ -212,7 +213,8 @@ class Validation:
     def search(self, recipe: Recipe, initial: Directions, label: str) -> Directions:
         """Return the optimizer's directions of all targets; the start where a search failed."""
         scene = self.essence.scene
-        directions, failures = scene.search_in_batches(
+        directions, failures = search_in_batches(
+            scene,
             scene.embed_targets(self.pictures, recipe),
             recipe,
             initial,

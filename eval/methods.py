@@ -25,6 +25,7 @@ from data.drawn.faces import GROUPS, faces_from_z, to_images
 from data.drawn.sketch import ESSENCE, Face, draw
 from data.pairs import dimensions
 from data.publish import sha256_of
+from data.teacher import search_in_batches
 from eval.sets import Directions, Embeddings, EvalSet, Sources
 from predictor.mapper import Mapper, Prediction
 from predictor.mapper_file import trained_recipe
@@ -254,7 +255,8 @@ def taught(bench: Bench, targets: EvalSet, name: str) -> Answer:
     """Search by one of the teacher's recipes."""
     recipe = bench.cut(RECIPES[name])
     seeds = [seed_of("compare", bench.seed, target) for target in targets.ids]
-    directions, failures = bench.scene.search_in_batches(
+    directions, failures = search_in_batches(
+        bench.scene,
         bench.embed(targets, recipe),
         recipe,
         bench.scene.initial(targets.pictures, recipe.initial, seeds),

@@ -13,9 +13,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from targetclip.command import Precision, in_precision
 from targetclip.embedder import EmbedsImages, ImageEmbedder
 from targetclip.encoders.identity import IdentityModel, feature_model
 from targetclip.encoders.inverter import LatentInverter
@@ -236,45 +234,6 @@ class Scene:
             bank_features=bank_features,
             identity=self.identity,
         )
-
-    def search_in_batches(
-        self,
-        embeddings: Float[Tensor, "targets embed"],
-        recipe: Recipe,
-        initial: Float[Tensor, "targets num_ws w_dim"],
-        seeds: Sequence[int],
-        *,
-        label: str,
-        precision: Precision = "fp32",
-        bank: Float[Tensor, "bank num_ws w_dim"] | None = None,
-    ) -> tuple[Float[Tensor, "targets num_ws w_dim"], list[str | None]]:
-        """Find directions with a progress bar, as many targets at once as `max_images` allows.
-
-        Returns:
-            The directions, and why each failed; None where it did not.
-        """
-        at_once = max(1, (self.max_images or MAX_IMAGES) // recipe.sources)
-        directions, failures = [], list[str | None]()
-        with tqdm(total=len(seeds) * recipe.steps, desc=label, unit="step", leave=False) as bar:
-            for start in range(0, len(seeds), at_once):
-                part = slice(start, start + at_once)
-                rows = len(seeds[part])
-
-                def on_step(progress: Progress, rows: int = rows) -> None:
-                    bar.update(rows)
-
-                with in_precision(self.device, precision):
-                    result = self.search(
-                        embeddings[part],
-                        recipe,
-                        initial[part],
-                        seeds[part],
-                        bank=bank,
-                        on_step=on_step,
-                    )
-                directions.append(result.directions)
-                failures += result.failures
-        return torch.cat(directions), failures
 
     # Editing and scoring
 

@@ -21,6 +21,7 @@ from data.dataset import merge
 from data.drawn.faces import faces_from_z
 from data.drawn.sketch import Face
 from data.pairs import Pair, chunk_bytes, features
+from data.teacher import search_in_batches
 from eval.methods import (
     BLENDING,
     LACKING,
@@ -209,7 +210,8 @@ def test_the_teacher_of_identity_uses_the_model(bench: Make, targets: EvalSet) -
     assert found.edits.shape == (3, 6, 8) and found.notes == ("",) * 3
     plain = dataclasses.replace(made.cut(RECIPES["identity"]), identity_weight=0.0)
     seeds = [seed_of("compare", 0, name) for name in targets.ids]
-    without, _ = made.scene.search_in_batches(
+    without, _ = search_in_batches(
+        made.scene,
         made.embed(targets, plain),
         plain,
         made.scene.initial(targets.pictures, plain.initial, seeds),

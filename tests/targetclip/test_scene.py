@@ -156,18 +156,6 @@ def test_no_more_pictures_are_rendered_or_embedded_at_once_than_asked(scene: Sce
 # Searches
 
 
-def test_batches_of_targets_find_what_each_target_finds_alone(scene: Scene) -> None:
-    targets, start = random(3, 32), torch.zeros(3, 6, 8)
-    together, failures = scene.with_max_images(4).search_in_batches(
-        targets, short(), start, [7, 8, 9], label="test"
-    )
-    assert failures == [None] * 3
-    for i, seed in enumerate([7, 8, 9]):
-        alone = scene.search(targets[i : i + 1], short(), start[:1], [seed])
-        torch.testing.assert_close(together[i], alone.directions[0], rtol=1e-3, atol=1e-3)
-    assert together.abs().amax(dim=(1, 2)).min() > 1e-3
-
-
 def test_a_search_edits_the_sources_that_it_is_given(scene: Scene) -> None:
     one, other = (
         scene.search(random(1, 32), short(), torch.zeros(1, 6, 8), [0], bank=scene.sources(4, seed))
