@@ -51,9 +51,13 @@ class Stop:
         self.signal: int | None = None
 
     def listen(self) -> None:
-        """Turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C into requests that `check` answers."""
+        """Turn SIGTERM, SIGUSR1, SIGHUP and Ctrl-C into requests that `check` answers.
+
+        A hang-up that is ignored, as under nohup, stays ignored.
+        """
         for number in SIGNALS:
-            signal.signal(number, self.ask)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.ask)
 
     def ask(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal; a second Ctrl-C ends the process at once."""

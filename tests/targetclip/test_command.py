@@ -16,6 +16,7 @@ import torch
 
 from targetclip.command import (
     FAILED,
+    SIGNALS,
     STOPPED,
     Stop,
     Stopped,
@@ -224,13 +225,20 @@ def test_the_first_signal_asks_and_a_second_ctrl_c_ends() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_listener_outlives_signals_that_end_a_process(number: signal.Signals) -> None:
-    before = {each: signal.getsignal(each) for each in (number, signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.getsignal(each) for each in SIGNALS}
+    signal.signal(number, signal.SIG_DFL)
     try:
         stop = Stop()
         stop.listen()
         os.kill(os.getpid(), number)
         time.sleep(0.01)
         assert stop.signal == number
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        stop = Stop()
+        stop.listen()
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+        assert stop.signal is None
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -742,8 +742,9 @@ def started(
     *arguments: object, beforehand: Callable[[], None] = lambda: None, **environment: str
 ) -> "subprocess.Popen[str]":
     def prepare() -> None:
-        # A shell's background jobs ignore Ctrl-C, and hand that down to what they start.
+        # Background jobs of a shell ignore Ctrl-C, those of nohup a hang-up, and hand that down.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         beforehand()
 
     return subprocess.Popen(
