@@ -288,14 +288,22 @@ def sweep_report(
 
 
 def sheet(
-    scene: Scene, targets: EvalSet, directions: Float[Tensor, "targets num_ws w_dim"]
+    scene: Scene,
+    targets: EvalSet,
+    edits: Float[Tensor, "targets *sources num_ws w_dim"],
+    sources: Float[Tensor, "sources num_ws w_dim"] | None = None,
 ) -> Image.Image:
-    """Return nine sources, then for each target a row: its picture, and the sources edited."""
-    sources = scene.sources(9, VALIDATION_SOURCES)
+    """Return sources, then for each target a row: its picture, and the sources edited.
+
+    Args:
+        edits: a direction for each target, or an offset for each of its sources.
+        sources: None: nine generated ones.
+    """
+    sources = scene.sources(9, VALIDATION_SOURCES) if sources is None else sources
     unedited = tensor_to_pictures(scene.render(sources))
     rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
-    for i, (picture, direction) in enumerate(zip(targets.pictures, directions, strict=True)):
-        edited = tensor_to_pictures(scene.edit(sources, direction))
+    for i, (picture, edit) in enumerate(zip(targets.pictures, edits, strict=True)):
+        edited = tensor_to_pictures(scene.edit(sources, edit))
         rows[f"target {i} and sources with its essence"] = [picture, *edited]
     return labelled_grid(None, rows)
 

@@ -153,6 +153,11 @@ def mixed_corrections(
     )
 
 
+def transposed(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns rows"]:
+    """Return a transposed copy, which a file can hold."""
+    return matrix.T.clone(memory_format=torch.contiguous_format)
+
+
 class FoldedCorrection:
     """A copy of a mapper's correction, from the unit embedding of a target to its correction."""
 
@@ -168,16 +173,16 @@ class FoldedCorrection:
             joined_layers(units, correction.reads)
             for units in (correction.mean, correction.deviation)
         )
-        first = (correction.source.weight / deviation).T.contiguous()
+        first = transposed(correction.source.weight / deviation)
         self.target = whitening @ correction.target.weight.T
         self.bias = correction.target.bias - centre @ self.target - mean @ first
         self.shared = {
             "first": first,
-            "hidden": correction.hidden.weight.T.clone(),
+            "hidden": transposed(correction.hidden.weight),
             "hidden_bias": correction.hidden.bias.clone(),
-            "mix": correction.mix.weight.T.clone(),
+            "mix": transposed(correction.mix.weight),
             "mix_bias": correction.mix.bias.clone(),
-            "basis": (correction.basis.weight * scale.flatten()[:, None]).T.contiguous(),
+            "basis": transposed(correction.basis.weight * scale.flatten()[:, None]),
         }
         self.weights = torch.ones(1, len(scale), device=scale.device)
 

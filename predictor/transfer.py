@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from predictor import Mode
+from predictor.correction import SourceCorrection
 from predictor.direction import (
     Direction,
     Gate,
@@ -200,6 +201,11 @@ class EssenceTransfer:
         folded = self.folded  # before anything is embedded
         vector, expected = folded(self.embed_target(target, self.trained)[None])
         return Direction(vector=vector, method="mapper", expected=expected)
+
+    def correction(self, target: PictureOrText) -> SourceCorrection | None:
+        """Return what is added to the mapper's answer for each source; None where the mapper has
+        no correction."""
+        return self.folded.correction(self.embed_target(target, self.trained)[None])
 
     def predict_embeddings(self, embeddings: Float[Tensor, "targets embed"]) -> Prediction:
         """Return the mapper's answers to embeddings, raw or unit."""

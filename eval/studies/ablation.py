@@ -3,9 +3,10 @@
     python -m eval.studies.ablation --out runs/ablation --mappers runs/ablation/*/mapper.safetensors
 
 A mapper is named by its folder. Writes report.json, report.md and a sheet of pictures a mapper, and
-prints the table. The same command goes on after an interruption or with further mappers: one that
-has been judged is not judged again. Knows the record of a mapper's training; nothing of how to
-train one.
+prints the table. A mapper that corrects its directions for each source is judged with corrections
+and without; --inverted judges all on what the inverter sees of the sources as well. The same
+command goes on after an interruption or with further mappers: one that has been judged is not
+judged again. Knows the record of a mapper's training; nothing of how to train one.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -34,7 +35,7 @@ from eval.trials import sheet
 from predictor.mapper import Mapper, Prediction, load_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord, trained_recipe
 from targetclip import command
-from targetclip.media.images import write_picture
+from targetclip.media.images import tensor_to_pictures, write_picture
 from targetclip.scene import Scene
 from targetclip.seeds import VALIDATION_SOURCES
 from targetclip.world import load_scene, load_world
@@ -54,6 +55,8 @@ class Config:
     """Every second one out of the generator's range."""
     held_out: int = 16
     """Sources that directions are judged on."""
+    inverted: bool = False
+    """Judge on the inverted renderings of the sources as well."""
     seed: int = 0
     """Decides what the bootstrap draws; targets and sources are always the same."""
 
@@ -101,9 +104,11 @@ def training_of(record: MapperRecord) -> dict[str, Any]:
 
 
 def network_of(config: MapperConfig) -> str:
-    """Return the width and depth of a mapper, and its rank if it has one."""
+    """Return the width and depth of a mapper, its rank, and what its correction reads."""
     rank = "" if config.rank is None else f", rank {config.rank}"
-    return f"{config.width} x {config.depth}{rank}"
+    correction = config.correction
+    reads = "" if correction is None else f", reads {correction.layers} by {correction.rank}"
+    return f"{config.width} x {config.depth}{rank}{reads}"
 
 
 def record_of(mapper: Mapper) -> MapperRecord:
@@ -157,13 +162,17 @@ class Task:
     """At the sources, unedited."""
 
 
-def make_task(scene: Scene, targets: EvalSet, held_out: int) -> Task:
+def make_task(scene: Scene, targets: EvalSet, held_out: int, sources: Tensor | None = None) -> Task:
     """Render the sources that are edited, and look at them and at the targets.
+
+    Args:
+        sources: None: `held_out` generated ones.
 
     Raises:
         ValueError: as `face_judges`.
     """
-    judges, sources = face_judges(scene), scene.sources(held_out, VALIDATION_SOURCES)
+    judges = face_judges(scene)
+    sources = scene.sources(held_out, VALIDATION_SOURCES) if sources is None else sources
     before = scene.render(sources)
     return Task(
         judges=judges,
@@ -175,6 +184,19 @@ def make_task(scene: Scene, targets: EvalSet, held_out: int) -> Task:
     )
 
 
+def make_tasks(scene: Scene, targets: EvalSet, config: Config) -> dict[str, Task]:
+    """Return the task of each kind of sources; "" is that of generated ones.
+
+    Raises:
+        ValueError: as `make_task`; there is no inverter.
+    """
+    tasks = {"": make_task(scene, targets, config.held_out)}
+    if config.inverted:
+        inverted = scene.invert(tensor_to_pictures(tasks[""].before))
+        tasks["inverted"] = make_task(scene, targets, config.held_out, inverted)
+    return tasks
+
+
 def answer(scene: Scene, mapper: Mapper, targets: EvalSet) -> Prediction:
     """Return a mapper's answer to targets, preprocessed as those that it was trained on."""
     embeddings = scene.embed_targets(targets.pictures, trained_recipe(mapper.record))
@@ -183,9 +205,29 @@ def answer(scene: Scene, mapper: Mapper, targets: EvalSet) -> Prediction:
     return prediction
 
 
-def target_scores(task: Task, prediction: Prediction) -> dict[str, Float[Tensor, " targets"]]:
-    """Score the edits of every target."""
-    edited = edited_images(task.judges, task.sources, prediction.directions)
+@torch.no_grad()
+def corrected(
+    scene: Scene,
+    mapper: Mapper,
+    targets: EvalSet,
+    sources: Float[Tensor, "sources num_ws w_dim"],
+) -> Float[Tensor, "targets *sources num_ws w_dim"]:
+    """Return a mapper's edits: directions, or an offset for each source where it corrects them."""
+    directions = answer(scene, mapper, targets).directions
+    if mapper.correction is None:
+        return directions
+    embeddings = scene.embed_targets(targets.pictures, trained_recipe(mapper.record))
+    return directions[:, None] + mapper.correct(embeddings, sources)
+
+
+def target_scores(
+    task: Task,
+    prediction: Prediction,
+    edits: Float[Tensor, "targets *sources num_ws w_dim"] | None = None,
+) -> dict[str, Float[Tensor, " targets"]]:
+    """Score the edits of every target; None: those of its direction alone."""
+    edits = prediction.directions if edits is None else edits
+    edited = edited_images(task.judges, task.sources, edits)
     scores = scores_of(judge(task.judges, task.before, edited), task.look, task.goal)
     return {
         **{name: scores[name] for name in ("transfer", "consistency", "essence", "identity")},
@@ -209,24 +251,40 @@ def figures_of(scores: Mapping[str, Tensor], expects: bool, seed: int) -> dict[s
         "essence_in_range": float(essence[::2].mean()),
         "essence_out_of_range": float(essence[1::2].mean()),
         "identity": float(scores["identity"].mean()),
+        "identity_in_range": float(scores["identity"][::2].mean()),
+        "identity_out_of_range": float(scores["identity"][1::2].mean()),
         "norm": float(scores["norm"].mean()),
         "expected_error": error if expects else None,
         "each": {name: values.tolist() for name, values in scores.items()},
     }
 
 
-def row_of(task: Task, mapper: Mapper, seed: int) -> dict[str, Any]:
-    """Judge a mapper, and return its row of the report: network, training and scores."""
-    record = record_of(mapper)
+def row_of(tasks: Mapping[str, Task], mapper: Mapper, seed: int) -> dict[str, Any]:
+    """Judge a mapper, and return its row of the report: network, training and scores.
+
+    The scores are those of its edits of generated sources, as they are made. `ways` holds those of
+    other sources, and of its directions without their corrections, by their names.
+    """
+    record, task = record_of(mapper), tasks[""]
     # Older records do not say whether the transfer term, which teaches it, was used.
     expects = bool(record.recipe.get("expects", True))
-    prediction = answer(task.judges.scene, mapper, task.targets)
+    scene = task.judges.scene
+    prediction = answer(scene, mapper, task.targets)
+    ways: dict[str, dict[str, Any]] = {}
+    for kind, judged in tasks.items():
+        edits = corrected(scene, mapper, judged.targets, judged.sources)
+        ways[kind] = figures_of(target_scores(judged, prediction, edits), expects, seed)
+        if mapper.correction is not None:
+            name = ", ".join([*([kind] if kind else []), "one direction"])
+            # What is expected is what corrected edits reach.
+            ways[name] = figures_of(target_scores(judged, prediction), False, seed)
     return {
         "fingerprint": mapper.fingerprint,
         "recipe": record.recipe,
         "network": network_of(mapper.config),
         "trained": training_of(record),
-        **figures_of(target_scores(task, prediction), expects, seed),
+        **ways.pop(""),
+        "ways": ways,
     }
 
 
@@ -234,7 +292,7 @@ def row_of(task: Task, mapper: Mapper, seed: int) -> dict[str, Any]:
 
 
 def report_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a row a mapper, in Markdown."""
+    """Return a row a mapper and way, in Markdown."""
     training = {
         "steps": "steps",
         "pairs": "pairs",
@@ -248,6 +306,8 @@ def report_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "consistency": "consistency",
         "essence_in_range": "essence in range",
         "essence_out_of_range": "essence out of range",
+        "identity_in_range": "identity in range",
+        "identity_out_of_range": "identity out of range",
         "identity": "identity kept",
         "norm": "length",
         "expected_error": "expected score off by",
@@ -257,7 +317,10 @@ def report_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         trained = row["trained"]
         facts = [name, row["network"], ", ".join(trained["stages"] or [])]
         facts += ["" if trained[key] is None else str(trained[key]) for key in training]
-        cells.append([*facts, with_bounds(row["transfer"]), *(number(row[key]) for key in columns)])
+        for way, figures in {"": row, **row.get("ways", {})}.items():
+            facts[0] = f"{name}: {way}" if way else name
+            scores = [number(figures.get(key)) for key in columns]
+            cells.append([*facts, with_bounds(figures["transfer"]), *scores])
     heads = ["mapper", "network", "stages", *training.values()]
     return "\n".join(table([*heads, "transfer score", *columns.values()], cells))
 
@@ -273,6 +336,8 @@ def open_report(path: Path, config: Config, scene: Scene) -> dict[str, Any]:
     comparison["generator"] = scene.generator.fingerprint[:12]
     comparison["embedder"] = scene.embedder.fingerprint[:12]
     comparison["reader"] = sha256_of(BUNDLED)[:12]
+    if config.inverted:
+        comparison["inverted"] = True
     return {"mappers": {}} | earlier_report(path, comparison)
 
 
@@ -296,16 +361,17 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     mappers = open_mappers(config.mappers, scene)
     path = config.out / "report.json"
     report = open_report(path, config, scene)
-    task = make_task(scene, study_set(config.targets), config.held_out)
+    tasks = make_tasks(scene, study_set(config.targets), config)
     command.make_folder(config.out)
     rows: dict[str, dict[str, Any]] = {}
     for name, mapper in tqdm(mappers.items(), unit="mapper"):
         known, path_of_sheet = report["mappers"], config.out / f"{name}.png"
         judged = next((row for row in known.values() if is_row_of(row, mapper)), None)
-        rows[name] = judged or row_of(task, mapper, config.seed)
+        rows[name] = judged or row_of(tasks, mapper, config.seed)
         if not path_of_sheet.exists() or name not in known or not is_row_of(known[name], mapper):
-            few = task.targets.part(0, SHOWN)
-            write_picture(sheet(scene, few, answer(scene, mapper, few).directions), path_of_sheet)
+            few, shown = tasks[""].targets.part(0, SHOWN), scene.sources(9, VALIDATION_SOURCES)
+            edits = corrected(scene, mapper, few, shown)
+            write_picture(sheet(scene, few, edits, shown), path_of_sheet)
         report["mappers"] = {**rows, **{n: row for n, row in known.items() if n not in rows}}
         command.write_json(path, report)
     text = report_table(rows)

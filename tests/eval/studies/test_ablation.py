@@ -16,6 +16,7 @@ from eval.sets import study_set
 from eval.studies.ablation import (
     Config,
     answer,
+    corrected,
     figures_of,
     main,
     make_task,
@@ -25,8 +26,8 @@ from eval.studies.ablation import (
     training_of,
 )
 from eval.studies.teachers import direction_scores
-from predictor.mapper import Prediction, load_mapper
-from predictor.mapper_file import MapperConfig, MapperRecord
+from predictor.mapper import Mapper, Prediction, load_mapper, save_mapper
+from predictor.mapper_file import CorrectionConfig, MapperConfig, MapperRecord
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
 from targetclip.seeds import VALIDATION_SOURCES
@@ -97,6 +98,38 @@ def test_a_mapper_is_judged_as_the_study_judges_directions(
     interval = row["transfer"]
     assert interval["count"] == 4 and interval["mean"] == pytest.approx(float(reached.mean()))
     assert float(reached.min()) <= interval["low"] < interval["mean"] < interval["high"]
+
+
+def test_a_mapper_that_reads_sources_is_judged_both_ways_on_both_kinds(
+    write: Write, config: Configured, scene: Scene
+) -> None:
+    path = write("a")
+    plain = run(config(path))["a"]
+    assert plain["ways"] == {}
+    mapper = load_mapper(path)[0]
+    sizes = replace(mapper.config, correction=CorrectionConfig(rank=2, width=4))
+    reading = Mapper(sizes).requires_grad_(False)
+    reading.load_state_dict(mapper.state_dict(), strict=False)
+    assert reading.correction is not None and mapper.record is not None
+    reading.correction.mix.bias.fill_(1.0)
+    save_mapper(reading, path, mapper.record)
+    made = config(path, inverted=True, out=path.parents[2] / "reading")
+    row = run(made)["a"]
+    alone = row["ways"]["one direction"]
+    for name, values in plain["each"].items():
+        assert alone["each"][name] == pytest.approx(values, abs=1e-5), name
+    assert alone["expected_error"] is None
+    assert row["ways"].keys() == {"one direction", "inverted", "inverted, one direction"}
+    transfers = {row["transfer"]["mean"], *(w["transfer"]["mean"] for w in row["ways"].values())}
+    assert len(transfers) == 4
+    # The mapper corrects every source of a target by the same here.
+    targets, sources = study_set(4), scene.sources(2, VALIDATION_SOURCES)
+    moved = corrected(scene, load_mapper(path)[0], targets, sources)
+    expected = direction_scores(face_judges(scene), targets, sources, moved[:, 0])
+    assert row["identity"] == pytest.approx(expected["identity"], abs=1e-5)
+    lines = (made.out / "report.md").read_text().splitlines()[2:]
+    names = [line.split("|")[1].strip() for line in lines if line]
+    assert names == ["a", *(f"a: {way}" for way in row["ways"])]
 
 
 def test_identical_mappers_have_identical_figures_and_others_have_not(
