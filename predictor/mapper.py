@@ -1,7 +1,7 @@
-"""The mapper: from a target's embedding to its direction, in one pass.
+"""The mapper: from a target's embedding to its direction, in one pass, and to its corrections.
 
-Knows the network, a faster form of it for single targets, and its file; nothing of training,
-sources, or what is done where an answer is not good enough.
+Knows the network, a faster form of it for single targets, and its file; nothing of training, or
+what is done where an answer is not good enough.
 """
 
 import math
@@ -14,9 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from predictor.correction import Correction, FoldedCorrection, SourceCorrection
 from predictor.mapper_file import (
     FIRST_FORMAT,
     FORMAT,
+    SECOND_FORMAT,
     TRAIN_ONE,
     MapperConfig,
     MapperRecord,
@@ -28,7 +30,7 @@ from predictor.mapper_file import (
 from targetclip.command import write_file
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, tensor_bytes
 
-BUFFERS = ("centre", "whitening", "scale")  # kept in full precision
+FORMATS = (FORMAT, SECOND_FORMAT, FIRST_FORMAT)
 START = 0.01  # deviation of fresh directions, as a part of scale
 
 
@@ -59,6 +61,9 @@ class ResidualBlock(nn.Module):
 
 class Mapper(OnTheHub, nn.Module):
     """Embeddings [batch, embed_dim] to directions [batch, num_ws, w_dim] and expected scores.
+
+    `correct` gives what is added for each source, where the mapper has a correction. Expected
+    scores are then those of corrected edits.
 
     `record` says where the weights come from; None until set or loaded. Buffers:
 
@@ -100,6 +105,11 @@ class Mapper(OnTheHub, nn.Module):
         # Features keep what directions need. How hard a target is shows in the embedding as well.
         self.score_linear = nn.Linear(config.embed_dim, 1, bias=False)
         nn.init.zeros_(self.score_linear.weight)
+        # Last, so that the others start as they do without it.
+        self.correction = None
+        if config.correction is not None:
+            sizes = (config.embed_dim, config.num_ws, config.w_dim)
+            self.correction = Correction(config.correction, *sizes)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -167,6 +177,31 @@ class Mapper(OnTheHub, nn.Module):
         expected = torch.tanh(score.float()).squeeze(1)
         return Prediction(self.directions_of(white, features), expected)
 
+    def correct(
+        self,
+        embeddings: Float[Tensor, "targets embed"],
+        ws: Float[Tensor, "*targets sources num_ws w_dim"],
+    ) -> Float[Tensor, "targets sources num_ws w_dim"]:
+        """Return what is added to a target's direction for each source.
+
+        The edit of a source is then its own: w + direction + correction. A mapper without a
+        correction returns zeros.
+
+        Args:
+            embeddings: of the targets, raw or unit.
+            ws: latents of the sources, the same for all targets or some for each. For a clip, its
+                mean latent: all frames share one correction.
+
+        Raises:
+            ValueError: embeddings of another size.
+        """
+        self.check_size(embeddings)
+        if self.correction is None:
+            return torch.zeros_like(ws).expand(len(embeddings), *ws.shape[-3:])
+        corrections = self.correction(self.whitened_targets(embeddings), ws)
+        scaled: Tensor = corrections.float() * self.scale
+        return scaled
+
     @classmethod
     def from_file(cls, path: Path, generator: str | None, embedder: str | None) -> "Mapper":
         return load_mapper(path, generator, embedder)[0]
@@ -209,6 +244,10 @@ class FoldedMapper:
         # Plain tensors: a module finds its parameters by name at every call, which takes time here.
         self.blocks = [tensors_of(block) for block in mapper.blocks]
         self.norm, self.norm_bias = tensors_of(mapper.norm)
+        self.corrections = None
+        if mapper.correction is not None:
+            units = (mapper.centre, mapper.whitening, mapper.scale)
+            self.corrections = FoldedCorrection(mapper.correction, *units)
 
     def __call__(
         self, embedding: Float[Tensor, "1 embed"]
@@ -219,12 +258,7 @@ class FoldedMapper:
         Raises:
             ValueError: an embedding of another size, or one that is not finite.
         """
-        self.check_size(embedding)
-        embedding = embedding.detach().float()
-        length = math.sqrt(float(embedding @ embedding.T))
-        if not math.isfinite(length):
-            raise ValueError(f"expected an embedding of finite length, found one of {length}")
-        factor = 1 / max(length, 1e-12)
+        embedding, factor = self.checked(embedding)
         entered = torch.addmm(self.offset, embedding, self.first, alpha=factor)
         x, size = entered[:, : self.width], (self.width,)
         for norm, norm_bias, inner, inner_bias, outer, outer_bias in self.blocks:
@@ -234,6 +268,27 @@ class FoldedMapper:
         heads = torch.addmm(entered[:, self.width :], features, self.last)
         direction = heads[:, :-1] if self.basis is None else heads @ self.basis
         return direction.float().view(self.shape), math.tanh(float(heads[0, -1]))
+
+    def checked(
+        self, embedding: Float[Tensor, "1 embed"]
+    ) -> tuple[Float[Tensor, "1 embed"], float]:
+        """Return an embedding in float32, and the factor that makes it unit."""
+        self.check_size(embedding)
+        embedding = embedding.detach().float()
+        length = math.sqrt(float(embedding @ embedding.T))
+        if not math.isfinite(length):
+            raise ValueError(f"expected an embedding of finite length, found one of {length}")
+        return embedding, 1 / max(length, 1e-12)
+
+    def correction(self, embedding: Float[Tensor, "1 embed"]) -> SourceCorrection | None:
+        """Return the correction for a target, from its embedding, raw or unit; None where the
+        mapper has none. It equals the mapper's but for rounding.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        embedding, factor = self.checked(embedding)
+        return None if self.corrections is None else self.corrections(factor * embedding)
 
 
 def save_mapper(
@@ -249,8 +304,9 @@ def save_mapper(
             hold. Nothing is written.
     """
     path, tensors = Path(path), dict[str, Tensor]()
+    buffers = dict(mapper.named_buffers())
     for name, value in mapper.state_dict().items():
-        tensors[name] = value.to(torch.float16 if half and name not in BUFFERS else torch.float32)
+        tensors[name] = value.to(torch.float16 if half and name not in buffers else torch.float32)
         if not tensors[name].isfinite().all():
             raise ValueError(
                 f"{path}: expected finite weights, found NaN or infinity in {name}: not written"
@@ -277,7 +333,7 @@ def load_mapper(
             another embedder.
     """
     path = Path(path)
-    metadata, state = read_tensors(path, "mapper", (FORMAT, FIRST_FORMAT), TRAIN_ONE)
+    metadata, state = read_tensors(path, "mapper", FORMATS, TRAIN_ONE)
     config, record = parse_metadata(metadata, path)
     check_made_for(config, generator, embedder, str(path))
     if metadata["format"] == FIRST_FORMAT and "score_linear.weight" not in state:

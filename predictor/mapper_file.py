@@ -6,11 +6,11 @@ the network or its weights.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import HfApi, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -21,12 +21,43 @@ from targetclip.weights import GET_AGAIN
 
 Kept = TypeVar("Kept", bound="OnTheHub")
 
-FORMAT = "targetclip-mapper/2"
-FIRST_FORMAT = "targetclip-mapper/1"  # read as well
+FORMAT = "targetclip-mapper/3"
+# Read as well: the first has an expected score of features alone, neither has a correction.
+FIRST_FORMAT, SECOND_FORMAT = "targetclip-mapper/1", "targetclip-mapper/2"
 TRAIN_ONE = "train a mapper for it: python -m train.mapper --help"
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 WEIGHTS, CARD = "model.safetensors", "README.md"  # files of a repository
 # Names that the Hub knows. For any other licence the card says "other" and quotes the record.
 HUB_LICENCES = ("mit", "apache-2.0", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0")
+
+
+def check_sizes(config: object, names: Sequence[str]) -> None:
+    """Raise a ValueError for a size that is not a whole number from 1 on."""
+    for name in names:
+        size = getattr(config, name)
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name}: expected a whole number from 1 on, found {size!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionConfig:
+    """Sizes of the part of a mapper that reads the source.
+
+    Raises:
+        ValueError: a size that is not a whole number from 1 on, or unknown layers.
+    """
+
+    rank: int = 96
+    """Corrections are mixtures of so many learned directions."""
+    width: int = 256
+    """Of its two hidden layers."""
+    layers: Literal["all", "first"] = "all"
+    """Layers of a source's latent that are read. Those of an inverted source differ."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, ("rank", "width"))
+        if self.layers not in ("all", "first"):
+            raise ValueError(f"layers: expected all or first, found {self.layers!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +80,12 @@ class MapperConfig:
     """Residual blocks."""
     rank: int | None = None
     """Directions are mixtures of so many learned ones. None: each of their numbers is free."""
+    correction: CorrectionConfig | None = None
+    """Of the correction for each source. None: there is none."""
 
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "num_ws", "w_dim", "width", "depth")
-        for name in sizes if self.rank is None else (*sizes, "rank"):
-            size = getattr(self, name)
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{name}: expected a whole number from 1 on, found {size!r}")
+        check_sizes(self, sizes if self.rank is None else (*sizes, "rank"))
         for name in ("generator", "embedder"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{name}: expected a fingerprint, found {getattr(self, name)!r}")
@@ -113,6 +143,14 @@ def model_card(config: MapperConfig, record: MapperRecord) -> str:
     """Return the README.md of a repository: the mapper, its networks, and how to load it."""
     licence = record.licence.lower() if record.licence.lower() in HUB_LICENCES else "other"
     data = ModelCardData(license=licence, library_name="targetclip")
+    corrections = ""
+    if config.correction is not None:
+        corrections = (
+            "# To be added to a direction, for each source: latents "
+            f"[sources, {config.num_ws}, {config.w_dim}]\n"
+            "mapper.correct(embeddings, latents)  # "
+            f"[batch, sources, {config.num_ws}, {config.w_dim}]\n"
+        )
     return f"""---
 {data.to_yaml()}
 ---
@@ -135,7 +173,7 @@ mapper = Mapper.from_pretrained("this repository or a folder")
 prediction = mapper(embeddings)  # [batch, {config.embed_dim}]
 prediction.directions  # [batch, {config.num_ws}, {config.w_dim}]
 prediction.expected  # transfer score each direction is expected to reach, in [-1, 1]
-```
+{corrections}```
 
 How it was trained, and what its expected score is worth:
 
@@ -179,8 +217,10 @@ def parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[MapperConfi
                 raise ValueError(f"calibration {name} is {figure!r}")
         texts = {name: metadata[name] for name in ("licence", "trained_on", "version")}
         record = MapperRecord(recipe=recipe, calibration=calibration, **texts)
+        if (correction := config.get("correction")) is not None:
+            config["correction"] = CorrectionConfig(**correction)
         return MapperConfig(**config), record
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{path}: the metadata is damaged ({one_line(error)}): {GET_AGAIN}"
         ) from error

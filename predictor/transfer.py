@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predictor import Mode
+from predictor.correction import SourceCorrection
 from predictor.direction import (
     Direction,
     Gate,
@@ -213,6 +214,11 @@ class EssenceTransfer(Editing):
         vector, expected = folded(self.embed_target(target, self.trained)[None])
         generator = self.scene.generator.fingerprint
         return Direction(vector=vector, method="mapper", generator=generator, expected=expected)
+
+    def correction(self, target: Target) -> SourceCorrection | None:
+        """Return what is added to the mapper's answer for each source; None where the mapper has
+        no correction."""
+        return self.folded.correction(self.embed_target(target, self.trained)[None])
 
     def predict_embeddings(self, embeddings: Float[Tensor, "targets embed"]) -> Prediction:
         """Return the mapper's answers to embeddings, raw or unit."""

@@ -21,10 +21,10 @@ import math
 import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -34,8 +34,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from data.targets import default_targets, digest_of
-from predictor.mapper import Mapper, save_mapper
-from predictor.mapper_file import MapperConfig, MapperRecord
+from predictor.mapper import Mapper, load_mapper, save_mapper
+from predictor.mapper_file import CorrectionConfig, MapperConfig, MapperRecord
 from targetclip import command
 from targetclip.command import (
     Precision,
@@ -56,7 +56,9 @@ from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 from train.loop import LOG, Schedule, Trainer
 from train.mapper_data import (
+    KINDS,
     Pairs,
+    SourceKind,
     Validation,
     embedded_sources,
     open_pairs,
@@ -66,7 +68,14 @@ from train.mapper_data import (
     target_bank,
     whitening_of,
 )
-from train.mapper_objective import BatchSizes, Objective, TrainingStage, parse_schedule, stage_at
+from train.mapper_objective import (
+    BatchSizes,
+    Objective,
+    SourceReading,
+    TrainingStage,
+    parse_schedule,
+    stage_at,
+)
 
 MAPPER = "mapper.safetensors"
 WHITENED = 20_000  # targets of the bank that say how embeddings vary
@@ -93,6 +102,8 @@ class Data:
     validation: tuple[str, ...] | None = None
     """Targets to judge by while training; none of them is trained on. Default: 64 drawn faces for
     sketch64; 64 samples of its own generator for any other world."""
+    start: Path | None = None
+    """Mapper's file to start from, whose sizes and units are kept. Default: a fresh mapper."""
     bank: Path | None = None
     """Folder where embeddings of targets are kept, to share between runs. Default: --out."""
 
@@ -125,6 +136,31 @@ class MapperSizes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How edits read their source."""
+
+    correction: int | None = None
+    """Learn a correction that reads the source: a mixture of this many learned directions, added to
+    the direction. Default: none, or that of --start."""
+    correction_width: int = 256
+    """Features of its hidden layers."""
+    correction_layers: Literal["all", "first"] = "all"
+    """Layers of a source's latent that it reads."""
+    correction_rate: float = 4.0
+    """Its learning rate, as a factor of --learning-rate."""
+    correction_decay: float | None = None
+    """Weight decay of corrections, beside that of whole edits. Default: a quarter of it."""
+    uncorrected: float = 0.25
+    """Part of the targets of a batch whose edits have no correction, so that a direction alone
+    stays an answer."""
+    only_correction: bool = False
+    """Learn the correction and the expected score alone; directions stay those of --start."""
+    source_kinds: tuple[SourceKind, ...] | None = None
+    """Sources of the transfer term, in equal parts: generated, mixed (another latent in each third
+    of the layers), inverted. Default: generated; with a correction all that the world can make."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     out: Path
     """Folder for checkpoint, log, pictures and mapper.safetensors, shared by all processes."""
@@ -137,6 +173,7 @@ class Config:
     transfer: TransferTerm = field(default_factory=TransferTerm)
     batches: BatchSizes = field(default_factory=BatchSizes)
     sizes: MapperSizes = field(default_factory=MapperSizes)
+    reading: Reading = field(default_factory=Reading)
     learning_rate: float = 5e-4
     """The highest: the rate warms up over 100 steps and falls as a cosine to the end."""
     accumulate: int = 1
@@ -157,7 +194,8 @@ class Config:
 
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
-FREE |= {"evaluate_every", "checkpoint_layers"}
+FREE |= {"evaluate_every", "checkpoint_layers", "start"}
+FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
 
 
 def flags_of(config: Config) -> dict[str, Any]:
@@ -184,6 +222,16 @@ def check_config(config: Config) -> None:
         raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {recipe!r}{hint}")
     if config.data.num_pairs is not None and config.data.pairs is None:
         raise ValueError("--num-pairs: expected a dataset by --pairs as well, found none")
+    reading = config.reading
+    if not reading.uncorrected < 1:
+        raise ValueError(f"--uncorrected: expected a number below 1, found {reading.uncorrected}")
+    if reading.correction_rate == 0:
+        raise ValueError("--correction-rate: expected a number above 0, found 0")
+    if reading.only_correction and config.data.start is None:
+        raise ValueError("--only-correction: expected a mapper by --start as well, found none")
+    kinds = reading.source_kinds
+    if kinds is not None and not 0 < len(kinds) == len(set(kinds)):
+        raise ValueError(f"--source-kinds: expected different ones, found {list(kinds)}")
 
 
 def with_targets(config: Config) -> Config:
@@ -211,6 +259,8 @@ def stages_of(config: Config) -> tuple[TrainingStage, ...]:
         raise ValueError("--targets: expected some for a stage of transfer, found none")
     if config.transfer.identity_weight is not None and "transfer" not in used:
         raise ValueError("--identity-weight: it is of the transfer term, which has no stage")
+    if (config.reading.correction or config.reading.only_correction) and "transfer" not in used:
+        raise ValueError("--correction: the transfer term teaches it, which has no stage")
     return stages
 
 
@@ -243,25 +293,68 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene
     return name, recipe, scene
 
 
+def open_start(config: Config, scene: Scene) -> Mapper | None:
+    """Return the mapper to start from; None: a fresh one.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_mapper`; it has another correction than is asked,
+            or none where only that is learned.
+    """
+    path, asked = config.data.start, asked_correction(config)
+    if path is None:
+        return None
+    start, _ = load_mapper(path, scene.generator.fingerprint, scene.embedder.fingerprint)
+    if start.config.correction is None and asked is None and config.reading.only_correction:
+        raise ValueError("--only-correction: expected --correction, or a --start that has one")
+    if asked is not None and start.config.correction not in (None, asked):
+        raise ValueError(
+            f"--correction: expected that of --start, {start.config.correction}, found {asked}"
+        )
+    return start
+
+
+def asked_correction(config: Config) -> CorrectionConfig | None:
+    """Return the sizes of the correction that flags ask for."""
+    reading = config.reading
+    if reading.correction is None:
+        return None
+    return CorrectionConfig(
+        rank=reading.correction, width=reading.correction_width, layers=reading.correction_layers
+    )
+
+
 def make_mapper(
     config: Config,
     scene: Scene,
     recipe: Recipe,
     targets: Float32[ndarray, "targets embed"] | None,
     pairs: Pairs | None,
+    start: Mapper | None,
 ) -> Mapper:
-    """Return a fresh mapper, the same for the same seed, with its centre, whitening and scale."""
-    sizes = MapperConfig(
-        embed_dim=scene.embedder.embed_dim,
-        num_ws=scene.generator.num_ws,
-        w_dim=scene.generator.w_dim,
-        generator=scene.generator.fingerprint,
-        embedder=scene.embedder.fingerprint,
-        **vars(config.sizes),
-    )
+    """Return the mapper as it starts, the same for the same seed, with its units."""
+    asked = asked_correction(config)
+    if start is None:
+        sizes = MapperConfig(
+            embed_dim=scene.embedder.embed_dim,
+            num_ws=scene.generator.num_ws,
+            w_dim=scene.generator.w_dim,
+            generator=scene.generator.fingerprint,
+            embedder=scene.embedder.fingerprint,
+            **vars(config.sizes),
+            correction=asked,
+        )
+    else:
+        sizes = replace(start.config, correction=start.config.correction or asked)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("mapper", config.seed))
         mapper = Mapper(sizes)
+    if mapper.correction is not None:
+        mapper.correction.mean.copy_(scene.generator.mean_w.expand(sizes.num_ws, -1))
+        mapper.correction.deviation.copy_(scale_of_latents(scene))
+    if start is not None:
+        # Of the sizes of `start`, so that nothing but a fresh correction is missing there.
+        mapper.load_state_dict(start.state_dict(), strict=False)
+        return mapper.to(scene.device)
     sources = embedded_sources(scene, recipe)
     mapper.centre.copy_(sources.mean(dim=0))
     every = 1 if targets is None else -(-len(targets) // WHITENED)
@@ -272,6 +365,66 @@ def make_mapper(
     # Without them latents tell at least which coordinates of w the generator uses how far.
     mapper.scale.copy_(scale_of_latents(scene) if pairs is None else scale_of_pairs(pairs))
     return mapper.to(scene.device)
+
+
+def reading_of(config: Config, scene: Scene, recipe: Recipe, mapper: Mapper) -> SourceReading:
+    """Return how the transfer term learns from sources.
+
+    Raises:
+        ValueError: inverted sources are asked for, and there is no inverter.
+    """
+    reading, default = config.reading, KINDS[:1]
+    if mapper.correction is not None:
+        default = KINDS if scene.inverter is not None else ("generated", "mixed")
+    kinds = reading.source_kinds or default
+    if "inverted" in kinds and scene.inverter is None:
+        raise ValueError("--source-kinds: inverted sources need a world with an inverter")
+    decay = reading.correction_decay
+    return SourceReading(
+        kinds=kinds,
+        # Directions that are not learned need no targets of their own.
+        uncorrected=0.0 if reading.only_correction else reading.uncorrected,
+        decay=recipe.weight_decay / 4 if decay is None else decay,
+    )
+
+
+def parameter_groups(config: Config, mapper: Mapper) -> list[dict[str, Any]]:
+    """Return the weights that are learned, with their rates as factors of the schedule's."""
+    if mapper.correction is None:
+        return [{"params": list(mapper.parameters())}]
+    correction = list(mapper.correction.parameters())
+    if config.reading.only_correction:
+        # The expected score is that of corrected edits, and its heads change nothing else.
+        heads = [*mapper.score.parameters(), *mapper.score_linear.parameters()]
+        mapper.requires_grad_(False)
+        for parameter in [*heads, *correction]:
+            parameter.requires_grad_(True)
+        others = heads
+    else:
+        others = [p for n, p in mapper.named_parameters() if not n.startswith("correction.")]
+    return [{"params": others}, {"params": correction, "lr": config.reading.correction_rate}]
+
+
+def settings_of_reading(
+    config: Config, reading: SourceReading, mapper: Mapper, start: Mapper | None
+) -> dict[str, Any]:
+    """Return what of a correction and of sources decides weights; None for what is not there, as
+    in checkpoints from before it could be."""
+    correction = None
+    if mapper.config.correction is not None:
+        correction = {
+            **asdict(mapper.config.correction),
+            "rate": config.reading.correction_rate,
+            "decay": reading.decay,
+            "uncorrected": reading.uncorrected,
+        }
+    return {
+        "correction": correction,
+        "only_correction": config.reading.only_correction or None,
+        "source_kinds": None if reading.kinds == ("generated",) else list(reading.kinds),
+        "start": None if start is None else start.fingerprint,
+        **{name: getattr(mapper.config, name) for name in ("width", "depth", "rank")},
+    }
 
 
 def settings_of(config: Config, objective: Objective, **more: Any) -> dict[str, Any]:
@@ -301,6 +454,8 @@ def record_of(
         trained_on += [f"{count} training pairs of {data.pairs.resolve().name}"]
     if "differences" in used:
         trained_on += ["differences between samples of the generator"]
+    if settings["start"]:
+        trained_on += [f"started from mapper {settings['start'][:12]}"]
     return MapperRecord(
         # In training the expected score is learned by the transfer term alone.
         recipe={**settings, "name": settings["recipe_name"], "expects": "transfer" in used},
@@ -335,11 +490,10 @@ class MapperTraining:
     @torch.no_grad()
     def evaluate(self, average: Mapper) -> dict[str, Any]:
         """Judge the averaged mapper: figures for the log, and a picture."""
-        prediction = average(self.validation.embeddings)
-        write_picture(self.validation.grid(prediction.directions), self.config.out / "grid.png")
-        stage = stage_at(self.stages, self.trainer.step - 1)
-        figures = self.validation.figures(prediction.directions, prediction.expected)
-        return {"stage": "+".join(stage.terms), **figures}
+        validation, stage = self.validation, stage_at(self.stages, self.trainer.step - 1)
+        edits = validation.edits(average, validation.sources)
+        write_picture(validation.grid(edits), self.config.out / "grid.png")
+        return {"stage": "+".join(stage.terms), **validation.figures_of(average)}
 
     def run(self, stop: Stop) -> Mapper:
         """Take the steps that are left; see `Trainer.run`."""
@@ -355,7 +509,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
     config = with_targets(config)
     stages, data = stages_of(config), config.data
     recipe_name, recipe, scene = make_scene(config, accelerator.device)
-    precision = choose_precision(config.precision)
+    precision, start = choose_precision(config.precision), open_start(config, scene)
     validation = Validation.open(data.validation or (), scene, recipe)
     pairs = None
     if data.pairs is not None:
@@ -371,13 +525,20 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
             stop.check,
             is_main_process=accelerator.is_main_process,
         )
-    mapper = make_mapper(config, scene, recipe, targets, pairs)
+    mapper = make_mapper(config, scene, recipe, targets, pairs, start)
+    reading = reading_of(config, scene, recipe, mapper)
     objective = Objective(
-        mapper, scene=scene, recipe=recipe, sizes=config.batches, targets=targets, pairs=pairs
+        mapper,
+        scene=scene,
+        recipe=recipe,
+        sizes=config.batches,
+        reading=reading,
+        targets=targets,
+        pairs=pairs,
     )
     # The rate is set at every step; 1 makes it the schedule's.
     optimizer = torch.optim.AdamW(
-        mapper.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY
+        parameter_groups(config, mapper), lr=1.0, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY
     )
     trainer = Trainer(
         network=mapper,
@@ -399,6 +560,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
             left_out=digest_of(sorted(validation.ids)),
             processes=accelerator.num_processes,
             precision="bf16" if precision == "bf16" else "no",
+            **settings_of_reading(config, reading, mapper, start),
         ),
         processes=accelerator,
         in_backward=partial(in_precision, scene.device, precision),

@@ -1,4 +1,4 @@
-"""What the mapper learns from, and what it is judged on: targets, pairs and their units.
+"""What the mapper learns from, and what it is judged on: targets, sources, pairs and their units.
 
 Knows pictures, pairs and latents, and which of them may be trained on; nothing of losses or of the
 training.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -26,12 +26,26 @@ from data.card import SUMS
 from data.dataset import load_pairs, networks_of
 from data.pairs import dimensions
 from data.publish import sha256_of
-from data.targets import BadTarget, Target, TargetSet, digest_of, open_targets, split_of
+from data.targets import (
+    BadTarget,
+    Target,
+    TargetSet,
+    digest_of,
+    layer_thirds,
+    open_targets,
+    split_of,
+)
+from predictor.mapper import Mapper, Prediction
 from targetclip.command import whole_file
 from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.recipes import Recipe
-from targetclip.scene import Scene
+from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import VALIDATION_SOURCES, seed_of
+
+SourceKind = Literal["generated", "mixed", "inverted"]
+"""Samples of the generator, samples of another latent in each third of the layers, and what the
+inverter answers to renderings of samples, as pictures of people are edited."""
+KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +218,49 @@ def target_bank(
     return path.name, bank
 
 
+# Sources
+
+
+@torch.no_grad()
+def inverted(
+    scene: Scene, ws: Float[Tensor, "sources num_ws w_dim"]
+) -> Float[Tensor, "sources num_ws w_dim"]:
+    """Return the inverter's latents of renderings, in full precision.
+
+    Raises:
+        ValueError: there is no inverter.
+    """
+    if scene.inverter is None:
+        raise ValueError("--source-kinds: inverted sources need a world with an inverter")
+    images = scene.render(ws).float().clamp(-1, 1)
+    with torch.autocast(scene.device.type, enabled=False):
+        parts = images.split(scene.max_images or MAX_IMAGES)
+        return torch.cat([scene.inverter(part) for part in parts])
+
+
+def training_sources(
+    scene: Scene, seeds: Sequence[int], kinds: Sequence[SourceKind]
+) -> Float[Tensor, "sources num_ws w_dim"]:
+    """Return one source for each seed, whose kinds take turns.
+
+    Inverted ones are made anew as well: rendering a few without gradients is a small part of a
+    step, and a step then depends on its seeds alone, whatever was drawn before it.
+
+    Raises:
+        ValueError: as `inverted`.
+    """
+    ws = scene.latents(seeds)
+    sources, layers = ws.clone(), list(range(ws.shape[1]))
+    for turn, kind in enumerate(kinds):
+        rows = torch.arange(turn, len(ws), len(kinds))
+        if kind == "mixed":
+            others = (rows[:, None] + torch.tensor(layer_thirds(len(layers)))) % len(ws)
+            sources[rows] = ws[others, layers]
+        elif kind == "inverted" and len(rows):
+            sources[rows] = inverted(scene, ws[rows])
+    return sources
+
+
 # Pairs
 
 
@@ -333,6 +390,8 @@ class Validation:
     in_range: Bool[Tensor, " targets"]
     """Whether the generator can show such a picture."""
     sources: Float[Tensor, "sources num_ws w_dim"]
+    inverted: Float[Tensor, "sources num_ws w_dim"] | None
+    """The same people as the inverter sees them; None where there is no inverter."""
 
     @staticmethod
     def open(specs: Sequence[str], scene: Scene, recipe: Recipe) -> "Validation":
@@ -350,6 +409,7 @@ class Validation:
         if not targets:
             raise ValueError(f"--validation: expected pictures, found none in {list(specs)}")
         pictures = [target.picture for target in targets]
+        sources = scene.sources(SOURCES, VALIDATION_SOURCES)
         return Validation(
             scene=scene,
             ids=frozenset(target.id for target in targets),
@@ -357,27 +417,32 @@ class Validation:
             embeddings=embed_unit(scene, pictures, recipe),
             judged=scene.embedder.embed_pictures(pictures),
             in_range=torch.tensor(in_range),
-            sources=scene.sources(SOURCES, VALIDATION_SOURCES),
+            sources=sources,
+            inverted=None if scene.inverter is None else inverted(scene, sources),
         )
 
     def figures(
         self,
-        directions: Float[Tensor, "targets num_ws w_dim"],
+        edits: Float[Tensor, "targets *sources num_ws w_dim"],
         expected: Float[Tensor, " targets"] | None = None,
+        sources: Float[Tensor, "sources num_ws w_dim"] | None = None,
     ) -> dict[str, float]:
-        """Return scores of a direction for each target in full precision, as means over targets.
+        """Return scores of edits in full precision, as means over targets.
 
         Args:
+            edits: a direction for each target, or an offset for each of its sources.
             expected: transfer scores that were predicted; their mean error is returned as well.
+            sources: None: the generated ones.
         """
-        scores = self.scene.score(self.judged, self.sources, directions, with_identity=True)
-        transfer, in_range = scores.transfer, self.in_range.to(directions.device)
+        sources = self.sources if sources is None else sources
+        scores = self.scene.score(self.judged, sources, edits, with_identity=True)
+        transfer, in_range = scores.transfer, self.in_range.to(edits.device)
         figures = {
             "transfer_score": transfer,
             "transfer_score_in_range": transfer[in_range],
             "transfer_score_out_of_range": transfer[~in_range],
             "consistency_score": scores.consistency,
-            "length": directions.flatten(1).norm(dim=1),
+            "length": edits.flatten(-2).norm(dim=-1),
         }
         if scores.identity is not None:
             figures["identity_score"] = scores.identity
@@ -385,13 +450,47 @@ class Validation:
             figures["expected_error"] = (expected - transfer).abs()
         return {name: float(values.mean()) for name, values in figures.items() if len(values)}
 
-    def grid(self, directions: Float[Tensor, "targets num_ws w_dim"]) -> Image.Image:
-        """Draw the sources, then for each target a row: itself, and its edits of the sources."""
+    def edits(
+        self, mapper: Mapper, sources: Float[Tensor, "sources num_ws w_dim"]
+    ) -> Float[Tensor, "targets *sources num_ws w_dim"]:
+        """Return a mapper's directions, or an offset for each source where it has a correction."""
+        prediction: Prediction = mapper(self.embeddings)
+        if mapper.correction is None:
+            return prediction.directions
+        return prediction.directions[:, None] + mapper.correct(self.embeddings, sources)
+
+    def figures_of(self, mapper: Mapper) -> dict[str, float]:
+        """Return `figures` of a mapper's edits of generated sources.
+
+        Those of a mapper with a correction are of corrected edits. Further figures are then those
+        of its directions alone, named `one_direction_...`, and of both on inverted sources,
+        `inverted_...` and `inverted_one_direction_...`.
+        """
+        prediction: Prediction = mapper(self.embeddings)
+        figures = self.figures(self.edits(mapper, self.sources), prediction.expected)
+        if mapper.correction is None:
+            return figures
+        ways = {"one_direction": (prediction.directions, self.sources)}
+        if self.inverted is not None:
+            ways["inverted"] = (self.edits(mapper, self.inverted), self.inverted)
+            ways["inverted_one_direction"] = (prediction.directions, self.inverted)
+        for way, (edits, sources) in ways.items():
+            more = self.figures(edits, sources=sources)
+            figures |= {f"{way}_{name}": value for name, value in more.items()}
+        return figures
+
+    def grid(self, edits: Float[Tensor, "targets *sources num_ws w_dim"]) -> Image.Image:
+        """Draw the sources, then for each target a row: itself, and its edits of the sources.
+
+        Args:
+            edits: a direction for each target, or an offset for each of its sources.
+        """
         sources = self.sources[:SHOWN]
         unedited = tensor_to_pictures(self.scene.render(sources))
         rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
         kinds = [self.in_range.nonzero(), (~self.in_range).nonzero()]
         for i in [int(i) for kind in kinds for i in kind[:SHOWN]]:
-            edited = tensor_to_pictures(self.scene.edit(sources, directions[i]))
+            edit = edits[i] if edits.ndim == 3 else edits[i, :SHOWN]
+            edited = tensor_to_pictures(self.scene.edit(sources, edit))
             rows[f"target {i} and sources with its essence"] = [self.pictures[i], *edited]
         return labelled_grid(None, rows)

@@ -2,10 +2,11 @@
 
 Knows losses of batches; nothing of optimizers, processes or files. Three terms:
 
-- transfer: the optimizer's own objective for the mapper's directions, through the generator;
-- pairs: the squared distance to directions that the optimizer found;
-- differences: the squared distance to the difference of two random latents, given the difference
-  of the embeddings of their renderings.
+- transfer: the optimizer's own objective for the mapper's directions and their corrections,
+  through the generator;
+- pairs: the squared distance of directions to those that the optimizer found;
+- differences: the squared distance of directions to the difference of two random latents, given the
+  difference of the embeddings of their renderings.
 """
 
 import re
@@ -24,7 +25,7 @@ from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import seed_of
-from train.mapper_data import Pairs
+from train.mapper_data import Pairs, SourceKind, training_sources
 
 TERMS = ("transfer", "pairs", "differences")
 STAGE = re.compile(r"([a-z]+(?:\+[a-z]+)*):([1-9][0-9]{0,8})")
@@ -96,6 +97,19 @@ class BatchSizes:
     """Expected length of the noise added to the unit embeddings that the mapper is given."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceReading:
+    """How the transfer term learns from sources."""
+
+    kinds: tuple[SourceKind, ...] = ("generated",)
+    """Of sources, in equal parts."""
+    uncorrected: float = 0.25
+    """Part of the targets whose sources are moved along the direction alone, so that it stays an
+    answer of its own where there is a correction."""
+    decay: float = 0.0
+    """Weight decay of corrections."""
+
+
 def noisy(
     embeddings: Float[Tensor, "batch embed"], noise: float, random: torch.Generator
 ) -> Float[Tensor, "batch embed"]:
@@ -122,9 +136,12 @@ class Objective(nn.Module):
         sizes: BatchSizes,
         targets: Float32[ndarray, "targets embed"] | None,
         pairs: Pairs | None,
+        reading: SourceReading,
     ) -> None:
         super().__init__()
-        self.mapper = mapper
+        self.mapper, self.reading = mapper, reading
+        # At least one is corrected, for the expected score to learn from.
+        self.uncorrected = min(round(reading.uncorrected * sizes.batch_size), sizes.batch_size - 1)
         self.scene, self.recipe, self.sizes = scene, recipe, sizes
         self.targets, self.training_pairs = targets, pairs
 
@@ -145,24 +162,40 @@ class Objective(nn.Module):
     def transfer(self, random: torch.Generator, seed: int) -> dict[str, Tensor]:
         """Return the recipe's objective for random targets on fresh sources, and the squared error
         of the expected score."""
-        scene, recipe = self.scene, self.recipe
+        scene, recipe, reading = self.scene, self.recipe, self.reading
         targets = self.target_embeddings(random)
-        prediction = self.predict(noisy(targets, self.sizes.noise, random))
+        embeddings = noisy(targets, self.sizes.noise, random)
+        prediction = self.predict(embeddings)
         directions = prediction.directions
         count = max(POOL, recipe.sources)
-        pool = scene.latents([seed_of("mapper source", seed, i) for i in range(count)])
+        seeds = [seed_of("mapper source", seed, i) for i in range(count)]
+        pool = training_sources(scene, seeds, reading.kinds)
         with torch.no_grad():
             before = scene.features(pool, recipe.preprocess, recipe.identity_weight)
         chosen = draw_sources(count, recipe.sources, True, [random] * len(targets)).to(scene.device)
-        edited = (pool[chosen] + directions[:, None]).flatten(0, 1)
+        sources, edits = pool[chosen], directions[:, None]
+        decay = recipe.weight_decay / 2 * directions.square().sum(dim=(1, 2))
+        corrected = torch.ones(len(targets), dtype=torch.bool, device=scene.device)
+        if self.mapper.correction is not None:
+            corrected = torch.arange(len(targets), device=scene.device) >= self.uncorrected
+            with torch.autocast(scene.device.type, enabled=False):
+                corrections = (
+                    self.mapper.correct(embeddings, sources) * corrected[:, None, None, None]
+                )
+            edits = edits + corrections
+            squares = edits.square().sum(dim=(2, 3)), corrections.square().sum(dim=(2, 3))
+            # The edit of each source is held as a direction is, and its own part further: of all
+            # ways to share an edit, the cheapest has the mean of all edits in the direction.
+            decay = (recipe.weight_decay * squares[0] + reading.decay * squares[1]).mean(dim=1) / 2
+        edited = (sources + edits).flatten(0, 1)
         after = scene.features(edited, recipe.preprocess, recipe.identity_weight)
         losses = losses_of(recipe, before[chosen], after.unflatten(0, chosen.shape), targets)
-        loss = losses.loss + recipe.weight_decay / 2 * directions.square().sum(dim=(1, 2))
         reached = (1 - losses.transfer).detach()
+        errors = (prediction.expected - reached)[corrected].square()
         return {
-            "transfer": loss.mean(),
+            "transfer": (losses.loss + decay).mean(),
             # The head's features are detached: it learns beside the direction, whatever its weight.
-            "expected": (prediction.expected - reached).square().mean(),
+            "expected": errors.mean(),
         }
 
     def pairs(self, random: torch.Generator) -> dict[str, Tensor]:
@@ -206,7 +239,9 @@ class Objective(nn.Module):
             losses |= self.differences(random, seed)
         loss = sum(losses.values(), torch.zeros(()))
         # Processes that average gradients wait for every parameter's, and only one term has the
-        # score's.
-        heads = (self.mapper.score, self.mapper.score_linear)
-        loss = loss + 0 * sum(p.sum() for head in heads for p in head.parameters())
+        # score's and the correction's.
+        heads = (self.mapper.score, self.mapper.score_linear, self.mapper.correction)
+        loss = loss + 0 * sum(
+            p.sum() for head in heads if head is not None for p in head.parameters()
+        )
         return {"loss": loss, **losses}

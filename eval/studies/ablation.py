@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,7 +36,7 @@ from eval.trials import sheet
 from predictor.mapper import Mapper, Prediction, load_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord, trained_recipe
 from targetclip import command
-from targetclip.media.images import write_picture
+from targetclip.media.images import tensor_to_pictures, write_picture
 from targetclip.scene import Scene
 from targetclip.seeds import VALIDATION_SOURCES
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
@@ -54,6 +56,10 @@ class Config:
     """Every second one out of the generator's range."""
     held_out: int = 16
     """Sources that directions are judged on."""
+    one_direction: bool = False
+    """Leave out the corrections of mappers that read their source."""
+    inverted: bool = False
+    """Judge on inversions of the sources' pictures, as photographs are edited."""
     seed: int = 0
     """Decides what the bootstrap draws; targets and sources are always the same."""
 
@@ -91,9 +97,11 @@ def training_of(record: MapperRecord) -> dict[str, Any]:
 
 
 def network_of(config: MapperConfig) -> str:
-    """Return the width and depth of a mapper, and its rank if it has one."""
+    """Return the width and depth of a mapper, its rank, and what its correction reads."""
     rank = "" if config.rank is None else f", rank {config.rank}"
-    return f"{config.width} x {config.depth}{rank}"
+    correction = config.correction
+    reads = "" if correction is None else f", reads {correction.layers} by {correction.rank}"
+    return f"{config.width} x {config.depth}{rank}{reads}"
 
 
 def open_mappers(paths: Sequence[Path], scene: Scene) -> dict[str, tuple[Mapper, MapperRecord]]:
@@ -127,14 +135,31 @@ def open_mappers(paths: Sequence[Path], scene: Scene) -> dict[str, tuple[Mapper,
 # Judging
 
 
+@torch.no_grad()
+def edits_of(
+    scene: Scene,
+    mapper: Mapper,
+    pictures: Sequence[Image.Image],
+    sources: Float[Tensor, "sources num_ws w_dim"],
+) -> Float[Tensor, "targets *sources num_ws w_dim"]:
+    """Return a mapper's directions, or an offset for each source where it corrects them."""
+    directions = predict(scene, mapper, pictures).directions
+    if mapper.correction is None:
+        return directions
+    embeddings = scene.embed_targets(pictures, trained_recipe(mapper.record))
+    return directions[:, None] + mapper.correct(embeddings, sources)
+
+
 def target_scores(
     judges: Judges,
     goal: Goal,
     sources: Float[Tensor, "sources num_ws w_dim"],
     prediction: Prediction,
+    edits: Float[Tensor, "targets *sources num_ws w_dim"] | None = None,
 ) -> dict[str, Float[Tensor, " targets"]]:
-    """Score the edits of every target."""
-    scores = judge_edits(judges, goal, sources, prediction.directions).scores
+    """Score the edits of every target: offsets for each source or, by default, its direction."""
+    edits = prediction.directions if edits is None else edits
+    scores = judge_edits(judges, goal, sources, edits).scores
     return {
         **{name: scores[name] for name in ("transfer", "consistency", "essence", "identity")},
         "norm": prediction.directions.flatten(1).norm(dim=1).cpu(),
@@ -206,6 +231,7 @@ def report_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def open_report(path: Path, config: Config, scene: Scene) -> dict[str, Any]:
     """Return the report of an earlier run of the same comparison, or an empty one."""
     comparison = {name: getattr(config, name) for name in ("world", "targets", "held_out", "seed")}
+    comparison |= {name: True for name in ("one_direction", "inverted") if getattr(config, name)}
     comparison["truncation"] = scene.truncation
     comparison["generator"] = scene.generator.fingerprint[:12]
     comparison["embedder"] = scene.embedder.fingerprint[:12]
@@ -237,6 +263,8 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     report = open_report(path, config, scene)
     judges, targets = face_judges(scene), study_set(config.targets)
     goal, sources = goal_of(judges, targets), scene.sources(config.held_out, VALIDATION_SOURCES)
+    if config.inverted:
+        sources = scene.invert(tensor_to_pictures(scene.render(sources)))
     command.make_folder(config.out)
     rows: dict[str, dict[str, Any]] = {}
     for name, (mapper, record) in tqdm(mappers.items(), unit="mapper"):
@@ -244,7 +272,10 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
         judged = next((row for row in known.values() if is_row_of(row, mapper, record)), None)
         if judged is None:
             prediction = predict(scene, mapper, targets.pictures)
-            scores = target_scores(judges, goal, sources, prediction)
+            edits = None
+            if not config.one_direction:
+                edits = edits_of(scene, mapper, targets.pictures, sources)
+            scores = target_scores(judges, goal, sources, prediction, edits)
             judged = row_of(mapper, record, scores, config.seed)
         rows[name] = judged
         if not path_of_sheet.exists() or known.get(name) != judged:

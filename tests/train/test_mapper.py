@@ -36,7 +36,13 @@ from train.mapper import (
     run,
     with_targets,
 )
-from train.mapper_data import Validation, embed_unit, open_pairs, target_bank
+from train.mapper_data import (
+    Validation,
+    embed_unit,
+    open_pairs,
+    target_bank,
+    training_sources,
+)
 from train.mapper_objective import (
     TERMS,
     TrainingStage,
@@ -308,9 +314,171 @@ def test_a_checkpoint_from_before_a_setting_was_there_is_gone_on_with(
     config = small()
     shutil.copytree(straight, config.out)
     state = state_of(config.out)
-    del state["settings"]["recipe"]["identity_weight"], state["settings"]["rank"]
+    del state["settings"]["recipe"]["identity_weight"]
+    for name in ("rank", "correction", "only_correction", "source_kinds", "start"):
+        del state["settings"][name]
     torch.save(state, config.out / CHECKPOINT)
     assert same(run(config).state_dict(), state["average"])
+
+
+# Corrections
+
+
+CORRECTED: dict[str, Any] = {"correction": 3, "correction_width": 8, "schedule": ("transfer:4",)}
+
+
+@pytest.fixture(scope="module")
+def start(straight: Path) -> Path:
+    """A mapper without a correction."""
+    return straight / MAPPER
+
+
+def transfer_loss(training: MapperTraining, batches: int = 4) -> float:
+    with torch.no_grad():
+        return sum(float(training.objective(("transfer",), i)["transfer"]) for i in range(batches))
+
+
+@pytest.mark.parametrize("layers", ["all", "first"])
+def test_a_correction_is_learned_from_a_start_that_changes_nothing(
+    layers: str, small: Callable[..., Config], start: Path
+) -> None:
+    usual = {"start": start, "source_kinds": "generated", "schedule": ("transfer:20",)}
+    plain = transfer_loss(prepared(small(**usual)))
+    changes = {**CORRECTED, **usual, "correction_layers": layers, "only_correction": True}
+    training = prepared(small(**changes, learning_rate=3e-3))
+    assert transfer_loss(training) == plain
+    go_on(training)
+    assert transfer_loss(training) < plain - 0.005
+
+
+def test_what_the_correction_alone_learns_leaves_directions_as_they_are(
+    small: Callable[..., Config], start: Path
+) -> None:
+    config = small(**CORRECTED, start=start, only_correction=True)
+    average, before = run(config), load_mapper(start)[0]
+    embeddings, ws = torch.randn(3, 32), torch.randn(2, 6, 8)
+    after = load_mapper(config.out / MAPPER)[0]
+    for mapper in (average, after):
+        assert torch.equal(mapper(embeddings).directions, before(embeddings).directions)
+        assert mapper.correct(embeddings, ws).any()
+    # The expected score is that of corrected edits.
+    assert not torch.equal(after(embeddings).expected, before(embeddings).expected)
+    assert after.config != before.config and after.config.width == before.config.width
+
+
+def test_trained_together_directions_learn_as_well(
+    small: Callable[..., Config], start: Path
+) -> None:
+    config = small(**CORRECTED, start=start)
+    average, before = run(config), load_mapper(start)[0]
+    embeddings = torch.randn(3, 32)
+    assert not torch.equal(average(embeddings).directions, before(embeddings).directions)
+    record = json.loads((config.out / "config.json").read_text())["settings"]
+    assert record["correction"] == {
+        "rank": 3,
+        "width": 8,
+        "layers": "all",
+        "rate": 4.0,
+        "decay": 0.0025,  # a quarter of the recipe's
+        "uncorrected": 0.25,
+    }
+    assert record["start"] == before.fingerprint and record["width"] == 16
+    assert record["source_kinds"] == ["generated", "mixed", "inverted"]
+    loaded, saved = load_mapper(config.out / MAPPER)
+    assert saved.recipe["correction"]["rank"] == 3
+    assert f"started from mapper {before.fingerprint[:12]}" in saved.trained_on
+    # Every way of the average is logged.
+    line = lines(config.out)[-1]
+    for way in ("", "one_direction_", "inverted_", "inverted_one_direction_"):
+        assert f"{way}transfer_score_in_range" in line and f"{way}consistency_score" in line
+    assert line["one_direction_transfer_score"] != line["transfer_score"]
+    assert line["inverted_transfer_score"] != line["transfer_score"]
+    again = small(start=config.out / MAPPER, out=config.out.with_name("further"))
+    assert prepared(again).trainer.network.config == loaded.config
+
+
+def test_a_share_of_the_targets_is_edited_by_the_direction_alone(
+    small: Callable[..., Config],
+) -> None:
+    losses = {}
+    for share in (0.0, 0.5):
+        training = prepared(small(**CORRECTED, uncorrected=share, correction_decay=0.0))
+        correction = training.trainer.network.correction
+        assert correction is not None
+
+        def transfer(training: MapperTraining = training) -> torch.Tensor:
+            batches = [training.objective(("transfer",), seed)["transfer"] for seed in range(8)]
+            return torch.stack(batches).detach()
+
+        zero = transfer()
+        torch.nn.init.normal_(correction.mix.weight)
+        losses[share] = float((transfer() - zero).abs().mean())
+    assert 0 < losses[0.5] < losses[0.0]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_training_of_a_correction_goes_on_as_if_nothing_had_been(
+    at: int, small: Callable[..., Config], start: Path, tmp_path: Path
+) -> None:
+    whole = small(**CORRECTED, start=start, out=tmp_path / "whole")
+    run(whole)
+    config = small(**CORRECTED, start=start)
+    with pytest.raises(Stopped):
+        run(config, StopAt(at))
+    run(config)
+    for name in ("network", "average"):
+        assert same(state_of(config.out)[name], state_of(whole.out)[name])
+    assert lines(config.out) == lines(whole.out)
+
+
+def test_sources_of_each_kind_take_turns_and_depend_on_their_seeds_alone(
+    small: Callable[..., Config],
+) -> None:
+    _, _, scene = make_scene(small(), CPU)
+    seeds = list(range(7))
+    drawn = scene.latents(seeds)
+    assert torch.equal(training_sources(scene, seeds, ("generated",)), drawn)
+    sources = training_sources(scene, seeds, ("generated", "mixed", "inverted"))
+    assert torch.equal(sources, training_sources(scene, seeds, ("generated", "mixed", "inverted")))
+    assert torch.equal(sources[::3], drawn[::3])
+    # Thirds of the layers, of this latent and of the two after it
+    assert torch.equal(sources[4], torch.cat([drawn[4, :2], drawn[5, 2:4], drawn[6, 4:]]))
+    assert scene.inverter is not None
+    with torch.no_grad():
+        expected = scene.inverter(scene.render(drawn[[2, 5]]).clamp(-1, 1))
+    torch.testing.assert_close(sources[[2, 5]], expected)
+    assert not torch.equal(sources[2, 0], sources[2, -1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"correction": 0}, "--correction: expected 1 or more, found 0"),
+        ({"uncorrected": 1.0}, "--uncorrected: expected a number below 1"),
+        ({"correction_rate": 0.0}, "--correction-rate: expected a number above 0"),
+        ({"only_correction": True, "correction": 3}, "expected a mapper by --start"),
+        ({"correction": 3, "schedule": ("differences:1",)}, "the transfer term teaches it"),
+        ({"source_kinds": ("mixed", "mixed")}, "--source-kinds: expected different ones"),
+        ({"start": "nowhere.safetensors"}, "no such mapper file"),
+    ],
+)
+def test_a_correction_that_cannot_be_learned_is_refused(
+    changes: dict[str, Any], message: str, small: Callable[..., Config]
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        run(small(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_start_of_another_correction_or_of_none_is_refused(
+    small: Callable[..., Config], start: Path
+) -> None:
+    with pytest.raises(ValueError, match="expected --correction, or a --start that has one"):
+        run(small(start=start, only_correction=True))
+    config = small(**CORRECTED, start=start)
+    run(config)
+    with pytest.raises(ValueError, match=r"expected that of --start, .*rank=3.* found .*rank=4"):
+        prepared(small(**{**CORRECTED, "correction": 4}, start=config.out / MAPPER))
 
 
 # Going on
@@ -531,10 +699,10 @@ def test_two_processes_train_as_one_with_two_batches(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     schedule = ("differences:1", "transfer:2")
-    config = small(out=tmp_path / "two", schedule=schedule)
+    config = small(out=tmp_path / "two", schedule=schedule, correction=3)
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     flags = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(port)]
-    own = arguments(tiny_world, bank, config.out, schedule=schedule)
+    own = arguments(tiny_world, bank, config.out, schedule=schedule, correction=3)
     done = subprocess.run(
         [*launcher, *flags, "-m", "train.mapper", *own],
         cwd=ROOT,
@@ -545,7 +713,7 @@ def test_two_processes_train_as_one_with_two_batches(
     )
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in lines(config.out)] == [3]
-    one = run(small(out=tmp_path / "one", schedule=schedule, accumulate=2))
+    one = run(small(out=tmp_path / "one", schedule=schedule, correction=3, accumulate=2))
     found, _ = load_mapper(config.out / MAPPER)
     for name, value in one.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,193 @@
+"""Corrections of a direction for each source: the network that learns them, and its folded form.
+
+One direction for all sources cannot take away what a source has. The mapper gives a target's
+direction b; a correction c(w) is added for a source of latent w, so that its edit is w + b + c(w).
+Knows tensors only; nothing of targets' pictures, files or images.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from predictor.mapper_file import CorrectionConfig
+
+
+def joined_layers(
+    ws: Float[Tensor, "*sources num_ws w_dim"], size: int
+) -> Float[Tensor, "*sources {size}"]:
+    """Return the layers that are read as one row a source: the first numbers of its latent."""
+    return ws.flatten(-2)[..., :size]
+
+
+class Correction(nn.Module):
+    """Whitened targets and latents of sources to corrections, in units of the mapper's scale.
+
+    A multilayer perceptron of two hidden layers whose answer mixes learned directions. A fresh one
+    answers zero, so a mapper that gets one edits as before.
+
+    Buffers, which bring latents to about unit variance:
+
+    - `mean` [num_ws, w_dim]: the mean latent; zeros until set.
+    - `deviation` [num_ws, w_dim]: of latents; ones until set.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: CorrectionConfig, embed_dim: int, num_ws: int, w_dim: int) -> None:
+        super().__init__()
+        self.shape = (num_ws, w_dim)
+        self.reads = w_dim * (1 if config.layers == "first" else num_ws)
+        self.register_buffer("mean", torch.zeros(self.shape))
+        self.register_buffer("deviation", torch.ones(self.shape))
+        # The first layer, in two parts: that of the target is the same for all of its sources.
+        self.target = nn.Linear(embed_dim, config.width)
+        self.source = nn.Linear(self.reads, config.width, bias=False)
+        self.hidden = nn.Linear(config.width, config.width)
+        self.mix = nn.Linear(config.width, config.rank)
+        self.basis = nn.Linear(config.rank, num_ws * w_dim, bias=False)
+        nn.init.zeros_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
+        nn.init.normal_(self.basis.weight, std=1 / math.sqrt(config.rank))
+
+    def forward(
+        self,
+        white: Float[Tensor, "targets embed"],
+        ws: Float[Tensor, "*targets sources num_ws w_dim"],
+    ) -> Float[Tensor, "targets sources num_ws w_dim"]:
+        """Return corrections of sources, the same for all targets or some for each."""
+        rows = joined_layers((ws - self.mean) / self.deviation, self.reads)
+        x = F.silu(self.target(white)[:, None] + self.source(rows))
+        x = F.silu(self.hidden(x))
+        corrections: Tensor = self.basis(self.mix(x)).unflatten(-1, self.shape)
+        return corrections
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCorrection:
+    """The correction for one target, or for a mixture of targets, of any source.
+
+    What is known of a target is folded into a bias, and all units into the matrices, so a source
+    costs four products. `weights` hold strengths, mixtures, negative weights and layer weights.
+    """
+
+    first: Float[Tensor, "reads width"]
+    hidden: Float[Tensor, "width width"]
+    hidden_bias: Float[Tensor, " width"]
+    mix: Float[Tensor, "width rank"]
+    mix_bias: Float[Tensor, " rank"]
+    basis: Float[Tensor, "rank numbers"]
+    """`numbers` is num_ws * w_dim."""
+    biases: Float[Tensor, "targets width"]
+    """Of the first layer, for each target."""
+    weights: Float[Tensor, "targets num_ws"]
+    """Factor of each target's correction in each layer."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """num_ws and w_dim."""
+        num_ws = self.weights.shape[1]
+        return num_ws, self.basis.shape[1] // num_ws
+
+    @torch.no_grad()
+    def __call__(
+        self, ws: Float[Tensor, "sources num_ws w_dim"]
+    ) -> Float[Tensor, "sources num_ws w_dim"]:
+        """Return what is added to the direction of each source. For a clip, give its mean latent.
+
+        Raises:
+            ValueError: latents of another size.
+        """
+        if tuple(ws.shape[1:]) != self.shape:
+            raise ValueError(
+                f"expected latents of shape {['sources', *self.shape]}, found {list(ws.shape)}: "
+                "the correction belongs to another generator"
+            )
+        rows = joined_layers(ws.float(), len(self.first))
+        x = F.silu(rows @ self.first + self.biases[:, None])
+        x = F.silu(x @ self.hidden + self.hidden_bias)
+        parts = ((x @ self.mix + self.mix_bias) @ self.basis).unflatten(-1, self.shape)
+        total: Tensor = (parts.float() * self.weights[:, None, :, None]).sum(dim=0)
+        return total
+
+    def weighted(self, layers: Float[Tensor, " num_ws"]) -> "SourceCorrection":
+        """Return this correction with each layer multiplied by its factor."""
+        return replace(self, weights=self.weights * layers.to(self.weights))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor by its name, for a file: `SourceCorrection(**tensors)` reads it."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+SHARED = ("first", "hidden", "hidden_bias", "mix", "mix_bias", "basis")  # by all targets
+
+
+def mixed_corrections(
+    corrections: Sequence[SourceCorrection], weights: Sequence[float]
+) -> SourceCorrection:
+    """Return the weighted sum of corrections of one mapper.
+
+    Raises:
+        ValueError: no corrections, another number of weights, or corrections of several mappers.
+    """
+    if not corrections or len(corrections) != len(weights):
+        raise ValueError(
+            f"expected one weight for each correction, found {len(weights)} for {len(corrections)}"
+        )
+    first = corrections[0]
+    for other in corrections[1:]:
+        if not all(torch.equal(getattr(first, name), getattr(other, name)) for name in SHARED):
+            raise ValueError(
+                "expected corrections of one mapper, found some of two: find the directions with "
+                "one mapper, or mix them without corrections"
+            )
+    return replace(
+        first,
+        biases=torch.cat([one.biases for one in corrections]),
+        weights=torch.cat([f * one.weights for f, one in zip(weights, corrections, strict=True)]),
+    )
+
+
+def transposed(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns rows"]:
+    """Return a transposed copy, which a file can hold."""
+    return matrix.T.clone(memory_format=torch.contiguous_format)
+
+
+class FoldedCorrection:
+    """A copy of a mapper's correction, from the unit embedding of a target to its correction."""
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        correction: Correction,
+        centre: Float[Tensor, " embed"],
+        whitening: Float[Tensor, "embed embed"],
+        scale: Float[Tensor, "num_ws w_dim"],
+    ) -> None:
+        mean, deviation = (
+            joined_layers(units, correction.reads)
+            for units in (correction.mean, correction.deviation)
+        )
+        first = transposed(correction.source.weight / deviation)
+        self.target = whitening @ correction.target.weight.T
+        self.bias = correction.target.bias - centre @ self.target - mean @ first
+        self.shared = {
+            "first": first,
+            "hidden": transposed(correction.hidden.weight),
+            "hidden_bias": correction.hidden.bias.clone(),
+            "mix": transposed(correction.mix.weight),
+            "mix_bias": correction.mix.bias.clone(),
+            "basis": transposed(correction.basis.weight * scale.flatten()[:, None]),
+        }
+        self.weights = torch.ones(1, len(scale), device=scale.device)
+
+    @torch.no_grad()
+    def __call__(self, unit: Float[Tensor, "1 embed"]) -> SourceCorrection:
+        """Return the correction for a target."""
+        biases = torch.addmm(self.bias, unit, self.target).float()
+        return SourceCorrection(**self.shared, biases=biases, weights=self.weights)
