@@ -91,8 +91,10 @@ class Speaker:
         spoken = named[0] if first else self.choose(named)
         phrase = PHRASES[word][0] if first else self.choose(PHRASES[word])
         phrase = phrase.format(c=f"{spoken} " if spoken else "")
-        return phrase.replace("a afro", "an afro").replace("a auburn", "an auburn").replace(
-            "a orange", "an orange"
+        return (
+            phrase.replace("a afro", "an afro")
+            .replace("a auburn", "an auburn")
+            .replace("a orange", "an orange")
         )
 
 

@@ -5,21 +5,17 @@ each. A value has a fixed code, a face's code is their sum, so w says exactly wh
 `codes` goes there, `strongest` comes back.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from data.illustrated.avatars import Options, draw, render
+from data.illustrated.avatars import Options, bank, draw, render
 
 STYLE = "avataaars"
 SIZE = 128  # px
@@ -167,11 +163,13 @@ class Codebook:
 
     def codes(self, amounts: Float[Tensor, "*batch values"]) -> Float[Tensor, "*batch w_dim"]:
         """Return the w of amounts of each value."""
-        return SCALE * (amounts - self.shares) @ self.basis
+        w: Tensor = SCALE * (amounts - self.shares) @ self.basis
+        return w
 
     def amounts(self, w: Float[Tensor, "*batch w_dim"]) -> Float[Tensor, "*batch values"]:
         """Return how much of each value w has; exact where w is a code."""
-        return w @ self.basis.T / SCALE + self.shares
+        amounts: Tensor = w @ self.basis.T / SCALE + self.shares
+        return amounts
 
     def strongest(self, w: Float[Tensor, "batch w_dim"]) -> Int[Tensor, "batch attributes"]:
         """Return the value of each attribute that w has most of, which its picture shows."""
@@ -233,39 +231,11 @@ def draw_face(indices: list[int]) -> UInt8[ndarray, "128 128 3"]:
 def face_bank(
     folder: Path, count: int, seed: int
 ) -> tuple[Float[Tensor, "count z_dim"], UInt8[ndarray, "count 128 128 3"]]:
-    """Return latents and their pictures, rendered by all cores on first use and kept in `folder`.
-
-    The file appears only when it is whole.
+    """Return latents and their pictures, rendered on first use and kept in `folder`.
 
     Raises:
         ValueError: the file holds other pictures than these.
     """
     z = torch.randn(count, W_DIM, generator=torch.Generator().manual_seed(seed))
-    path = folder / f"faces-{seed}-{count}.npy"
-    shape = (count, SIZE, SIZE, 3)
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            drawing = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
-            with get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-                drawn = pool.imap(draw_face, indices_from_z(z).tolist(), chunksize=64)
-                for i, picture in enumerate(tqdm(drawn, path.name, total=count)):
-                    drawing[i] = picture
-            drawing.flush()
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-    pictures: UInt8[ndarray, "count 128 128 3"] = np.load(path, mmap_mode="r")
-    if pictures.shape != shape:
-        raise ValueError(
-            f"{path}: expected shape {list(shape)}, found {list(pictures.shape)}: delete it, it is "
-            "made anew"
-        )
-    return z, pictures
-
-
-def to_images(pictures: UInt8[ndarray, "batch size size 3"]) -> Float[Tensor, "batch 3 size size"]:
-    """Return uint8 pictures as images in [-1, 1]."""
-    # A bank on disk is read-only, which torch cannot say of a tensor.
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    keys = indices_from_z(z).tolist()
+    return z, bank(folder / f"faces-{seed}-{count}.npy", keys, draw_face, SIZE)

@@ -110,7 +110,7 @@ RULES: dict[str, dict[str, dict[str, str]]] = {
     "miniavs": {
         "glasses": {".": "round glasses"},
         "mustache": {"pencilThinBeard": UNCLEAR, ".": "moustache"},
-        "blushes": {".": "rosy cheeks"},
+        "blush": {".": "rosy cheeks"},
         "hair": {
             "bald": "bald", "slaughter": "balding", "curly": "curly hair", "long": "long hair",
             "pony": "ponytail", ".": "short hair",
@@ -200,7 +200,7 @@ RULES: dict[str, dict[str, dict[str, str]]] = {
 QUIET: dict[str, Options] = {
     "avataaars": {"clothesVariant": ["hoodie", "overall", "shirtCrewNeck", "shirtVNeck"]},
     "notionists": {"gestureProbability": 0},
-    "voxel-art": {"animationVariant": "none"},
+    "voxel-art": {"animationVariant": "none", "topProbability": 100},
     "open-peeps": {"maskProbability": 0},
 }
 # The option that sets the colour of hair; None: drawn in black ink, whatever is asked for.
@@ -378,5 +378,12 @@ def sample(
             options["facialHairColor"] = [colour]
     if "hat" in definition(style).get("colors", {}):
         options["hatColor"] = [colour_near(str(rng.choice(list(COLOURS))), rng)]
-    background = "#" + "".join(f"{int(c):02x}" for c in rng.integers(90, 256, 3))
-    return options | {"seed": f"{seed}-{index}", "backgroundColor": [background]}
+    # One colour, or two that run into each other.
+    ends = rng.integers(60, 256, (2, 3))
+    background = ["#" + "".join(f"{int(c):02x}" for c in end) for end in ends]
+    fill = "linear" if rng.uniform() < 0.3 else "solid"
+    return options | {
+        "seed": f"{seed}-{index}",
+        "backgroundColor": background if fill == "linear" else background[:1],
+        "backgroundColorFill": fill,
+    }

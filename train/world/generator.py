@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.illustrated.avatars import to_images
 from data.illustrated.codes import (
     SIZE,
     W_DIM,
@@ -31,7 +32,6 @@ from data.illustrated.codes import (
     face_bank,
     indices_from_z,
     one_hot,
-    to_images,
 )
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import Mapping, StyleGAN2, StyleGAN2Config
@@ -126,7 +126,9 @@ class Faces:
         other = self.indices[torch.randint(len(self.z), (len(chosen),), generator=random)]
         return self.book.codes(blend(self.indices[chosen], other, random, layers))
 
-    def likened(self, chosen: Int[Tensor, " batch"], layers: int) -> Float[Tensor, "batch layers w"]:
+    def likened(
+        self, chosen: Int[Tensor, " batch"], layers: int
+    ) -> Float[Tensor, "batch layers w"]:
         """Return the codes that the latents of faces stand for, the same for all layers."""
         codes = self.book.codes(amounts_from_z(self.z[chosen]))
         return codes[:, None].expand(-1, layers, -1)
@@ -232,8 +234,8 @@ def train_mapping(config: Config, mapping: Mapping, held: Faces, out: Path) -> M
     def loss_at(step: int) -> Tensor:
         random = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
         z = torch.randn(512, W_DIM, generator=random)
-        error = mapping(z.to(device)) - codes_of(z)
-        return error.square().mean()
+        loss: Tensor = (mapping(z.to(device)) - codes_of(z)).square().mean()
+        return loss
 
     @torch.no_grad()
     def evaluate(average: Mapping) -> dict[str, float]:
