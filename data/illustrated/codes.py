@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
@@ -151,7 +151,8 @@ def basis() -> Float[Tensor, "values w_dim"]:
     matrix = torch.ones(1, 1)
     while len(matrix) < W_DIM:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix[-VALUES:] / W_DIM**0.5
+    rows: Tensor = matrix[-VALUES:] / W_DIM**0.5
+    return rows
 
 
 class Codebook:
@@ -206,6 +207,24 @@ def blend(
     repeats = torch.tensor(COUNTS)
     amounts = own.repeat_interleave(repeats, dim=2) * one_hot(indices)[:, None]
     return amounts + mixed.repeat_interleave(repeats, dim=2) * one_hot(other)[:, None]
+
+
+def visible(indices: Int[Tensor, "batch attributes"]) -> Bool[Tensor, "batch attributes"]:
+    """Return which attributes a face's picture shows: a hat hides hair, shades hide eyes."""
+    name_of = {attribute.name: (i, attribute.values) for i, attribute in enumerate(ATTRIBUTES)}
+
+    def among(name: str, values: Iterable[str]) -> Bool[Tensor, " batch"]:
+        column, known = name_of[name]
+        return torch.isin(indices[:, column], torch.tensor([known.index(v) for v in values]))
+
+    seen = torch.ones(indices.shape, dtype=torch.bool)
+    seen[:, name_of["hatColor"][0]] = among("top", HATS)
+    hairless = among("top", (NONE, *HATS)) & among("facialHair", (NONE,))
+    seen[:, name_of["hairColor"][0]] = ~hairless
+    shaded = among("accessories", ("kurt", "sunglasses", "wayfarers"))
+    seen[:, name_of["eyes"][0]] = ~shaded
+    seen[:, name_of["eyebrows"][0]] = ~shaded
+    return seen
 
 
 def options_of(indices: Iterable[int]) -> Options:

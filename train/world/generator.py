@@ -115,9 +115,14 @@ class Faces:
         return F.avg_pool2d(to_images(shown), SIZE // size)
 
     def exact(self, chosen: Int[Tensor, " batch"], layers: int) -> Float[Tensor, "batch layers w"]:
-        """Return the exact codes of faces, the same for all layers."""
-        codes = self.book.codes(one_hot(self.indices[chosen]))
-        return codes[:, None].expand(-1, layers, -1)
+        """Return the exact codes of faces of the bank, the same for all layers."""
+        return self.codes_of(self.indices[chosen], layers)
+
+    def codes_of(
+        self, indices: Int[Tensor, "batch attributes"], layers: int
+    ) -> Float[Tensor, "batch layers w"]:
+        """Return the exact codes of any faces, the same for all layers."""
+        return self.book.codes(one_hot(indices))[:, None].expand(-1, layers, -1)
 
     def blended(
         self, chosen: Int[Tensor, " batch"], layers: int, random: torch.Generator
