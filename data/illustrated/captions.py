@@ -4,61 +4,16 @@ Knows the phrases for what an avatar shows (`data.illustrated.shown`). Wording, 
 completeness vary, as captions people write do.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from data.illustrated.shown import Shown
+from data.illustrated.shown import Shown, tables
 
 OPENINGS = (
     "a face with", "a person with", "a portrait of someone with", "an avatar with",
     "a drawing of a person with", "a cartoon face with", "someone with", "a picture of a face with",
 )  # fmt: skip
-# {c} is a colour followed by a space, or nothing.
-PHRASES = {
-    "glasses": ("glasses", "spectacles", "eyeglasses", "glasses"),
-    "round glasses": ("round glasses", "glasses", "round spectacles"),
-    "sunglasses": ("sunglasses", "dark glasses", "shades", "black glasses"),
-    "beard": ("a {c}beard", "a full {c}beard", "a {c}beard"),
-    "long beard": ("a long {c}beard", "a big {c}beard", "a {c}beard"),
-    "goatee": ("a {c}goatee", "a {c}chin beard", "a {c}beard"),
-    "moustache": ("a {c}moustache", "a {c}mustache"),
-    "hat": ("a {c}hat",),
-    "cap": ("a {c}cap", "a {c}hat"),
-    "beanie": ("a {c}beanie", "a {c}woolly hat", "a {c}winter hat", "a {c}hat"),
-    "turban": ("a {c}turban", "a {c}turban", "a {c}hat"),
-    "hijab": ("a {c}hijab", "a {c}headscarf"),
-    "bald": ("a bald head", "no hair", "a shaved head"),
-    "balding": ("balding {c}hair", "thin {c}hair", "a bald head with {c}hair on the sides"),
-    "short hair": ("short {c}hair", "{c}hair"),
-    "long hair": ("long {c}hair", "{c}hair"),
-    "curly hair": ("curly {c}hair", "{c}curls"),
-    "wavy hair": ("wavy {c}hair", "{c}waves"),
-    "spiky hair": ("spiky {c}hair", "wild {c}hair"),
-    "afro": ("a {c}afro", "a big {c}afro", "big curly {c}hair"),
-    "bun": ("a {c}bun", "{c}hair in a bun", "{c}hair tied up"),
-    "bob": ("a {c}bob", "a {c}bob cut", "{c}hair"),
-    "dreadlocks": ("{c}dreadlocks", "{c}dreads"),
-    "braids": ("{c}braids", "braided {c}hair"),
-    "ponytail": ("a {c}ponytail", "{c}hair in a ponytail"),
-    "pigtails": ("{c}pigtails", "{c}hair in two tails"),
-    "mohawk": ("a {c}mohawk", "a {c}mohawk haircut"),
-    "quiff": ("a {c}quiff", "{c}hair combed up"),
-    "flowers": ("flowers in {c}hair", "{c}hair and a crown of flowers"),
-    "": ("{c}hair",),
-    "smile": ("a smile", "a smiling mouth", "a happy mouth"),
-    "open mouth": ("an open mouth", "a mouth wide open"),
-    "frown": ("a frown", "a sad mouth"),
-    "serious mouth": ("a serious mouth", "a straight mouth"),
-    "tongue": ("a tongue sticking out", "the tongue out"),
-    "bared teeth": ("bared teeth", "a toothy grimace"),
-    "eyepatch": ("an eyepatch", "an eye patch"),
-    "freckles": ("freckles",),
-    "rosy cheeks": ("rosy cheeks", "blush"),
-    "cat ears": ("cat ears",),
-    "clown nose": ("a red clown nose",),
-    "face mask": ("a face mask", "a white mask"),
-    "tiara": ("a golden tiara", "a golden headband"),
-    "sleep mask": ("a sleep mask",),
-}  # fmt: skip
 COLOUR_WORDS = {
     "auburn": ("auburn", "reddish brown"), "blonde": ("blonde", "blond", "yellow"),
     "grey": ("grey", "gray"), "red": ("red",), "white": ("white",),
@@ -77,7 +32,7 @@ class Speaker:
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
 
-    def choose(self, words: tuple[str, ...]) -> str:
+    def choose(self, words: Sequence[str]) -> str:
         """Draw one of several ways to say the same."""
         return words[int(self.rng.integers(len(words)))]
 
@@ -89,7 +44,8 @@ class Speaker:
         """Return a phrase for a word of `shown`; the most telling one if `first`."""
         named = COLOUR_WORDS.get(colour, (colour,))
         spoken = named[0] if first else self.choose(named)
-        phrase = PHRASES[word][0] if first else self.choose(PHRASES[word])
+        ways: list[str] = tables()["phrases"][word]
+        phrase = ways[0] if first else self.choose(ways)
         phrase = phrase.format(c=f"{spoken} " if spoken else "")
         return (
             phrase.replace("a afro", "an afro")

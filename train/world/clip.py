@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.illustrated.avatars import HELD_OUT, TRAINED, bank, draw, render, to_images
 from data.illustrated.captions import caption
-from data.illustrated.shown import COLOURS, Shown, sample, shown
+from data.illustrated.shown import Shown, colours, sample, shown
 from train.loop import Schedule, train, write_atomically
 from train.world.generator import HELD_OUT_SEED, best_device
 
@@ -188,7 +188,7 @@ class Reader:
             margin = image @ (self.mean_text(present) - self.mean_text(absent))
             if 0 < truth[clear].sum() < clear.sum():
                 figures[kind] = balanced(margin.cpu()[clear] > 0, truth[clear])
-        names = list(COLOURS)
+        names = list(colours())
         texts = torch.stack(
             [self.mean_text((f"a person with {c} hair", f"short {c} hair", f"long {c} hair"))
              for c in names]

@@ -50,13 +50,14 @@ class Config:
     """Pictures rendered once, beside `out`, and kept to train on."""
     half_steps: int = 7000
     """Steps on exact codes at 64 px, before the 128 px level is added."""
-    steps: int = 5000
+    steps: int = 3500
     """Steps at 128 px: a third of the codes exact, a third blends, a third what a z stands for."""
     mapping_steps: int = 15_000
-    joint_steps: int = 1500
+    joint_steps: int = 600
     """Steps of both networks together: a half of the codes from z through the mapping network."""
     batch_size: int = 32
-    learning_rate: float = 3e-3
+    half_learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     joint_learning_rate: float = 1e-3
     seed: int = 0
     evaluate_every: int = 500
@@ -261,7 +262,7 @@ def run(config: Config) -> None:
     held = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED)
     sizes = StyleGAN2Config(SIZE, W_DIM, W_DIM, config.mapping_layers, config.channels)
     first = Schedule(
-        config.half_steps, config.learning_rate, 0.6, evaluate_every=config.evaluate_every
+        config.half_steps, config.half_learning_rate, 0.6, evaluate_every=config.evaluate_every
     )
 
     half = StyleGAN2(replace(sizes, resolution=SIZE // 2, channels=sizes.channels[:-1])).to(device)
@@ -270,14 +271,17 @@ def run(config: Config) -> None:
     )
     network = StyleGAN2(sizes).to(device)
     network.load_state_dict(half.state_dict(), strict=False)
+    torch.nn.init.zeros_(
+        network.to_rgbs[-1].get_parameter("weight")
+    )  # the new level starts from what half makes
+    whole = Schedule(config.steps, config.learning_rate, 0.4, evaluate_every=config.evaluate_every)
     network = train_pictures(
-        config, network, faces, held, mixed_latents(faces), replace(first, steps=config.steps),
-        config.out / "whole",
-    ).requires_grad_(True)  # fmt: skip
+        config, network, faces, held, mixed_latents(faces), whole, config.out / "whole"
+    ).requires_grad_(True)
     mapping = train_mapping(config, network.mapping_network, held, config.out / "mapping")
     network.mapping_network.load_state_dict(mapping.state_dict())
-    last = replace(
-        first, steps=config.joint_steps, learning_rate=config.joint_learning_rate, decay_from=0.2
+    last = Schedule(
+        config.joint_steps, config.joint_learning_rate, 0.2, evaluate_every=config.evaluate_every
     )
     network = train_pictures(
         config, network, faces, held, joint_latents(faces), last, config.out / "joint",

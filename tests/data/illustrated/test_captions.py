@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.illustrated.captions import HAT_WORDS, PHRASES, caption
-from data.illustrated.shown import KIND_OF, Shown
+from data.illustrated.captions import HAT_WORDS, caption
+from data.illustrated.shown import Shown, kinds, tables
 
 RICH = Shown(glasses="sunglasses", beard="beard", hair="afro", mouth="smile", hair_colour="auburn")
 
@@ -15,7 +15,7 @@ def captions(shown: Shown, count: int = 60, complete: bool = False) -> list[str]
 
 
 def test_there_is_a_phrase_for_every_word() -> None:
-    assert set(KIND_OF) <= set(PHRASES)
+    assert set(kinds()) <= set(tables()["phrases"])
 
 
 def test_a_complete_caption_names_everything_that_is_there() -> None:
