@@ -58,7 +58,7 @@ Key = tuple[str, int, int]  # style, seed, index
 class Config:
     out: Path
     """Folder for checkpoint, log and the model's local directory `model/`."""
-    pictures: int = 44_000
+    pictures: int = 33_000
     """Pictures rendered once, beside `out`, and kept to train on."""
     steps: int = 4000
     batch_size: int = 128

@@ -271,9 +271,8 @@ def run(config: Config) -> None:
     )
     network = StyleGAN2(sizes).to(device)
     network.load_state_dict(half.state_dict(), strict=False)
-    torch.nn.init.zeros_(
-        network.to_rgbs[-1].get_parameter("weight")
-    )  # the new level starts from what half makes
+    # The new level adds nothing yet to what half of the resolution makes.
+    torch.nn.init.zeros_(network.to_rgbs[-1].get_parameter("weight"))
     whole = Schedule(config.steps, config.learning_rate, 0.4, evaluate_every=config.evaluate_every)
     network = train_pictures(
         config, network, faces, held, mixed_latents(faces), whole, config.out / "whole"
