@@ -1,13 +1,13 @@
 """Train the generator of the bundled world: latents to avatars, by plain regression.
 
 Synthesis comes first, on codes that say exactly what a picture shows (`data.illustrated.codes`): at
-half the resolution on exact codes, then at the whole one on blends as well, where the stronger
-value is what shows. The mapping network then learns on its own which code a z stands for, which
-takes no pictures, and last both are trained together.
+half the resolution on exact codes, then on blends as well, where the stronger value is what shows,
+then at the whole resolution. The mapping network then learns on its own which code a z stands for,
+which takes no pictures, and last both are trained together.
 
     python -m train.world.generator --out runs/avatars/generator      # hours on one core; resumes
-    python -m train.world.generator --out runs/try --faces 500 --half-steps 50 --steps 50 \
-        --mapping-steps 50 --joint-steps 50                           # a try
+    python -m train.world.generator --out runs/try --faces 500 --half-steps 50 --blend-steps 50 \
+        --steps 50 --mapping-steps 50 --joint-steps 50                           # a try
 """
 
 from collections.abc import Callable
@@ -48,10 +48,12 @@ class Config:
     """Folder for a folder of each stage (checkpoint, log, pictures) and generator.safetensors."""
     faces: int = 40_000
     """Pictures rendered once, beside `out`, and kept to train on."""
-    half_steps: int = 7000
+    half_steps: int = 5500
     """Steps on exact codes at 64 px, before the 128 px level is added."""
-    steps: int = 3500
-    """Steps at 128 px: a third of the codes exact, a third blends, a third what a z stands for."""
+    blend_steps: int = 2500
+    """Steps at 64 px: a third of the codes exact, a third blends, a third what a z stands for."""
+    steps: int = 2500
+    """Steps on the same at 128 px."""
     mapping_steps: int = 15_000
     joint_steps: int = 600
     """Steps of both networks together: a half of the codes from z through the mapping network."""
@@ -269,13 +271,25 @@ def run(config: Config) -> None:
     half = train_pictures(
         config, half, faces, held, exact_latents(faces), first, config.out / "half"
     )
+    blends = Schedule(
+        config.blend_steps, config.learning_rate, 0.4, evaluate_every=config.evaluate_every
+    )
+    half = train_pictures(
+        config, half.requires_grad_(True), faces, held, mixed_latents(faces), blends,
+        config.out / "blends",
+    )  # fmt: skip
     network = StyleGAN2(sizes).to(device)
     network.load_state_dict(half.state_dict(), strict=False)
     # The new level adds nothing yet to what half of the resolution makes.
     torch.nn.init.zeros_(network.to_rgbs[-1].get_parameter("weight"))
-    whole = Schedule(config.steps, config.learning_rate, 0.4, evaluate_every=config.evaluate_every)
     network = train_pictures(
-        config, network, faces, held, mixed_latents(faces), whole, config.out / "whole"
+        config,
+        network,
+        faces,
+        held,
+        mixed_latents(faces),
+        replace(blends, steps=config.steps),
+        config.out / "whole",
     ).requires_grad_(True)
     mapping = train_mapping(config, network.mapping_network, held, config.out / "mapping")
     network.mapping_network.load_state_dict(mapping.state_dict())

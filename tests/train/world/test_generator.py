@@ -27,7 +27,7 @@ from train.world.generator import (
 
 def config(out: Path, **changes: Any) -> Config:
     sizes: dict[str, Any] = {
-        "faces": 8, "half_steps": 2, "steps": 2, "mapping_steps": 2, "joint_steps": 2,
+        "faces": 8, "half_steps": 2, "blend_steps": 2, "steps": 2, "mapping_steps": 2, "joint_steps": 2,
         "batch_size": 6, "channels": (8,) * 6, "mapping_layers": 1,
     }  # fmt: skip
     return Config(out, **{**sizes, **changes})
@@ -53,7 +53,7 @@ def test_a_trained_generator_makes_pictures_of_128_px_from_z(trained: Path) -> N
     assert generator.mean_w.abs().max() > 0
 
 
-@pytest.mark.parametrize("stage", ["half", "whole", "joint"])
+@pytest.mark.parametrize("stage", ["half", "blends", "whole", "joint"])
 def test_every_stage_on_pictures_logs_three_figures_and_shows_pairs(
     trained: Path, stage: str
 ) -> None:
