@@ -33,6 +33,7 @@ from data.illustrated.codes import (
     indices_from_z,
     one_hot,
 )
+from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import Mapping, StyleGAN2, StyleGAN2Config
 from targetclip.images import labelled_grid, tensor_to_pictures
@@ -46,6 +47,8 @@ MAPPING_RATE = 100.0  # its weights are stored a hundred times larger than they 
 class Config:
     out: Path
     """Folder for a folder of each stage (checkpoint, log, pictures) and generator.safetensors."""
+    start: Path | None = None
+    """A generator to train further at 128 px, instead of starting at half of it."""
     faces: int = 40_000
     """Pictures rendered once, beside `out`, and kept to train on."""
     half_steps: int = 5500
@@ -66,6 +69,10 @@ class Config:
     channels: tuple[int, ...] = (96, 96, 64, 48, 32, 16)
     """Widths at 4, 8, ... 128 px."""
     mapping_layers: int = 4
+
+    def schedule(self, steps: int) -> Schedule:
+        """Return the schedule of a stage on blends."""
+        return Schedule(steps, self.learning_rate, 0.4, evaluate_every=self.evaluate_every)
 
 
 def best_device() -> torch.device:
@@ -257,40 +264,44 @@ def train_mapping(config: Config, mapping: Mapping, held: Faces, out: Path) -> M
     return train(mapping, loss_at, out, schedule, evaluate, groups)
 
 
-def run(config: Config) -> None:
-    torch.manual_seed(config.seed)
-    device = best_device()
-    faces = Faces(config.out.parent, config.faces, config.seed)
-    held = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED)
-    sizes = StyleGAN2Config(SIZE, W_DIM, W_DIM, config.mapping_layers, config.channels)
-    first = Schedule(
+def start_small(
+    config: Config, sizes: StyleGAN2Config, faces: Faces, held: Faces, device: torch.device
+) -> StyleGAN2:
+    """Train at half the resolution, and return a whole network that starts from that."""
+    half = StyleGAN2(replace(sizes, resolution=SIZE // 2, channels=sizes.channels[:-1])).to(device)
+    exact = Schedule(
         config.half_steps, config.half_learning_rate, 0.6, evaluate_every=config.evaluate_every
     )
-
-    half = StyleGAN2(replace(sizes, resolution=SIZE // 2, channels=sizes.channels[:-1])).to(device)
     half = train_pictures(
-        config, half, faces, held, exact_latents(faces), first, config.out / "half"
-    )
-    blends = Schedule(
-        config.blend_steps, config.learning_rate, 0.4, evaluate_every=config.evaluate_every
-    )
+        config, half, faces, held, exact_latents(faces), exact, config.out / "half"
+    ).requires_grad_(True)
     half = train_pictures(
-        config, half.requires_grad_(True), faces, held, mixed_latents(faces), blends,
+        config, half, faces, held, mixed_latents(faces), config.schedule(config.blend_steps),
         config.out / "blends",
     )  # fmt: skip
     network = StyleGAN2(sizes).to(device)
     network.load_state_dict(half.state_dict(), strict=False)
     # The new level adds nothing yet to what half of the resolution makes.
     torch.nn.init.zeros_(network.to_rgbs[-1].get_parameter("weight"))
+    return network
+
+
+def run(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    device = best_device()
+    faces = Faces(config.out.parent, config.faces, config.seed)
+    held = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED)
+    sizes = StyleGAN2Config(SIZE, W_DIM, W_DIM, config.mapping_layers, config.channels)
+    if config.start is None:
+        network = start_small(config, sizes, faces, held, device)
+    else:
+        network = load_generator(config.start).requires_grad_(True).to(device)
+        if network.config != sizes:
+            raise SystemExit(f"--start {config.start}: expected {sizes}, found {network.config}")
     network = train_pictures(
-        config,
-        network,
-        faces,
-        held,
-        mixed_latents(faces),
-        replace(blends, steps=config.steps),
+        config, network, faces, held, mixed_latents(faces), config.schedule(config.steps),
         config.out / "whole",
-    ).requires_grad_(True)
+    ).requires_grad_(True)  # fmt: skip
     mapping = train_mapping(config, network.mapping_network, held, config.out / "mapping")
     network.mapping_network.load_state_dict(mapping.state_dict())
     last = Schedule(

@@ -27,8 +27,8 @@ from train.world.generator import (
 
 def config(out: Path, **changes: Any) -> Config:
     sizes: dict[str, Any] = {
-        "faces": 8, "half_steps": 2, "blend_steps": 2, "steps": 2, "mapping_steps": 2, "joint_steps": 2,
-        "batch_size": 6, "channels": (8,) * 6, "mapping_layers": 1,
+        "faces": 8, "half_steps": 2, "blend_steps": 2, "steps": 2, "mapping_steps": 2,
+        "joint_steps": 2, "batch_size": 6, "channels": (8,) * 6, "mapping_layers": 1,
     }  # fmt: skip
     return Config(out, **{**sizes, **changes})
 
@@ -105,3 +105,25 @@ def test_the_middle_of_a_picture_counts_double_and_the_mean_is_one() -> None:
 
     assert weight.mean() == pytest.approx(1.0)
     assert weight[64, 64] == pytest.approx(2 * float(weight[0, 0]))
+
+
+def test_a_trained_generator_is_trained_further_at_the_whole_resolution(
+    trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "faces-0-8.npy").hardlink_to(trained.parent / "faces-0-8.npy")
+    (tmp_path / "faces-1000003-8.npy").hardlink_to(trained.parent / "faces-1000003-8.npy")
+    run(config(tmp_path / "more", start=trained / "generator.safetensors"))
+
+    assert not (tmp_path / "more" / "half").exists()
+    assert (tmp_path / "more" / "generator.safetensors").is_file()
+
+
+def test_a_generator_of_other_sizes_is_not_trained_further(trained: Path, tmp_path: Path) -> None:
+    for name in ("faces-0-8.npy", "faces-1000003-8.npy"):
+        (tmp_path / name).hardlink_to(trained.parent / name)
+    with pytest.raises(SystemExit, match="expected StyleGAN2Config"):
+        run(
+            config(
+                tmp_path / "x", start=trained / "generator.safetensors", channels=(8,) * 5 + (16,)
+            )
+        )
