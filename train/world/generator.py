@@ -259,7 +259,7 @@ def train_mapping(config: Config, mapping: Mapping, held: Faces, out: Path) -> M
         unexplained = (w - codes).square().mean() / codes.square().mean()
         return {"unexplained": float(unexplained), "right": float(right.float().mean())}
 
-    schedule = Schedule(config.mapping_steps, 2e-3, decay_from=0.3, evaluate_every=2500)
+    schedule = Schedule(config.mapping_steps, 2e-2, decay_from=0.3, evaluate_every=2500)
     groups = [{"params": list(mapping.parameters()), "lr": MAPPING_RATE}]
     return train(mapping, loss_at, out, schedule, evaluate, groups)
 
