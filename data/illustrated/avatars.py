@@ -1,0 +1,138 @@
+"""Avatars by outside illustrators: options in, RGB pictures and what they show out.
+
+Knows the DiceBear styles that show human faces, which of them no network may be trained on, and
+how to render one at any size. Needs the extra `avatars`.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+Options = dict[str, Any]
+Key = TypeVar("Key")
+
+TRAINED = (
+    "avataaars", "adventurer", "big-ears", "big-smile", "croodles", "dylan", "miniavs",
+    "notionists", "pixel-art", "toon-head", "voxel-art",
+)  # fmt: skip
+# Whole styles that no network is ever trained on.
+HELD_OUT = ("personas", "micah", "open-peeps", "lorelei")
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Who drew a style, and under which licence."""
+
+    style: str
+    illustrator: str
+    licence: str
+    source: str
+
+
+@cache
+def definition(style: str) -> dict[str, Any]:
+    """Return a style's definition: components, variants, colours and credits.
+
+    Raises:
+        ImportError: the extra `avatars` is not installed.
+        ValueError: not one of the human styles.
+    """
+    if style not in TRAINED + HELD_OUT:
+        raise ValueError(f"unknown style {style!r}: expected {', '.join(TRAINED + HELD_OUT)}")
+    text = files("dicebear_styles").joinpath(f"{style}.json").read_text("utf-8")
+    loaded: dict[str, Any] = json.loads(text)
+    return loaded
+
+
+@cache
+def drawable(style: str) -> Any:
+    """Return a style as DiceBear draws it; parsed once."""
+    from dicebear import Style
+
+    return Style(definition(style))
+
+
+def credit(style: str) -> Credit:
+    """Return who drew a style, from its own definition."""
+    meta = definition(style)["meta"]
+    source = meta.get("source", {}).get("url") or meta["creator"].get("url", "")
+    return Credit(style, meta["creator"]["name"], meta["license"]["name"], source)
+
+
+def draw(style: str, options: Options) -> tuple[str, Options]:
+    """Return the SVG of one avatar, and every option that was drawn, chosen by its seed or given.
+
+    Equal options give the same avatar on every machine.
+    """
+    from dicebear import Avatar
+
+    drawn = Avatar(drawable(style), options).to_json()
+    return drawn["svg"], drawn["options"]
+
+
+def render(svg: str, size: int) -> UInt8[ndarray, "size size 3"]:
+    """Render an SVG as an RGB picture of `size` by `size` pixels; white where nothing is drawn."""
+    import resvg_py
+
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
+    )
+    picture: UInt8[ndarray, "size size 3"] = np.array(
+        Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    )
+    return picture
+
+
+def bank(
+    path: Path, keys: Sequence[Key], picture_of: Callable[[Key], UInt8[ndarray, "s s 3"]], size: int
+) -> UInt8[ndarray, "count size size 3"]:
+    """Return the pictures of `keys`, rendered by all cores on first use and kept at `path`.
+
+    The file appears only when it is whole. `picture_of` must be a module-level function, since
+    worker processes import it.
+
+    Raises:
+        ValueError: the file holds other pictures than these.
+    """
+    shape = (len(keys), size, size, 3)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            drawing = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
+            with get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+                drawn = pool.imap(picture_of, keys, chunksize=64)
+                for i, picture in enumerate(tqdm(drawn, path.name, total=len(keys))):
+                    drawing[i] = picture
+            drawing.flush()
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    pictures: UInt8[ndarray, "count size size 3"] = np.load(path, mmap_mode="r")
+    if pictures.shape != shape:
+        raise ValueError(
+            f"{path}: expected shape {list(shape)}, found {list(pictures.shape)}: delete it, it is "
+            "made anew"
+        )
+    return pictures
+
+
+def to_images(pictures: UInt8[ndarray, "batch size size 3"]) -> Float[Tensor, "batch 3 size size"]:
+    """Return uint8 pictures as images in [-1, 1]."""
+    # A bank on disk is read-only, which torch cannot say of a tensor.
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1

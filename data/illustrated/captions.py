@@ -1,0 +1,102 @@
+"""Avatars in words: captions that name essence and never identity.
+
+Knows the phrases for what an avatar shows (`data.illustrated.shown`). Wording, order and
+completeness vary, as captions people write do.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.illustrated.shown import Shown, tables
+
+OPENINGS = (
+    "a face with", "a person with", "a portrait of someone with", "an avatar with",
+    "a drawing of a person with", "a cartoon face with", "someone with", "a picture of a face with",
+)  # fmt: skip
+COLOUR_WORDS = {
+    "auburn": ("auburn", "reddish brown"), "blonde": ("blonde", "blond", "yellow"),
+    "grey": ("grey", "gray"), "red": ("red",), "white": ("white",),
+}  # fmt: skip
+HAT_WORDS = {"blonde": "yellow", "auburn": "brown"}
+ABSENT = {
+    "glasses": ("no glasses", "without glasses"),
+    "hat": ("no hat", "a bare head"),
+    "beard": ("no beard", "a shaven chin"),
+}
+
+
+class Speaker:
+    """Chooses words with one generator of random numbers."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+
+    def choose(self, words: Sequence[str]) -> str:
+        """Draw one of several ways to say the same."""
+        return words[int(self.rng.integers(len(words)))]
+
+    def chance(self, part: float) -> bool:
+        """Draw whether something of this probability happens."""
+        return bool(self.rng.uniform() < part)
+
+    def say(self, word: str, colour: str = "", first: bool = False) -> str:
+        """Return a phrase for a word of `shown`; the most telling one if `first`."""
+        named = COLOUR_WORDS.get(colour, (colour,))
+        spoken = named[0] if first else self.choose(named)
+        ways: list[str] = tables()["phrases"][word]
+        phrase = ways[0] if first else self.choose(ways)
+        phrase = phrase.format(c=f"{spoken} " if spoken else "")
+        return (
+            phrase.replace("a afro", "an afro")
+            .replace("a auburn", "an auburn")
+            .replace("a orange", "an orange")
+        )
+
+
+def present_phrases(shown: Shown, speaker: Speaker, complete: bool) -> list[str]:
+    """Return a phrase for each thing an avatar shows; colours are left out now and then."""
+
+    def colour(name: str) -> str:
+        return name if complete or speaker.chance(0.85) else ""
+
+    phrases = []
+    if shown.hat:
+        worn = HAT_WORDS.get(shown.hat_colour, shown.hat_colour)
+        phrases.append(speaker.say(shown.hat, colour(worn), complete))
+    elif shown.hair or shown.hair_colour:
+        phrases.append(speaker.say(shown.hair, colour(shown.hair_colour), complete))
+    for word in (shown.glasses, shown.beard, shown.moustache, shown.mouth, shown.extra):
+        if word:
+            phrases.append(speaker.say(word, first=complete))
+    return phrases
+
+
+def absent_phrases(shown: Shown, speaker: Speaker) -> list[str]:
+    """Return phrases that say what is not there; people write one now and then."""
+    phrases = []
+    for kind, words in ABSENT.items():
+        there = getattr(shown, kind) or (kind == "beard" and shown.moustache)
+        if not there:
+            phrases.append(speaker.choose(words))
+    return phrases
+
+
+def caption(shown: Shown, rng: np.random.Generator, complete: bool = False) -> str:
+    """Return one caption of an avatar.
+
+    Args:
+        rng: chooses wording, order and, unless `complete`, which things are left out.
+        complete: name everything that is there, in the most telling words.
+    """
+    speaker = Speaker(rng)
+    phrases = present_phrases(shown, speaker, complete)
+    if not complete:
+        keep = rng.uniform(0.4, 1.2)
+        phrases = [p for p in phrases if speaker.chance(keep)] or phrases[:1]
+        phrases += [p for p in absent_phrases(shown, speaker) if speaker.chance(0.3)]
+    rng.shuffle(phrases)
+    if not phrases:
+        return "a face"
+    listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+    return listed if speaker.chance(0.2) else f"{speaker.choose(OPENINGS)} {listed}"

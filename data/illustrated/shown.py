@@ -1,0 +1,223 @@
+"""What an avatar shows, in one vocabulary for all styles, known from the options it was drawn from.
+
+Knows which variants of which style are glasses, beards, hats, hair and mouths, and the names of
+colours; and asks a style for avatars with or without something.
+"""
+
+import re
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data.illustrated.avatars import HELD_OUT, TRAINED, Options, definition
+
+UNCLEAR = "unclear"  # a variant that people would not agree about: never drawn
+# Other people's parts than faces: never drawn, and parts that move.
+QUIET: dict[str, Options] = {
+    "avataaars": {"clothesVariant": ["hoodie", "overall", "shirtCrewNeck", "shirtVNeck"]},
+    "notionists": {"gestureProbability": 0},
+    "voxel-art": {"animationVariant": "none", "topProbability": 100},
+    "open-peeps": {"maskProbability": 0},
+}
+# The option that sets the colour of hair; None: drawn in black ink, whatever is asked for.
+HAIR_OPTION: dict[str, str | None] = {
+    "croodles": "topColor", "open-peeps": "headContrastColor", "notionists": None,
+}  # fmt: skip
+# Heads of open-peeps that show their colour at all; the others are black ink.
+COLOURED_HEADS = r"bangs$|cornrows$|gray|mediumBangs2|mohawk|noHair3|short4"
+
+Wish = Literal["glasses", "beard", "hat"]
+KINDS_OF_WISH: dict[Wish, tuple[str, ...]] = {
+    "glasses": ("glasses",),
+    "beard": ("beard", "moustache"),
+    "hat": ("hat",),
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one avatar shows. A kind that is not there, or that a style does not tell, is ""."""
+
+    glasses: str = ""
+    beard: str = ""
+    moustache: str = ""
+    hat: str = ""
+    hair: str = ""
+    mouth: str = ""
+    extra: str = ""
+    hair_colour: str = ""
+    """"" where a hat hides it or the head is bald."""
+    hat_colour: str = ""
+
+
+@cache
+def tables() -> dict[str, Any]:
+    """Return the tables of words.toml: variants, words, colours and phrases."""
+    return tomllib.loads((Path(__file__).parent / "words.toml").read_text("utf-8"))
+
+
+def rules(style: str) -> dict[str, dict[str, str]]:
+    """Return patterns of variants, by component, and what they show; the first match counts."""
+    found: dict[str, dict[str, str]] = tables()["variants"][style]
+    return found
+
+
+@cache
+def kinds() -> dict[str, str]:
+    """Return the kind of every word, such as "hat" for "beanie"."""
+    return {word: kind for kind, words in tables()["words"].items() for word in words}
+
+
+def colours() -> dict[str, list[str]]:
+    """Return the names of colours, each with the hex values that stand for it."""
+    found: dict[str, list[str]] = tables()["colours"]
+    return found
+
+
+def word_of(style: str, component: str, variant: str) -> str:
+    """Return what a variant shows, in the words of words.toml; "" if it shows nothing of these."""
+    for pattern, word in rules(style).get(component, {}).items():
+        if re.match(pattern, variant):
+            return word
+    return ""
+
+
+@cache
+def lab(colour: str) -> tuple[float, float, float]:
+    """Return lightness and two opponent colours of a hex colour (CIELAB, D65)."""
+    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(np.maximum(to_xyz @ linear / np.array([0.9505, 1.0, 1.089]), 1e-4))
+    return float(116 * y - 16), float(500 * (x - y)), float(200 * (y - z))
+
+
+def colour_name(colour: str) -> str:
+    """Return the name in `colours` nearest to a hex colour."""
+    found = lab(colour[:7].lower())
+    distances = {
+        name: min(sum((a - b) ** 2 for a, b in zip(found, lab(value), strict=True)) for value in v)
+        for name, v in colours().items()
+    }
+    return min(distances, key=distances.__getitem__)
+
+
+def shown(style: str, drawn: Options) -> Shown:
+    """Return what an avatar shows, from the options it was drawn from."""
+    words: dict[str, str] = {}
+    for component in rules(style):
+        variant = drawn.get(f"{component}Variant")
+        word = word_of(style, component, variant) if variant else ""
+        if word in kinds():
+            words.setdefault(kinds()[word], word)
+    if style == "avataaars" and "topVariant" not in drawn:
+        words["hair"] = "bald"
+    if words.get("hat"):
+        words.pop("hair", None)
+        for option in ("hatColor", "topColor"):
+            if option in drawn and style != "voxel-art":
+                words["hat_colour"] = colour_name(drawn[option][0])
+    elif words.get("hair") != "bald":
+        words["hair_colour"] = hair_colour(style, drawn)
+    return Shown(**words)
+
+
+def hair_colour(style: str, drawn: Options) -> str:
+    """Return the name of the colour of the hair that shows; "" if none is drawn."""
+    option = HAIR_OPTION.get(style, "hairColor")
+    head = drawn.get("headVariant", "")
+    if option is None or (style == "open-peeps" and not re.match(COLOURED_HEADS, head)):
+        return "black"
+    return colour_name(drawn[option][0]) if option in drawn else ""
+
+
+def can_show(style: str, wish: Wish) -> bool:
+    """Whether a style has variants of something: big-ears, for one, has no glasses."""
+    words = [word for patterns in rules(style).values() for word in patterns.values()]
+    return any(kinds().get(word) == wish for word in words)
+
+
+def constrain(style: str, wishes: dict[Wish, bool]) -> Options:
+    """Return options that force things on or off; what is not wished for stays to the seed.
+
+    Raises:
+        ValueError: the style has no variant of what is to be on.
+    """
+    for wish, there in wishes.items():
+        if there and not can_show(style, wish):
+            raise ValueError(f"{style} draws no {wish}: leave it out, or take another style")
+    options: Options = dict(QUIET.get(style, {}))
+    components = definition(style)["components"]
+    for component in rules(style):
+        if component not in components:
+            continue
+        words = {v: word_of(style, component, v) for v in components[component]["variants"]}
+        allowed = [v for v, word in words.items() if word != UNCLEAR]
+        for wish, there in wishes.items():
+            unwanted = KINDS_OF_WISH[wish]
+            if there and any(kinds().get(words[v]) == wish for v in allowed):
+                allowed = [v for v in allowed if kinds().get(words[v]) == wish]
+                options[f"{component}Probability"] = 100
+            elif not there:
+                left = [v for v in allowed if kinds().get(words[v]) not in unwanted]
+                if not left:
+                    options[f"{component}Probability"] = 0
+                allowed = left or allowed
+        options[f"{component}Variant"] = allowed
+    return options
+
+
+def wishes_of(style: str, rng: np.random.Generator) -> dict[Wish, bool]:
+    """Draw whether glasses, beard and hat are on or off, as often as training needs them."""
+    chances: dict[Wish, float] = {"glasses": 0.4, "beard": 0.35, "hat": 0.3}
+    wishes = {w: bool(rng.uniform() < p) for w, p in chances.items() if can_show(style, w)}
+    if wishes.get("beard") is False and rng.uniform() < 0.4:
+        del wishes["beard"]  # moustaches come with the seed
+    return wishes
+
+
+def colour_near(name: str, rng: np.random.Generator) -> str:
+    """Draw a hex colour that has a name."""
+    while True:
+        value = str(rng.choice(colours()[name]))
+        rgb = np.array([int(value[i : i + 2], 16) for i in (1, 3, 5)])
+        jittered = np.clip(rgb + rng.integers(-14, 15, 3), 0, 255)
+        colour = "#" + "".join(f"{channel:02x}" for channel in jittered)
+        if colour_name(colour) == name:
+            return colour
+
+
+def sample(
+    style: str, seed: int, index: int, wishes: dict[Wish, bool] | None = None, hair: str = ""
+) -> Options:
+    """Draw options of one avatar; any two (style, seed, index) differ.
+
+    Args:
+        wishes: what must be there, or must not; None: drawn as training needs it.
+        hair: name of the hair's colour; "": drawn.
+    """
+    rng = np.random.default_rng([seed, index, (TRAINED + HELD_OUT).index(style)])
+    drawn_wishes = wishes_of(style, rng)
+    options = constrain(style, drawn_wishes if wishes is None else wishes)
+    natural = not hair and rng.uniform() < 0.3
+    colour = colour_near(hair or str(rng.choice(list(colours()))), rng)
+    option = HAIR_OPTION.get(style, "hairColor")
+    if option is not None and not natural:
+        options[option] = [colour]
+        if "facialHair" in definition(style).get("colors", {}):
+            options["facialHairColor"] = [colour]
+    if "hat" in definition(style).get("colors", {}):
+        options["hatColor"] = [colour_near(str(rng.choice(list(colours()))), rng)]
+    # One colour, or two that run into each other.
+    ends = rng.integers(60, 256, (2, 3))
+    background = ["#" + "".join(f"{int(c):02x}" for c in end) for end in ends]
+    fill = "linear" if rng.uniform() < 0.3 else "solid"
+    return options | {
+        "seed": f"{seed}-{index}",
+        "backgroundColor": background if fill == "linear" else background[:1],
+        "backgroundColorFill": fill,
+    }

@@ -1,0 +1,129 @@
+"""Training of the world's generator: every stage on tiny sizes, and going on after a stop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("dicebear", reason="needs the extra avatars")
+pytest.importorskip("resvg_py", reason="needs the extra avatars")
+
+from data.illustrated.codes import indices_from_z
+from targetclip.generators import load_generator
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from train.loop import CHECKPOINT, LOG
+from train.world.generator import (
+    Config,
+    Faces,
+    importance,
+    joint_latents,
+    mixed_latents,
+    psnr,
+    run,
+)
+
+
+def config(out: Path, **changes: Any) -> Config:
+    sizes: dict[str, Any] = {
+        "faces": 8, "half_steps": 2, "blend_steps": 2, "steps": 2, "mapping_steps": 2,
+        "joint_steps": 2, "batch_size": 6, "channels": (8,) * 6, "mapping_layers": 1,
+    }  # fmt: skip
+    return Config(out, **{**sizes, **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("avatars") / "generator"
+    run(config(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def faces(trained: Path) -> Faces:
+    return Faces(trained.parent, 8, 0)
+
+
+def test_a_trained_generator_makes_pictures_of_128_px_from_z(trained: Path) -> None:
+    generator = load_generator(trained / "generator.safetensors")
+    images = generator.synthesis(generator.mapping(torch.randn(2, generator.z_dim)))
+
+    assert images.shape == (2, 3, 128, 128)
+    assert generator.mean_w.abs().max() > 0
+
+
+@pytest.mark.parametrize("stage", ["half", "blends", "whole", "joint"])
+def test_every_stage_on_pictures_logs_three_figures_and_shows_pairs(
+    trained: Path, stage: str
+) -> None:
+    figures = json.loads((trained / stage / LOG).read_text().splitlines()[-1])
+
+    assert {"psnr_exact", "psnr_blended", "psnr_mapped"} <= set(figures)
+    assert (trained / stage / "exact.png").is_file()
+
+
+def test_the_mapping_alone_logs_what_w_leaves_unexplained(trained: Path) -> None:
+    figures = json.loads((trained / "mapping" / LOG).read_text().splitlines()[-1])
+
+    assert figures["step"] == 2 and figures["unexplained"] > 0
+
+
+def test_the_same_command_goes_on_where_it_was(trained: Path) -> None:
+    before = (trained / "generator.safetensors").read_bytes()
+    stamps = [p.stat().st_mtime_ns for p in sorted(trained.glob(f"*/{CHECKPOINT}"))]
+    run(config(trained))
+
+    assert (trained / "generator.safetensors").read_bytes() == before
+    assert [p.stat().st_mtime_ns for p in sorted(trained.glob(f"*/{CHECKPOINT}"))] == stamps
+
+
+@pytest.mark.parametrize("kind", [mixed_latents, joint_latents])
+def test_every_latent_asks_for_the_picture_it_is_trained_on(faces: Faces, kind: Any) -> None:
+    network = StyleGAN2(StyleGAN2Config(8, 128, 128, 1, (8, 8)))
+    chosen = torch.arange(8)
+    ws = kind(faces)(network, chosen, torch.Generator().manual_seed(0))
+
+    assert ws.shape == (8, network.num_ws, 128)
+    known = slice(4, None) if kind is joint_latents else slice(None)  # the rest is the network's
+    for layer in ws[known].unbind(dim=1):
+        assert torch.equal(faces.book.strongest(layer), indices_from_z(faces.z)[known])
+
+
+def test_pictures_are_shrunk_to_the_size_asked_for(faces: Faces) -> None:
+    images = faces.images(torch.tensor([0, 3]), 32)
+
+    assert images.shape == (2, 3, 32, 32) and images.abs().max() <= 1
+
+
+def test_psnr_of_a_known_error() -> None:
+    assert psnr(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.2)) == pytest.approx(20.0)
+
+
+def test_the_middle_of_a_picture_counts_double_and_the_mean_is_one() -> None:
+    weight = importance(128)[0, 0]
+
+    assert weight.mean() == pytest.approx(1.0)
+    assert weight[64, 64] == pytest.approx(2 * float(weight[0, 0]))
+
+
+def test_a_trained_generator_is_trained_further_at_the_whole_resolution(
+    trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "faces-0-8.npy").hardlink_to(trained.parent / "faces-0-8.npy")
+    (tmp_path / "faces-1000003-8.npy").hardlink_to(trained.parent / "faces-1000003-8.npy")
+    run(config(tmp_path / "more", start=trained / "generator.safetensors"))
+
+    assert not (tmp_path / "more" / "half").exists()
+    assert (tmp_path / "more" / "generator.safetensors").is_file()
+
+
+def test_a_generator_of_other_sizes_is_not_trained_further(trained: Path, tmp_path: Path) -> None:
+    for name in ("faces-0-8.npy", "faces-1000003-8.npy"):
+        (tmp_path / name).hardlink_to(trained.parent / name)
+    with pytest.raises(SystemExit, match="expected StyleGAN2Config"):
+        run(
+            config(
+                tmp_path / "x", start=trained / "generator.safetensors", channels=(8,) * 5 + (16,)
+            )
+        )

@@ -1,0 +1,1 @@
+"""Training of the bundled world's networks, on pictures by outside illustrators."""

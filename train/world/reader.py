@@ -1,0 +1,151 @@
+"""Train the attribute reader of the bundled world, on avatars drawn and generated.
+
+Both have known attributes: a picture is drawn from them, and a code stands for them. Nothing else
+is ever trained through the reader.
+
+    python -m train.world.reader --generator runs/avatars/generator/generator.safetensors \
+        --out runs/avatars/reader
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.illustrated.codes import ATTRIBUTES, COUNTS, HATS, one_hot, visible
+from eval.avatar_reader import AvatarReader, save_reader
+from targetclip.generators import load_generator
+from targetclip.generators.stylegan2 import StyleGAN2
+from train.loop import Schedule, train, write_atomically
+from train.world.generator import HELD_OUT_SEED, Faces, best_device
+
+
+@dataclass(frozen=True)
+class Config:
+    generator: Path
+    out: Path
+    """Folder for checkpoint, log and reader.safetensors."""
+    faces: int = 40_000
+    """Size of the bank of pictures (that of the generator is used again)."""
+    steps: int = 3000
+    batch_size: int = 48
+    """A third of it generated, a half of these from blended codes."""
+    learning_rate: float = 1e-3
+    noise: float = 0.1
+    """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
+    seed: int = 0
+    evaluate_every: int = 500
+
+
+class Sight:
+    """Pictures to learn to read: drawn ones, and what a generator makes of the same faces."""
+
+    def __init__(self, generator: StyleGAN2, faces: Faces, noise: float) -> None:
+        self.generator, self.faces, self.noise = generator, faces, noise
+        self.device = generator.const.device
+
+    def batch(
+        self, count: int, random: torch.Generator
+    ) -> tuple[Float[Tensor, "batch 3 128 128"], Int[Tensor, " batch"]]:
+        """Return pictures with a little noise, and which faces of the bank they show."""
+        chosen = torch.randint(len(self.faces.z), (count,), generator=random)
+        made = self.generated(chosen[: count // 3], random)
+        drawn = self.faces.images(chosen[count // 3 :]).to(self.device)
+        images = torch.cat([made, drawn])
+        deviation = self.noise * torch.rand(count, 1, 1, 1, generator=random)
+        grain = deviation * torch.randn(images.shape, generator=random)
+        return images + grain.to(self.device), chosen
+
+    @torch.no_grad()
+    def generated(
+        self, chosen: Int[Tensor, " batch"], random: torch.Generator
+    ) -> Float[Tensor, "batch 3 128 128"]:
+        """Return the generator's pictures of faces, every second part from blended codes."""
+        exact, blended = chosen.tensor_split(2)
+        layers = self.generator.num_ws
+        ws = [self.faces.exact(exact, layers), self.faces.blended(blended, layers, random)]
+        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+            made = self.generator.synthesis(torch.cat(ws).to(self.device))
+        return made.float().clamp(-1, 1)
+
+    def held(self) -> dict[str, list[Float[Tensor, "batch 3 128 128"]]]:
+        """Return all faces drawn, and generated from exact codes, in batches of 64."""
+        parts = torch.arange(len(self.faces.z)).split(64)
+        with torch.no_grad():
+            made = [
+                self.generator.synthesis(
+                    self.faces.exact(part, self.generator.num_ws).to(self.device)
+                ).clamp(-1, 1)
+                for part in parts
+            ]
+        return {"drawn": [self.faces.images(p).to(self.device) for p in parts], "generated": made}
+
+
+def agreements(
+    found: Int[Tensor, "batch attributes"], truth: Int[Tensor, "batch attributes"]
+) -> dict[str, float]:
+    """Return how often a reader is right about each attribute, where the picture shows it.
+
+    And about whether glasses, any facial hair and a hat are there at all.
+    """
+    seen = visible(truth)
+    figures = {
+        attribute.name: float((found == truth)[seen[:, i], i].float().mean())
+        for i, attribute in enumerate(ATTRIBUTES)
+    }
+    names = list(figures)
+    first_hat = len(ATTRIBUTES[0].values) - len(HATS)
+    for kind, name, limit in (
+        ("glasses", "accessories", 1), ("beard", "facialHair", 1), ("hat", "top", first_hat),
+    ):  # fmt: skip
+        at = names.index(name)
+        there = (found[:, at] >= limit) == (truth[:, at] >= limit)
+        figures[f"{kind}_there"] = float(there.float().mean())
+    return figures
+
+
+def run(config: Config) -> None:
+    torch.manual_seed(config.seed)
+    device = best_device()
+    generator = load_generator(config.generator).to(device)
+    reader = AvatarReader().to(device)
+    sight = Sight(generator, Faces(config.out.parent, config.faces, config.seed), config.noise)
+    known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED)
+    held = Sight(generator, known, 0.0).held()
+
+    def loss_at(step: int) -> Tensor:
+        random = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
+        images, chosen = sight.batch(config.batch_size, random)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = reader(images).float()
+        truth = one_hot(sight.faces.indices[chosen]).to(device)
+        groups = zip(logits.split(COUNTS, 1), truth.split(COUNTS, 1), strict=True)
+        return torch.stack([F.cross_entropy(found, wanted) for found, wanted in groups]).mean()
+
+    @torch.no_grad()
+    def evaluate(average: AvatarReader) -> dict[str, float]:
+        average.eval()
+        figures: dict[str, float] = {}
+        for kind, images in held.items():
+            found = torch.cat([average.values(part) for part in images]).cpu()
+            read = agreements(found, known.indices)
+            figures |= {f"{kind}_{name}": value for name, value in read.items()}
+        return figures
+
+    schedule = Schedule(
+        config.steps, config.learning_rate, ema=0.998, evaluate_every=config.evaluate_every
+    )
+    average = train(reader, loss_at, config.out, schedule, evaluate)
+    write_atomically(config.out / "reader.safetensors", lambda path: save_reader(average, path))
+
+
+def main() -> None:
+    run(tyro.cli(Config, description=__doc__))
+
+
+if __name__ == "__main__":
+    main()
