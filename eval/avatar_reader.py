@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.illustrated.codes import (
@@ -26,7 +24,8 @@ from data.illustrated.codes import (
 from data.illustrated.codes import (
     HAIR_COLOURS as HAIR,
 )
-from targetclip.inverter import PictureEncoder
+from targetclip.encoders.inverter import PictureEncoder
+from targetclip.weights import load_weights, read_tensors, save_half
 
 BUNDLED = Path(__file__).parent / "avatar_reader.safetensors"
 FORMAT = "targetclip-avatar-reader/1"
@@ -76,8 +75,7 @@ class AvatarReader(nn.Module):
 
 def save_reader(reader: AvatarReader, path: Path) -> None:
     """Write the reader as safetensors in half precision, with the names of what it reads."""
-    half = {name: t.detach().half().cpu().contiguous() for name, t in reader.state_dict().items()}
-    save_file(half, path, {"format": FORMAT, "reads": described()})
+    save_half(path, reader, {"format": FORMAT, "reads": described()})
 
 
 def described() -> str:
@@ -93,19 +91,9 @@ def load_reader(path: Path = BUNDLED) -> AvatarReader:
         ValueError: not a reader's file, a damaged one, or one that reads other attributes.
     """
     advice = "make one with python -m train.world.reader"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such reader file: {advice}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, found {error}") from error
-    if metadata.get("format") != FORMAT or metadata.get("reads") != described():
-        raise ValueError(f"{path}: not a reader of this project's avatars: {advice}")
+    metadata, state = read_tensors(path, "reader", (FORMAT,), advice)
+    if metadata.get("reads") != described():
+        raise ValueError(f"{path}: reads other attributes than this version: {advice}")
     reader = AvatarReader()
-    try:
-        reader.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: the weights do not fit a reader: {advice}") from error
+    load_weights(reader, state, path)
     return reader.eval().requires_grad_(False)

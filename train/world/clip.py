@@ -7,6 +7,11 @@ convolutional network reads them: whole styles are held out to see how far that 
     python -m train.world.clip --out runs/avatars/clip          # an hour on one core; resumes
 """
 
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.world.clip")
+
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 from torch import Tensor, nn
@@ -24,7 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from data.illustrated.avatars import HELD_OUT, TRAINED, bank, draw, render, to_images
 from data.illustrated.captions import caption
 from data.illustrated.shown import Shown, colours, sample, shown
-from train.loop import Schedule, train, write_atomically
+from targetclip import command
+from targetclip.weights import save_tensors
+from train.loop import Schedule, plain_settings, train
 from train.world.generator import HELD_OUT_SEED, best_device
 
 SIZE = 96  # px; a multiple of 32, as the image tower needs it
@@ -98,7 +104,7 @@ def avatars(
     path = folder / f"{name}.json"
     if not path.exists():
         text = json.dumps([shown_by(key) for key in keys])
-        write_atomically(path, lambda unfinished: unfinished.write_text(text))
+        command.write_file(path, text)
     return pictures, [Shown(**fields) for fields in json.loads(path.read_text())]
 
 
@@ -263,35 +269,32 @@ def run(config: Config) -> None:
             name: figures_of(reader, *drawn, styles) for name, (drawn, styles) in tests.items()
         }
         text = json.dumps(report, indent=1) + "\n"
-        write_atomically(config.out / "report.json", lambda path: path.write_text(text))
+        command.write_file(config.out / "report.json", text)
         return {f"{name}_{k}": v for name, r in report.items() for k, v in r["all"].items()}
 
     schedule = Schedule(
-        config.steps, config.learning_rate, decay_from=0.3, ema=0.995,
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        decay_from=0.3,
+        ema=0.995,
         evaluate_every=config.evaluate_every,
-    )  # fmt: skip
-    average = train(model, loss_at, config.out, schedule, evaluate)
+    )
+    average = train(model, loss_at, config.out, schedule, evaluate, plain_settings(config))
     save_local_directory(average, config.out / "model")
+    command.say_next(config.out, "model/, report.json", "read report.json")
 
 
 def save_local_directory(model: nn.Module, folder: Path) -> None:
     """Write a model as open_clip reads it from a local directory; weights in half precision."""
-    from safetensors.torch import save_file
-
     half = {
         name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
         for name, t in model.state_dict().items()
     }
-    write_atomically(folder / "open_clip_model.safetensors", lambda path: save_file(half, path))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "open_clip_model.safetensors", half, {"format": "pt"})
     text = json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2)
-    write_atomically(
-        folder / "open_clip_config.json", lambda path: path.write_text(text + "\n") and None
-    )
+    command.write_file(folder / "open_clip_config.json", text + "\n")
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m train.world.clip")

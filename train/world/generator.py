@@ -10,12 +10,16 @@ which takes no pictures, and last both are trained together.
         --steps 50 --mapping-steps 50 --joint-steps 50                           # a try
 """
 
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.world.generator")
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 from PIL import Image
@@ -33,11 +37,12 @@ from data.illustrated.codes import (
     indices_from_z,
     one_hot,
 )
+from targetclip import command
 from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import Mapping, StyleGAN2, StyleGAN2Config
-from targetclip.images import labelled_grid, tensor_to_pictures
-from train.loop import Schedule, train, write_atomically
+from targetclip.media.images import labelled_grid, tensor_to_pictures
+from train.loop import Schedule, plain_settings, train
 
 HELD_OUT_SEED = 1_000_003
 MAPPING_RATE = 100.0  # its weights are stored a hundred times larger than they act
@@ -72,7 +77,12 @@ class Config:
 
     def schedule(self, steps: int) -> Schedule:
         """Return the schedule of a stage on blends."""
-        return Schedule(steps, self.learning_rate, 0.4, evaluate_every=self.evaluate_every)
+        return Schedule(
+            steps=steps,
+            learning_rate=self.learning_rate,
+            decay_from=0.4,
+            evaluate_every=self.evaluate_every,
+        )
 
 
 def best_device() -> torch.device:
@@ -236,7 +246,8 @@ def train_pictures(
     mapping = list(network.mapping_network.parameters())
     others = [p for n, p in network.named_parameters() if not n.startswith("mapping_network")]
     groups = [{"params": mapping, "lr": mapping_rate}, {"params": others, "lr": 1.0}]
-    return train(network, loss_at, out, schedule, evaluate, groups)
+    settings = plain_settings(config, stage=out.name)
+    return train(network, loss_at, out, schedule, evaluate, settings, groups=groups)
 
 
 def train_mapping(config: Config, mapping: Mapping, held: Faces, out: Path) -> Mapping:
@@ -259,9 +270,12 @@ def train_mapping(config: Config, mapping: Mapping, held: Faces, out: Path) -> M
         unexplained = (w - codes).square().mean() / codes.square().mean()
         return {"unexplained": float(unexplained), "right": float(right.float().mean())}
 
-    schedule = Schedule(config.mapping_steps, 2e-2, decay_from=0.3, evaluate_every=2500)
+    schedule = Schedule(
+        steps=config.mapping_steps, learning_rate=2e-2, decay_from=0.3, evaluate_every=2500
+    )
     groups = [{"params": list(mapping.parameters()), "lr": MAPPING_RATE}]
-    return train(mapping, loss_at, out, schedule, evaluate, groups)
+    settings = plain_settings(config, stage=out.name)
+    return train(mapping, loss_at, out, schedule, evaluate, settings, groups=groups)
 
 
 def start_small(
@@ -270,7 +284,10 @@ def start_small(
     """Train at half the resolution, and return a whole network that starts from that."""
     half = StyleGAN2(replace(sizes, resolution=SIZE // 2, channels=sizes.channels[:-1])).to(device)
     exact = Schedule(
-        config.half_steps, config.half_learning_rate, 0.6, evaluate_every=config.evaluate_every
+        steps=config.half_steps,
+        learning_rate=config.half_learning_rate,
+        decay_from=0.6,
+        evaluate_every=config.evaluate_every,
     )
     half = train_pictures(
         config, half, faces, held, exact_latents(faces), exact, config.out / "half"
@@ -291,13 +308,19 @@ def run(config: Config) -> None:
     device = best_device()
     faces = Faces(config.out.parent, config.faces, config.seed)
     held = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED)
-    sizes = StyleGAN2Config(SIZE, W_DIM, W_DIM, config.mapping_layers, config.channels)
+    sizes = StyleGAN2Config(
+        resolution=SIZE,
+        w_dim=W_DIM,
+        z_dim=W_DIM,
+        mapping_layers=config.mapping_layers,
+        channels=config.channels,
+    )
     if config.start is None:
         network = start_small(config, sizes, faces, held, device)
     else:
         network = load_generator(config.start).requires_grad_(True).to(device)
         if network.config != sizes:
-            raise SystemExit(f"--start {config.start}: expected {sizes}, found {network.config}")
+            raise ValueError(f"--start {config.start}: expected {sizes}, found {network.config}")
     network = train_pictures(
         config, network, faces, held, mixed_latents(faces), config.schedule(config.steps),
         config.out / "whole",
@@ -305,7 +328,10 @@ def run(config: Config) -> None:
     mapping = train_mapping(config, network.mapping_network, held, config.out / "mapping")
     network.mapping_network.load_state_dict(mapping.state_dict())
     last = Schedule(
-        config.joint_steps, config.joint_learning_rate, 0.2, evaluate_every=config.evaluate_every
+        steps=config.joint_steps,
+        learning_rate=config.joint_learning_rate,
+        decay_from=0.2,
+        evaluate_every=config.evaluate_every,
     )
     network = train_pictures(
         config, network, faces, held, joint_latents(faces), last, config.out / "joint",
@@ -314,15 +340,10 @@ def run(config: Config) -> None:
     with torch.no_grad():
         many = torch.randn(100_000, W_DIM, generator=torch.Generator().manual_seed(0)).to(device)
         network.mapping_network.w_avg.copy_(network.mapping_network(many).mean(dim=0))
-    write_atomically(
-        config.out / "generator.safetensors",
-        lambda path: save_safetensors(network, path, torch.float16),
-    )
+    with command.whole_file(config.out / "generator.safetensors") as temporary:
+        save_safetensors(network, temporary, torch.float16)
+    command.say_next(config.out, "generator.safetensors", "train its inverter and reader")
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m train.world.generator")

@@ -9,19 +9,24 @@ from the attribute reader, which judges edits beside it.
         --out runs/avatars/identity
 """
 
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.world.identity")
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE
+from targetclip import command
+from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.generators import load_generator
-from targetclip.identity import IdentityConfig, SketchIdentity, save_identity
-from train.loop import Schedule, train, write_atomically
+from train.loop import Schedule, plain_settings, train
 from train.world.generator import HELD_OUT_SEED, Faces, best_device
 from train.world.reader import Sight
 
@@ -134,17 +139,15 @@ def run(config: Config) -> None:
         }
 
     schedule = Schedule(
-        config.steps, config.learning_rate, ema=0.998, evaluate_every=config.evaluate_every
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        ema=0.998,
+        evaluate_every=config.evaluate_every,
     )
-    average = train(identity, loss_at, config.out, schedule, evaluate)
-    write_atomically(
-        config.out / "identity.safetensors", lambda path: save_identity(average.cpu(), path)
-    )
+    average = train(identity, loss_at, config.out, schedule, evaluate, plain_settings(config))
+    save_identity(average.cpu(), config.out / "identity.safetensors")
+    command.say_next(config.out, "identity.safetensors", "name it in the world's file")
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m train.world.identity")

@@ -7,16 +7,22 @@ the pictures it is rendered back to must look like what it saw as well.
         --out runs/avatars/inverter
 """
 
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.world.inverter")
+
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 
+from targetclip import command
+from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators import load_generator
-from targetclip.inverter import Inverter, InverterConfig, save_inverter
-from train.loop import Schedule, train, write_atomically
+from train.loop import Schedule, plain_settings, train
 from train.world.generator import HELD_OUT_SEED, Faces, best_device, psnr, save_pairs
 from train.world.reader import Sight
 
@@ -47,9 +53,12 @@ def run(config: Config) -> None:
     generator = load_generator(config.generator).to(device)
     layers = generator.num_ws
     sizes = InverterConfig(
-        generator.resolution, layers, generator.w_dim, generator.fingerprint,
-        (32, 64, 96, 128, 128),
-    )  # fmt: skip
+        resolution=generator.resolution,
+        num_ws=layers,
+        w_dim=generator.w_dim,
+        generator=generator.fingerprint,
+        channels=(32, 64, 96, 128, 128),
+    )
     inverter = Inverter(sizes).to(device)
     inverter.mean_w.copy_(generator.mean_w)
     sight = Sight(generator, Faces(config.out.parent, config.faces, config.seed), config.noise)
@@ -79,26 +88,27 @@ def run(config: Config) -> None:
         return {"psnr": psnr(images, held), "right": float(right.float().mean())}
 
     first = Schedule(
-        config.code_steps, config.learning_rate, 0.6, 0.998, evaluate_every=config.evaluate_every
+        steps=config.code_steps,
+        learning_rate=config.learning_rate,
+        decay_from=0.6,
+        ema=0.998,
+        evaluate_every=config.evaluate_every,
     )
-    average = train(
-        inverter, lambda step: loss_on(False, step), config.out / "codes", first, evaluate
-    )
+    settings, losses = plain_settings(config), partial(loss_on, False)
+    average = train(inverter, losses, config.out / "codes", first, evaluate, settings)
     inverter.load_state_dict(average.state_dict())
     last = Schedule(
-        config.steps, config.learning_rate / 2, 0.3, 0.998, evaluate_every=config.evaluate_every
+        steps=config.steps,
+        learning_rate=config.learning_rate / 2,
+        decay_from=0.3,
+        ema=0.998,
+        evaluate_every=config.evaluate_every,
     )
-    average = train(
-        inverter, lambda step: loss_on(True, step), config.out / "pictures", last, evaluate
-    )
-    write_atomically(
-        config.out / "inverter.safetensors", lambda path: save_inverter(average.cpu(), path)
-    )
+    losses = partial(loss_on, True)
+    average = train(inverter, losses, config.out / "pictures", last, evaluate, settings)
+    save_inverter(average.cpu(), config.out / "inverter.safetensors")
+    command.say_next(config.out, "inverter.safetensors, grid.png", "name it in the world's file")
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m train.world.inverter")

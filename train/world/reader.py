@@ -7,20 +7,25 @@ is ever trained through the reader.
         --out runs/avatars/reader
 """
 
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("train.world.reader")
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.illustrated.codes import ATTRIBUTES, COUNTS, HATS, one_hot, visible
 from eval.avatar_reader import AvatarReader, save_reader
+from targetclip import command
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2
-from train.loop import Schedule, train, write_atomically
+from train.loop import Schedule, plain_settings, train
 from train.world.generator import HELD_OUT_SEED, Faces, best_device
 
 
@@ -137,15 +142,15 @@ def run(config: Config) -> None:
         return figures
 
     schedule = Schedule(
-        config.steps, config.learning_rate, ema=0.998, evaluate_every=config.evaluate_every
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        ema=0.998,
+        evaluate_every=config.evaluate_every,
     )
-    average = train(reader, loss_at, config.out, schedule, evaluate)
-    write_atomically(config.out / "reader.safetensors", lambda path: save_reader(average, path))
+    average = train(reader, loss_at, config.out, schedule, evaluate, plain_settings(config))
+    save_reader(average, config.out / "reader.safetensors")
+    command.say_next(config.out, "reader.safetensors", "give it to eval.avatar_reader.load_reader")
 
 
 def main() -> None:
-    run(tyro.cli(Config, description=__doc__))
-
-
-if __name__ == "__main__":
-    main()
+    command.main(run, Config, __doc__, "python -m train.world.reader")

@@ -11,11 +11,11 @@ pytest.importorskip("resvg_py", reason="needs the extra avatars")
 
 from data.illustrated.codes import ATTRIBUTES, COUNTS, HATS, visible
 from eval.avatar_reader import HAIR_COLOURS, AvatarReader, load_reader
+from targetclip.encoders.identity import load_identity
+from targetclip.encoders.inverter import load_inverter
 from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.identity import load_identity
-from targetclip.inverter import load_inverter
 from train.loop import LOG
 from train.world import identity, inverter, reader
 from train.world.identity import FEATURES, IDENTITY, features_of, with_essence_of
@@ -28,7 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("avatars")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = StyleGAN2(StyleGAN2Config(128, 128, 128, 1, (8,) * 6))
+        network = StyleGAN2(
+            StyleGAN2Config(
+                resolution=128, w_dim=128, z_dim=128, mapping_layers=1, channels=(8,) * 6
+            )
+        )
         path = out / "generator.safetensors"
         save_safetensors(network, path)
         reader.run(reader.Config(path, out / "reader", 8, 2, 6))
@@ -68,7 +72,7 @@ def test_a_reader_that_says_hat_is_believed() -> None:
 
 
 def test_a_file_of_another_kind_is_no_reader(folder: Path) -> None:
-    with pytest.raises(ValueError, match="not a reader of this project's avatars"):
+    with pytest.raises(ValueError, match="expected format targetclip-avatar-reader"):
         load_reader(folder / "identity" / "identity.safetensors")
 
 
