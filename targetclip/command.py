@@ -285,6 +285,9 @@ def start(module: str) -> NoReturn:
     """
 
     def work() -> int:
+        # Importing torch takes seconds. Of a launch, only the first process speaks.
+        if not {"-h", "--help"} & {*sys.argv} and os.environ.get("RANK", "0") == "0":
+            say(f"{module}: starting", error=True)
         import_module(module).main()
         return 0
 

@@ -184,6 +184,7 @@ def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path: Path) -> None:
     _, message = process.communicate(timeout=30)
     assert process.returncode == STOPPED
     assert "Traceback" not in message and "stopped" in message
+    assert message.startswith("slow: starting\n")  # before the import, which takes long
 
 
 def test_importing_a_command_does_not_import_torch() -> None:
