@@ -1,6 +1,6 @@
 """Build a dataset of pairs: the embedding of a target, and the direction the teacher finds for it.
 
-    python -m data.build --out runs/pairs --targets drawn:200 wide:50              # a laptop
+    python -m data.build --out runs/pairs --targets avataaars:200 styles:50       # a laptop
     accelerate launch -m data.build --out pairs --targets ffhq/ --world ffhq.toml   # one GPU
     accelerate launch --multi_gpu --num_processes 8 -m data.build --out pairs --targets ffhq/ \\
         --world ffhq.toml                                                           # eight
@@ -43,7 +43,7 @@ from data.plan import (
     make_plan,
 )
 from data.publish import At, go_on, sha256_of
-from data.targets import TargetSet, open_targets
+from data.targets import TargetSet, check_trainable, open_targets
 from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
 from data.worker import Worker, merge_all, remove_leftovers
 from targetclip import command
@@ -79,8 +79,8 @@ class Config:
     out: Path
     """Folder of the dataset, on a file system that all workers share."""
     targets: tuple[str, ...] = ()
-    """Target pictures: folders, dataset:NAME, generated:N, mixed:N, drawn:N, wide:N. Not needed
-    once the plan is made."""
+    """Target pictures: folders, dataset:NAME, generated:N, mixed:N, avataaars:N, styles:N. Not
+    needed once the plan is made."""
     world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     only: Stage | None = None
@@ -124,6 +124,7 @@ def check_config(config: Config) -> None:
     Raises:
         ValueError: an option has an impossible value.
     """
+    check_trainable(config.targets)
     for name in ("steps", "batch_size", "max_images", "held_out", "max_attempts"):
         value = getattr(config, name)
         if isinstance(value, int) and value < 1:

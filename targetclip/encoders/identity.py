@@ -21,7 +21,7 @@ from targetclip.recipes import Preprocess
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, save_half
 
 FORMAT = "targetclip-identity/1"
-MAKE = "make one with python -m train.drawn.identity"
+MAKE = "make one with python -m train.world.identity"
 
 
 @runtime_checkable
