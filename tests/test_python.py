@@ -37,7 +37,7 @@ import numpy as np
 from PIL import Image
 from targetclip import Direction, load_essence, mixed
 
-essence = load_essence("sketch64", "cpu")
+essence = load_essence("avatars", "cpu")
 glasses = essence.direction(text="round glasses", mode="instant")
 joker = Direction.load("joker.safetensors", essence)
 both = 0.5 * joker + 0.5 * glasses
@@ -111,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_readmes_lines_give_the_pictures_that_the_parts_give(folder: Path) -> None:
     run(README, folder)
-    essence = load_essence("sketch64")
+    essence = load_essence("avatars")
     direction = essence.predict(read_picture(ROOT / "examples/joker.png"))
     ws = essence.scene.invert([read_picture(ROOT / "examples/ada.png")])
     [expected] = tensor_to_pictures(essence.scene.edit(ws, direction.vector, 0.8))

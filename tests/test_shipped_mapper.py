@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from data.drawn.readings import READINGS
+from data.drawn.sketch import NAMES, Face, draw
 from jaxtyping import Float
 from torch import Tensor
 
-from data.drawn.readings import READINGS
-from data.drawn.sketch import NAMES, Face, draw
 from eval.reader import AttributeReader, load_reader
 from predictor import EssenceTransfer, load_essence, mixed
 from predictor.direction import layer_weights
@@ -23,7 +23,7 @@ OFF = ("hat", "beard", "glasses", "moustache", "lipstick", "blush", "face_paint"
 
 @pytest.fixture(scope="module")
 def essence() -> EssenceTransfer:
-    return load_essence("sketch64")
+    return load_essence("avatars")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def mean(readings: Tensor, name: str) -> float:
 
 
 def test_the_worlds_recipe_is_the_optimizers(essence: EssenceTransfer) -> None:
-    assert essence.recipe == RECIPES[load_world("sketch64").recipe] == RECIPES["identity"]
+    assert essence.recipe == RECIPES[load_world("avatars").recipe] == RECIPES["identity"]
 
 
 def test_the_world_names_a_calibrated_mapper(essence: EssenceTransfer) -> None:

@@ -385,7 +385,7 @@ def test_any_damage_gives_finite_items_or_one_clear_line(
 
 @cache
 def bundled() -> StyleGAN2:
-    return load_generator(load_world("sketch64").generator)
+    return load_generator(load_world("avatars").generator)
 
 
 @pytest.mark.parametrize("truncation", [0.3, 0.7, 1.0])

@@ -93,11 +93,11 @@ def test_a_target_out_of_place_by_the_mappers_calibration(
 
 
 def test_a_latent_in_the_place_of_a_direction(warned: Warned, tmp_path: Path) -> None:
-    scene = load_scene(load_world("sketch64"))
+    scene = load_scene(load_world("avatars"))
     one, other = scene.sources(2)
     np.save(tmp_path / "me.npy", one.numpy())
     np.save(tmp_path / "offset.npy", (one - other).numpy())
-    given = ("--world", "sketch64", "--num-sources", 1)
+    given = ("--world", "avatars", "--num-sources", 1)
     [warning] = warned(*given, "--direction", tmp_path / "me.npy")
     assert "looks like a latent" in warning
     assert warned(*given, "--direction", tmp_path / "offset.npy") == []
