@@ -76,17 +76,19 @@ def truth_of(contents: Sequence[Content]) -> Truth:
 def value_for(attribute: str, own: str, word: str) -> str:
     """Return the value of an attribute that shows a word: the own one if it does, else the first.
 
-    Where the style has no such value: the first of the same kind. Of hair the own one.
+    Where the style has no such value: the own one, if it is of the same kind, else the first of
+    that kind, and short hair for hair.
     """
-    values = next(a.values for a in ATTRIBUTES if a.name == attribute)
-    words = {v: word_of(STYLE, attribute, v) for v in values if v != NONE}
-    if not word or word == "bald":
+    if word in ("", "bald"):
         return NONE
+    values = next(a.values for a in ATTRIBUTES if a.name == attribute)
+    words = {value: word_of(STYLE, attribute, value) for value in values if value != NONE}
     same = [value for value, said in words.items() if said == word]
     kind = kinds()[word]
-    alike = [value for value, said in words.items() if kinds().get(said) == kind]
-    candidates = same or (alike if kind != "hair" or own not in alike else [own])
-    return own if own in candidates else candidates[0]
+    alike = same or [value for value, said in words.items() if kinds().get(said) == kind]
+    if own in alike:
+        return own
+    return alike[0] if same or kind != "hair" else value_for(attribute, own, "short hair")
 
 
 def with_essence(face: Sequence[int], content: Content) -> tuple[int, ...]:

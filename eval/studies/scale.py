@@ -131,7 +131,7 @@ def new_folder(config: Config, name: str) -> Path:
 
 def measure_overhead(config: Config) -> dict[str, float]:
     """Time the bare optimizer, a build of the same chunks, and the stages of that build."""
-    world, targets = load_world(config.world), open_targets(f"drawn:{config.targets}")
+    world, targets = load_world(config.world), open_targets(f"avataaars:{config.targets}")
     recipe = RECIPES[world.recipe]
     recipe = replace(recipe, steps=config.steps or recipe.steps)
     precision = choose_precision(config.precision)
@@ -178,7 +178,7 @@ def build_rate(
     if config.steps is not None:
         words += ["--steps", str(config.steps)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    targets = ["--targets", f"drawn:{config.targets * processes}"]
+    targets = ["--targets", f"avataaars:{config.targets * processes}"]
     run([*words, *targets, "--only", "plan"], env=one_thread, check=True)
     workers = [start([*words, "--only", "run"], env=one_thread) for _ in range(processes)]
     codes = [worker.wait() for worker in workers]

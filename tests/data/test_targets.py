@@ -404,7 +404,7 @@ def test_styles_that_are_held_out_are_of_their_own_kind_alone() -> None:
 
 def test_nothing_is_learned_from_styles_that_are_held_out() -> None:
     check_trainable([*default_targets(load_world("avatars"), 17, 20, 5), "faces/held-out"])
-    with pytest.raises(ValueError, match="found 'held-out:5@1', .* give 'styles:5@1'"):
+    with pytest.raises(ValueError, match=r"found 'held-out:5@1', .* give 'styles:5@1'"):
         check_trainable(["styles:2", "held-out:5@1"])
     # Of the trainings that draw avatars themselves one names these styles, to measure itself by.
     trainings = Path(__file__).parents[2].joinpath("train").rglob("*.py")
