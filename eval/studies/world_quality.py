@@ -70,7 +70,7 @@ def agreement(reader: AvatarReader, images: Images, truth: Truth) -> dict[str, f
     return right | {"identity": sum(kept) / len(kept)}
 
 
-def pairs(drawn: Images, made: Images) -> dict[str, Images]:
+def pairs(drawn: Images, made: Images) -> dict[str, Tensor]:
     """Return rows of eight faces as drawn, each above what was made of them."""
     rows: dict[str, Tensor] = {}
     for i in range(0, SHOWN, 8):
@@ -78,7 +78,7 @@ def pairs(drawn: Images, made: Images) -> dict[str, Images]:
     return rows
 
 
-def mixtures(scene: Scene, ws: Float[Tensor, "faces num_ws w_dim"]) -> dict[str, dict[str, Images]]:
+def mixtures(scene: Scene, ws: Float[Tensor, "faces num_ws w_dim"]) -> dict[str, dict[str, Tensor]]:
     """Return ways from face to face, and faces with one layer of another."""
     steps = torch.linspace(0, 1, 9, device=ws.device)[:, None, None]
     between, layers = {}, {}
