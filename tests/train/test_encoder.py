@@ -37,7 +37,7 @@ from train.mapper_data import Validation
 def configured(world: Path, out: Path, **changes: Any) -> Config:
     """A training that takes a second."""
     usual: dict[str, Any] = {
-        "targets": ("avataaars:8@17", "styles:4@17"),
+        "targets": ("styles:8@17", "avataaars:4@17"),
         "validation": ("avataaars:2@23", "styles:1@23"),
         "steps": 3,
         "batch_size": 2,

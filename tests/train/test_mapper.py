@@ -66,7 +66,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def pairs(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty targets' pairs, of all three splits."""
     out = tmp_path_factory.mktemp("built") / "pairs"
-    config = builds_made.config(tiny_world, out, targets=("avataaars:30",), batch_size=15)
+    config = builds_made.config(tiny_world, out, targets=("styles:30",), batch_size=15)
     assert build.run(config) == 0
     return out
 
@@ -81,7 +81,7 @@ def arguments(world: Path, bank: Path, out: Path, **changes: Any) -> list[str]:
     """Return the flags of a training that takes a second."""
     usual: dict[str, Any] = {
         "schedule": SCHEDULE,
-        "targets": ("avataaars:10@17", "generated:5@17"),
+        "targets": ("styles:10@17", "generated:5@17"),
         "validation": ("avataaars:2@23", "styles:1@23"),
         "width": 16,
         "depth": 1,
@@ -165,7 +165,7 @@ def test_the_default_targets_are_the_worlds_own(tiny_world: Path, tmp_path: Path
 
 @pytest.mark.parametrize("term", TERMS)
 def test_every_term_is_learned(term: str, small: Callable[..., Config], pairs: Path) -> None:
-    rates = {"schedule": (f"{term}:20",), "learning_rate": 0.03}
+    rates = {"schedule": (f"{term}:20",), "learning_rate": 0.01}
     training = prepared(small(pairs=pairs, num_pairs=8, **rates))
 
     def loss() -> float:
@@ -412,11 +412,12 @@ def test_a_share_of_the_targets_is_edited_by_the_direction_alone(
         assert correction is not None
 
         def transfer(training: MapperTraining = training) -> torch.Tensor:
-            batches = [training.objective(("transfer",), seed)["transfer"] for seed in range(8)]
+            batches = [training.objective(("transfer",), seed)["transfer"] for seed in range(16)]
             return torch.stack(batches).detach()
 
         zero = transfer()
-        torch.nn.init.normal_(correction.mix.weight)
+        numbers = torch.Generator().manual_seed(0)
+        torch.nn.init.normal_(correction.mix.weight, generator=numbers)
         losses[share] = float((transfer() - zero).abs().mean())
     assert 0 < losses[0.5] < losses[0.0]
 
