@@ -372,7 +372,7 @@ def avatar_at(kind: str, seed: int, index: int) -> tuple[str, Options]:
 def draw_avatar(kind: str, seed: int, index: int) -> Image.Image:
     """Draw a picture of one of the kinds DRAWN, 128 by 128 px."""
     if kind == "avataaars":
-        return Image.fromarray(draw_face(face_at(seed, index)))
+        return Image.fromarray(draw_face(face_at(seed, index))[0])
     return Image.fromarray(render(draw(*avatar_at(kind, seed, index))[0], SIZE))
 
 

@@ -350,7 +350,7 @@ def right_answer(
     faces = indices_from_z(z).tolist()
     edits = []
     for content in tqdm(truth.contents, "right answers", unit="target", leave=False):
-        drawn = [draw_face(list(with_essence(face, content))) for face in faces]
+        drawn = [draw_face(with_essence(face, content))[0] for face in faces]
         edits.append(scene.invert([Image.fromarray(picture) for picture in drawn]) - sources)
     return torch.stack(edits)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.illustrated.avatars import to_images
-from data.illustrated.codes import W_DIM, Codebook, draw_face, indices_from_z, one_hot
+from data.illustrated.codes import W_DIM, codes, draw_face, indices_from_z, one_hot
 from data.targets import check_dicebear
 from eval.judging import face_reader
 from eval.reader import PRESENT, READINGS, AvatarReader
@@ -111,9 +111,12 @@ def run(config: Config) -> dict[str, Any]:
     z = torch.randn(config.faces, generator.z_dim, generator=numbers)
     indices = indices_from_z(z)
     faces = indices.tolist()
-    pictures = [draw_face(face) for face in tqdm(faces, "draw", unit="face")]
-    drawn, truth = to_images(np.stack(pictures)).to(device), truth_of([tuple(f) for f in faces])
-    exact = Codebook().codes(one_hot(indices))[:, None].repeat(1, generator.num_ws, 1).to(device)
+    pictures = [draw_face(face)[0] for face in tqdm(faces, "draw", unit="face")]
+    drawn, truth = (
+        to_images(torch.from_numpy(np.stack(pictures))).to(device),
+        truth_of([tuple(f) for f in faces]),
+    )
+    exact = codes(one_hot(indices))[:, None].repeat(1, generator.num_ws, 1).to(device)
     mapped = torch.cat([generator.mapping(part.to(device), 1.0) for part in z.split(64)])
     made = {"drawn": drawn, "from codes": scene.render(exact), "from z": scene.render(mapped)}
     if scene.inverter is not None:

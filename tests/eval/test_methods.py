@@ -405,7 +405,7 @@ def test_the_right_answer_keeps_who_it_is_and_brings_the_essence(scene: Scene) -
         resolution=128, w_dim=8, z_dim=VALUES, mapping_layers=1, channels=(8,) * 6
     )
     other = dataclasses.replace(scene, generator=StyleGAN2(sizes), inverter=Pixels())
-    drawn = torch.stack([other.images_of([Image.fromarray(draw_face(list(f)))])[0] for f in faces])
+    drawn = torch.stack([other.images_of([Image.fromarray(draw_face(f)[0])])[0] for f in faces])
     edits = right_answer(other, truth, drawn.flatten(2))
     assert edits.shape == (1, 2, 3, 128 * 128)
     changed = edits[0].unflatten(2, (128, 128)).abs().sum(dim=1) > 0.05
