@@ -64,7 +64,7 @@ class Config:
     only: Measure | None = None
     """Measure this alone. Default: all four."""
     targets: int = 16
-    """Targets of each timed build, drawn faces."""
+    """Targets of each timed build, avatars."""
     batch_size: int = 8
     steps: int | None = None
     """Steps of the teacher where time is measured. Default: the recipe's."""
