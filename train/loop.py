@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from targetclip.command import (
@@ -98,10 +99,9 @@ def plain_settings(config: Any, **more: Any) -> dict[str, Any]:
 
 def update_average(average: nn.Module, network: nn.Module, decay: float, step: int) -> None:
     """Move the averaged weights towards the current ones; quicker during the first steps."""
-    decay = min(decay, (1 + step) / (10 + step))
+    move = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
     with torch.no_grad():
-        for mean, value in zip(average.parameters(), network.parameters(), strict=True):
-            mean.lerp_(value, 1 - decay)
+        move(list(average.parameters()), list(network.parameters()), step)
         for copied, buffer in zip(average.buffers(), network.buffers(), strict=True):
             copied.copy_(buffer)
 

@@ -7,7 +7,7 @@ how to render one at any size. Needs the extra `avatars`.
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -23,8 +23,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from targetclip.command import write_file
+
 Options = dict[str, Any]
 Key = TypeVar("Key")
+Made = TypeVar("Made")
 
 TRAINED = (
     "avataaars", "adventurer", "big-ears", "big-smile", "croodles", "dylan", "miniavs",
@@ -98,41 +101,54 @@ def render(svg: str, size: int) -> UInt8[ndarray, "size size 3"]:
     return picture
 
 
-def bank(
-    path: Path, keys: Sequence[Key], picture_of: Callable[[Key], UInt8[ndarray, "s s 3"]], size: int
-) -> UInt8[ndarray, "count size size 3"]:
-    """Return the pictures of `keys`, rendered by all cores on first use and kept at `path`.
+def by_all_cores(function: Callable[[Key], Made], keys: Sequence[Key], name: str) -> Iterator[Made]:
+    """Yield a function's values in the order of `keys`, computed by a process on every core.
 
-    The file appears only when it is whole. `picture_of` must be a module-level function, since
-    worker processes import it.
+    It must be a module-level function, since the processes import it.
+    """
+    with get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+        yield from tqdm(pool.imap(function, keys, chunksize=64), name, total=len(keys))
+
+
+def bank(
+    path: Path,
+    keys: Sequence[Key],
+    made_of: Callable[[Key], tuple[UInt8[ndarray, "s s 3"], dict[str, str]]],
+    size: int,
+) -> tuple[UInt8[Tensor, "count size size 3"], list[dict[str, str]]]:
+    """Return the pictures of `keys` and what they show, made by all cores on first use.
+
+    Both are kept, pictures at `path` and the rest beside it; a file appears only when it is whole.
+    The pictures are read from disk as they are asked for. For `made_of` see `by_all_cores`.
 
     Raises:
         ValueError: the file holds other pictures than these.
     """
-    shape = (len(keys), size, size, 3)
-    if not path.exists():
+    shape, known = (len(keys), size, size, 3), path.with_suffix(".json")
+    if not (path.exists() and known.exists()):
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             drawing = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
-            with get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-                drawn = pool.imap(picture_of, keys, chunksize=64)
-                for i, picture in enumerate(tqdm(drawn, path.name, total=len(keys))):
-                    drawing[i] = picture
+            truths = []
+            for i, (picture, truth) in enumerate(by_all_cores(made_of, keys, path.name)):
+                drawing[i] = picture
+                truths.append(truth)
             drawing.flush()
+            write_file(known, json.dumps(truths))
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
-    pictures: UInt8[ndarray, "count size size 3"] = np.load(path, mmap_mode="r")
+    # Copied where written to, which nobody does: torch takes no array that is read-only.
+    pictures = torch.from_numpy(np.load(path, mmap_mode="c"))
     if pictures.shape != shape:
         raise ValueError(
             f"{path}: expected shape {list(shape)}, found {list(pictures.shape)}: delete it, it is "
             "made anew"
         )
-    return pictures
+    return pictures, json.loads(known.read_text("utf-8"))
 
 
-def to_images(pictures: UInt8[ndarray, "batch size size 3"]) -> Float[Tensor, "batch 3 size size"]:
+def to_images(pictures: UInt8[Tensor, "batch size size 3"]) -> Float[Tensor, "batch 3 size size"]:
     """Return uint8 pictures as images in [-1, 1]."""
-    # A bank on disk is read-only, which torch cannot say of a tensor.
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -5,7 +5,7 @@ each. A value has a fixed code, a face's code is their sum, so w says exactly wh
 `codes` goes there, `strongest` comes back.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from data.illustrated.avatars import Options, bank, draw, render
 
 STYLE = "avataaars"
 SIZE = 128  # px
-W_DIM = 128  # a power of two, see `basis`
+W_DIM = 256  # a power of two, see `basis`
 SCALE = 2.0
 SHARPNESS = 6.0
 NONE = "none"
@@ -158,9 +158,9 @@ def basis() -> Float[Tensor, "values w_dim"]:
 class Codebook:
     """Codes of attribute values in w: (amounts - their mean) @ orthonormal rows * SCALE."""
 
-    def __init__(self) -> None:
-        self.shares = shares()
-        self.basis = basis()
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.shares = shares().to(device)
+        self.basis = basis().to(device)
 
     def codes(self, amounts: Float[Tensor, "*batch values"]) -> Float[Tensor, "*batch w_dim"]:
         """Return the w of amounts of each value."""
@@ -195,18 +195,17 @@ def blend(
         part: of the attributes that are blended: 1 to 2 times the value and 0 to 1 times another.
     """
     shape = (len(indices), layers, len(COUNTS))
-    chance = torch.rand(shape, generator=generator)
-    own = 1 + torch.rand(shape, generator=generator)
-    mixed = torch.rand(shape, generator=generator)
+    chance, own, mixed = torch.rand((3, *shape), generator=generator, device=generator.device)
+    own = 1 + own
     # The same for all layers of every second face, as an edit by one direction in W is.
     for drawn in (chance, own, mixed):
         drawn[::2] = drawn[::2, :1]
     blended = chance < part
-    own = torch.where(blended, own, torch.ones(()))
-    mixed = torch.where(blended, mixed, torch.zeros(()))
-    repeats = torch.tensor(COUNTS)
-    amounts = own.repeat_interleave(repeats, dim=2) * one_hot(indices)[:, None]
-    return amounts + mixed.repeat_interleave(repeats, dim=2) * one_hot(other)[:, None]
+    own, mixed = own.where(blended, 1.0), mixed.where(blended, 0.0)
+    attributes = [i for i, count in enumerate(COUNTS) for _ in range(count)]
+    shown = own[..., attributes] * one_hot(indices)[:, None]
+    amounts: Tensor = shown + mixed[..., attributes] * one_hot(other)[:, None]
+    return amounts
 
 
 def visible(indices: Int[Tensor, "batch attributes"]) -> Bool[Tensor, "batch attributes"]:
@@ -242,14 +241,21 @@ def options_of(indices: Iterable[int]) -> Options:
     return options | {"facialHairColor": options["hairColor"], "accessoriesColor": ["#262e33"]}
 
 
-def draw_face(indices: list[int]) -> UInt8[ndarray, "128 128 3"]:
-    """Render the picture of a face given as one index of a value for each attribute."""
-    return render(draw(STYLE, options_of(indices))[0], SIZE)
+def draw_face(
+    indices: Sequence[int],
+) -> tuple[UInt8[ndarray, "128 128 3"], dict[str, str]]:
+    """Render the picture of a face given as one index of a value for each attribute.
+
+    Returns it with the value of each attribute.
+    """
+    values = zip(ATTRIBUTES, indices, strict=True)
+    picture = render(draw(STYLE, options_of(indices))[0], SIZE)
+    return picture, {attribute.name: attribute.values[index] for attribute, index in values}
 
 
 def face_bank(
     folder: Path, count: int, seed: int
-) -> tuple[Float[Tensor, "count z_dim"], UInt8[ndarray, "count 128 128 3"]]:
+) -> tuple[Float[Tensor, "count z_dim"], UInt8[Tensor, "count 128 128 3"]]:
     """Return latents and their pictures, rendered on first use and kept in `folder`.
 
     Raises:
@@ -257,4 +263,4 @@ def face_bank(
     """
     z = torch.randn(count, W_DIM, generator=torch.Generator().manual_seed(seed))
     keys = indices_from_z(z).tolist()
-    return z, bank(folder / f"faces-{seed}-{count}.npy", keys, draw_face, SIZE)
+    return z, bank(folder / f"faces-{seed}-{count}.npy", keys, draw_face, SIZE)[0]

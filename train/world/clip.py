@@ -1,10 +1,12 @@
 """Train the CLIP model of the bundled world on avatars of many styles and their captions.
 
-An ordinary open_clip model with a small configuration, trained contrastively. It must read styles
-that nobody showed it, so pictures are turned, recoloured, blurred and made noisy, and a
-convolutional network reads them: whole styles are held out to see how far that goes.
+An ordinary open_clip model with a small configuration. It learns to find the caption of a picture
+among those of others (contrastive loss), and which of several texts says what is there, kind by
+kind: glasses, beard, hat and so on (cross-entropy). It must read styles that nobody showed it, so
+pictures are turned, bent, recoloured, blurred and made noisy, and a convolutional network reads
+them: whole styles are held out to see how far that goes.
 
-    python -m train.world.clip --out runs/avatars/clip          # an hour on one core; resumes
+    python -m train.world.clip --out runs/avatars/clip          # minutes on a GPU; resumes
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -13,25 +15,35 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("train.world.clip")
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8, UInt16
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.illustrated.avatars import HELD_OUT, TRAINED, bank, draw, render, to_images
-from data.illustrated.captions import caption
-from data.illustrated.shown import Shown, colours, sample, shown
+from data.illustrated.avatars import (
+    HELD_OUT,
+    TRAINED,
+    bank,
+    by_all_cores,
+    draw,
+    render,
+    to_images,
+)
+from data.illustrated.captions import ABSENT, HAT_WORDS, OPENINGS, Speaker, caption
+from data.illustrated.shown import Shown, colours, sample, shown, tables
 from targetclip import command
 from targetclip.weights import save_tensors
 from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, best_device
+from train.world.generator import HELD_OUT_SEED, best_device, pick, random_at
 
 SIZE = 96  # px; a multiple of 32, as the image tower needs it
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -41,6 +53,7 @@ MODEL: dict[str, Any] = {
     "text_cfg": {"context_length": 48, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
 PREPROCESS = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
+WORDINGS = 8  # captions of each picture, and ways to ask for each answer
 # What zero-shot reading asks: with and without, each by the mean of several texts.
 QUESTIONS = {
     "glasses": (
@@ -57,6 +70,10 @@ QUESTIONS = {
     ),
 }
 
+KINDS = ("glasses", "beard", "hat", "hair", "mouth", "hair_colour", "hat_colour")
+HAIR_WORDS = ["", "short hair", "long hair", "curly hair", "bun"]
+NOT_ASKED = -1
+
 Key = tuple[str, int, int]  # style, seed, index
 
 
@@ -64,17 +81,17 @@ Key = tuple[str, int, int]  # style, seed, index
 class Config:
     out: Path
     """Folder for checkpoint, log and the model's local directory `model/`."""
-    pictures: int = 33_000
+    pictures: int = 66_000
     """Pictures rendered once, beside `out`, and kept to train on."""
-    steps: int = 4000
-    batch_size: int = 128
+    steps: int = 6000
+    batch_size: int = 256
     learning_rate: float = 1e-3
     noise: float = 0.15
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
     seed: int = 0
     tests: int = 200
     """Held-out pictures of each style."""
-    evaluate_every: int = 500
+    evaluate_every: int = 1000
 
 
 def keys_of(styles: tuple[str, ...], count: int, seed: int) -> list[Key]:
@@ -82,30 +99,105 @@ def keys_of(styles: tuple[str, ...], count: int, seed: int) -> list[Key]:
     return [(styles[i % len(styles)], seed, i // len(styles)) for i in range(count)]
 
 
-def picture_of(key: Key) -> UInt8[ndarray, "96 96 3"]:
-    """Render the picture that a key names."""
+def made_of(key: Key) -> tuple[UInt8[ndarray, "96 96 3"], dict[str, str]]:
+    """Render the picture that a key names, and return it with what it shows."""
     style, seed, index = key
-    return render(draw(style, sample(style, seed, index))[0], SIZE)
-
-
-def shown_by(key: Key) -> dict[str, str]:
-    """Return what the picture that a key names shows."""
-    style, seed, index = key
-    return asdict(shown(style, draw(style, sample(style, seed, index))[1]))
+    svg, drawn = draw(style, sample(style, seed, index))
+    return render(svg, SIZE), asdict(shown(style, drawn))
 
 
 def avatars(
     folder: Path, styles: tuple[str, ...], count: int, seed: int
-) -> tuple[UInt8[ndarray, "count 96 96 3"], list[Shown]]:
+) -> tuple[UInt8[Tensor, "count 96 96 3"], list[Shown]]:
     """Return pictures of styles and what they show, made on first use and kept in `folder`."""
-    keys = keys_of(styles, count, seed)
-    name = f"{'held-out' if styles == HELD_OUT else 'trained'}-{seed}-{count}"
-    pictures = bank(folder / f"{name}.npy", keys, picture_of, SIZE)
-    path = folder / f"{name}.json"
-    if not path.exists():
-        text = json.dumps([shown_by(key) for key in keys])
-        command.write_file(path, text)
-    return pictures, [Shown(**fields) for fields in json.loads(path.read_text())]
+    name = f"{'held-out' if styles == HELD_OUT else 'trained'}-{seed}-{count}.npy"
+    pictures, truths = bank(folder / name, keys_of(styles, count, seed), made_of, SIZE)
+    return pictures, [Shown(**truth) for truth in truths]
+
+
+@cache
+def tokenizer() -> Any:
+    """Return the tokenizer, made once in every process."""
+    import open_clip
+
+    return open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
+
+
+def captions_of(key: tuple[Shown, int, int]) -> UInt16[ndarray, "wordings context"]:
+    """Return the tokens of `WORDINGS` captions of a picture, given with two parts of a seed.
+
+    The first fits a grey copy: it names no colour.
+    """
+    item, *seed = key
+    rng = np.random.default_rng(seed)
+    grey = replace(item, hair_colour="", hat_colour="")
+    texts = [caption(grey if i == 0 else item, rng) for i in range(WORDINGS)]
+    tokens: UInt16[ndarray, "wordings context"] = tokenizer()(texts).numpy().astype(np.uint16)
+    return tokens
+
+
+def answers_of(kind: str) -> tuple[list[str], list[list[str]]]:
+    """Return the answers to what a picture shows of a kind, and `WORDINGS` texts for each.
+
+    The answer "" is that nothing of the kind is there; there is a text for it where people say so.
+    """
+    rng = np.random.default_rng(0)
+    speaker = Speaker(rng)
+    texts: dict[str, Callable[[], str]] = {}
+
+    def hair(colour: str) -> str:
+        return speaker.say(speaker.choose(HAIR_WORDS), colour)
+
+    if kind == "hair_colour":
+        texts = {c: partial(hair, c) for c in colours()}
+    elif kind == "hat_colour":
+        texts = {c: partial(speaker.say, "hat", HAT_WORDS.get(c, c)) for c in colours()}
+    else:
+        if kind in ABSENT:
+            texts[""] = partial(speaker.choose, ABSENT[kind])
+        words = tables()["words"]
+        known = [*words[kind], *(words["moustache"] if kind == "beard" else [])]
+        texts |= {word: partial(speaker.say, word) for word in known}
+    asked = [
+        [f"{speaker.choose(OPENINGS)} {text()}" for _ in range(WORDINGS)] for text in texts.values()
+    ]
+    return list(texts), asked
+
+
+class Questions:
+    """What is asked about every picture: answers of each kind, their texts, and the truth."""
+
+    def __init__(self, truths: list[Shown], device: torch.device) -> None:
+        self.sizes: list[int] = []
+        texts: list[list[str]] = []
+        columns = []
+        for kind in KINDS:
+            answers, asked = answers_of(kind)
+            self.sizes.append(len(answers))
+            texts += asked
+            # A moustache is no beard, but no shaven chin either.
+            said = [getattr(t, kind) or (t.moustache if kind == "beard" else "") for t in truths]
+            columns.append([answers.index(s) if s in answers else NOT_ASKED for s in said])
+        self.tokens = torch.stack([tokenizer()(wordings) for wordings in texts], dim=1).to(device)
+        """[wordings, answers of all kinds, context]"""
+        self.truth = torch.tensor(columns, device=device)
+        """[kinds, pictures]"""
+
+    def loss(
+        self,
+        logits: Float[Tensor, "batch answers"],
+        chosen: Int[Tensor, " batch"],
+        grey: Bool[Tensor, " batch"],
+    ) -> Float[Tensor, ""]:
+        """Return the mean over kinds of the cross-entropy of the right answers."""
+        losses = []
+        for kind, part, truth in zip(
+            KINDS, logits.split(self.sizes, dim=1), self.truth[:, chosen], strict=True
+        ):
+            asked = truth.masked_fill(grey, NOT_ASKED) if "colour" in kind else truth
+            total = F.cross_entropy(part, asked, ignore_index=NOT_ASKED, reduction="sum")
+            losses.append(total / (asked != NOT_ASKED).sum().clamp(min=1))
+        return torch.stack(losses).mean()
 
 
 def normalize(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 h w"]:
@@ -117,27 +209,34 @@ def normalize(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "b
 def augment(
     images: Float[Tensor, "batch 3 size size"], noise: float, random: torch.Generator
 ) -> Float[Tensor, "batch 3 size size"]:
-    """Turn, shift, mirror, brighten, blur and add noise; colours keep their names."""
+    """Turn, stretch, bend, mirror, brighten, blur, change lines, add noise; colours keep names."""
     count, size = len(images), images.shape[-1]
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        drawn = torch.rand(count, *shape, generator=random).to(images.device)
+        drawn = torch.rand(count, *shape, generator=random, device=random.device)
         return low + (high - low) * drawn
 
-    angle, scale = uniform(-0.25, 0.25), uniform(0.75, 1.3)
-    mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    across = torch.stack([mirror * angle.cos() * scale, -angle.sin() * scale], dim=1)
-    down = torch.stack([mirror * angle.sin() * scale, angle.cos() * scale], dim=1)
-    turn = torch.cat([torch.stack([across, down], dim=1), uniform(-0.12, 0.12, 2, 1)], dim=2)
+    angle, scale = uniform(-0.25, 0.25), uniform(0.7, 1.35)
+    wide, mirror = uniform(0.85, 1.18), torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    across = torch.stack([mirror * angle.cos() * scale * wide, -angle.sin() * scale], dim=1)
+    down = torch.stack([mirror * angle.sin() * scale * wide, angle.cos() * scale], dim=1)
+    turn = torch.cat([torch.stack([across, down], dim=1), uniform(-0.15, 0.15, 2, 1)], dim=2)
     grid = F.affine_grid(turn, list(images.shape), align_corners=False)
+    bends = uniform(-0.1, 0.1, 2, 5, 5)
+    bent = F.interpolate(bends, size=(size, size), mode="bicubic", align_corners=True)
+    grid = grid + bent.permute(0, 2, 3, 1)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    # Thinner and thicker dark lines: styles differ most in these.
+    kind = uniform(0, 1, 1, 1, 1)
+    images = torch.where(kind < 0.15, F.max_pool2d(images, 3, 1, 1), images)
+    images = torch.where(kind > 0.85, -F.max_pool2d(-images, 3, 1, 1), images)
     images = images * uniform(0.75, 1.15, 1, 1, 1) + uniform(-0.2, 0.2, 1, 1, 1)
     images = images + uniform(-0.07, 0.07, 3, 1, 1)
     grey = images.mean(dim=1, keepdim=True)
     images = grey + uniform(0.75, 1.2, 1, 1, 1) * (images - grey)
     coarse = F.interpolate(F.avg_pool2d(images, 2), size=(size, size), mode="bilinear")
     images = images.lerp(coarse, uniform(0, 1, 1, 1, 1).square())
-    grain = torch.randn(images.shape, generator=random).to(images.device)
+    grain = torch.randn(images.shape, generator=random, device=random.device)
     return (images + noise * uniform(0, 1, 1, 1, 1).square() * grain).clamp(-1, 1)
 
 
@@ -160,17 +259,12 @@ class Reader:
     """A CLIP model asked in words, with the tokenizer it was trained with."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        import open_clip
-
         self.model, self.device = model, device
-        self.tokenize = open_clip.SimpleTokenizer(
-            context_length=MODEL["text_cfg"]["context_length"]
-        )
 
     @torch.no_grad()
     def texts(self, texts: list[str]) -> Float[Tensor, "n embed"]:
         """Return unit embeddings of texts."""
-        parts = [self.tokenize(texts[i : i + 200]) for i in range(0, len(texts), 200)]
+        parts = [tokenizer()(texts[i : i + 200]) for i in range(0, len(texts), 200)]
         found = [self.model.encode_text(part.to(self.device)) for part in parts]  # type: ignore[operator]
         return F.normalize(torch.cat(found).float(), dim=1)
 
@@ -207,12 +301,12 @@ class Reader:
 
 def figures_of(
     reader: Reader,
-    pictures: UInt8[ndarray, "count 96 96 3"],
+    pictures: UInt8[Tensor, "count 96 96 3"],
     truths: list[Shown],
     styles: tuple[str, ...],
 ) -> dict[str, dict[str, float]]:
     """Return the figures of each style; of `all` of them, with retrieval among 100 captions."""
-    image = reader.images(to_images(pictures[:]))
+    image = reader.images(to_images(pictures))
     rng = np.random.default_rng(0)
     text = reader.texts([caption(item, rng, complete=True) for item in truths])
     usable = len(image) // 100 * 100 or len(image)
@@ -223,35 +317,34 @@ def figures_of(
     return figures
 
 
-def without_colour(item: Shown) -> Shown:
-    """Return what a grey picture shows."""
-    return replace(item, hair_colour="", hat_colour="")
-
-
 def run(config: Config) -> None:
     import open_clip
 
     torch.manual_seed(config.seed)
     device = best_device()
     model = open_clip.CLIP(**MODEL).to(device)
-    tokenize = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])
     folder = config.out.parent
     pictures, truths = avatars(folder, TRAINED, config.pictures, config.seed)
+    pictures = pictures.to(device)
     tests = {
         name: (avatars(folder, styles, config.tests * len(styles), HELD_OUT_SEED), styles)
         for name, styles in {"trained": TRAINED, "held_out": HELD_OUT}.items()
     }
+    questions = Questions(truths, device)
+    keys = [(item, config.seed, i) for i, item in enumerate(truths)]
+    said = list(by_all_cores(captions_of, keys, "captions"))
+    tokens = torch.from_numpy(np.stack(said).astype(np.int32)).to(device)
 
     def loss_at(step: int) -> Tensor:
-        rng = np.random.default_rng([config.seed, step])
-        random = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
-        chosen = np.sort(rng.choice(len(truths), config.batch_size, replace=False))
-        images = augment(to_images(pictures[chosen]).to(device), config.noise, random)
-        grey = rng.uniform(size=len(chosen)) < 0.05
-        images[grey] = images[grey].mean(dim=1, keepdim=True)
-        said = [truths[i] if not g else without_colour(truths[i])
-                for i, g in zip(chosen, grey, strict=True)]  # fmt: skip
-        texts = tokenize([caption(item, rng) for item in said]).to(device)
+        random = random_at(config.seed, step, device)
+        chosen = pick(len(truths), config.batch_size, random)
+        images = augment(to_images(pictures[chosen]), config.noise, random)
+        grey = torch.rand(len(chosen), generator=random, device=device) < 0.05
+        images = images.mean(dim=1, keepdim=True).where(grey[:, None, None, None], images)
+        wording = pick(WORDINGS, len(chosen), random).masked_fill(grey, 0)
+        ways = pick(WORDINGS, questions.tokens.shape[1], random)
+        asked = questions.tokens[ways, torch.arange(len(ways), device=device)]
+        texts = torch.cat([tokens[chosen, wording].long(), asked])
         inputs = normalize(images).contiguous(memory_format=torch.channels_last)
         model.train()
         # The fused attention's backward pass is twice as slow on a processor.
@@ -260,8 +353,10 @@ def run(config: Config) -> None:
         logits = scale.float() * image.float() @ text.float().T
         with torch.no_grad():
             model.logit_scale.clamp_(max=np.log(100))
-        truth = torch.arange(len(logits), device=device)
-        return (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        own, answers = logits.tensor_split([len(chosen)], dim=1)
+        truth = torch.arange(len(chosen), device=device)
+        contrast = (F.cross_entropy(own, truth) + F.cross_entropy(own.T, truth)) / 2
+        return contrast + questions.loss(answers, chosen, grey)
 
     def evaluate(average: nn.Module) -> dict[str, float]:
         reader = Reader(average.eval(), device)

@@ -1,13 +1,13 @@
 """Train the generator of the bundled world: latents to avatars, by plain regression.
 
-Synthesis comes first, on codes that say exactly what a picture shows (`data.illustrated.codes`): at
-half the resolution on exact codes, then on blends as well, where the stronger value is what shows,
-then at the whole resolution. The mapping network then learns on its own which code a z stands for,
-which takes no pictures, and last both are trained together.
+Synthesis comes first, on codes that say exactly what a picture shows (`data.illustrated.codes`): on
+exact codes, then on blends as well, where the stronger value is what shows. The mapping network
+learns on its own which code a z stands for, which takes no pictures, and last both are trained
+together.
 
-    python -m train.world.generator --out runs/avatars/generator      # hours on one core; resumes
-    python -m train.world.generator --out runs/try --faces 500 --half-steps 50 --blend-steps 50 \
-        --steps 50 --mapping-steps 50 --joint-steps 50                           # a try
+    python -m train.world.generator --out runs/avatars/generator     # minutes on a GPU; resumes
+    python -m train.world.generator --out runs/try --faces 500 --exact-steps 50 --steps 50 \
+        --mapping-steps 50 --joint-steps 50                                          # a try
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -16,12 +16,11 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("train.world.generator")
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int, UInt8
-from numpy import ndarray
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,7 +37,6 @@ from data.illustrated.codes import (
     one_hot,
 )
 from targetclip import command
-from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import Mapping, StyleGAN2, StyleGAN2Config
 from targetclip.media.images import labelled_grid, tensor_to_pictures
@@ -52,37 +50,25 @@ MAPPING_RATE = 100.0  # its weights are stored a hundred times larger than they 
 class Config:
     out: Path
     """Folder for a folder of each stage (checkpoint, log, pictures) and generator.safetensors."""
-    start: Path | None = None
-    """A generator to train further at 128 px, instead of starting at half of it."""
     faces: int = 40_000
     """Pictures rendered once, beside `out`, and kept to train on."""
-    half_steps: int = 5500
-    """Steps on exact codes at 64 px, before the 128 px level is added."""
-    blend_steps: int = 2500
-    """Steps at 64 px: a third of the codes exact, a third blends, a third what a z stands for."""
-    steps: int = 2500
-    """Steps on the same at 128 px."""
-    mapping_steps: int = 15_000
-    joint_steps: int = 600
+    exact_steps: int = 3000
+    """Steps on exact codes."""
+    steps: int = 9000
+    """Steps on a third each of exact codes, blends, and what a z stands for."""
+    mapping_steps: int = 12_000
+    """Steps of the mapping network alone."""
+    joint_steps: int = 1500
     """Steps of both networks together: a half of the codes from z through the mapping network."""
-    batch_size: int = 32
-    half_learning_rate: float = 3e-3
+    batch_size: int = 64
+    exact_learning_rate: float = 3e-3
     learning_rate: float = 2e-3
     joint_learning_rate: float = 1e-3
     seed: int = 0
-    evaluate_every: int = 500
-    channels: tuple[int, ...] = (96, 96, 64, 48, 32, 16)
+    evaluate_every: int = 1000
+    channels: tuple[int, ...] = (128, 128, 96, 64, 48, 24)
     """Widths at 4, 8, ... 128 px."""
     mapping_layers: int = 4
-
-    def schedule(self, steps: int) -> Schedule:
-        """Return the schedule of a stage on blends."""
-        return Schedule(
-            steps=steps,
-            learning_rate=self.learning_rate,
-            decay_from=0.4,
-            evaluate_every=self.evaluate_every,
-        )
 
 
 def best_device() -> torch.device:
@@ -119,44 +105,49 @@ def importance(size: int) -> Float[Tensor, "1 1 size size"]:
     return weight / weight.mean()
 
 
-class Faces:
-    """Training pictures, and codes to ask a generator for them with."""
+def random_at(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Return the random numbers of one step of a training, on its device."""
+    return torch.Generator(device).manual_seed(seed * 1_000_000_007 + step)
 
-    def __init__(self, folder: Path, count: int, seed: int) -> None:
-        self.z, self.pictures = face_bank(folder, count, seed)
+
+class Faces:
+    """Training pictures, and codes to ask a generator for them with, on one device."""
+
+    def __init__(self, folder: Path, count: int, seed: int, device: torch.device) -> None:
+        z, pictures = face_bank(folder, count, seed)
+        self.z, self.pictures = z.to(device), pictures.to(device)
         self.indices: Int[Tensor, "count attributes"] = indices_from_z(self.z)
-        self.book = Codebook()
+        self.book = Codebook(device)
+        self.codes = self.book.codes(one_hot(self.indices))
+        self.likenesses = self.book.codes(amounts_from_z(self.z))
 
     def images(
         self, chosen: Int[Tensor, " batch"], size: int = SIZE
     ) -> Float[Tensor, "batch 3 size size"]:
         """Return pictures as images in [-1, 1], shrunk to `size` px."""
-        shown: UInt8[ndarray, "batch 128 128 3"] = self.pictures[chosen.numpy()]
-        return F.avg_pool2d(to_images(shown), SIZE // size)
+        return F.avg_pool2d(to_images(self.pictures[chosen]), SIZE // size)
 
     def exact(self, chosen: Int[Tensor, " batch"], layers: int) -> Float[Tensor, "batch layers w"]:
-        """Return the exact codes of faces of the bank, the same for all layers."""
-        return self.codes_of(self.indices[chosen], layers)
-
-    def codes_of(
-        self, indices: Int[Tensor, "batch attributes"], layers: int
-    ) -> Float[Tensor, "batch layers w"]:
-        """Return the exact codes of any faces, the same for all layers."""
-        return self.book.codes(one_hot(indices))[:, None].expand(-1, layers, -1)
+        """Return the exact codes of faces, the same for all layers."""
+        return self.codes[chosen, None].expand(-1, layers, -1)
 
     def blended(
         self, chosen: Int[Tensor, " batch"], layers: int, random: torch.Generator
     ) -> Float[Tensor, "batch layers w"]:
         """Return codes of faces with values of other faces mixed in, which do not show."""
-        other = self.indices[torch.randint(len(self.z), (len(chosen),), generator=random)]
+        other = self.indices[pick(len(self.z), len(chosen), random)]
         return self.book.codes(blend(self.indices[chosen], other, random, layers))
 
     def likened(
         self, chosen: Int[Tensor, " batch"], layers: int
     ) -> Float[Tensor, "batch layers w"]:
         """Return the codes that the latents of faces stand for, the same for all layers."""
-        codes = self.book.codes(amounts_from_z(self.z[chosen]))
-        return codes[:, None].expand(-1, layers, -1)
+        return self.likenesses[chosen, None].expand(-1, layers, -1)
+
+
+def pick(limit: int, count: int, random: torch.Generator) -> Int[Tensor, " count"]:
+    """Draw numbers from 0 to `limit` - 1."""
+    return torch.randint(limit, (count,), generator=random, device=random.device)
 
 
 Latents = Callable[[StyleGAN2, Int[Tensor, " batch"], torch.Generator], Tensor]
@@ -192,9 +183,8 @@ def joint_latents(faces: Faces) -> Latents:
         network: StyleGAN2, chosen: Int[Tensor, " batch"], random: torch.Generator
     ) -> Float[Tensor, "batch layers w"]:
         mapped, others = chosen.tensor_split(2)
-        device = network.const.device
-        w = network.mapping_network(faces.z[mapped].to(device))
-        rest = mixed(network, others, random).to(device)
+        w = network.mapping_network(faces.z[mapped])
+        rest = mixed(network, others, random)
         return torch.cat([w[:, None].expand(-1, network.num_ws, -1), rest])
 
     return latents
@@ -216,14 +206,14 @@ def train_pictures(
     """
     size, device = network.resolution, network.const.device
     weight = importance(size).to(device)
-    everyone = torch.arange(len(held.z))
+    everyone = torch.arange(len(held.z), device=device)
     truth = held.images(everyone, size)
 
     def loss_at(step: int) -> Tensor:
-        random = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
-        chosen = torch.randint(len(faces.z), (config.batch_size,), generator=random)
-        wanted = faces.images(chosen, size).to(device)
-        ws = latents(network, chosen, random).to(device)
+        random = random_at(config.seed, step, device)
+        chosen = pick(len(faces.z), config.batch_size, random)
+        wanted = faces.images(chosen, size)
+        ws = latents(network, chosen, random)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             error = network.synthesis(ws) - wanted
         return (weight * (error.square() + 0.3 * error.abs())).mean()
@@ -232,13 +222,13 @@ def train_pictures(
     def evaluate(average: StyleGAN2) -> dict[str, float]:
         layers = average.num_ws
         kinds = {
-            "exact": faces.book.codes(one_hot(held.indices))[:, None].expand(-1, layers, -1),
-            "blended": held.blended(everyone, layers, torch.Generator().manual_seed(config.seed)),
-            "mapped": average.mapping_network(held.z.to(device))[:, None].expand(-1, layers, -1),
+            "exact": held.exact(everyone, layers),
+            "blended": held.blended(everyone, layers, random_at(config.seed, 0, device)),
+            "mapped": average.mapping(held.z),
         }
         figures = {}
         for name, ws in kinds.items():
-            images = torch.cat([average.synthesis(w.to(device)).cpu() for w in ws.split(64)])
+            images = torch.cat([average.synthesis(w) for w in ws.split(64)])
             figures[f"psnr_{name}"] = psnr(images, truth)
             save_pairs(truth[:32], images[:32], out / f"{name}.png")
         return figures
@@ -252,22 +242,19 @@ def train_pictures(
 
 def train_mapping(config: Config, mapping: Mapping, held: Faces, out: Path) -> Mapping:
     """Train a mapping network to give the codes that z stands for; needs no pictures."""
-    book, device = Codebook(), mapping.w_avg.device
-
-    def codes_of(z: Float[Tensor, "batch z_dim"]) -> Float[Tensor, "batch w_dim"]:
-        return book.codes(amounts_from_z(z)).to(device)
+    device = mapping.w_avg.device
 
     def loss_at(step: int) -> Tensor:
-        random = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
-        z = torch.randn(512, W_DIM, generator=random)
-        loss: Tensor = (mapping(z.to(device)) - codes_of(z)).square().mean()
+        random = random_at(config.seed, step, device)
+        z = torch.randn(2048, W_DIM, generator=random, device=device)
+        loss: Tensor = (mapping(z) - held.book.codes(amounts_from_z(z))).square().mean()
         return loss
 
     @torch.no_grad()
     def evaluate(average: Mapping) -> dict[str, float]:
-        w, codes = average(held.z.to(device)), codes_of(held.z)
-        right = book.strongest(w.cpu()) == held.indices
-        unexplained = (w - codes).square().mean() / codes.square().mean()
+        w = average(held.z)
+        right = held.book.strongest(w) == held.indices
+        unexplained = (w - held.likenesses).square().mean() / held.likenesses.square().mean()
         return {"unexplained": float(unexplained), "right": float(right.float().mean())}
 
     schedule = Schedule(
@@ -278,36 +265,11 @@ def train_mapping(config: Config, mapping: Mapping, held: Faces, out: Path) -> M
     return train(mapping, loss_at, out, schedule, evaluate, settings, groups=groups)
 
 
-def start_small(
-    config: Config, sizes: StyleGAN2Config, faces: Faces, held: Faces, device: torch.device
-) -> StyleGAN2:
-    """Train at half the resolution, and return a whole network that starts from that."""
-    half = StyleGAN2(replace(sizes, resolution=SIZE // 2, channels=sizes.channels[:-1])).to(device)
-    exact = Schedule(
-        steps=config.half_steps,
-        learning_rate=config.half_learning_rate,
-        decay_from=0.6,
-        evaluate_every=config.evaluate_every,
-    )
-    half = train_pictures(
-        config, half, faces, held, exact_latents(faces), exact, config.out / "half"
-    ).requires_grad_(True)
-    half = train_pictures(
-        config, half, faces, held, mixed_latents(faces), config.schedule(config.blend_steps),
-        config.out / "blends",
-    )  # fmt: skip
-    network = StyleGAN2(sizes).to(device)
-    network.load_state_dict(half.state_dict(), strict=False)
-    # The new level adds nothing yet to what half of the resolution makes.
-    torch.nn.init.zeros_(network.to_rgbs[-1].get_parameter("weight"))
-    return network
-
-
 def run(config: Config) -> None:
     torch.manual_seed(config.seed)
     device = best_device()
-    faces = Faces(config.out.parent, config.faces, config.seed)
-    held = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED)
+    faces = Faces(config.out.parent, config.faces, config.seed, device)
+    held = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)
     sizes = StyleGAN2Config(
         resolution=SIZE,
         w_dim=W_DIM,
@@ -315,30 +277,27 @@ def run(config: Config) -> None:
         mapping_layers=config.mapping_layers,
         channels=config.channels,
     )
-    if config.start is None:
-        network = start_small(config, sizes, faces, held, device)
-    else:
-        network = load_generator(config.start).requires_grad_(True).to(device)
-        if network.config != sizes:
-            raise ValueError(f"--start {config.start}: expected {sizes}, found {network.config}")
-    network = train_pictures(
-        config, network, faces, held, mixed_latents(faces), config.schedule(config.steps),
-        config.out / "whole",
-    ).requires_grad_(True)  # fmt: skip
+    network = StyleGAN2(sizes).to(device)
     mapping = train_mapping(config, network.mapping_network, held, config.out / "mapping")
     network.mapping_network.load_state_dict(mapping.state_dict())
-    last = Schedule(
-        steps=config.joint_steps,
-        learning_rate=config.joint_learning_rate,
-        decay_from=0.2,
-        evaluate_every=config.evaluate_every,
-    )
-    network = train_pictures(
-        config, network, faces, held, joint_latents(faces), last, config.out / "joint",
-        MAPPING_RATE / 10,
-    )  # fmt: skip
+    for name, latents, steps, rate, decay_from, mapping_rate in (
+        ("exact", exact_latents(faces), config.exact_steps, config.exact_learning_rate, 0.9, 0.0),
+        ("blends", mixed_latents(faces), config.steps, config.learning_rate, 0.3, 0.0),
+        ("joint", joint_latents(faces), config.joint_steps, config.joint_learning_rate, 0.2,
+         MAPPING_RATE / 10),
+    ):  # fmt: skip
+        schedule = Schedule(
+            steps=steps,
+            learning_rate=rate,
+            decay_from=decay_from,
+            evaluate_every=config.evaluate_every,
+        )
+        network = train_pictures(
+            config, network, faces, held, latents, schedule, config.out / name, mapping_rate
+        ).requires_grad_(True)
     with torch.no_grad():
-        many = torch.randn(100_000, W_DIM, generator=torch.Generator().manual_seed(0)).to(device)
+        random = random_at(config.seed, 0, device)
+        many = torch.randn(100_000, W_DIM, generator=random, device=device)
         network.mapping_network.w_avg.copy_(network.mapping_network(many).mean(dim=0))
     with command.whole_file(config.out / "generator.safetensors") as temporary:
         save_safetensors(network, temporary, torch.float16)

@@ -22,12 +22,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE
+from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE, one_hot
 from targetclip import command
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.generators import load_generator
 from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, Faces, best_device
+from train.world.generator import HELD_OUT_SEED, Faces, best_device, random_at
 from train.world.reader import Sight
 
 IDENTITY = [i for i, attribute in enumerate(ATTRIBUTES) if not attribute.essence]
@@ -42,14 +42,14 @@ class Config:
     """Folder for checkpoint, log and identity.safetensors."""
     faces: int = 40_000
     """Size of the bank of pictures (that of the generator is used again)."""
-    steps: int = 3000
-    batch_size: int = 48
+    steps: int = 4000
+    batch_size: int = 96
     """A third of it generated, a half of these from blended codes."""
     learning_rate: float = 1.5e-3
     noise: float = 0.1
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
     seed: int = 0
-    evaluate_every: int = 500
+    evaluate_every: int = 1000
 
 
 def features_of(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch features"]:
@@ -104,28 +104,29 @@ def run(config: Config) -> None:
     generator = load_generator(config.generator).to(device)
     sizes = IdentityConfig(SIZE, (24, 32, 48, 64, 96), 128, FEATURES)
     identity = SketchIdentity(sizes).to(device)
-    sight = Sight(generator, Faces(config.out.parent, config.faces, config.seed), config.noise)
-    known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED)
+    faces = Faces(config.out.parent, config.faces, config.seed, device)
+    known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)
+    sight = Sight(generator, faces, config.noise)
     count = min(4 * GALLERY, len(known.z) // 2 * 2)
 
     @torch.no_grad()
     def generated(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch 3 128 128"]:
-        ws = known.codes_of(indices, generator.num_ws).to(device)
+        codes = known.book.codes(one_hot(indices))
+        ws = codes[:, None].expand(-1, generator.num_ws, -1)
         return torch.cat([generator.synthesis(part).clamp(-1, 1) for part in ws.split(50)])
 
     everyone = known.indices[:count]
     swapped = with_essence_of(everyone, everyone.roll(1, 0))
     pairs = {
         "generated": (generated(everyone), generated(swapped)),
-        "drawn": (known.images(torch.arange(count)).to(device), generated(swapped)),
+        "drawn": (known.images(torch.arange(count, device=device)), generated(swapped)),
     }
 
     def loss_at(step: int) -> Tensor:
-        random = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
-        images, chosen = sight.batch(config.batch_size, random)
+        images, chosen = sight.batch(config.batch_size, random_at(config.seed, step, device))
         with torch.autocast(device.type, dtype=torch.bfloat16):
             found = identity(images).float()
-        wanted = features_of(sight.faces.indices[chosen]).to(device)
+        wanted = features_of(faces.indices[chosen])
         loss: Tensor = (found - wanted).square().mean()
         return loss
 

@@ -23,7 +23,7 @@ from targetclip import command
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators import load_generator
 from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, Faces, best_device, psnr, save_pairs
+from train.world.generator import HELD_OUT_SEED, Faces, best_device, psnr, random_at, save_pairs
 from train.world.reader import Sight
 
 
@@ -34,17 +34,17 @@ class Config:
     """Folder for a folder of each stage, and inverter.safetensors."""
     faces: int = 40_000
     """Size of the bank of pictures (that of the generator is used again)."""
-    code_steps: int = 3000
+    code_steps: int = 4000
     """Steps on codes alone."""
-    steps: int = 1000
+    steps: int = 1500
     """Steps on codes and on what they are rendered to."""
-    batch_size: int = 48
+    batch_size: int = 96
     """A third of it generated, a half of these from blended codes."""
     learning_rate: float = 1e-3
     noise: float = 0.05
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
     seed: int = 0
-    evaluate_every: int = 500
+    evaluate_every: int = 1000
 
 
 def run(config: Config) -> None:
@@ -61,17 +61,18 @@ def run(config: Config) -> None:
     )
     inverter = Inverter(sizes).to(device)
     inverter.mean_w.copy_(generator.mean_w)
-    sight = Sight(generator, Faces(config.out.parent, config.faces, config.seed), config.noise)
-    known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED)
-    held = known.images(torch.arange(len(known.z)))
+    faces = Faces(config.out.parent, config.faces, config.seed, device)
+    known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)
+    sight = Sight(generator, faces, config.noise)
+    held = known.images(torch.arange(len(known.z), device=device))
 
     def loss_on(pictures: bool, step: int) -> Tensor:
-        random = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step + 1)
+        random = random_at(config.seed + 1, step, device)
         count = config.batch_size // 3 if pictures else config.batch_size
         images, chosen = sight.batch(count, random)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             found = inverter(images).float()
-            codes: Tensor = (found - sight.faces.exact(chosen, layers).to(device)).square().mean()
+            codes: Tensor = (found - faces.exact(chosen, layers)).square().mean()
             if not pictures:
                 return codes
             error = generator.synthesis(found) - images
@@ -81,10 +82,10 @@ def run(config: Config) -> None:
     @torch.no_grad()
     def evaluate(average: Inverter) -> dict[str, float]:
         average.eval()
-        ws = torch.cat([average(part.to(device)) for part in held.split(64)])
-        images = torch.cat([generator.synthesis(part) for part in ws.split(64)]).cpu()
+        ws = torch.cat([average(part) for part in held.split(64)])
+        images = torch.cat([generator.synthesis(part) for part in ws.split(64)])
         save_pairs(held[:32], images[:32], config.out / "grid.png")
-        right = known.book.strongest(ws.mean(dim=1).cpu()) == known.indices
+        right = known.book.strongest(ws.mean(dim=1)) == known.indices
         return {"psnr": psnr(images, held), "right": float(right.float().mean())}
 
     first = Schedule(

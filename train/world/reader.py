@@ -26,7 +26,7 @@ from targetclip import command
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2
 from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, Faces, best_device
+from train.world.generator import HELD_OUT_SEED, Faces, best_device, pick, random_at
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class Config:
     """Folder for checkpoint, log and reader.safetensors."""
     faces: int = 40_000
     """Size of the bank of pictures (that of the generator is used again)."""
-    steps: int = 3000
-    batch_size: int = 48
+    steps: int = 4000
+    batch_size: int = 96
     """A third of it generated, a half of these from blended codes."""
     learning_rate: float = 1e-3
     noise: float = 0.1
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
     seed: int = 0
-    evaluate_every: int = 500
+    evaluate_every: int = 1000
 
 
 class Sight:
@@ -57,13 +57,12 @@ class Sight:
         self, count: int, random: torch.Generator
     ) -> tuple[Float[Tensor, "batch 3 128 128"], Int[Tensor, " batch"]]:
         """Return pictures with a little noise, and which faces of the bank they show."""
-        chosen = torch.randint(len(self.faces.z), (count,), generator=random)
+        chosen = pick(len(self.faces.z), count, random)
         made = self.generated(chosen[: count // 3], random)
-        drawn = self.faces.images(chosen[count // 3 :]).to(self.device)
-        images = torch.cat([made, drawn])
-        deviation = self.noise * torch.rand(count, 1, 1, 1, generator=random)
-        grain = deviation * torch.randn(images.shape, generator=random)
-        return images + grain.to(self.device), chosen
+        images = torch.cat([made, self.faces.images(chosen[count // 3 :])])
+        deviation = torch.rand((count, 1, 1, 1), generator=random, device=random.device)
+        grain = torch.randn(images.shape, generator=random, device=random.device)
+        return images + self.noise * deviation * grain, chosen
 
     @torch.no_grad()
     def generated(
@@ -74,20 +73,19 @@ class Sight:
         layers = self.generator.num_ws
         ws = [self.faces.exact(exact, layers), self.faces.blended(blended, layers, random)]
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            made = self.generator.synthesis(torch.cat(ws).to(self.device))
+            made = self.generator.synthesis(torch.cat(ws))
         return made.float().clamp(-1, 1)
 
     def held(self) -> dict[str, list[Float[Tensor, "batch 3 128 128"]]]:
         """Return all faces drawn, and generated from exact codes, in batches of 64."""
-        parts = torch.arange(len(self.faces.z)).split(64)
+        everyone = torch.arange(len(self.faces.z), device=self.device)
+        parts, layers = everyone.split(64), self.generator.num_ws
         with torch.no_grad():
             made = [
-                self.generator.synthesis(
-                    self.faces.exact(part, self.generator.num_ws).to(self.device)
-                ).clamp(-1, 1)
+                self.generator.synthesis(self.faces.exact(part, layers)).clamp(-1, 1)
                 for part in parts
             ]
-        return {"drawn": [self.faces.images(p).to(self.device) for p in parts], "generated": made}
+        return {"drawn": [self.faces.images(part) for part in parts], "generated": made}
 
 
 def agreements(
@@ -118,16 +116,16 @@ def run(config: Config) -> None:
     device = best_device()
     generator = load_generator(config.generator).to(device)
     reader = AvatarReader().to(device)
-    sight = Sight(generator, Faces(config.out.parent, config.faces, config.seed), config.noise)
-    known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED)
+    faces = Faces(config.out.parent, config.faces, config.seed, device)
+    known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)
+    sight = Sight(generator, faces, config.noise)
     held = Sight(generator, known, 0.0).held()
 
     def loss_at(step: int) -> Tensor:
-        random = torch.Generator().manual_seed(config.seed * 1_000_000_007 + step)
-        images, chosen = sight.batch(config.batch_size, random)
+        images, chosen = sight.batch(config.batch_size, random_at(config.seed, step, device))
         with torch.autocast(device.type, dtype=torch.bfloat16):
             logits = reader(images).float()
-        truth = one_hot(sight.faces.indices[chosen]).to(device)
+        truth = one_hot(faces.indices[chosen])
         groups = zip(logits.split(COUNTS, 1), truth.split(COUNTS, 1), strict=True)
         return torch.stack([F.cross_entropy(found, wanted) for found, wanted in groups]).mean()
 
@@ -136,8 +134,8 @@ def run(config: Config) -> None:
         average.eval()
         figures: dict[str, float] = {}
         for kind, images in held.items():
-            found = torch.cat([average.values(part) for part in images]).cpu()
-            read = agreements(found, known.indices)
+            found = torch.cat([average.values(part) for part in images])
+            read = agreements(found.cpu(), known.indices.cpu())
             figures |= {f"{kind}_{name}": value for name, value in read.items()}
         return figures
 

@@ -14,14 +14,20 @@ from data.illustrated.shown import Shown
 from targetclip.embedder import ClipEmbedder
 from train.world import clip
 from train.world.clip import (
+    KINDS,
+    NOT_ASKED,
+    WORDINGS,
     Config,
+    Questions,
+    answers_of,
     augment,
     balanced,
+    captions_of,
     keys_of,
+    made_of,
     retrieval,
     run,
-    shown_by,
-    without_colour,
+    tokenizer,
 )
 
 
@@ -36,16 +42,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clip, "MODEL", small)
-        patch.setattr(clip, "bank", one_process)
         run(Config(out, pictures=22, steps=2, batch_size=8, tests=2))
     return out
-
-
-def one_process(path, keys, picture_of, size):  # type: ignore[no-untyped-def]
-    """As `bank`, without worker processes: these pictures are few."""
-    import numpy as np
-
-    return np.stack([picture_of(key) for key in keys])
 
 
 def test_the_model_is_read_as_any_open_clip_model(trained: Path) -> None:
@@ -72,7 +70,10 @@ def test_keys_name_different_pictures() -> None:
 
 
 def test_what_a_key_shows_can_be_read_back() -> None:
-    assert isinstance(Shown(**shown_by(("dylan", 0, 1))), Shown)
+    picture, truth = made_of(("dylan", 0, 1))
+
+    assert picture.shape == (96, 96, 3)
+    assert Shown(**truth).mouth
 
 
 def test_augmented_pictures_stay_in_range_and_repeat_with_the_seed() -> None:
@@ -96,7 +97,52 @@ def test_balanced_accuracy_of_always_saying_yes_is_a_half() -> None:
     assert balanced(torch.ones(10).bool(), torch.arange(10) < 2) == 0.5
 
 
-def test_a_grey_picture_has_no_colour_in_its_caption() -> None:
-    grey = without_colour(Shown(hair="afro", hair_colour="green"))
+def test_the_first_caption_of_a_picture_names_no_colour_and_fits_a_grey_copy() -> None:
+    item = Shown(hair="afro", hair_colour="green", mouth="smile")
+    read = [
+        [tokenizer().decode(row.tolist()) for row in captions_of((item, 0, i))] for i in range(20)
+    ]
 
-    assert grey.hair == "afro" and not grey.hair_colour
+    assert not any("green" in texts[0] for texts in read)
+    assert any("green" in text for texts in read for text in texts[1:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_has_as_many_texts_as_there_are_wordings(kind: str) -> None:
+    answers, texts = answers_of(kind)
+
+    assert len(set(answers)) == len(answers) == len(texts)
+    assert all(len(wordings) == WORDINGS for wordings in texts)
+
+
+def test_right_answers_cost_nothing_and_what_is_not_known_is_not_asked() -> None:
+    truths = [Shown(glasses="sunglasses", hair="afro", hair_colour="red"), Shown(hat="cap")]
+    questions = Questions(truths, torch.get_default_device())
+    logits = torch.zeros(2, sum(questions.sizes))
+    starts = [sum(questions.sizes[:i]) for i in range(len(KINDS))]
+    for start, truth in zip(starts, questions.truth, strict=True):
+        for picture in range(2):
+            if truth[picture] != NOT_ASKED:
+                logits[picture, start + truth[picture]] = 50.0
+    everyone = torch.arange(2)
+    right = questions.loss(logits, everyone, torch.zeros(2).bool())
+    wrong = questions.loss(-logits, everyone, torch.zeros(2).bool())
+
+    assert right < 1e-6 and wrong > 1
+    colour = KINDS.index("hair_colour")
+    assert questions.truth[colour].tolist() == [
+        answers_of("hair_colour")[0].index("red"),
+        NOT_ASKED,
+    ]
+
+
+def test_a_grey_picture_is_not_asked_for_its_colours() -> None:
+    questions = Questions([Shown(hair_colour="red")], torch.get_default_device())
+    logits = torch.randn(1, sum(questions.sizes), generator=torch.Generator().manual_seed(0))
+    one = torch.zeros(1, dtype=torch.long)
+    grey = questions.loss(logits, one, torch.ones(1).bool())
+    start = sum(questions.sizes[: KINDS.index("hair_colour")])
+    logits[:, start : start + 3] += 5
+
+    assert torch.equal(questions.loss(logits, one, torch.ones(1).bool()), grey)
+    assert not torch.equal(questions.loss(logits, one, torch.zeros(1).bool()), grey)

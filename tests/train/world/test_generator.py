@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("dicebear", reason="needs the extra avatars")
 pytest.importorskip("resvg_py", reason="needs the extra avatars")
 
-from data.illustrated.codes import indices_from_z
+from data.illustrated.codes import W_DIM, indices_from_z
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from train.loop import CHECKPOINT, LOG
@@ -27,7 +27,7 @@ from train.world.generator import (
 
 def config(out: Path, **changes: Any) -> Config:
     sizes: dict[str, Any] = {
-        "faces": 8, "half_steps": 2, "blend_steps": 2, "steps": 2, "mapping_steps": 2,
+        "faces": 8, "exact_steps": 2, "steps": 2, "mapping_steps": 2,
         "joint_steps": 2, "batch_size": 6, "channels": (8,) * 6, "mapping_layers": 1,
     }  # fmt: skip
     return Config(out, **{**sizes, **changes})
@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def faces(trained: Path) -> Faces:
-    return Faces(trained.parent, 8, 0)
+    return Faces(trained.parent, 8, 0, torch.get_default_device())
 
 
 def test_a_trained_generator_makes_pictures_of_128_px_from_z(trained: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_trained_generator_makes_pictures_of_128_px_from_z(trained: Path) -> N
     assert generator.mean_w.abs().max() > 0
 
 
-@pytest.mark.parametrize("stage", ["half", "blends", "whole", "joint"])
+@pytest.mark.parametrize("stage", ["exact", "blends", "joint"])
 def test_every_stage_on_pictures_logs_three_figures_and_shows_pairs(
     trained: Path, stage: str
 ) -> None:
@@ -81,12 +81,12 @@ def test_the_same_command_goes_on_where_it_was(trained: Path) -> None:
 @pytest.mark.parametrize("kind", [mixed_latents, joint_latents])
 def test_every_latent_asks_for_the_picture_it_is_trained_on(faces: Faces, kind: Any) -> None:
     network = StyleGAN2(
-        StyleGAN2Config(resolution=8, w_dim=128, z_dim=128, mapping_layers=1, channels=(8, 8))
+        StyleGAN2Config(resolution=8, w_dim=W_DIM, z_dim=W_DIM, mapping_layers=1, channels=(8, 8))
     )
     chosen = torch.arange(8)
     ws = kind(faces)(network, chosen, torch.Generator().manual_seed(0))
 
-    assert ws.shape == (8, network.num_ws, 128)
+    assert ws.shape == (8, network.num_ws, W_DIM)
     known = slice(4, None) if kind is joint_latents else slice(None)  # the rest is the network's
     for layer in ws[known].unbind(dim=1):
         assert torch.equal(faces.book.strongest(layer), indices_from_z(faces.z)[known])
@@ -107,25 +107,3 @@ def test_the_middle_of_a_picture_counts_double_and_the_mean_is_one() -> None:
 
     assert weight.mean() == pytest.approx(1.0)
     assert weight[64, 64] == pytest.approx(2 * float(weight[0, 0]))
-
-
-def test_a_trained_generator_is_trained_further_at_the_whole_resolution(
-    trained: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "faces-0-8.npy").hardlink_to(trained.parent / "faces-0-8.npy")
-    (tmp_path / "faces-1000003-8.npy").hardlink_to(trained.parent / "faces-1000003-8.npy")
-    run(config(tmp_path / "more", start=trained / "generator.safetensors"))
-
-    assert not (tmp_path / "more" / "half").exists()
-    assert (tmp_path / "more" / "generator.safetensors").is_file()
-
-
-def test_a_generator_of_other_sizes_is_not_trained_further(trained: Path, tmp_path: Path) -> None:
-    for name in ("faces-0-8.npy", "faces-1000003-8.npy"):
-        (tmp_path / name).hardlink_to(trained.parent / name)
-    with pytest.raises(ValueError, match="expected StyleGAN2Config"):
-        run(
-            config(
-                tmp_path / "x", start=trained / "generator.safetensors", channels=(8,) * 5 + (16,)
-            )
-        )

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("dicebear", reason="needs the extra avatars")
 pytest.importorskip("resvg_py", reason="needs the extra avatars")
 
-from data.illustrated.codes import ATTRIBUTES, COUNTS, HATS, visible
+from data.illustrated.codes import ATTRIBUTES, COUNTS, HATS, W_DIM, visible
 from eval.avatar_reader import HAIR_COLOURS, AvatarReader, load_reader
 from targetclip.encoders.identity import load_identity
 from targetclip.encoders.inverter import load_inverter
@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         network = StyleGAN2(
             StyleGAN2Config(
-                resolution=128, w_dim=128, z_dim=128, mapping_layers=1, channels=(8,) * 6
+                resolution=128, w_dim=W_DIM, z_dim=W_DIM, mapping_layers=1, channels=(8,) * 6
             )
         )
         path = out / "generator.safetensors"
