@@ -37,6 +37,7 @@ from data.illustrated.codes import (
     one_hot,
 )
 from targetclip import command
+from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import Mapping, StyleGAN2, StyleGAN2Config
 from targetclip.media.images import labelled_grid, tensor_to_pictures
@@ -50,6 +51,8 @@ MAPPING_RATE = 100.0  # its weights are stored a hundred times larger than they 
 class Config:
     out: Path
     """Folder for a folder of each stage (checkpoint, log, pictures) and generator.safetensors."""
+    start: Path | None = None
+    """A generator of these sizes to train further, instead of starting on exact codes."""
     faces: int = 40_000
     """Pictures rendered once, beside `out`, and kept to train on."""
     exact_steps: int = 3000
@@ -277,7 +280,12 @@ def run(config: Config) -> None:
         mapping_layers=config.mapping_layers,
         channels=config.channels,
     )
-    network = StyleGAN2(sizes).to(device)
+    network = StyleGAN2(sizes)
+    if config.start is not None:
+        network = load_generator(config.start).requires_grad_(True)
+        if network.config != sizes:
+            raise ValueError(f"--start {config.start}: expected {sizes}, found {network.config}")
+    network = network.to(device)
     mapping = train_mapping(config, network.mapping_network, held, config.out / "mapping")
     network.mapping_network.load_state_dict(mapping.state_dict())
     for name, latents, steps, rate, decay_from, mapping_rate in (
@@ -286,6 +294,8 @@ def run(config: Config) -> None:
         ("joint", joint_latents(faces), config.joint_steps, config.joint_learning_rate, 0.2,
          MAPPING_RATE / 10),
     ):  # fmt: skip
+        if name == "exact" and config.start is not None:
+            continue
         schedule = Schedule(
             steps=steps,
             learning_rate=rate,

@@ -107,3 +107,14 @@ def test_the_middle_of_a_picture_counts_double_and_the_mean_is_one() -> None:
 
     assert weight.mean() == pytest.approx(1.0)
     assert weight[64, 64] == pytest.approx(2 * float(weight[0, 0]))
+
+
+def test_a_trained_generator_is_trained_further(trained: Path, tmp_path: Path) -> None:
+    for path in trained.parent.glob("faces-*"):
+        (tmp_path / path.name).hardlink_to(path)
+    run(config(tmp_path / "more", start=trained / "generator.safetensors"))
+
+    assert not (tmp_path / "more" / "exact").exists()
+    assert (tmp_path / "more" / "generator.safetensors").is_file()
+    with pytest.raises(ValueError, match="expected StyleGAN2Config"):
+        run(config(tmp_path / "x", start=trained / "generator.safetensors", channels=(16,) * 6))
