@@ -7,12 +7,14 @@ import multiprocessing
 import os
 import platform
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,3 +140,17 @@ def seconds_of(work: Callable[[], object], device: torch.device = CPU) -> float:
     work()
     wait_for(device)
     return time.perf_counter() - start
+
+
+def matrix_rate(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device = CPU) -> float:
+    """Return the best rate of a product of two square matrices, in 10^9 operations per second.
+
+    A size counts with the median of five products, after one to warm up.
+    """
+    rates = []
+    for size in sizes:
+        product = partial(torch.matmul, *torch.randn(2, size, size, device=device).to(dtype))
+        product()
+        seconds = statistics.median(seconds_of(product, device) for _ in range(5))
+        rates.append(2 * size**3 / seconds / 1e9)
+    return max(rates)
