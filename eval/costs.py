@@ -3,16 +3,19 @@
 Knows sizes and processes; nothing of files.
 """
 
+import gc
 import multiprocessing
 import os
 import platform
 import resource
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -154,3 +157,42 @@ def matrix_rate(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device
         seconds = statistics.median(seconds_of(product, device) for _ in range(5))
         rates.append(2 * size**3 / seconds / 1e9)
     return max(rates)
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise a TimeoutError in a block that takes longer; again where it is swallowed."""
+
+    def expire(number: int, frame: object) -> None:
+        raise TimeoutError(f"took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, budget: float) -> float:
+    """Return the median seconds of a call, after two to warm up."""
+    work(), work()
+    taken: list[float] = []
+    while len(taken) < 3 or (len(taken) < 200 and sum(taken) < budget):
+        taken.append(seconds_of(work, device))
+    return statistics.median(taken)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing holds, and begin a new peak."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the peak memory since `free_memory`; on a processor, that of the process."""
+    taken = peak_bytes() if device.type == "cpu" else torch.accelerator.max_memory_allocated()
+    return taken / 2**30

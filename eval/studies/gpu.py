@@ -17,39 +17,38 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("eval.studies.gpu")
 
 import copy
-import gc
 import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from eval.costs import (
-    CPU,
-    Sizes,
-    count_operations,
-    machine,
-    matrix_rate,
-    peak_bytes,
-    random_networks,
-    seconds_of,
-    wait_for,
+import eval.costs as costs
+from eval.costs import CPU, Sizes, median_seconds, peak_gib
+from eval.levers import (
+    COMPILED,
+    ENLARGE,
+    EXIT,
+    GRAPH,
+    LAYOUT,
+    TUNED,
+    WHOLE,
+    cuda_settings,
+    pull,
+    replayed,
 )
 from predictor.mapper import FoldedMapper, Mapper
 from predictor.mapper_file import MapperConfig
 from targetclip import command
 from targetclip.command import Precision, in_precision
-from targetclip.generators.stylegan2 import depthwise
 from targetclip.optimize import Progress, draw_sources, losses_of
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
@@ -57,7 +56,6 @@ from targetclip.world import BUNDLED
 
 NOT_MEASURED = "not measured"
 BANK = 16  # sources that fresh ones are drawn from here
-GIB = 2**30
 WIDE = (512, 512, 512, 512, 512, 256, 128, 64, 32)
 FULL = {256: Sizes(), 1024: Sizes(resolution=1024, channels=WIDE)}
 TINY_CLIP = f"local-dir:{BUNDLED / 'sketch64' / 'clip'}"
@@ -68,6 +66,12 @@ TINY = {
     for size, levels in ((16, 3), (32, 4))
 }
 Values = dict[str, Any]
+Measured = TypeVar("Measured")
+PARITY: tuple[tuple[str, Precision, bool | None], ...] = (
+    ("fp32 without TF32", "fp32", False),
+    ("fp32 as torch has it, TF32 in convolutions", "fp32", None),
+    ("bf16", "bf16", None),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,121 +86,11 @@ class Config:
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
 
 
-# Levers: ways to compute the same maps, one of which may suit a device better
-
-
-def one_convolution(x: Tensor, weight: Tensor, blur: Tensor) -> Tensor:
-    """Use one transposed convolution of stride 2."""
-    return depthwise(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), blur, padding=1)
-
-
-def sums(x: Tensor, weight: Tensor, blur: Tensor) -> Tensor:
-    """Filter by sums of shifted maps, which a compiler fuses with what follows."""
-    x = F.pad(F.conv_transpose2d(x, weight.transpose(0, 1), stride=2), (1, 1, 1, 1))
-    for axis in (2, 3):
-        a, b, c, d = (x.narrow(axis, shift, x.shape[axis] - 3) for shift in range(4))
-        x = 0.25 * (a + d) + 0.75 * (b + c)
-    return x
-
-
-@lru_cache(maxsize=16)
-def folded_weight(weight: Tensor, blur: Tensor) -> Tensor:
-    """Return a convolution [4 out, in, 3, 3] whose outputs are the even and odd rows and columns,
-    filtered."""
-    with torch.autocast(weight.device.type, enabled=False):
-        whole = F.conv2d(weight.reshape(-1, 1, 3, 3), blur[None, None], padding=3)
-    whole = whole.flip(2, 3).view(*weight.shape[:2], 6, 6)
-    phases = [whole[:, :, 1 - row :: 2, 1 - column :: 2] for row in (0, 1) for column in (0, 1)]
-    return torch.cat(phases).contiguous(memory_format=torch.channels_last)
-
-
-def folded(x: Tensor, weight: Tensor, blur: Tensor) -> Tensor:
-    """Use one convolution of stride 1: four times the operations, and no filter."""
-    x = F.conv2d(x, folded_weight(weight, blur), padding=1)
-    batch, _, height, width = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(batch, height, width, 2, 2, -1).transpose(2, 3)
-    return rows.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
-
-
-ENLARGE = {"one transposed convolution": one_convolution, "sums": sums, "folded filter": folded}
-LAYOUT, TUNED, EXIT = "weights channels_last", "cudnn.benchmark", "early exit"
-COMPILED, GRAPH, WHOLE = "compiled", "CUDA graph", "whole step as a CUDA graph"
-
-
-@contextmanager
-def settings(device: torch.device, *, tf32: bool = True, tuned: bool = False) -> Iterator[None]:
-    """Choose how CUDA convolves: TF32 or not where fp32 is asked, by trial or by rule."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn: Any = torch.backends.cudnn
-    matmul: Any = torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = tf32, tf32, tuned
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32, cudnn.benchmark = before
-
-
-def replayed(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture a step in a CUDA graph, and return what replays it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 # Timing
 
 
 class Enough(Exception):
     """Ends a search whose steps have been timed."""
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError in a block that takes longer; again where it is swallowed."""
-
-    def expire(number: int, frame: object) -> None:
-        raise TimeoutError(f"took longer than {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def median_seconds(work: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Return the median seconds of a call, after two to warm up."""
-    work(), work()
-    taken: list[float] = []
-    while len(taken) < 3 or (len(taken) < 200 and sum(taken) < budget):
-        taken.append(seconds_of(work, device))
-    return median(taken)
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what nothing holds, and begin a new peak."""
-    gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats()
-
-
-def peak_gib(device: torch.device) -> float:
-    """Return the peak memory since `free_memory`; on a processor, that of the process."""
-    taken = peak_bytes() if device.type == "cpu" else torch.accelerator.max_memory_allocated()
-    return taken / GIB
 
 
 class Bench:
@@ -206,7 +100,7 @@ class Bench:
         """`budget`: seconds of repeats a measurement."""
         torch.manual_seed(0)
         with device:
-            generator, embedder = random_networks(sizes)
+            generator, embedder = costs.random_networks(sizes)
         self.sizes, self.device, self.budget = sizes, device, budget
         self.scene = Scene(generator=generator, embedder=embedder)
         self.bank = self.scene.latents(range(BANK))
@@ -224,16 +118,17 @@ class Bench:
         ends: list[float] = []
 
         def on_step(progress: Progress) -> None:
-            wait_for(self.device)
+            costs.wait_for(self.device)
             ends.append(time.perf_counter())
             if len(ends) > warm + 3 and ends[-1] - ends[warm] > self.budget:
                 raise Enough
 
         start = torch.zeros(batch, *self.bank.shape[1:], device=self.device)
-        own = {"bank": self.bank, "bank_features": self.features, "on_step": on_step}
-        search = partial(self.scene.search, **own)
         with suppress(Enough), in_precision(self.device, precision):
-            search(self.targets(batch), RECIPES[recipe], start, range(batch))
+            self.scene.search(
+                self.targets(batch), RECIPES[recipe], start, range(batch),
+                bank=self.bank, bank_features=self.features, on_step=on_step,
+            )  # fmt: skip
         return [end - begin for begin, end in zip(ends[warm:], ends[warm + 1 :], strict=False)]
 
     def whole_step(self, name: str) -> Callable[[], None]:
@@ -254,45 +149,15 @@ class Bench:
 
         return step
 
-    def pull(self, levers: tuple[str, ...], name: str) -> "Bench":
-        """Return a copy whose networks compute by some levers; the search stays as it is."""
-        other, recipe = copy.deepcopy(self), RECIPES[name]
-        net: Any = other.scene.generator
-        model: Any = other.scene.embedder
-        if LAYOUT in levers:
-            net.to(memory_format=torch.channels_last)
-            model.to(memory_format=torch.channels_last)
-        for lever in ENLARGE.keys() & set(levers):
-            for conv in net.convs:
-                conv.enlarge = ENLARGE[lever]
-        if EXIT in levers:
-            net.synthesis = partial(net.synthesis, resolution=self.sizes.resolution // 4)
-        if COMPILED in levers:
-            torch.compiler.reset()
-            net.synthesis = torch.compile(net.synthesis)
-            model.clip.visual.compile()
-        if GRAPH in levers:
-            synthesis, embed = net.synthesis, model.embed_images
-
-            def forward(ws: Tensor) -> Tensor:
-                with in_precision(self.device, "bf16"):
-                    features: Tensor = embed(synthesis(ws), recipe.preprocess)
-                return features
-
-            sample = self.bank[: recipe.sources].clone().requires_grad_(True)
-            graphed: Any = torch.cuda.make_graphed_callables(forward, (sample,))
-            net.synthesis, model.embed_images = lambda ws: ws, lambda ws, preprocess: graphed(ws)
-        return other
-
     def mapper(self) -> Mapper:
         """Make a mapper of the sizes of the one that is shipped."""
         num_ws, w_dim = self.bank.shape[1:]
-        sizes = {"embed_dim": len(self.features[0]), "num_ws": num_ws, "w_dim": w_dim}
-        own = {"width": 128, "depth": 1, "rank": 96}
+        sizes = MapperConfig(
+            embed_dim=len(self.features[0]), num_ws=num_ws, w_dim=w_dim,
+            width=128, depth=1, rank=96, generator="random", embedder="random",
+        )  # fmt: skip
         torch.manual_seed(0)
-        return Mapper(MapperConfig(generator="random", embedder="random", **sizes, **own)).to(
-            self.device
-        )
+        return Mapper(sizes).to(self.device)
 
 
 def beside_another(
@@ -312,6 +177,14 @@ def beside_another(
 # The measurements
 
 
+def tried(work: Callable[[], Measured]) -> Measured | str:
+    """Return the result of a call, or why there is none."""
+    try:
+        return work()
+    except Exception as error:
+        return f"{NOT_MEASURED}: {type(error).__name__}: {command.one_line(error)[:300]}"
+
+
 def error_of(found: Tensor, expected: Tensor) -> float:
     """Return the relative error of a tensor, in the Euclidean norm."""
     return float((found.cpu().double() - expected.double()).norm() / expected.double().norm())
@@ -326,26 +199,28 @@ class Study:
         small = config.small or device.type == "cpu"
         self.sizes, self.budget, self.small = TINY if small else FULL, 0.05 if small else 1.0, small
         self.bench = cache(lambda size: Bench(self.sizes[size], device, self.budget))
-        self.count = cache(
-            lambda size, sources: count_operations(replace(self.sizes[size], sources=sources))
-        )
-        self.report: dict[str, Any] = {"machine": {"device": device.type, **machine()}}
+
+        def count(size: int, sources: int) -> int:
+            return costs.count_operations(replace(self.sizes[size], sources=sources))
+
+        self.count = cache(count)
+        self.report: dict[str, Any] = {"machine": {"device": device.type, **costs.machine()}}
         if device.type == "cuda":
             self.report["machine"]["device"] = torch.cuda.get_device_name(device)
         self.peak = 0.0
         """Bf16 matrix products, in 10^12 operations a second; 0 until measured."""
 
     def ceilings(self) -> Values:
-        side, count = (256, 2**20) if self.small else (8192, 2**28)
-        self.peak = matrix_rate(torch.bfloat16, (side,), self.device) / 1e3
+        sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**28)
+        self.peak = costs.matrix_rate(torch.bfloat16, sides, self.device) / 1e3
+        with cuda_settings(self.device, tf32=True):
+            tf32 = costs.matrix_rate(torch.float32, sides, self.device) / 1e3
         source, target = torch.zeros(2, count, device=self.device)
         seconds = median_seconds(lambda: target.copy_(source), self.device, 0.2)
-        with settings(self.device):
-            tf32 = matrix_rate(torch.float32, (side,), self.device) / 1e3
         copied = 8 * count / seconds / 1e9
         return {"bf16 TFLOP/s": self.peak, "TF32 TFLOP/s": tf32, "copied GB/s, both ways": copied}
 
-    def parity(self, precision: Precision, tf32: bool) -> Values:
+    def parity(self, precision: Precision, tf32: bool | None) -> Values:
         """Compare features of renderings, and directions after 3 steps, with fp32 here."""
         recipe = replace(RECIPES["consistent"], steps=3)
         small = replace(TINY[32], resolution=64, channels=(32,) * 5, w_dim=64)
@@ -354,7 +229,7 @@ class Study:
 
         def found(scene: Scene, precision: Precision) -> list[Tensor]:
             bank, at = bench.bank.to(scene.device), targets.to(scene.device)
-            with in_precision(scene.device, precision), settings(scene.device, tf32=tf32):
+            with in_precision(scene.device, precision), cuda_settings(scene.device, tf32=tf32):
                 start = torch.zeros_like(bank[:2])
                 result = scene.search(at, recipe, start, [0, 1], bank=bank)
                 return [scene.features(bank), result.directions]
@@ -370,23 +245,37 @@ class Study:
         return errors
 
     def step(
-        self, size: int, name: str, *levers: str, precision: Precision = "bf16", tf32: bool = True
+        self,
+        size: int,
+        name: str,
+        *levers: str,
+        precision: Precision = "bf16",
+        tf32: bool | None = None,
     ) -> Values:
         """Time a search of one target and, where that is a lever, its step as a CUDA graph."""
         bench, sources = self.bench(size), RECIPES[name].sources
-        with settings(self.device, tf32=tf32, tuned=TUNED in levers):
+        if self.device.type != "cuda" and levers in ((GRAPH,), (WHOLE,)):
+            raise ValueError("expected a CUDA device")
+        with cuda_settings(self.device, tf32=tf32, tuned=TUNED in levers):
             if set(levers) - {TUNED, WHOLE}:
-                bench = bench.pull(levers, name)
-            free_memory(self.device)
+                bench = copy.deepcopy(bench)
+                pull(bench.scene, levers, bench.bank[:sources], RECIPES[name].preprocess)
+            costs.free_memory(self.device)
             held = peak_gib(self.device)
             seconds = median(bench.steps(name, precision))
-            values = {"steps/s": 1 / seconds, "peak GiB": peak_gib(self.device)}
+            values: Values = {"steps/s": 1 / seconds, "peak GiB": peak_gib(self.device)}
             if self.device.type != "cpu" and GRAPH not in levers:  # which holds its own memory
                 values["GiB a source"] = (values["peak GiB"] - held) / sources
-            if WHOLE in levers and self.device.type == "cuda":
-                step = replayed(bench.whole_step(name))
-                seconds = median_seconds(step, self.device, self.budget)
-                values["steps/s, whole step as a graph"] = 1 / seconds
+            if self.device.type == "cuda" and WHOLE in levers:
+
+                def graph_seconds() -> float:
+                    return median_seconds(
+                        replayed(bench.whole_step(name)), self.device, self.budget
+                    )
+
+                found = tried(graph_seconds)
+                values[f"steps/s, {WHOLE}"] = found if isinstance(found, str) else 1 / found
+                seconds = seconds if isinstance(found, str) else found
         if EXIT not in levers:
             values["TFLOP/s"] = self.count(size, sources) / seconds / 1e12
             values["of bf16 peak"] = values["TFLOP/s"] / self.peak if self.peak else NOT_MEASURED
@@ -407,6 +296,8 @@ class Study:
 
     def operations(self, size: int) -> Values:
         """Return milliseconds of the slowest operations of a step of `release`, by shapes."""
+        if self.device.type == "cpu":
+            raise ValueError("expected an accelerator")
         bench = copy.copy(self.bench(size))
         bench.budget = 0.0
         both = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
@@ -499,17 +390,16 @@ class Study:
         low, high = self.sizes
         both = (low, high)
         yield "ceilings", "matrix products, copies", 20, self.ceilings
-        yield "parity", "fp32", 20, partial(self.parity, "fp32", False)
-        yield "parity", "fp32 with TF32", 20, partial(self.parity, "fp32", True)
-        yield "parity", "bf16", 20, partial(self.parity, "bf16", True)
+        for row, precision, tf32 in PARITY:
+            yield "parity", row, 30, partial(self.parity, precision, tf32)
         for size in both:
             for name in ("release", "consistent"):
-                yield "steps", f"{name} {size} px, eager", 20, partial(self.step, size, name)
+                yield "steps", f"{name} {size} px, eager", 40, partial(self.step, size, name)
         for size in both:
             row, step = f"release {size} px", partial(self.step, size, "release")
             for lever in (WHOLE, *ENLARGE, LAYOUT, TUNED, GRAPH):
                 yield "steps", f"{row}, {lever}", 20, partial(step, lever)
-            for kind, tf32 in (("fp32", False), ("fp32 with TF32", True)):
+            for kind, tf32 in (("fp32 without TF32", False), ("fp32 with TF32", True)):
                 yield "steps", f"{row}, {kind}", 20, partial(step, precision="fp32", tf32=tf32)
             best = partial(self.best, size, "release", WHOLE)
             yield "steps", f"{row}, best together", 20, best
@@ -541,13 +431,10 @@ class Study:
         left = self.end - begun
         if left < seconds / 4:
             return f"{NOT_MEASURED}: no time was left"
-        try:
-            free_memory(self.device)
-            with at_most(min(seconds, left)):
-                values = work()
-        except Exception as error:
-            return f"{NOT_MEASURED}: {type(error).__name__}: {command.one_line(error)[:300]}"
-        return {**values, "took s": time.monotonic() - begun}
+        costs.free_memory(self.device)
+        with costs.at_most(min(seconds, left)):
+            values = tried(work)
+        return values if isinstance(values, str) else {**values, "took s": time.monotonic() - begun}
 
     def run(self) -> dict[str, Any]:
         """Take all measurements, and write the report after each."""
