@@ -193,8 +193,10 @@ def error_of(found: Tensor, expected: Tensor) -> float:
 class Study:
     """A run: what has been measured, and until when there is time."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.end = time.monotonic() + 60 * config.minutes
+    def __init__(
+        self, config: Config, device: torch.device, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock, self.end = clock, clock() + 60 * config.minutes
         self.out, self.device = config.out, device
         small = config.small or device.type == "cpu"
         self.sizes, self.budget, self.small = TINY if small else FULL, 0.05 if small else 1.0, small
@@ -427,14 +429,14 @@ class Study:
 
     def take(self, seconds: float, work: Callable[[], Values]) -> Values | str:
         """Measure, or say why not."""
-        begun = time.monotonic()
+        begun = self.clock()
         left = self.end - begun
         if left < seconds / 4:
             return f"{NOT_MEASURED}: no time was left"
         costs.free_memory(self.device)
         with costs.at_most(min(seconds, left)):
             values = tried(work)
-        return values if isinstance(values, str) else {**values, "took s": time.monotonic() - begun}
+        return values if isinstance(values, str) else {**values, "took s": self.clock() - begun}
 
     def run(self) -> dict[str, Any]:
         """Take all measurements, and write the report after each."""
@@ -465,7 +467,7 @@ def page(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
     """Measure what there is time for, write and print the report, and return it.
 
     Raises:
@@ -475,7 +477,7 @@ def run(config: Config) -> dict[str, Any]:
     if not config.minutes > 0:
         raise ValueError(f"--minutes: expected more than 0, found {config.minutes}")
     command.make_folder(config.out)
-    report = Study(config, command.choose_device(config.device)).run()
+    report = Study(config, command.choose_device(config.device), clock).run()
     command.say(page(report))
     command.say_next(config.out, "report.json, report.md", "docs/scale.md", error=True)
     return report
