@@ -20,7 +20,6 @@ import copy
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -31,40 +30,18 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-import eval.costs as costs
-from eval.costs import CPU, Sizes, median_seconds, peak_gib
-from eval.levers import (
-    COMPILED,
-    ENLARGE,
-    EXIT,
-    GRAPH,
-    LAYOUT,
-    TUNED,
-    WHOLE,
-    cuda_settings,
-    pull,
-    replayed,
-)
-from predictor.mapper import FoldedMapper, Mapper
-from predictor.mapper_file import MapperConfig
+from eval import bench as benches
+from eval import costs
+from eval.bench import COMPILED, ENLARGE, EXIT, FULL, GRAPH, LAYOUT, TINY, TUNED, WHOLE, Bench
+from eval.costs import CPU, median_seconds, peak_gib
+from predictor.mapper import FoldedMapper
 from targetclip import command
 from targetclip.command import Precision, in_precision
-from targetclip.optimize import Progress, draw_sources, losses_of
+from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
-from targetclip.world import BUNDLED
 
 NOT_MEASURED = "not measured"
-BANK = 16  # sources that fresh ones are drawn from here
-WIDE = (512, 512, 512, 512, 512, 256, 128, 64, 32)
-FULL = {256: Sizes(), 1024: Sizes(resolution=1024, channels=WIDE)}
-TINY_CLIP = f"local-dir:{BUNDLED / 'sketch64' / 'clip'}"
-TINY = {
-    size: Sizes(
-        resolution=size, channels=(16,) * levels, w_dim=32, mapping_layers=2, clip=TINY_CLIP
-    )
-    for size, levels in ((16, 3), (32, 4))
-}
 Values = dict[str, Any]
 Measured = TypeVar("Measured")
 PARITY: tuple[tuple[str, Precision, bool | None], ...] = (
@@ -84,94 +61,6 @@ class Config:
     """Tiny networks and few repeats. Always so where there is no accelerator."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
-
-
-# Timing
-
-
-class Enough(Exception):
-    """Ends a search whose steps have been timed."""
-
-
-class Bench:
-    """Networks of one size on a device, and a bank of sources."""
-
-    def __init__(self, sizes: Sizes, device: torch.device, budget: float) -> None:
-        """`budget`: seconds of repeats a measurement."""
-        torch.manual_seed(0)
-        with device:
-            generator, embedder = costs.random_networks(sizes)
-        self.sizes, self.device, self.budget = sizes, device, budget
-        self.scene = Scene(generator=generator, embedder=embedder)
-        self.bank = self.scene.latents(range(BANK))
-        with in_precision(device, "bf16"):
-            self.features = self.scene.features(self.bank).float()
-
-    def targets(self, count: int) -> Tensor:
-        random = torch.Generator(self.device).manual_seed(0)
-        return torch.randn(count, len(self.features[0]), generator=random, device=self.device)
-
-    def steps(
-        self, recipe: str, precision: Precision = "bf16", batch: int = 1, warm: int = 3
-    ) -> list[float]:
-        """Search for so many targets, and return the seconds of each step after `warm`."""
-        ends: list[float] = []
-
-        def on_step(progress: Progress) -> None:
-            costs.wait_for(self.device)
-            ends.append(time.perf_counter())
-            if len(ends) > warm + 3 and ends[-1] - ends[warm] > self.budget:
-                raise Enough
-
-        start = torch.zeros(batch, *self.bank.shape[1:], device=self.device)
-        with suppress(Enough), in_precision(self.device, precision):
-            self.scene.search(
-                self.targets(batch), RECIPES[recipe], start, range(batch),
-                bank=self.bank, bank_features=self.features, on_step=on_step,
-            )  # fmt: skip
-        return [end - begin for begin, end in zip(ends[warm:], ends[warm + 1 :], strict=False)]
-
-    def whole_step(self, name: str) -> Callable[[], None]:
-        """Return a step of a search of one target as a CUDA graph can hold it: with fixed sources,
-        Adam on the device, and no look at the loss."""
-        recipe, vectors = RECIPES[name], torch.zeros_like(self.bank[:1]).requires_grad_(True)
-        sources, before = self.bank[: recipe.sources], self.features[None, : recipe.sources]
-        targets, decay = self.targets(1), recipe.weight_decay
-        on_device = self.device.type != "cpu"
-        adam = torch.optim.Adam([vectors], lr=0.2, weight_decay=decay, capturable=on_device)
-
-        def step() -> None:
-            with in_precision(self.device, "bf16"):
-                after = self.scene.features(sources + vectors, recipe.preprocess)
-                losses = losses_of(recipe, before, after[None], targets)
-            [vectors.grad] = torch.autograd.grad(losses.loss.sum(), [vectors])
-            adam.step()
-
-        return step
-
-    def mapper(self) -> Mapper:
-        """Make a mapper of the sizes of the one that is shipped."""
-        num_ws, w_dim = self.bank.shape[1:]
-        sizes = MapperConfig(
-            embed_dim=len(self.features[0]), num_ws=num_ws, w_dim=w_dim,
-            width=128, depth=1, rank=96, generator="random", embedder="random",
-        )  # fmt: skip
-        torch.manual_seed(0)
-        return Mapper(sizes).to(self.device)
-
-
-def beside_another(
-    sizes: Sizes, device: str, budget: float, batch: int, barrier: Any, answers: Any
-) -> None:
-    """Time steps of `consistent` when another process is ready too; answer seconds or an error."""
-    try:
-        bench = Bench(sizes, torch.device(device), 0.0)
-        bench.steps("consistent", batch=batch)
-        bench.budget = budget
-        barrier.wait(60)
-        answers.put(median(bench.steps("consistent", batch=batch)))
-    except Exception as error:
-        answers.put(command.one_line(error))
 
 
 # The measurements
@@ -199,7 +88,7 @@ class Study:
         self.clock, self.end = clock, clock() + 60 * config.minutes
         self.out, self.device = config.out, device
         small = config.small or device.type == "cpu"
-        self.sizes, self.budget, self.small = TINY if small else FULL, 0.05 if small else 1.0, small
+        self.sizes, self.budget, self.small = TINY if small else FULL, 0.0 if small else 1.0, small
         self.bench = cache(lambda size: Bench(self.sizes[size], device, self.budget))
 
         def count(size: int, sources: int) -> int:
@@ -215,7 +104,7 @@ class Study:
     def ceilings(self) -> Values:
         sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**28)
         self.peak = costs.matrix_rate(torch.bfloat16, sides, self.device) / 1e3
-        with cuda_settings(self.device, tf32=True):
+        with benches.cuda_settings(self.device, tf32=True):
             tf32 = costs.matrix_rate(torch.float32, sides, self.device) / 1e3
         source, target = torch.zeros(2, count, device=self.device)
         seconds = median_seconds(lambda: target.copy_(source), self.device, 0.2)
@@ -225,13 +114,16 @@ class Study:
     def parity(self, precision: Precision, tf32: bool | None) -> Values:
         """Compare features of renderings, and directions after 3 steps, with fp32 here."""
         recipe = replace(RECIPES["consistent"], steps=3)
-        small = replace(TINY[32], resolution=64, channels=(32,) * 5, w_dim=64)
-        bench = Bench(small, CPU, 0.0)
+        wider = replace(TINY[32], resolution=64, channels=(32,) * 5)
+        bench = Bench(TINY[16] if self.small else wider, CPU, 0.0)
         targets = bench.targets(2)
 
         def found(scene: Scene, precision: Precision) -> list[Tensor]:
             bank, at = bench.bank.to(scene.device), targets.to(scene.device)
-            with in_precision(scene.device, precision), cuda_settings(scene.device, tf32=tf32):
+            with (
+                in_precision(scene.device, precision),
+                benches.cuda_settings(scene.device, tf32=tf32),
+            ):
                 start = torch.zeros_like(bank[:2])
                 result = scene.search(at, recipe, start, [0, 1], bank=bank)
                 return [scene.features(bank), result.directions]
@@ -256,12 +148,11 @@ class Study:
     ) -> Values:
         """Time a search of one target and, where that is a lever, its step as a CUDA graph."""
         bench, sources = self.bench(size), RECIPES[name].sources
-        if self.device.type != "cuda" and levers in ((GRAPH,), (WHOLE,)):
+        if self.device.type != "cuda" and set(levers) <= {GRAPH, WHOLE} and levers:
             raise ValueError("expected a CUDA device")
-        with cuda_settings(self.device, tf32=tf32, tuned=TUNED in levers):
+        with benches.cuda_settings(self.device, tf32=tf32, tuned=TUNED in levers):
             if set(levers) - {TUNED, WHOLE}:
-                bench = copy.deepcopy(bench)
-                pull(bench.scene, levers, bench.bank[:sources], RECIPES[name].preprocess)
+                bench = bench.pull(levers, name)
             costs.free_memory(self.device)
             held = peak_gib(self.device)
             seconds = median(bench.steps(name, precision))
@@ -272,7 +163,7 @@ class Study:
 
                 def graph_seconds() -> float:
                     return median_seconds(
-                        replayed(bench.whole_step(name)), self.device, self.budget
+                        benches.replayed(bench.whole_step(name)), self.device, self.budget
                     )
 
                 found = tried(graph_seconds)
@@ -285,12 +176,16 @@ class Study:
 
     def best(self, size: int, name: str, *more: str) -> Values:
         """Time the levers together that made `release` at least 3 % faster, and some more."""
-        rows = self.report["steps"]
+        rows, graph = self.report["steps"], f"steps/s, {WHOLE}"
 
         def gain(lever: str) -> float:
-            both = rows[f"release {size} px, eager"], rows[f"release {size} px, {lever}"]
-            good = all(isinstance(values, dict) for values in both)
-            return both[1]["steps/s"] / both[0]["steps/s"] if good else 0.0
+            """Compare steps as graphs where there are some: a search may wait for the host."""
+            row = f"release {size} px, "
+            values = [rows[row + name] for name in (lever, WHOLE, "eager")]
+            new, whole, eager = (v if isinstance(v, dict) else {} for v in values)
+            if all(isinstance(one.get(graph), float) for one in (new, whole)):
+                return float(new[graph] / whole[graph])
+            return float(new["steps/s"] / eager["steps/s"]) if new and eager else 0.0
 
         names = [LAYOUT, TUNED] + ([] if COMPILED in more else [max(ENLARGE, key=gain)])
         levers = [*(lever for lever in names if gain(lever) > 1.03), *more]
@@ -368,7 +263,9 @@ class Study:
             context = multiprocessing.get_context("spawn")
             meet, answers = context.Barrier(processes), context.Queue()
             given = (self.sizes[size], str(self.device), 3 * self.budget, batch, meet, answers)
-            workers = [context.Process(target=beside_another, args=given) for _ in range(processes)]
+            workers = [
+                context.Process(target=benches.beside_another, args=given) for _ in range(processes)
+            ]
             try:
                 for worker in workers:
                     worker.start()
@@ -399,8 +296,9 @@ class Study:
                 yield "steps", f"{name} {size} px, eager", 40, partial(self.step, size, name)
         for size in both:
             row, step = f"release {size} px", partial(self.step, size, "release")
-            for lever in (WHOLE, *ENLARGE, LAYOUT, TUNED, GRAPH):
-                yield "steps", f"{row}, {lever}", 20, partial(step, lever)
+            for lever in (WHOLE, *ENLARGE, LAYOUT, TUNED):
+                yield "steps", f"{row}, {lever}", 30, partial(step, lever, WHOLE)
+            yield "steps", f"{row}, {GRAPH}", 30, partial(step, GRAPH)
             for kind, tf32 in (("fp32 without TF32", False), ("fp32 with TF32", True)):
                 yield "steps", f"{row}, {kind}", 20, partial(step, precision="fp32", tf32=tf32)
             best = partial(self.best, size, "release", WHOLE)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from eval.bench import ENLARGE, EXIT, LAYOUT, TINY, Bench, beside_another
 from eval.costs import CPU, median_seconds
-from eval.levers import ENLARGE, EXIT, LAYOUT, pull
-from eval.studies.gpu import NOT_MEASURED, TINY, Bench, Config, Study, beside_another, run
+from eval.studies.gpu import NOT_MEASURED, Config, Study, run
 from targetclip.generators.stylegan2 import blur_kernel, enlarged
 from targetclip.recipes import RECIPES
 
@@ -80,8 +80,7 @@ def test_every_way_to_enlarge_gives_the_same_maps(lever: str) -> None:
 
 @pytest.mark.parametrize("levers", [(LAYOUT, "sums"), (EXIT,)])
 def test_levers_change_how_networks_compute(bench: Bench, levers: tuple[str, ...]) -> None:
-    other = Bench(TINY[16], CPU, 0.0)
-    pull(other.scene, levers, other.bank, "release")
+    other = bench.pull(levers, "release")
     image, images = other.scene.render(other.bank[:1]), bench.scene.render(bench.bank[:1])
     if EXIT in levers:
         assert image.shape[-1] == 4 and images.shape[-1] == 16
