@@ -222,7 +222,8 @@ class Study:
         bench = self.bench(max(self.sizes))
         embedder, mapper = bench.scene.embedder, FoldedMapper(bench.mapper())
         side, embedding = embedder.image_size, bench.features[:1]
-        inputs = torch.rand(images, 3, side, side, device=self.device)
+        random = torch.Generator(self.device).manual_seed(0)
+        inputs = torch.rand(images, 3, side, side, generator=random, device=self.device)
 
         def work() -> object:
             found = embedder.embed_images(inputs) if images else embedding
