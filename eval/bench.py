@@ -5,6 +5,7 @@ alone gives other ones. Knows how a search computes; nothing of what is reported
 """
 
 import copy
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -229,3 +230,27 @@ def beside_another(
         answers.put(median(bench.steps("consistent", batch=batch)))
     except Exception as error:
         answers.put(command.one_line(error))
+
+
+def steps_beside(
+    processes: int, sizes: Sizes, device: torch.device, budget: float, batch: int
+) -> list[float]:
+    """Return the seconds of a step of `consistent` in each of several processes at once.
+
+    Raises:
+        RuntimeError: one failed.
+        queue.Empty: one did not answer within a minute.
+    """
+    context = multiprocessing.get_context("spawn")
+    given = (sizes, str(device), budget, batch, context.Barrier(processes), context.Queue())
+    workers = [context.Process(target=beside_another, args=given) for _ in range(processes)]
+    try:
+        for worker in workers:
+            worker.start()
+        seconds = [given[-1].get(timeout=60) for _ in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    if errors := [one for one in seconds if isinstance(one, str)]:
+        raise RuntimeError(errors[0])
+    return seconds

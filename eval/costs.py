@@ -18,19 +18,21 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from targetclip.command import versions
+from targetclip.command import one_line, versions
 from targetclip.embedder import ClipEmbedder, EncoderInput
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
 
 CPU = torch.device("cpu")
+NOT_MEASURED = "not measured"
+Measured = TypeVar("Measured")
 MEMORY_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
 
 
@@ -196,3 +198,11 @@ def peak_gib(device: torch.device) -> float:
     """Return the peak memory since `free_memory`; on a processor, that of the process."""
     taken = peak_bytes() if device.type == "cpu" else torch.accelerator.max_memory_allocated()
     return taken / 2**30
+
+
+def tried(work: Callable[[], Measured]) -> Measured | str:
+    """Return the result of a call, or why there is none."""
+    try:
+        return work()
+    except Exception as error:
+        return f"{NOT_MEASURED}: {type(error).__name__}: {one_line(error)[:300]}"

@@ -17,14 +17,13 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("eval.studies.gpu")
 
 import copy
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from eval import bench as benches
 from eval import costs
 from eval.bench import COMPILED, ENLARGE, EXIT, FULL, GRAPH, LAYOUT, TINY, TUNED, WHOLE, Bench
-from eval.costs import CPU, median_seconds, peak_gib
+from eval.costs import CPU, NOT_MEASURED, median_seconds, peak_gib
 from predictor.mapper import FoldedMapper
 from targetclip import command
 from targetclip.command import Precision, in_precision
@@ -41,14 +40,7 @@ from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
 
-NOT_MEASURED = "not measured"
 Values = dict[str, Any]
-Measured = TypeVar("Measured")
-PARITY: tuple[tuple[str, Precision, bool | None], ...] = (
-    ("fp32 without TF32", "fp32", False),
-    ("fp32 as torch has it, TF32 in convolutions", "fp32", None),
-    ("bf16", "bf16", None),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +58,6 @@ class Config:
 # The measurements
 
 
-def tried(work: Callable[[], Measured]) -> Measured | str:
-    """Return the result of a call, or why there is none."""
-    try:
-        return work()
-    except Exception as error:
-        return f"{NOT_MEASURED}: {type(error).__name__}: {command.one_line(error)[:300]}"
-
-
 def error_of(found: Tensor, expected: Tensor) -> float:
     """Return the relative error of a tensor, in the Euclidean norm."""
     return float((found.cpu().double() - expected.double()).norm() / expected.double().norm())
@@ -89,12 +73,11 @@ class Study:
         self.out, self.device = config.out, device
         small = config.small or device.type == "cpu"
         self.sizes, self.budget, self.small = TINY if small else FULL, 0.0 if small else 1.0, small
+        self.operations_of = cache(
+            lambda size, sources: costs.count_operations(replace(self.sizes[size], sources=sources))
+        )
         self.bench = cache(lambda size: Bench(self.sizes[size], device, self.budget))
 
-        def count(size: int, sources: int) -> int:
-            return costs.count_operations(replace(self.sizes[size], sources=sources))
-
-        self.count = cache(count)
         self.report: dict[str, Any] = {"machine": {"device": device.type, **costs.machine()}}
         if device.type == "cuda":
             self.report["machine"]["device"] = torch.cuda.get_device_name(device)
@@ -160,17 +143,14 @@ class Study:
             if self.device.type != "cpu" and GRAPH not in levers:  # which holds its own memory
                 values["GiB a source"] = (values["peak GiB"] - held) / sources
             if self.device.type == "cuda" and WHOLE in levers:
-
-                def graph_seconds() -> float:
-                    return median_seconds(
-                        benches.replayed(bench.whole_step(name)), self.device, self.budget
-                    )
-
-                found = tried(graph_seconds)
+                step = bench.whole_step(name)
+                found = costs.tried(
+                    lambda: median_seconds(benches.replayed(step), self.device, self.budget)
+                )
                 values[f"steps/s, {WHOLE}"] = found if isinstance(found, str) else 1 / found
                 seconds = seconds if isinstance(found, str) else found
         if EXIT not in levers:
-            values["TFLOP/s"] = self.count(size, sources) / seconds / 1e12
+            values["TFLOP/s"] = self.operations_of(size, sources) / seconds / 1e12
             values["of bf16 peak"] = values["TFLOP/s"] / self.peak if self.peak else NOT_MEASURED
         return values
 
@@ -191,7 +171,7 @@ class Study:
         levers = [*(lever for lever in names if gain(lever) > 1.03), *more]
         return {"levers": ", ".join(levers), **self.step(size, name, *levers)}
 
-    def operations(self, size: int) -> Values:
+    def slowest(self, size: int) -> Values:
         """Return milliseconds of the slowest operations of a step of `release`, by shapes."""
         if self.device.type == "cpu":
             raise ValueError("expected an accelerator")
@@ -261,27 +241,11 @@ class Study:
         if processes == 1:
             seconds = [median(self.bench(size).steps("consistent", batch=batch))]
         else:
-            context = multiprocessing.get_context("spawn")
-            meet, answers = context.Barrier(processes), context.Queue()
-            given = (self.sizes[size], str(self.device), 3 * self.budget, batch, meet, answers)
-            workers = [
-                context.Process(target=benches.beside_another, args=given) for _ in range(processes)
-            ]
-            try:
-                for worker in workers:
-                    worker.start()
-                seconds = [answers.get(timeout=60) for _ in workers]
-            finally:
-                for worker in workers:
-                    worker.kill()
-        if errors := [one for one in seconds if isinstance(one, str)]:
-            raise RuntimeError(errors[0])
+            sizes, budget = self.sizes[size], 3 * self.budget
+            seconds = benches.steps_beside(processes, sizes, self.device, budget, batch)
         rates = [3600 * batch / one / RECIPES["consistent"].steps for one in seconds]
-        return {
-            "pairs/hour": sum(rates),
-            "ms a step": 1e3 * max(seconds),
-            "peak GiB": peak_gib(self.device),
-        }
+        peak = {"peak GiB": peak_gib(self.device)} if processes == 1 else {}
+        return {"pairs/hour": sum(rates), "ms a step": 1e3 * max(seconds), **peak}
 
     # The run
 
@@ -290,8 +254,10 @@ class Study:
         low, high = self.sizes
         both = (low, high)
         yield "ceilings", "matrix products, copies", 20, self.ceilings
-        for row, precision, tf32 in PARITY:
-            yield "parity", row, 30, partial(self.parity, precision, tf32)
+        yield "parity", "fp32 without TF32", 30, partial(self.parity, "fp32", False)
+        default = "fp32 as torch has it, TF32 in convolutions"
+        yield "parity", default, 30, partial(self.parity, "fp32", None)
+        yield "parity", "bf16", 30, partial(self.parity, "bf16", None)
         for size in both:
             for name in ("release", "consistent"):
                 yield "steps", f"{name} {size} px, eager", 40, partial(self.step, size, name)
@@ -304,9 +270,10 @@ class Study:
                 yield "steps", f"{row}, {kind}", 20, partial(step, precision="fp32", tf32=tf32)
             best = partial(self.best, size, "release", WHOLE)
             yield "steps", f"{row}, best together", 20, best
-            yield "ms of a step", row, 20, partial(self.operations, size)
         exit_early = partial(self.best, high, "release", EXIT, WHOLE)
         yield "steps", f"release {high} px, best together, {EXIT}", 20, exit_early
+        for size in both:
+            yield "ms of a step", f"release {size} px", 20, partial(self.slowest, size)
         for size in both:
             for count in (1, 16, 256):
                 yield "edits", f"{size} px, {count}", 20, partial(self.images, size, count)
@@ -334,7 +301,7 @@ class Study:
             return f"{NOT_MEASURED}: no time was left"
         costs.free_memory(self.device)
         with costs.at_most(min(seconds, left)):
-            values = tried(work)
+            values = costs.tried(work)
         return values if isinstance(values, str) else {**values, "took s": self.clock() - begun}
 
     def run(self) -> dict[str, Any]:

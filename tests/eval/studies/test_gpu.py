@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from eval.bench import ENLARGE, EXIT, LAYOUT, TINY, Bench, beside_another
-from eval.costs import CPU, median_seconds
-from eval.studies.gpu import NOT_MEASURED, Config, Study, run
+from eval.costs import CPU, NOT_MEASURED, median_seconds
+from eval.studies.gpu import Config, Study, run
 from targetclip.generators.stylegan2 import blur_kernel, enlarged
 from targetclip.recipes import RECIPES
 
