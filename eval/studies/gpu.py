@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from eval import bench as benches
 from eval import costs
@@ -177,8 +177,7 @@ class Study:
             raise ValueError("expected an accelerator")
         bench = copy.copy(self.bench(size))
         bench.budget = 0.0
-        both = [ProfilerActivity.CUDA, ProfilerActivity.CPU]
-        with profile(activities=both, record_shapes=True) as found:
+        with profile(record_shapes=True) as found:  # of all kinds of devices
             steps = 4 + len(bench.steps("release"))
         events: Any = found.key_averages(group_by_input_shape=True)
         spent = dict[str, float]()
@@ -247,21 +246,18 @@ class Study:
         peak = {"peak GiB": peak_gib(self.device)} if processes == 1 else {}
         return {"pairs/hour": sum(rates), "ms a step": 1e3 * max(seconds), **peak}
 
-    # The run
-
     def cells(self) -> Iterator[tuple[str, str, float, Callable[[], Values]]]:
         """Yield part, row, most seconds and work of every measurement, by what it is worth."""
         low, high = self.sizes
-        both = (low, high)
         yield "ceilings", "matrix products, copies", 20, self.ceilings
         yield "parity", "fp32 without TF32", 30, partial(self.parity, "fp32", False)
         default = "fp32 as torch has it, TF32 in convolutions"
         yield "parity", default, 30, partial(self.parity, "fp32", None)
         yield "parity", "bf16", 30, partial(self.parity, "bf16", None)
-        for size in both:
+        for size in (low, high):
             for name in ("release", "consistent"):
                 yield "steps", f"{name} {size} px, eager", 40, partial(self.step, size, name)
-        for size in both:
+        for size in (low, high):
             row, step = f"release {size} px", partial(self.step, size, "release")
             for lever in (WHOLE, *ENLARGE, LAYOUT, TUNED):
                 yield "steps", f"{row}, {lever}", 30, partial(step, lever, WHOLE)
@@ -272,9 +268,9 @@ class Study:
             yield "steps", f"{row}, best together", 20, best
         exit_early = partial(self.best, high, "release", EXIT, WHOLE)
         yield "steps", f"release {high} px, best together, {EXIT}", 20, exit_early
-        for size in both:
+        for size in (low, high):
             yield "ms of a step", f"release {size} px", 20, partial(self.slowest, size)
-        for size in both:
+        for size in (low, high):
             for count in (1, 16, 256):
                 yield "edits", f"{size} px, {count}", 20, partial(self.images, size, count)
         yield "answers", "mapper alone", 10, partial(self.answer, 0, True, "fp32")
@@ -284,19 +280,18 @@ class Study:
         for size, batch in ((low, 1), (low, 4), (low, 16), (high, 1), (high, 4)):
             row = f"{size} px, {batch} targets at once"
             yield "pairs", row, 20, partial(self.pairs, size, batch)
-        for size in both:
+        for size in (low, high):
             best = partial(self.best, size, "release", "sums", COMPILED, WHOLE)
             yield "steps", f"release {size} px, best and sums, {COMPILED}", 90, best
         two = partial(self.pairs, low, 4, processes=2)
         yield "pairs", f"{low} px, 4 targets at once, two processes", 60, two
-        for size in both:
+        for size in (low, high):
             best = partial(self.best, size, "release", COMPILED, WHOLE)
             yield "steps", f"release {size} px, best, {COMPILED}", 90, best
 
     def take(self, seconds: float, work: Callable[[], Values]) -> Values | str:
         """Measure, or say why not."""
-        begun = self.clock()
-        left = self.end - begun
+        left = self.end - (begun := self.clock())
         if left < seconds / 4:
             return f"{NOT_MEASURED}: no time was left"
         costs.free_memory(self.device)
