@@ -121,6 +121,15 @@ def resize_matrix(
         return matrix.to(device=device, dtype=dtype)
 
 
+@lru_cache(maxsize=64)
+def colour(
+    values: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "3 1 1"]:
+    """Return a number for each colour. Cached, for an accelerator waits for every such copy."""
+    with torch.inference_mode(False):  # as in `resize_matrix`
+        return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
+
+
 def preprocess_images(
     images: Float[Tensor, "batch 3 height width"],
     preprocess: Preprocess,
@@ -146,8 +155,10 @@ def preprocess_images(
     resized = matrix @ images @ matrix.T
     if preprocess == "release":
         return resized
-    mean = images.new_tensor(encoder_input.mean).view(3, 1, 1)
-    std = images.new_tensor(encoder_input.std).view(3, 1, 1)
+    mean, std = (
+        colour(values, images.device, images.dtype)
+        for values in (encoder_input.mean, encoder_input.std)
+    )
     return (resized * 0.5 + 0.5 - mean) / std
 
 

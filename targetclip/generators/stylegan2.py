@@ -10,6 +10,7 @@ with the RGB weights read it as it is; the other layout would be copied before a
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,6 +28,10 @@ MAPPING_LR_MULTIPLIER = 0.01  # weights of the mapping network are stored a hund
 DEMODULATION_EPSILON = 1e-8
 SQRT2 = math.sqrt(2.0)
 PHASES = ((0, 0), (0, 1), (1, 0), (1, 1))  # even and odd rows, even and odd columns
+
+Enlarge = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From maps [batch, in, h, w], a weight [out, in, 3, 3] and a low-pass filter [4, 4] to maps
+[batch, out, 2 h, 2 w]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +148,15 @@ def transposed_convolution(
     return whole
 
 
+def enlarged(
+    x: Float[Tensor, "batch channels height width"],
+    weight: Float[Tensor, "out channels 3 3"],
+    blur: Float[Tensor, "4 4"],
+) -> Float[Tensor, "batch out out_height out_width"]:
+    """Convolve to twice the size, and filter what the stride leaves uneven."""
+    return depthwise(transposed_convolution(x, weight), blur, padding=1)
+
+
 class StyledConv(nn.Module):
     """Modulated 3x3 convolution, optional x2 upsampling, fixed noise, bias, leaky ReLU."""
 
@@ -167,6 +181,7 @@ class StyledConv(nn.Module):
         self.register_buffer("blur", blur_kernel(4.0), persistent=False)
         self.upsample = upsample
         self.clamp = clamp
+        self.enlarge: Enlarge = enlarged
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], w: Float[Tensor, "batch w_dim"]
@@ -179,7 +194,7 @@ class StyledConv(nn.Module):
         # The gain belongs to the weight, but scaling the style is cheaper.
         x = x * (style * gain).to(x.dtype)[:, :, None, None]
         if self.upsample:
-            x = depthwise(transposed_convolution(x, self.weight), self.blur, padding=1)
+            x = self.enlarge(x, self.weight, self.blur)
         else:
             x = F.conv2d(x, self.weight, padding=1)
         # The factor sqrt(2) after the leaky ReLU is applied before it, where it costs nothing.
@@ -275,9 +290,13 @@ class StyleGAN2(nn.Module):
         return w[:, None, :].expand(-1, self.num_ws, -1).contiguous()
 
     def synthesis(
-        self, ws: Float[Tensor, "batch num_ws w_dim"]
+        self, ws: Float[Tensor, "batch num_ws w_dim"], resolution: int | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
         """Render W+ latents to images in [-1, 1]; deterministic, differentiable in `ws`.
+
+        Args:
+            resolution: end early, with images of this size that lack the details of finer levels.
+                None: all levels.
 
         Raises:
             ValueError: latents of another shape.
@@ -298,7 +317,8 @@ class StyleGAN2(nn.Module):
 
         x = self.const.expand(len(ws), -1, -1, -1).contiguous(memory_format=torch.channels_last)
         rgb: Tensor | None = None
-        for level, to_rgb in enumerate(self.to_rgbs):
+        levels = len(self.to_rgbs) if resolution is None else resolution.bit_length() - 2
+        for level, to_rgb in enumerate(self.to_rgbs[:levels]):
             if level > 0:
                 x = run(self.convs[2 * level - 1], x, ws[:, 2 * level - 1])
             x = run(self.convs[2 * level], x, ws[:, 2 * level])

@@ -195,6 +195,17 @@ def test_a_batch_of_images_equals_each_alone(small: StyleGAN2) -> None:
     assert_near(small.synthesis(ws), alone, 1e-5)
 
 
+def test_synthesis_can_end_early_with_the_colours_of_the_coarse_levels() -> None:
+    sizes = {"w_dim": 8, "z_dim": 8, "mapping_layers": 1}
+    whole = StyleGAN2(StyleGAN2Config(resolution=16, channels=(8, 6, 4), **sizes))
+    coarse = StyleGAN2(StyleGAN2Config(resolution=8, channels=(8, 6), **sizes))
+    coarse.load_state_dict(whole.state_dict(), strict=False)
+    ws = torch.randn(2, whole.num_ws, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(whole.synthesis(ws, 8), coarse.synthesis(ws[:, : coarse.num_ws]))
+        assert torch.equal(whole.synthesis(ws, 16), whole.synthesis(ws))
+
+
 def test_the_four_parts_are_the_transposed_convolution() -> None:
     random = torch.Generator().manual_seed(2)
     x = torch.randn(2, 5, 4, 6, generator=random, dtype=torch.float64).requires_grad_(True)
