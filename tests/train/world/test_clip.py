@@ -16,6 +16,7 @@ from train.world import clip
 from train.world.clip import (
     KINDS,
     NOT_ASKED,
+    QUESTIONS,
     WORDINGS,
     Config,
     Questions,
@@ -25,23 +26,26 @@ from train.world.clip import (
     captions_of,
     keys_of,
     made_of,
+    margins,
     retrieval,
     run,
+    there_of,
     tokenizer,
 )
+
+SMALL = {
+    **clip.MODEL,
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 96, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
+    "text_cfg": {**clip.MODEL["text_cfg"], "width": 16, "heads": 1, "layers": 1},
+}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("avatars") / "clip"
-    small = {
-        **clip.MODEL,
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 96, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32},
-        "text_cfg": {**clip.MODEL["text_cfg"], "width": 16, "heads": 1, "layers": 1},
-    }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip, "MODEL", small)
+        patch.setattr(clip, "MODEL", SMALL)
         run(Config(out, pictures=22, steps=2, batch_size=8, tests=2))
     return out
 
@@ -134,6 +138,49 @@ def test_right_answers_cost_nothing_and_what_is_not_known_is_not_asked() -> None
         answers_of("hair_colour")[0].index("red"),
         NOT_ASKED,
     ]
+
+
+def test_a_picture_nearer_to_yes_than_to_no_has_a_positive_margin() -> None:
+    sides = [side for question in QUESTIONS.values() for side in question]
+    text = torch.cat([torch.eye(6)[i].expand(len(side), -1) for i, side in enumerate(sides)])
+    found = margins(torch.eye(6)[[0, 3, 4]], text)
+
+    assert found.sign().tolist() == [[1, 0, 0], [0, -1, 0], [0, 0, 1]]
+
+
+def test_a_moustache_is_neither_a_beard_nor_a_shaven_chin() -> None:
+    truths = [Shown(moustache="moustache"), Shown(beard="goatee", moustache="moustache"), Shown()]
+    assert there_of("beard", truths).tolist() == [-1, 1, 0]
+
+    questions = Questions(truths, torch.get_default_device())
+    beard = list(QUESTIONS).index("beard")
+    one, logits = torch.tensor([0]), torch.zeros(1, len(QUESTIONS))
+    before = questions.yes_or_no(logits, one)
+    logits[0, beard] = 9.0
+    assert torch.equal(questions.yes_or_no(logits, one), before)
+
+
+def test_yes_counts_as_much_as_no_however_rare_it_is() -> None:
+    questions = Questions([Shown(hat="cap"), *[Shown()] * 9], torch.get_default_device())
+    hat = list(QUESTIONS).index("hat")
+
+    assert questions.weights[0, hat] == pytest.approx(float(questions.weights[1:, hat].sum()))
+
+
+def test_a_model_is_trained_further(trained: Path, tmp_path: Path) -> None:
+    for path in trained.parent.glob("*.*"):
+        (tmp_path / path.name).hardlink_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip, "MODEL", SMALL)
+        more = Config(
+            tmp_path / "more", start=trained / "model", pictures=22, steps=1, batch_size=8,
+            learning_rate=1e-9, tests=2,
+        )  # fmt: skip
+        run(more)
+    image = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    first, second = (ClipEmbedder.load(str(p / "model")) for p in (trained, tmp_path / "more"))
+
+    assert torch.allclose(first.embed_images(image), second.embed_images(image), atol=1e-2)
 
 
 def test_a_grey_picture_is_not_asked_for_its_colours() -> None:
