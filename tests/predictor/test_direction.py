@@ -228,8 +228,8 @@ def at(value: float, steps: int) -> Direction:
     return Direction(vector=torch.full((6, 8), value), method="refined", steps=steps)
 
 
-def probe(vector: Tensor) -> float:
-    return float(vector[0, 0])
+def probe(direction: Direction) -> float:
+    return float(direction.vector[0, 0])
 
 
 def failing() -> Direction:
