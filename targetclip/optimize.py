@@ -311,7 +311,7 @@ def optimize_directions(
     resume: Mapping[str, Any] | None = None,
     bank_features: Float[Tensor, "_ features"] | None = None,
     identity: IdentityModel | None = None,
-    held: Float[Tensor, "batch bank num_ws w_dim"] | None = None,
+    held: Float[Tensor, "_ _ num_ws w_dim"] | None = None,
 ) -> Optimized:
     """Find the direction that gives any source each target's essence (paper, section 3).
 
@@ -336,8 +336,8 @@ def optimize_directions(
         bank_features: features of the unedited bank, by the recipe's `feature_model` and
             preprocessing, to share between searches. None: computed here.
         identity: the model of the identity loss.
-        held: what is added to each source of the bank beside a target's direction, and is not
-            searched for: the images are then G(w_i) and G(w_i + h_i + a_i b).
+        held: [batch, bank, num_ws, w_dim]: what is added to each source beside the direction, and
+            is not searched for: the images are then G(w_i) and G(w_i + h_i + a_i b).
 
     Raises:
         ValueError: shapes disagree, the bank is smaller than `recipe.sources`, or the recipe has an
