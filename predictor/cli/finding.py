@@ -36,6 +36,9 @@ from targetclip.recipes import Recipe
 from targetclip.scene import Scene
 
 
+NO_EFFECT = "--one-direction has no effect: there is no correction for each source to leave out"
+
+
 class Searches:
     """Shows the searches for one target: why each begins, and its steps."""
 
@@ -110,7 +113,13 @@ def find_direction(
     if request.mode is None:
         assert request.direction is not None  # where there is no mode
         direction, record = read_direction(request.direction, essence.scene.generator)
-        return Outcome(direction.uncorrected() if request.one_direction else direction, record, [])
+        if request.one_direction:
+            if direction.correction is None:
+                console.warn(NO_EFFECT)
+            direction = direction.uncorrected()
+        return Outcome(direction, record, [])
+    if request.one_direction and essence.asked_mapper().correction is None:
+        console.warn(NO_EFFECT)
     parts, interrupted = list[Direction](), False
     try:
         for target in targets:

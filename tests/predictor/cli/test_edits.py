@@ -109,6 +109,19 @@ def test_one_direction_writes_what_a_mapper_without_a_correction_does(
     assert "one_direction" not in report_of(tmp_path / "plain")
 
 
+def test_where_there_is_no_correction_to_leave_out_a_warning_says_so(
+    run: Run, tmp_path: Path, who_world: Path, tiny_mapper: Path, reading_world: Path
+) -> None:
+    plain = ("--world", with_mapper(who_world, tiny_mapper, "plain.toml"), "--one-direction")
+    file = ("--direction", tmp_path / "out" / "direction.safetensors", "--num-sources", 1)
+    for arguments, out in ((INSTANT, "out"), (file, "applied")):
+        assert run("transfer", *plain, *arguments, "--out", tmp_path / out) == 0
+        assert any("has no effect" in said for said in report_of(tmp_path / out)["warnings"])
+    reading = ("--world", reading_world, *INSTANT, "--one-direction", "--out", tmp_path / "read")
+    assert run("transfer", *reading) == 0
+    assert not any("has no effect" in said for said in report_of(tmp_path / "read")["warnings"])
+
+
 def test_mixtures_texts_layers_and_the_identity_floor_use_corrections(
     run: Run, tmp_path: Path, reading_world: Path, essence: EssenceTransfer, faces: list[Path]
 ) -> None:
