@@ -35,7 +35,6 @@ from targetclip.optimize import Progress
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
 
-
 NO_EFFECT = "--one-direction has no effect: there is no correction for each source to leave out"
 
 
