@@ -165,7 +165,8 @@ def fast_precision(device: torch.device) -> Precision:
 def make_bench(config: Config, world: World, device: torch.device) -> Bench:
     """Load everything that methods may use."""
     path = config.mapper or world.mapper
-    if path is None and (not config.only or {"mapper", "auto"} & set(config.only)):
+    asking = {name for name, method in METHODS.items() if "mapper" in method.needs}
+    if path is None and (not config.only or asking & set(config.only)):
         raise ValueError(
             f"--mapper: expected a mapper's file, for world {world.name!r} names none; train one "
             "with python -m train.mapper, or name other methods by --only"
@@ -188,6 +189,8 @@ def make_bench(config: Config, world: World, device: torch.device) -> Bench:
     }
     digests = {part: sha256_of(file) for part, file in files.items() if file is not None}
     if path is not None:
+        if essence.asked_mapper().correction is not None:
+            digests["correction"] = digests["mapper"]
         try:
             Gate.of(essence.asked_mapper())
             digests["calibration"] = digests["mapper"]

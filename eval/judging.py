@@ -28,7 +28,7 @@ from eval.metrics import (
     spread,
 )
 from eval.reader import AttributeReader, load_reader
-from eval.sets import Directions, Embeddings, EvalSet, Sources, Truth
+from eval.sets import Embeddings, EvalSet, Sources, Truth
 from targetclip.embedder import ImageEmbedder
 from targetclip.scene import Scene, score_features
 
@@ -311,11 +311,11 @@ def study_means(scores: Mapping[str, Float[Tensor, " targets"]]) -> dict[str, fl
 def released_scores(
     judges: Judges,
     sources: Sources,
-    edits: Directions,
+    edits: Float[Tensor, "targets *sources num_ws w_dim"],
     targets: EvalSet,
     references: Float[Tensor, "images features"],
 ) -> dict[str, dict[str, float]]:
-    """Score directions by the released evaluation, with its fault and without (see `spread`).
+    """Score edits by the released evaluation, with its fault and without (see `spread`).
 
     Strength 1.2 for all; every score is a mean over sources, then mean and deviation over targets.
     `identity_released` repeats the fault: the identity model sees sources in [-1, 1], as it

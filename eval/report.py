@@ -62,6 +62,9 @@ targets. Every method edits the same sources at strength 1; only `clip-blending`
   searches several at once. Those without are of one target alone, after a warm-up.
 - `clip-blending` searches for every source on its own: its seconds are of a target and
   {sources} sources, and new sources cost as much again.
+- `one-direction` is the mapper without its correction for each source. `own-mapper` is trained for
+  one target by the recipe `identity`, and reads the source: StyleCLIP has such a mapper for each
+  text. Its edits are those of the sources above alone, so the released protocol leaves it out.
 - `drawn-answer` cannot be reached by any direction: each source drawn with its own identity and the
   target's essence, without the target's style and what the generator never draws.
 """

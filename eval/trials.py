@@ -122,7 +122,7 @@ class Comparison:
     """Of the bootstrap."""
 
     def judge(self, edits: Tensor, goal: Goal, strength: float = 1.0) -> Judged:
-        """Judge edits [targets, *sources, num_ws, w_dim] of the test sources."""
+        """Judge edits [targets, sources, num_ws, w_dim] of the test sources."""
         return judge_edits(self.judges, goal, self.bench.sources, edits, strength)
 
     def judge_drawn(self, targets: EvalSet) -> Judged | None:
@@ -140,7 +140,7 @@ class Comparison:
         """Judge every method's answer to a set; the drawn answer too, if asked for and there."""
         trials: dict[str, Judged] = {}
         for name, answer in tqdm(answers.items(), f"judge {targets.name}", unit="method"):
-            edits = answer.edits
+            edits = answer.on(self.bench.sources)
             trials[name] = self.judge(edits, goal_of(self.judges, targets.part(0, len(edits))))
         right = self.judge_drawn(targets) if drawn else None
         return trials if right is None else {**trials, DRAWN_ANSWER: right}
@@ -199,7 +199,7 @@ def released_report(
     sets: Sequence[EvalSet],
     answers: Mapping[str, Mapping[str, Answer]],
 ) -> dict[str, Any]:
-    """Return the released evaluation of every method that answers with directions.
+    """Return the released evaluation of every method whose edits reach any source.
 
     Targets are the first ones of each set but the adversarial one, the same for all methods.
     """
@@ -218,7 +218,7 @@ def released_report(
     ]
     methods: dict[str, Any] = {}
     for name in tqdm(names, "released", unit="method"):
-        edits = [answers[part.name][name].edits[: len(part)] for part in parts]
+        edits = [answers[part.name][name].on(sources)[: len(part)] for part in parts]
         methods[name] = released_scores(
             comparison.judges, sources, torch.cat(edits), targets, comparison.references
         )
@@ -233,9 +233,9 @@ def sweep_report(
     goal = goal_of(comparison.judges, few)
     rows: dict[str, list[dict[str, float]]] = {}
     for name, answer in tqdm(answers.items(), "strengths", unit="method"):
-        rows[name] = []
+        rows[name], edits = [], answer.on(comparison.bench.sources)[: len(few)]
         for strength in STRENGTHS:
-            judged = comparison.judge(answer.edits[: len(few)], goal, strength)
+            judged = comparison.judge(edits, goal, strength)
             scores = {score: float(values.mean()) for score, values in judged.scores.items()}
             rows[name].append({"strength": strength, **scores})
     return rows
@@ -271,7 +271,7 @@ def grids(
 
     def edited(name: str, place: int) -> list[Image.Image]:
         if name in answers:
-            edit = answers[name].edits[place : place + 1]
+            edit = answers[name].on(sources)[place : place + 1]
             (images,) = edited_images(scene, sources, edit)
         else:
             truth = targets.part(place, place + 1).truth

@@ -27,7 +27,7 @@ from predictor.direction import (
     WatchStep,
     searched_direction,
 )
-from predictor.editing import Editing
+from predictor.editing import Editing, Moves
 from predictor.inputs import Target, Text, as_recipe, as_target, check_mode
 from predictor.mapper import FoldedMapper, Mapper, Prediction, load_mapper
 from predictor.mapper_file import check_made_for, trained_recipe
@@ -156,6 +156,7 @@ class EssenceTransfer(Editing):
         *,
         text: str | None = None,
         watch_probe: WatchProbe | None = None,
+        one_direction: bool = False,
     ) -> Direction:
         """Find the direction of a target: a picture, or words.
 
@@ -168,6 +169,7 @@ class EssenceTransfer(Editing):
             seed: of the optimizer's random numbers.
             text: the target in words, in the place of `target`.
             watch_probe: called in "auto" with every score on the probe sources, and the threshold.
+            one_direction: leave out the mapper's correction for each source.
 
         Raises:
             FileNotFoundError, TypeError: as `as_pictures`.
@@ -181,20 +183,20 @@ class EssenceTransfer(Editing):
         if mode == "optimize":
             return self.optimize(target, recipe, seed, watch and watch("optimizer", recipe))
         if mode == "instant":
-            return self.predict(target)
+            return self.predict(target, one_direction)
         gate = Gate.of(self.asked_mapper())
         refining = gate.refining(recipe, self.trained)
         # An identity model that is missing is an error now, not after minutes of searching.
         self.scene.feature_model(refining.identity_weight)
         if mode == "auto":
             self.scene.feature_model(recipe.identity_weight)
-        predicted = self.predict(target)
+        predicted = self.predict(target, one_direction)
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
         embedding = self.embed_target(target)
 
-        def probe(vector: Tensor) -> float:
-            score = self.probe_score(embedding, vector, gate.probes)
+        def probe(direction: Direction) -> float:
+            score = self.probe_score(embedding, direction, gate.probes)
             if watch_probe is not None:
                 watch_probe(score, gate.threshold)
             return score
@@ -208,17 +210,20 @@ class EssenceTransfer(Editing):
             probe,
         )
 
-    def predict(self, target: Target) -> Direction:
-        """Return the mapper's answer."""
+    def predict(self, target: Target, one_direction: bool = False) -> Direction:
+        """Return the mapper's answer, with its correction for each source unless that is left out
+        or the mapper has none."""
         folded = self.folded  # before anything is embedded
-        vector, expected = folded(self.embed_target(target, self.trained)[None])
-        generator = self.scene.generator.fingerprint
-        return Direction(vector=vector, method="mapper", generator=generator, expected=expected)
-
-    def correction(self, target: Target) -> SourceCorrection | None:
-        """Return what is added to the mapper's answer for each source; None where the mapper has
-        no correction."""
-        return self.folded.correction(self.embed_target(target, self.trained)[None])
+        embedding = self.embed_target(target, self.trained)[None]
+        vector, expected = folded(embedding)
+        direction = Direction(
+            vector=vector,
+            method="mapper",
+            generator=self.scene.generator.fingerprint,
+            expected=expected,
+            correction=folded.correction(embedding),
+        )
+        return direction.uncorrected() if one_direction else direction
 
     def predict_embeddings(self, embeddings: Float[Tensor, "targets embed"]) -> Prediction:
         """Return the mapper's answers to embeddings, raw or unit."""
@@ -227,12 +232,12 @@ class EssenceTransfer(Editing):
         return prediction
 
     def probe_score(
-        self, embedding: Float[Tensor, " embed"], vector: Float[Tensor, "num_ws w_dim"], probes: int
+        self, embedding: Float[Tensor, " embed"], direction: Moves, probes: int
     ) -> float:
         """Return the transfer score of a direction on the first so many probe sources."""
         ws = self.scene.latents(probe_seeds(probes))
         with torch.no_grad():
-            edited = self.scene.features(ws + vector)
+            edited = self.scene.features(ws + self.offsets(ws, direction))
         return float(F.cosine_similarity(edited, embedding[None]).mean())
 
     def refine(
@@ -243,10 +248,11 @@ class EssenceTransfer(Editing):
         seed: int = 0,
         watch: WatchSearch | None = None,
     ) -> Direction:
-        """Run the optimizer from a prediction; raises as `direction` does."""
-        on_step = watch and watch("refined", recipe)
-        direction = self.search(target, recipe, predicted.vector, "refined", seed, on_step)
-        return replace(direction, expected=predicted.expected)
+        """Run the optimizer from a prediction, whose correction is held; raises as `direction`
+        does."""
+        on_step, start = watch and watch("refined", recipe), predicted.vector
+        found = self.search(target, recipe, start, "refined", seed, on_step, predicted.correction)
+        return replace(found, expected=predicted.expected)
 
     def optimize(
         self, target: Target, recipe: Recipe, seed: int = 0, on_step: WatchStep | None = None
@@ -263,15 +269,19 @@ class EssenceTransfer(Editing):
         method: Method,
         seed: int,
         on_step: WatchStep | None,
+        correction: SourceCorrection | None = None,
     ) -> Direction:
-        """Run the optimizer from a start."""
-        features = None
+        """Run the optimizer from a start, with a correction held beside the direction."""
+        features = held = None
+        if correction is not None:
+            held = correction(self.scene.bank_of(recipe))[None]
         if recipe.fresh_sources:
             features = self.source_features(recipe.preprocess, recipe.identity_weight)
         embedding, seeds = self.embed_target(target, recipe)[None], [seed_of("target", seed)]
         search = partial(self.scene.search, embedding, recipe, start[None], seeds)
-        search = partial(search, bank_features=features)
-        return searched_direction(search, method, self.scene.generator.fingerprint, on_step)
+        search = partial(search, bank_features=features, held=held)
+        generator = self.scene.generator.fingerprint
+        return searched_direction(search, method, generator, on_step, correction)
 
     # Scores
 

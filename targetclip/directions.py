@@ -2,7 +2,10 @@
 
 Knows containers, shapes and the checks of a reader; nothing of how directions are found.
 
-A direction file is safetensors: one direction, the fingerprint of its generator, and a record.
+A direction file is safetensors. Its tensor `direction` [num_ws, w_dim], float32, is what is added
+to the latents of any source. Its metadata hold the fingerprint of its generator and a record. There
+may be further tensors, named `correction.*`: what a mapper adds to the direction for each source
+(`predictor.correction`). Whoever reads `direction` alone has one direction for all sources.
 
 Files of the release are `.npy` and `.pt`. They carry no fingerprint: only their size says which
 generator they could be of.
@@ -19,6 +22,7 @@ generator they could be of.
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from targetclip.weights import read_tensors, tensor_bytes
 FORMAT = "targetclip-direction/1"
 MAKE = "make one with targetclip optimize"
 RELEASED_SUFFIXES = (".npy", ".pt")
+CORRECTION = "correction."  # begins the names of a correction's tensors
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +50,29 @@ class DirectionFile:
 
     direction: Float[Tensor, "num_ws w_dim"]
     record: dict[str, Any]
+    correction: dict[str, Tensor]
+    """Tensors of the correction for each source, as they are; empty where there is none."""
 
 
 def direction_bytes(
-    direction: Float[Tensor, "num_ws w_dim"], generator: Generator | str, record: dict[str, Any]
+    direction: Float[Tensor, "num_ws w_dim"],
+    generator: Generator | str,
+    record: dict[str, Any],
+    correction: Mapping[str, Tensor] | None = None,
 ) -> bytes:
     """Return the content of a direction file: float32, with `record` as JSON.
 
     Args:
         generator: itself, or its fingerprint.
+        correction: tensors of the correction for each source.
     """
+    tensors = {CORRECTION + name: tensor for name, tensor in (correction or {}).items()}
     metadata = {
         "format": FORMAT,
         "generator": generator if isinstance(generator, str) else generator.fingerprint,
         "record": json.dumps(record, sort_keys=True),
     }
-    return tensor_bytes({"direction": direction.detach().float()}, metadata)
+    return tensor_bytes({"direction": direction.detach().float(), **tensors}, metadata)
 
 
 def parse_record(text: str, path: Path) -> dict[str, Any]:
@@ -100,7 +112,12 @@ def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
             f"{path}: expected finite float32 values, found {direction.dtype} or NaN or infinity; "
             "find the direction again"
         )
-    return DirectionFile(direction, parse_record(metadata.get("record", "{}"), path))
+    names = [name for name in tensors if name.startswith(CORRECTION)]
+    return DirectionFile(
+        direction,
+        parse_record(metadata.get("record", "{}"), path),
+        {name.removeprefix(CORRECTION): tensors[name] for name in names},
+    )
 
 
 # Files of the release

@@ -311,6 +311,7 @@ def optimize_directions(
     resume: Mapping[str, Any] | None = None,
     bank_features: Float[Tensor, "_ features"] | None = None,
     identity: IdentityModel | None = None,
+    held: Float[Tensor, "_ _ num_ws w_dim"] | None = None,
 ) -> Optimized:
     """Find the direction that gives any source each target's essence (paper, section 3).
 
@@ -335,6 +336,8 @@ def optimize_directions(
         bank_features: features of the unedited bank, by the recipe's `feature_model` and
             preprocessing, to share between searches. None: computed here.
         identity: the model of the identity loss.
+        held: [batch, bank, num_ws, w_dim]: what is added to each source beside the direction, and
+            is not searched for: the images are then G(w_i) and G(w_i + h_i + a_i b).
 
     Raises:
         ValueError: shapes disagree, the bank is smaller than `recipe.sources`, or the recipe has an
@@ -349,6 +352,11 @@ def optimize_directions(
         raise ValueError(
             f"expected {batch} seeds and initial directions [{batch}, {generator.num_ws}, "
             f"{generator.w_dim}], found {len(seeds)} and {list(initial.shape)}"
+        )
+    if held is not None and held.shape != (batch, *source_ws.shape):
+        raise ValueError(
+            f"expected held offsets {[batch, *source_ws.shape]}, one for each target and source, "
+            f"found {list(held.shape)}"
         )
     bank = source_ws if recipe.fresh_sources else source_ws[:count]
     model = feature_model(embedder, identity, recipe.identity_weight)
@@ -372,7 +380,8 @@ def optimize_directions(
         chosen = draw_sources(len(bank), count, recipe.fresh_sources, search.draws)
         chosen = chosen.to(initial.device)[rows]
         edits = search.coefficients[rows, :, None, None] * search.vectors[rows, None]
-        ws = (bank[chosen] + edits).flatten(0, 1)
+        unsearched = bank[chosen] if held is None else bank[chosen] + held[rows[:, None], chosen]
+        ws = (unsearched + edits).flatten(0, 1)
         after = embed_latents(generator, model, ws, recipe.preprocess, max_images)
         after = after.unflatten(0, (len(rows), count))
         parts = losses_of(recipe, before[chosen], after, target_embeddings[rows])

@@ -212,6 +212,7 @@ class Scene:
         *,
         bank: Float[Tensor, "bank num_ws w_dim"] | None = None,
         bank_features: Float[Tensor, "bank features"] | None = None,
+        held: Float[Tensor, "targets bank num_ws w_dim"] | None = None,
         on_step: Callable[[Progress], None] | None = None,
         resume: Mapping[str, Any] | None = None,
     ) -> Optimized:
@@ -233,6 +234,7 @@ class Scene:
             resume=resume,
             bank_features=bank_features,
             identity=self.identity,
+            held=held,
         )
 
     # Editing and scoring

@@ -149,6 +149,7 @@ class Run:
         else:
             facts |= {"mode": request.mode, **self.source_facts(), **edited.facts}
             facts["direction"] = None if request.direction is None else str(request.direction)
+            facts["corrected"] = outcome.direction.correction is not None
             if len(targets) == 1:
                 row = edited.facts["targets"][0]
                 facts |= {"target": row["target"], "scores": row["scores"]}

@@ -27,7 +27,7 @@ from predictor.cli.sources import (
     Latents,
     Sources,
 )
-from predictor.direction import layer_weights
+from predictor.direction import Direction, layer_weights
 from predictor.transfer import EssenceTransfer
 from targetclip.command import (
     Stopwatch,
@@ -93,13 +93,13 @@ class Editor:
     console: Console
     watch: Stopwatch
 
-    def strength(self, vector: Float[Tensor, "num_ws w_dim"]) -> float:
+    def strength(self, direction: Direction) -> float:
         """Return the strength: the requested one, or as much of it as the identity floor leaves."""
         highest, floor = self.request.strength, self.request.identity_floor
         if floor is None:
             return highest
         scored = self.latents.scored[:MAX_SHOWN]
-        strength = self.essence.strength_at_identity(scored, vector, floor, highest)
+        strength = self.essence.strength_at_identity(scored, direction, floor, highest)
         self.console.result(f"strength {strength:.3g}, by --identity-floor {floor:g}")
         if strength == highest:
             self.console.warn(
@@ -116,20 +116,22 @@ class Editor:
         """Edit the sources, write their pictures, and score them."""
         scene, latents = self.essence.scene, self.latents
         with self.watch.phase("edit"):
-            factors = layer_weights(scene.generator.num_ws, **self.request.layers).to(scene.device)
-            vector = outcome.direction.vector * factors[:, None]
-            strength = self.strength(vector)
+            factors = layer_weights(scene.generator.num_ws, **self.request.layers)
+            direction = outcome.direction.weighted(factors)
+            if latents.whole is not None:
+                direction = direction.for_clip(latents.whole)
+            strength = self.strength(direction)
         features: list[Tensor] = []
         shown: list[Image.Image] = []
 
         def edits(ws: Float[Tensor, "sources num_ws w_dim"]) -> Iterator[Image.Image]:
             for lot in lots_of(scene, ws):
-                yield from tensor_to_pictures(scene.edit(lot, vector, strength))
+                yield from tensor_to_pictures(self.essence.edit(lot, direction, strength))
 
         def scored() -> Iterator[Image.Image]:
             places = {*latents.shown}
             for lot in lots_of(scene, latents.scored):
-                images = scene.edit(lot, vector, strength)
+                images = self.essence.edit(lot, direction, strength)
                 start = sum(map(len, features))
                 features.append(features_of(scene, images))
                 for place, picture in enumerate(tensor_to_pictures(images), start):

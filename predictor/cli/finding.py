@@ -17,7 +17,6 @@ from predictor.cli.report import (
     inversion_facts,
 )
 from predictor.direction import (
-    RELEASED,
     Direction,
     Gate,
     Interrupted,
@@ -25,22 +24,18 @@ from predictor.direction import (
     WatchSearch,
     WatchStep,
     mixed,
+    read_direction,
 )
 from predictor.transfer import EssenceTransfer
 from targetclip.command import (
     in_precision,
     write_file,
 )
-from targetclip.directions import (
-    RELEASED_SUFFIXES,
-    direction_bytes,
-    load_direction,
-    released_direction,
-    warn_of_latent,
-)
 from targetclip.optimize import Progress
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
+
+NO_EFFECT = "--one-direction has no effect: there is no correction for each source to leave out"
 
 
 class Searches:
@@ -86,6 +81,7 @@ def find_one(
             request.seed,
             watch,
             watch_probe=searches.probed,
+            one_direction=request.one_direction,
         )
     if request.mode == "optimize":
         return direction
@@ -96,7 +92,7 @@ def find_one(
     probe = direction.probe
     if probe is None:
         embedding = essence.embed_target(target.content)
-        probe = essence.probe_score(embedding, direction.vector, gate.probes)
+        probe = essence.probe_score(embedding, direction, gate.probes)
     if not gate.passes(probe):
         more = "; --mode auto refines such answers" if request.mode == "instant" else ""
         console.warn(
@@ -114,7 +110,15 @@ def find_direction(
 ) -> Outcome:
     """Find the direction of one target, after Ctrl-C the best so far; or the mixture of several."""
     if request.mode is None:
-        return read_direction(essence.scene, request)
+        assert request.direction is not None  # where there is no mode
+        direction, record = read_direction(request.direction, essence.scene.generator)
+        if request.one_direction:
+            if direction.correction is None:
+                console.warn(NO_EFFECT)
+            direction = direction.uncorrected()
+        return Outcome(direction, record, [])
+    if request.one_direction and essence.asked_mapper().correction is None:
+        console.warn(NO_EFFECT)
     parts, interrupted = list[Direction](), False
     try:
         for target in targets:
@@ -156,6 +160,8 @@ def record_of(
     if request.mode != "optimize":
         mapper = essence.asked_mapper()
         record["mapper"] = mapper.fingerprint
+        if request.one_direction:
+            record["one_direction"] = True
         if request.mode != "instant":
             record["gate"] = dataclasses.asdict(Gate.of(mapper))
     if [target.weight for target in targets] != [1]:
@@ -163,27 +169,7 @@ def record_of(
     return record
 
 
-def read_direction(scene: Scene, request: Request) -> Outcome:
-    """Read a direction file: ours, with its record, or one of TargetCLIP's release."""
-    path, generator = request.direction, scene.generator
-    assert path is not None  # where there is no mode
-    if path.suffix in RELEASED_SUFFIXES:
-        vector = released_direction(path, generator.num_ws, generator.w_dim)
-        record: dict[str, Any] = {"method": RELEASED}
-    else:
-        stored = load_direction(path, generator)
-        vector, record = stored.direction, stored.record
-    warn_of_latent(path, vector, generator)
-    direction = Direction(
-        vector=vector.to(scene.device),
-        method=str(record.get("method", "file")),
-        generator=generator.fingerprint,
-    )
-    return Outcome(direction, record, [])
-
-
 def write_direction(out: OutputFolder, scene: Scene, outcome: Outcome) -> None:
     """Write direction.safetensors."""
-    fingerprint = scene.generator.fingerprint
-    content = direction_bytes(outcome.direction.vector, fingerprint, outcome.record)
+    content = outcome.direction.content(outcome.record, scene.generator.fingerprint)
     write_file(out.take(DIRECTION), content)

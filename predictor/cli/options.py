@@ -65,6 +65,8 @@ class Request:
     identity_floor: float | None
     layers: dict[str, float]
     """Factors of the coarse, the middle and the fine layers."""
+    one_direction: bool
+    """Whether the mapper's correction for each source is left out."""
     seed: int
     out: Path
     overwrite: bool
@@ -112,6 +114,8 @@ def check_finding(options: Transfer) -> None:
             raise ValueError(f"--{name}: a refinement has its own: drop it or --mode refine")
     if mode == "optimize" and search.mapper is not None:
         raise ValueError("--mapper: --mode optimize asks no mapper: drop one of them")
+    if mode == "optimize" and edit.one_direction:
+        raise ValueError("--one-direction: the optimizer finds no other: drop one of them")
     if mode is None and search.mapper is not None:
         for name in given(search, OF_OPTIMIZER):
             raise ValueError(f"--{name} and --mapper need a mode: add --mode auto, or drop one")
@@ -225,6 +229,7 @@ def resolve(options: Transfer | Optimize) -> Request:
         strength=strength,
         identity_floor=edit.identity_floor,
         layers=layers,
+        one_direction=edit.one_direction,
         seed=search.seed,
         out=output.out,
         overwrite=output.overwrite,
