@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from targetclip.command import write_file
+from targetclip.seeds import seed_of
 
 Options = dict[str, Any]
 Key = TypeVar("Key")
@@ -111,27 +112,26 @@ def by_all_cores(function: Callable[[Key], Made], keys: Sequence[Key], name: str
 
 
 def bank(
-    path: Path,
+    folder: Path,
+    name: str,
     keys: Sequence[Key],
     made_of: Callable[[Key], tuple[UInt8[ndarray, "s s 3"], dict[str, str]]],
     size: int,
 ) -> tuple[UInt8[Tensor, "count size size 3"], list[dict[str, str]]]:
     """Return the pictures of `keys` and what they show, made by all cores on first use.
 
-    Both are kept, pictures at `path` and the rest beside it; a file appears only when it is whole.
-    The pictures are read from disk as they are asked for. For `made_of` see `by_all_cores`.
-
-    Raises:
-        ValueError: the file holds other pictures than these.
+    Both are kept in `folder`, named by the keys too; a file appears only when it is whole. The
+    pictures are read from disk as they are asked for. For `made_of` see `by_all_cores`.
     """
+    path = folder / f"{name}-{size}px-{seed_of(*keys):014x}.npy"
     shape, known = (len(keys), size, size, 3), path.with_suffix(".json")
     if not (path.exists() and known.exists()):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             drawing = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
             truths = []
-            for i, (picture, truth) in enumerate(by_all_cores(made_of, keys, path.name)):
+            for i, (picture, truth) in enumerate(by_all_cores(made_of, keys, name)):
                 drawing[i] = picture
                 truths.append(truth)
             drawing.flush()
@@ -141,11 +141,6 @@ def bank(
             unfinished.unlink(missing_ok=True)
     # Copied where written to, which nobody does: torch takes no array that is read-only.
     pictures = torch.from_numpy(np.load(path, mmap_mode="c"))
-    if pictures.shape != shape:
-        raise ValueError(
-            f"{path}: expected shape {list(shape)}, found {list(pictures.shape)}: delete it, it is "
-            "made anew"
-        )
     return pictures, json.loads(known.read_text("utf-8"))
 
 

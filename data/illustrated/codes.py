@@ -1,13 +1,16 @@
 """Faces of the bundled generator: attributes, the codes in w that stand for them, and z.
 
 Knows what the generator can draw, one style only (avataaars): twelve attributes with a few values
-each. A value has a fixed code, a face's code is their sum, so w says exactly what a picture shows:
-`codes` goes there, `strongest` comes back.
+each. Every value has a coordinate of w, so w says exactly what a picture shows: `codes` goes there,
+`strongest` comes back. Every attribute has a coordinate of z, cut into an interval for each value,
+and a mapping network of two layers computes just that: nothing about it needs to be learned.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from statistics import NormalDist
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -16,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.illustrated.avatars import Options, bank, draw, render
+from targetclip.generators.stylegan2 import SQRT2, EqualizedLinear, Mapping
 
 STYLE = "avataaars"
 SIZE = 128  # px
-W_DIM = 256  # a power of two, see `basis`
+W_DIM = 256  # as many hidden units of the mapping network are needed, not as many values
 SCALE = 2.0
-SHARPNESS = 6.0
+RAMP = 0.05  # part of an interval of z in which one value fades into the next
 NONE = "none"
 
 HAIR_COLOURS = {
@@ -52,16 +56,23 @@ class Attribute:
     values: tuple[str, ...]
     essence: bool
     """Whether a caption may say it; the rest is who somebody is."""
-    bias: float = 0.0
-    """Added to the first value's coordinate of z: how much likelier it is than the others."""
+    first: float | None = None
+    """Share of the first value. None: all are as common."""
+
+    def shares(self) -> list[float]:
+        """Return how common each value is."""
+        count = len(self.values)
+        if self.first is None:
+            return [1 / count] * count
+        return [self.first] + [(1 - self.first) / (count - 1)] * (count - 1)
 
 
 ATTRIBUTES = (
     Attribute("top", HAIR + HATS, True),
     Attribute("hairColor", tuple(HAIR_COLOURS.values()), True),
     Attribute("hatColor", tuple(HAT_COLOURS.values()), True),
-    Attribute("accessories", (NONE, *GLASSES), True, 1.3),
-    Attribute("facialHair", (NONE, *BEARDS), True, 1.2),
+    Attribute("accessories", (NONE, *GLASSES), True, 0.5),
+    Attribute("facialHair", (NONE, *BEARDS), True, 0.5),
     Attribute(
         "mouth",
         ("default", "smile", "sad", "serious", "screamOpen", "grimace", "tongue", "twinkle"),
@@ -103,35 +114,64 @@ COUNTS = [len(attribute.values) for attribute in ATTRIBUTES]
 VALUES = sum(COUNTS)
 
 
+def limits(attribute: Attribute) -> list[float]:
+    """Return where the intervals of z meet, one for each value, of z ~ N(0, 1)."""
+    ends = accumulate(attribute.shares()[:-1])
+    return [NormalDist().inv_cdf(end) for end in ends]
+
+
 def indices_from_z(z: Float[Tensor, "batch z_dim"]) -> Int[Tensor, "batch attributes"]:
-    """Return the values that latents z ~ N(0, I) stand for: the largest coordinate of each group.
+    """Return the values that latents z ~ N(0, I) stand for: an interval of one coordinate each.
 
     z is scaled to a mean square of 1 first, as the mapping network scales it.
     """
-    return torch.stack([group.argmax(dim=1) for group in groups_of(z)], dim=1)
+    unit = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-8)
+    columns = [
+        torch.bucketize(unit[:, i].contiguous(), unit.new_tensor(limits(attribute)))
+        for i, attribute in enumerate(ATTRIBUTES)
+    ]
+    return torch.stack(columns, dim=1)
 
 
-def groups_of(z: Float[Tensor, "batch z_dim"]) -> list[Float[Tensor, "batch values"]]:
-    """Return the coordinates of z that stand for each attribute, with the first value's bias.
+def set_mapping(mapping: Mapping) -> None:
+    """Give a mapping network of two layers the weights that turn z into codes.
+
+    Two hidden units make a ramp from 0 to 1 at every limit: the leaky ReLU of x less that of
+    x - width is 0.2 width before it and width after it. The amount of a value is the ramp where its
+    interval begins less the one where it ends. Amounts are not negative, so the second leaky ReLU
+    changes nothing.
 
     Raises:
-        ValueError: z has fewer coordinates than there are values.
+        ValueError: a network of other sizes.
     """
-    if z.shape[1] < VALUES:
-        raise ValueError(f"expected z of {VALUES} coordinates or more, found {z.shape[1]}")
-    unit = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-8)
-    groups = [group.clone() for group in unit[:, :VALUES].split(COUNTS, dim=1)]
-    for group, attribute in zip(groups, ATTRIBUTES, strict=True):
-        group[:, 0] += attribute.bias
-    return groups
-
-
-def amounts_from_z(z: Float[Tensor, "batch z_dim"]) -> Float[Tensor, "batch values"]:
-    """Return how much of each value latents have: a softmax, which a network can learn.
-
-    The largest amount of a group is that of `indices_from_z`; near a tie both have about a half.
-    """
-    return torch.cat([F.softmax(SHARPNESS * group, dim=1) for group in groups_of(z)], dim=1)
+    first, second = mapping.layers if len(mapping.layers) == 2 else (None, None)
+    if not isinstance(first, EqualizedLinear) or not isinstance(second, EqualizedLinear):
+        raise ValueError(f"expected a mapping of 2 layers, found {len(mapping.layers)}")
+    weights = [torch.zeros_like(layer.weight) for layer in (first, second)]
+    biases = [torch.zeros_like(layer.bias) for layer in (first, second)]
+    unit = value = 0
+    for column, attribute in enumerate(ATTRIBUTES):
+        biases[1][value] = 1.0  # the first value, until its interval ends
+        ends = limits(attribute)
+        edges = [-2.5, *ends, 2.5]
+        for i, end in enumerate(ends):
+            width = RAMP * min(end - edges[i], edges[i + 2] - end)
+            weights[0][unit : unit + 2, column] = 1.0
+            biases[0][unit] = -end + width / 2
+            biases[0][unit + 1] = -end - width / 2
+            for row, sign in ((value + i, -1.0), (value + i + 1, 1.0)):
+                step = sign / (0.8 * width * SQRT2)
+                weights[1][row, unit], weights[1][row, unit + 1] = step, -step
+                biases[1][row] -= sign * 0.25
+            unit += 2
+        value += len(attribute.values)
+    with torch.no_grad():
+        for layer, weight, bias, scale in zip(
+            (first, second), weights, biases, (1.0, SCALE / SQRT2), strict=True
+        ):
+            layer.weight.copy_(scale * weight / layer.weight_gain)
+            layer.bias.copy_(scale * bias / layer.bias_gain)
+        mapping.w_avg.copy_(codes(shares().to(mapping.w_avg)))
 
 
 def one_hot(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch values"]:
@@ -141,41 +181,19 @@ def one_hot(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch va
 
 
 def shares() -> Float[Tensor, " values"]:
-    """Return how common each value is among z ~ N(0, I), from a fixed sample."""
-    z = torch.randn(20_000, W_DIM, generator=torch.Generator().manual_seed(0))
-    return one_hot(indices_from_z(z)).mean(dim=0)
+    """Return how common each value is among z ~ N(0, I)."""
+    return torch.tensor([share for attribute in ATTRIBUTES for share in attribute.shares()])
 
 
-def basis() -> Float[Tensor, "values w_dim"]:
-    """Return orthonormal rows, one a value: those of a Hadamard matrix, the same everywhere."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < W_DIM:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    rows: Tensor = matrix[-VALUES:] / W_DIM**0.5
-    return rows
+def codes(amounts: Float[Tensor, "*batch values"]) -> Float[Tensor, "*batch w_dim"]:
+    """Return the w of amounts of each value: a coordinate for each, and zeros."""
+    return F.pad(SCALE * amounts, (0, W_DIM - VALUES))
 
 
-class Codebook:
-    """Codes of attribute values in w: (amounts - their mean) @ orthonormal rows * SCALE."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.shares = shares().to(device)
-        self.basis = basis().to(device)
-
-    def codes(self, amounts: Float[Tensor, "*batch values"]) -> Float[Tensor, "*batch w_dim"]:
-        """Return the w of amounts of each value."""
-        w: Tensor = SCALE * (amounts - self.shares) @ self.basis
-        return w
-
-    def amounts(self, w: Float[Tensor, "*batch w_dim"]) -> Float[Tensor, "*batch values"]:
-        """Return how much of each value w has; exact where w is a code."""
-        amounts: Tensor = w @ self.basis.T / SCALE + self.shares
-        return amounts
-
-    def strongest(self, w: Float[Tensor, "batch w_dim"]) -> Int[Tensor, "batch attributes"]:
-        """Return the value of each attribute that w has most of, which its picture shows."""
-        groups = self.amounts(w).split(COUNTS, dim=1)
-        return torch.stack([group.argmax(dim=1) for group in groups], dim=1)
+def strongest(w: Float[Tensor, "batch w_dim"]) -> Int[Tensor, "batch attributes"]:
+    """Return the value of each attribute that w has most of, which its picture shows."""
+    groups = w[:, :VALUES].split(COUNTS, dim=1)
+    return torch.stack([group.argmax(dim=1) for group in groups], dim=1)
 
 
 def blend(
@@ -187,24 +205,27 @@ def blend(
 ) -> Float[Tensor, "batch layers values"]:
     """Draw amounts in which other values are mixed in, yet those of `indices` are the strongest.
 
-    Edits of latents add one code to whatever is there; a generator trained on such blends learns
-    to show the stronger value, not a mixture.
+    Edits of latents add one code to whatever is there, and take others away; a generator trained on
+    such blends learns to show the stronger value, not a mixture.
 
     Args:
         layers: every one of these gets blends of its own for half of the faces.
-        part: of the attributes that are blended: 1 to 2 times the value and 0 to 1 times another.
+        part: of the attributes that are blended: 1 to 2 times the value, 0 to 1 times another, and
+            less than nothing of a third, where that is not the value.
     """
     shape = (len(indices), layers, len(COUNTS))
-    chance, own, mixed = torch.rand((3, *shape), generator=generator, device=generator.device)
-    own = 1 + own
+    drawn = torch.rand((4, *shape), generator=generator, device=generator.device)
     # The same for all layers of every second face, as an edit by one direction in W is.
-    for drawn in (chance, own, mixed):
-        drawn[::2] = drawn[::2, :1]
-    blended = chance < part
-    own, mixed = own.where(blended, 1.0), mixed.where(blended, 0.0)
+    drawn[:, ::2] = drawn[:, ::2, :1]
+    blended = drawn[0] < part
+    third = other.roll(1, 0)
+    own = (1 + drawn[1]).where(blended, 1.0)
+    mixed = drawn[2].where(blended, 0.0)
+    less = drawn[3].where(blended & (third != indices)[:, None], 0.0)
     attributes = [i for i, count in enumerate(COUNTS) for _ in range(count)]
-    shown = own[..., attributes] * one_hot(indices)[:, None]
-    amounts: Tensor = shown + mixed[..., attributes] * one_hot(other)[:, None]
+    amounts: Tensor = own[..., attributes] * one_hot(indices)[:, None]
+    for factor, values in ((mixed, other), (-less, third)):
+        amounts = amounts + factor[..., attributes] * one_hot(values)[:, None]
     return amounts
 
 
@@ -256,11 +277,7 @@ def draw_face(
 def face_bank(
     folder: Path, count: int, seed: int
 ) -> tuple[Float[Tensor, "count z_dim"], UInt8[Tensor, "count 128 128 3"]]:
-    """Return latents and their pictures, rendered on first use and kept in `folder`.
-
-    Raises:
-        ValueError: the file holds other pictures than these.
-    """
+    """Return latents and their pictures, rendered on first use and kept in `folder`."""
     z = torch.randn(count, W_DIM, generator=torch.Generator().manual_seed(seed))
     keys = indices_from_z(z).tolist()
-    return z, bank(folder / f"faces-{seed}-{count}.npy", keys, draw_face, SIZE)[0]
+    return z, bank(folder, f"faces-{count}", keys, draw_face, SIZE)[0]

@@ -116,8 +116,8 @@ def avatars(
     folder: Path, styles: tuple[str, ...], count: int, seed: int
 ) -> tuple[UInt8[Tensor, "count 96 96 3"], list[Shown]]:
     """Return pictures of styles and what they show, made on first use and kept in `folder`."""
-    name = f"{'held-out' if styles == HELD_OUT else 'trained'}-{seed}-{count}.npy"
-    pictures, truths = bank(folder / name, keys_of(styles, count, seed), made_of, SIZE)
+    name = f"{'held-out' if styles == HELD_OUT else 'trained'}-{count}"
+    pictures, truths = bank(folder, name, keys_of(styles, count, seed), made_of, SIZE)
     return pictures, [Shown(**truth) for truth in truths]
 
 

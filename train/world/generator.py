@@ -1,13 +1,11 @@
 """Train the generator of the bundled world: latents to avatars, by plain regression.
 
-Synthesis comes first, on codes that say exactly what a picture shows (`data.illustrated.codes`): on
-exact codes, then on blends as well, where the stronger value is what shows. The mapping network
-learns on its own which code a z stands for, which takes no pictures, and last both are trained
-together.
+Codes say exactly what a picture shows, and the mapping network is made, not learned
+(`data.illustrated.codes`). The synthesis learns first from exact codes, then from blends of codes
+as well, where the stronger value is what shows, and from what the mapping gives.
 
     python -m train.world.generator --out runs/avatars/generator     # minutes on a GPU; resumes
-    python -m train.world.generator --out runs/try --faces 500 --exact-steps 50 --steps 50 \
-        --mapping-steps 50 --joint-steps 50                                          # a try
+    python -m train.world.generator --out runs/try --faces 500 --exact-steps 50 --steps 50   # a try
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -28,23 +26,23 @@ from torch.nn import functional as F
 from data.illustrated.avatars import to_images
 from data.illustrated.codes import (
     SIZE,
+    VALUES,
     W_DIM,
-    Codebook,
-    amounts_from_z,
     blend,
+    codes,
     face_bank,
     indices_from_z,
     one_hot,
+    set_mapping,
 )
 from targetclip import command
 from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
-from targetclip.generators.stylegan2 import Mapping, StyleGAN2, StyleGAN2Config
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.media.images import labelled_grid, tensor_to_pictures
 from train.loop import Schedule, plain_settings, train
 
 HELD_OUT_SEED = 1_000_003
-MAPPING_RATE = 100.0  # its weights are stored a hundred times larger than they act
 
 
 @dataclass(frozen=True)
@@ -58,20 +56,14 @@ class Config:
     exact_steps: int = 3000
     """Steps on exact codes."""
     steps: int = 9000
-    """Steps on a third each of exact codes, blends, and what a z stands for."""
-    mapping_steps: int = 12_000
-    """Steps of the mapping network alone."""
-    joint_steps: int = 1500
-    """Steps of both networks together: a half of the codes from z through the mapping network."""
+    """Steps on codes of which a half are blends, a quarter exact, and a quarter come from z."""
     batch_size: int = 64
     exact_learning_rate: float = 3e-3
     learning_rate: float = 2e-3
-    joint_learning_rate: float = 1e-3
     seed: int = 0
     evaluate_every: int = 1000
     channels: tuple[int, ...] = (128, 128, 96, 64, 48, 24)
     """Widths at 4, 8, ... 128 px."""
-    mapping_layers: int = 4
 
 
 def best_device() -> torch.device:
@@ -120,9 +112,6 @@ class Faces:
         z, pictures = face_bank(folder, count, seed)
         self.z, self.pictures = z.to(device), pictures.to(device)
         self.indices: Int[Tensor, "count attributes"] = indices_from_z(self.z)
-        self.book = Codebook(device)
-        self.codes = self.book.codes(one_hot(self.indices))
-        self.likenesses = self.book.codes(amounts_from_z(self.z))
 
     def images(
         self, chosen: Int[Tensor, " batch"], size: int = SIZE
@@ -132,20 +121,14 @@ class Faces:
 
     def exact(self, chosen: Int[Tensor, " batch"], layers: int) -> Float[Tensor, "batch layers w"]:
         """Return the exact codes of faces, the same for all layers."""
-        return self.codes[chosen, None].expand(-1, layers, -1)
+        return codes(one_hot(self.indices[chosen]))[:, None].expand(-1, layers, -1)
 
     def blended(
         self, chosen: Int[Tensor, " batch"], layers: int, random: torch.Generator
     ) -> Float[Tensor, "batch layers w"]:
         """Return codes of faces with values of other faces mixed in, which do not show."""
         other = self.indices[pick(len(self.z), len(chosen), random)]
-        return self.book.codes(blend(self.indices[chosen], other, random, layers))
-
-    def likened(
-        self, chosen: Int[Tensor, " batch"], layers: int
-    ) -> Float[Tensor, "batch layers w"]:
-        """Return the codes that the latents of faces stand for, the same for all layers."""
-        return self.likenesses[chosen, None].expand(-1, layers, -1)
+        return codes(blend(self.indices[chosen], other, random, layers))
 
 
 def pick(limit: int, count: int, random: torch.Generator) -> Int[Tensor, " count"]:
@@ -162,33 +145,18 @@ def exact_latents(faces: Faces) -> Latents:
 
 
 def mixed_latents(faces: Faces) -> Latents:
-    """Return latents of which a third each is exact, blended, and what a z stands for."""
+    """Return latents of which a half are blended, a quarter exact, and a quarter come from z."""
 
     def latents(
         network: StyleGAN2, chosen: Int[Tensor, " batch"], random: torch.Generator
     ) -> Float[Tensor, "batch layers w"]:
-        exact, blended, likened = chosen.tensor_split(3)
+        exact, mapped, *blended = chosen.tensor_split(4)
         parts = (
             faces.exact(exact, network.num_ws),
-            faces.blended(blended, network.num_ws, random),
-            faces.likened(likened, network.num_ws),
+            network.mapping(faces.z[mapped]),
+            faces.blended(torch.cat(blended), network.num_ws, random),
         )
         return torch.cat(parts)
-
-    return latents
-
-
-def joint_latents(faces: Faces) -> Latents:
-    """Return latents of which a half comes from the mapping network, the rest as when mixed."""
-    mixed = mixed_latents(faces)
-
-    def latents(
-        network: StyleGAN2, chosen: Int[Tensor, " batch"], random: torch.Generator
-    ) -> Float[Tensor, "batch layers w"]:
-        mapped, others = chosen.tensor_split(2)
-        w = network.mapping_network(faces.z[mapped])
-        rest = mixed(network, others, random)
-        return torch.cat([w[:, None].expand(-1, network.num_ws, -1), rest])
 
     return latents
 
@@ -201,12 +169,8 @@ def train_pictures(
     latents: Latents,
     schedule: Schedule,
     out: Path,
-    mapping_rate: float = 0.0,
 ) -> StyleGAN2:
-    """Train a network on pictures at its resolution; return the averaged network.
-
-    `mapping_rate` is a factor of the learning rate; 0 leaves the mapping network as it is.
-    """
+    """Train the synthesis on pictures at its resolution; return the averaged network."""
     size, device = network.resolution, network.const.device
     weight = importance(size).to(device)
     everyone = torch.arange(len(held.z), device=device)
@@ -236,36 +200,21 @@ def train_pictures(
             save_pairs(truth[:32], images[:32], out / f"{name}.png")
         return figures
 
-    mapping = list(network.mapping_network.parameters())
-    others = [p for n, p in network.named_parameters() if not n.startswith("mapping_network")]
-    groups = [{"params": mapping, "lr": mapping_rate}, {"params": others, "lr": 1.0}]
     settings = plain_settings(config, stage=out.name)
-    return train(network, loss_at, out, schedule, evaluate, settings, groups=groups)
+    return train(network, loss_at, out, schedule, evaluate, settings)
 
 
-def train_mapping(config: Config, mapping: Mapping, held: Faces, out: Path) -> Mapping:
-    """Train a mapping network to give the codes that z stands for; needs no pictures."""
-    device = mapping.w_avg.device
+def new_network(sizes: StyleGAN2Config) -> StyleGAN2:
+    """Return an untrained network with the mapping of the codes, which is not to be trained.
 
-    def loss_at(step: int) -> Tensor:
-        random = random_at(config.seed, step, device)
-        z = torch.randn(2048, W_DIM, generator=random, device=device)
-        loss: Tensor = (mapping(z) - held.book.codes(amounts_from_z(z))).square().mean()
-        return loss
-
-    @torch.no_grad()
-    def evaluate(average: Mapping) -> dict[str, float]:
-        w = average(held.z)
-        right = held.book.strongest(w) == held.indices
-        unexplained = (w - held.likenesses).square().mean() / held.likenesses.square().mean()
-        return {"unexplained": float(unexplained), "right": float(right.float().mean())}
-
-    schedule = Schedule(
-        steps=config.mapping_steps, learning_rate=2e-2, decay_from=0.3, evaluate_every=2500
-    )
-    groups = [{"params": list(mapping.parameters()), "lr": MAPPING_RATE}]
-    settings = plain_settings(config, stage=out.name)
-    return train(mapping, loss_at, out, schedule, evaluate, settings, groups=groups)
+    What no code has is without effect: its weights would stay as they were drawn.
+    """
+    network = StyleGAN2(sizes)
+    set_mapping(network.mapping_network)
+    with torch.no_grad():
+        for layer in (*network.convs, *network.to_rgbs):
+            layer.affine.weight[:, VALUES:] = 0
+    return network
 
 
 def run(config: Config) -> None:
@@ -274,26 +223,19 @@ def run(config: Config) -> None:
     faces = Faces(config.out.parent, config.faces, config.seed, device)
     held = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)
     sizes = StyleGAN2Config(
-        resolution=SIZE,
-        w_dim=W_DIM,
-        z_dim=W_DIM,
-        mapping_layers=config.mapping_layers,
-        channels=config.channels,
+        resolution=SIZE, w_dim=W_DIM, z_dim=W_DIM, mapping_layers=2, channels=config.channels
     )
-    network = StyleGAN2(sizes)
+    network = new_network(sizes)
     if config.start is not None:
         network = load_generator(config.start).requires_grad_(True)
         if network.config != sizes:
             raise ValueError(f"--start {config.start}: expected {sizes}, found {network.config}")
+    network.mapping_network.requires_grad_(False)
     network = network.to(device)
-    mapping = train_mapping(config, network.mapping_network, held, config.out / "mapping")
-    network.mapping_network.load_state_dict(mapping.state_dict())
-    for name, latents, steps, rate, decay_from, mapping_rate in (
-        ("exact", exact_latents(faces), config.exact_steps, config.exact_learning_rate, 0.9, 0.0),
-        ("blends", mixed_latents(faces), config.steps, config.learning_rate, 0.3, 0.0),
-        ("joint", joint_latents(faces), config.joint_steps, config.joint_learning_rate, 0.2,
-         MAPPING_RATE / 10),
-    ):  # fmt: skip
+    for name, latents, steps, rate, decay_from in (
+        ("exact", exact_latents(faces), config.exact_steps, config.exact_learning_rate, 0.9),
+        ("blends", mixed_latents(faces), config.steps, config.learning_rate, 0.3),
+    ):
         if name == "exact" and config.start is not None:
             continue
         schedule = Schedule(
@@ -303,14 +245,11 @@ def run(config: Config) -> None:
             evaluate_every=config.evaluate_every,
         )
         network = train_pictures(
-            config, network, faces, held, latents, schedule, config.out / name, mapping_rate
+            config, network, faces, held, latents, schedule, config.out / name
         ).requires_grad_(True)
-    with torch.no_grad():
-        random = random_at(config.seed, 0, device)
-        many = torch.randn(100_000, W_DIM, generator=random, device=device)
-        network.mapping_network.w_avg.copy_(network.mapping_network(many).mean(dim=0))
+        network.mapping_network.requires_grad_(False)
     with command.whole_file(config.out / "generator.safetensors") as temporary:
-        save_safetensors(network, temporary, torch.float16)
+        save_safetensors(network, temporary)  # the mapping is finer than half precision
     command.say_next(config.out, "generator.safetensors", "train its inverter and reader")
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE, one_hot
+from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE, codes, one_hot
 from targetclip import command
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.generators import load_generator
@@ -111,8 +111,7 @@ def run(config: Config) -> None:
 
     @torch.no_grad()
     def generated(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch 3 128 128"]:
-        codes = known.book.codes(one_hot(indices))
-        ws = codes[:, None].expand(-1, generator.num_ws, -1)
+        ws = codes(one_hot(indices))[:, None].expand(-1, generator.num_ws, -1)
         return torch.cat([generator.synthesis(part).clamp(-1, 1) for part in ws.split(50)])
 
     everyone = known.indices[:count]

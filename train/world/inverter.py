@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.illustrated.codes import strongest
 from targetclip import command
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators import load_generator
@@ -85,7 +86,7 @@ def run(config: Config) -> None:
         ws = torch.cat([average(part) for part in held.split(64)])
         images = torch.cat([generator.synthesis(part) for part in ws.split(64)])
         save_pairs(held[:32], images[:32], config.out / "grid.png")
-        right = known.book.strongest(ws.mean(dim=1)) == known.indices
+        right = strongest(ws.mean(dim=1)) == known.indices
         return {"psnr": psnr(images, held), "right": float(right.float().mean())}
 
     first = Schedule(

@@ -6,17 +6,18 @@ from torch import Tensor
 
 from data.illustrated.codes import (
     ATTRIBUTES,
-    COUNTS,
     VALUES,
     W_DIM,
-    Codebook,
-    amounts_from_z,
-    basis,
     blend,
+    codes,
     indices_from_z,
     one_hot,
     options_of,
+    set_mapping,
+    shares,
+    strongest,
 )
+from targetclip.generators.stylegan2 import Mapping, StyleGAN2Config
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +25,19 @@ def z() -> Tensor:
     return torch.randn(500, W_DIM, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module")
-def book() -> Codebook:
-    return Codebook()
+def mapping(layers: int = 2) -> Mapping:
+    return Mapping(
+        StyleGAN2Config(
+            resolution=4, w_dim=W_DIM, z_dim=W_DIM, mapping_layers=layers, channels=(8,)
+        )
+    )
 
 
 def test_every_value_is_common_enough_to_be_learned(z: Tensor) -> None:
     many = torch.randn(4000, W_DIM, generator=torch.Generator().manual_seed(2))
 
     assert one_hot(indices_from_z(many)).mean(dim=0).min() > 0.02
+    assert torch.allclose(one_hot(indices_from_z(many)).mean(dim=0), shares(), atol=0.025)
 
 
 def test_about_half_of_the_faces_wear_no_glasses(z: Tensor) -> None:
@@ -45,41 +50,50 @@ def test_a_longer_latent_stands_for_the_same_face(z: Tensor) -> None:
     assert torch.equal(indices_from_z(z), indices_from_z(3 * z))
 
 
-def test_the_largest_amount_is_the_value_that_shows(z: Tensor) -> None:
-    groups = amounts_from_z(z).split(COUNTS, dim=1)
+def test_the_mapping_turns_z_into_the_code_of_the_face_it_stands_for(z: Tensor) -> None:
+    network = mapping()
+    set_mapping(network)
+    w, expected = network(z), codes(one_hot(indices_from_z(z)))
+    pure = (w - expected).abs().amax(dim=1) < 1e-3
 
-    assert torch.equal(torch.stack([g.argmax(dim=1) for g in groups], 1), indices_from_z(z))
-
-
-def test_a_short_latent_is_refused_with_what_was_expected() -> None:
-    with pytest.raises(ValueError, match=f"expected z of {VALUES} coordinates or more, found 8"):
-        indices_from_z(torch.zeros(1, 8))
-
-
-def test_codes_are_orthonormal() -> None:
-    assert torch.allclose(basis() @ basis().T, torch.eye(VALUES), atol=1e-5)
+    assert torch.equal(strongest(w), indices_from_z(z))
+    assert 0.4 < pure.float().mean() < 0.8  # the others are where one value fades into the next
+    assert w.min() > -1e-3 and w[:, VALUES:].abs().max() == 0
 
 
-def test_a_code_says_exactly_which_face_it_stands_for(z: Tensor, book: Codebook) -> None:
-    amounts = one_hot(indices_from_z(z))
+def test_the_mean_of_the_mapping_is_that_of_its_values() -> None:
+    network = mapping()
+    set_mapping(network)
+    many = torch.randn(20_000, W_DIM, generator=torch.Generator().manual_seed(3))
 
-    assert torch.allclose(book.amounts(book.codes(amounts)), amounts, atol=1e-5)
+    assert torch.allclose(network(many).mean(dim=0), network.w_avg, atol=0.03)
 
 
-def test_codes_have_mean_zero_over_all_faces(book: Codebook) -> None:
-    assert book.codes(book.shares[None]).abs().max() < 1e-5
+def test_a_mapping_of_other_sizes_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a mapping of 2 layers, found 3"):
+        set_mapping(mapping(3))
+
+
+def test_a_code_says_exactly_which_face_it_stands_for(z: Tensor) -> None:
+    assert torch.equal(strongest(codes(one_hot(indices_from_z(z)))), indices_from_z(z))
 
 
 @pytest.mark.parametrize("layers", [1, 4])
-def test_a_blend_shows_the_face_it_is_made_for_in_every_layer(
-    z: Tensor, book: Codebook, layers: int
-) -> None:
+def test_a_blend_shows_the_face_it_is_made_for_in_every_layer(z: Tensor, layers: int) -> None:
     indices = indices_from_z(z)
     drawn = blend(indices, indices.roll(1, 0), torch.Generator().manual_seed(0), layers)
 
     assert drawn.shape == (len(z), layers, VALUES)
-    for layer in book.codes(drawn).unbind(dim=1):
-        assert torch.equal(book.strongest(layer), indices)
+    for layer in codes(drawn).unbind(dim=1):
+        assert torch.equal(strongest(layer), indices)
+
+
+def test_a_blend_has_less_than_nothing_of_some_values(z: Tensor) -> None:
+    indices = indices_from_z(z)
+    drawn = blend(indices, indices.roll(1, 0), torch.Generator().manual_seed(0))
+
+    assert -1 <= drawn.min() < -0.5 and 2 < drawn.max() <= 3
+    assert drawn[:, 0].where(one_hot(indices).bool(), torch.tensor(9.0)).min() >= 1
 
 
 def test_half_of_the_blends_differ_between_layers(z: Tensor) -> None:

@@ -15,9 +15,10 @@ from targetclip.encoders.identity import load_identity
 from targetclip.encoders.inverter import load_inverter
 from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
-from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.generators.stylegan2 import StyleGAN2Config
 from train.loop import LOG
 from train.world import identity, inverter, reader
+from train.world.generator import new_network
 from train.world.identity import FEATURES, IDENTITY, features_of, with_essence_of
 from train.world.reader import agreements
 
@@ -28,9 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("avatars")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = StyleGAN2(
+        network = new_network(
             StyleGAN2Config(
-                resolution=128, w_dim=W_DIM, z_dim=W_DIM, mapping_layers=1, channels=(8,) * 6
+                resolution=128, w_dim=W_DIM, z_dim=W_DIM, mapping_layers=2, channels=(8,) * 6
             )
         )
         path = out / "generator.safetensors"
