@@ -59,9 +59,8 @@ def test_a_slurm_job_of_one_process_is_stopped_as_well(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("script", "to"), [("build.slurm", "TERM@"), ("train.slurm", "B:USR1@")])
 def test_slurm_signals_those_who_listen_before_the_time_is_up(script: str, to: str) -> None:
-    options = dict(
-        re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", (FOLDER / script).read_text(), re.M)
-    )
+    text = (FOLDER / script).read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", text, re.M))
     assert options["signal"].removeprefix(to).isdigit() and "requeue" in options
     assert options["nodes"] == "1" and options["open-mode"] == "append"
     assert ("array" in options) == (script == "build.slurm")

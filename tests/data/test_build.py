@@ -726,7 +726,7 @@ def test_a_job_that_slurm_stopped_is_finished_by_two_ranks_of_a_launch(
     job = slurm_jobs.start("build.slurm", arguments(settings), tmp_path / "job")
     slurm_jobs.wait_until(lambda: [*settings.out.glob(".build/checkpoints/*.pt")], job)
     os.kill(int((tmp_path / "job/task").read_text()), signal.SIGTERM)
-    _, error = job.communicate(timeout=120)
+    _, error = job.communicate(timeout=300)
     assert job.returncode == 0 and "stopped; what was done is kept" in error, error
     assert (tmp_path / "job/told").read_text() == f"requeue {slurm_jobs.ID}_1\n"
     assert not (settings.out / SUMS).exists()

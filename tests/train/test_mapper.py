@@ -698,12 +698,12 @@ def test_two_processes_that_slurm_stopped_train_as_one_with_two_batches(
     stopped = slurm_jobs.start("train.slurm", flags, job)
     slurm_jobs.wait_until((out / LOG).exists, stopped)
     stopped.send_signal(signal.SIGUSR1)
-    _, error = stopped.communicate(timeout=120)
+    _, error = stopped.communicate(timeout=300)
     assert stopped.returncode == 0, error
     assert (job / "told").read_text() == f"requeue {slurm_jobs.ID}\n"
     assert 3 <= state_of(out)["step"] < 12
     done = slurm_jobs.start("train.slurm", flags, job)
-    _, error = done.communicate(timeout=120)
+    _, error = done.communicate(timeout=300)
     assert done.returncode == 0, error
     assert [line["step"] for line in lines(out)] == [3, 6, 9, 12]
     one = run(small(out=tmp_path / "one", schedule=schedule, correction=3, accumulate=2))
