@@ -46,15 +46,18 @@ def test_a_slurm_job_that_was_not_stopped_ends_as_its_work_did(
     assert not (tmp_path / "told").exists()
 
 
-def test_a_slurm_job_of_one_process_is_stopped_as_well(tmp_path: Path) -> None:
-    waits = 'touch "$JOB/waits"; trap "exit 143" TERM; while true; do sleep 0.1; done'
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 143)])
+def test_a_slurm_job_of_one_process_ends_it_and_is_requeued_unless_cancelled(
+    number: int, code: int, tmp_path: Path
+) -> None:
+    waits = 'trap "rm $JOB/waits; exit 143" TERM; touch $JOB/waits; while true; do sleep 0.1; done'
     commands = {**slurm_jobs.STAND_INS, "accelerate": waits}
     job = slurm_jobs.start("train.slurm", [], tmp_path, commands)
     slurm_jobs.wait_until((tmp_path / "waits").exists, job)
-    job.send_signal(signal.SIGUSR1)
-    job.communicate(timeout=60)
-    assert job.returncode == 0
-    assert (tmp_path / "told").read_text() == f"requeue {slurm_jobs.ID}\n"
+    job.send_signal(number)
+    job.communicate(timeout=60)  # until all its processes have closed their output
+    assert job.returncode == code and not (tmp_path / "waits").exists()
+    assert (tmp_path / "told").exists() == (number == signal.SIGUSR1)
 
 
 @pytest.mark.parametrize(("script", "to"), [("build.slurm", "TERM@"), ("train.slurm", "B:USR1@")])
