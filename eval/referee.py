@@ -37,7 +37,7 @@ from eval.metrics import (
     sharpness_kept,
 )
 from eval.report import REFEREE, check_charts, referee_chart, referee_text
-from eval.results import FAULTS, Pair, Results, by_name, find_results, judged_part
+from eval.results import Pair, Results, by_name, fault_lines, find_results, judged_part
 from targetclip import command
 from targetclip.losses import unit_cosines
 from targetclip.media.images import (
@@ -50,8 +50,8 @@ from targetclip.weights import read_tensors, save_tensors
 from targetclip.world import World, load_encoders, load_world
 
 FORMAT = "targetclip-embeddings/1"
-AT_ONCE = 2**22  # pixels that judges see at once
-SHOWN_TARGETS, SHOWN_SOURCES, SHOWN_NAMES = 6, 8, 10
+AT_ONCE, PIXELS = 64, 2**22  # pictures that judges see at once, and their pixels
+SHOWN_TARGETS, SHOWN_SOURCES = 6, 8
 NAMES = {"transfer": "clip", "person": "identity", "target_person": "target_identity"}
 
 
@@ -109,7 +109,7 @@ class Embeddings:
         waiting = self.waiting[side]
         if any(self.key(judge, name) not in self.rows for judge in self.judges):
             waiting[name] = picture_to_tensor(picture, side)[0]
-        if len(waiting) * side**2 >= AT_ONCE:
+        if len(waiting) >= min(AT_ONCE, PIXELS // side**2):
             self.judge(side)
         return name
 
@@ -295,16 +295,6 @@ def tool_report(table: Table, tool: Results, seed: int) -> dict[str, Any]:
 # The report
 
 
-def fault_lines(tool: Results) -> list[str]:
-    """Return a line for each kind of fault that a tool's files have, with the first names."""
-    lines = []
-    for kind, words in FAULTS.items():
-        if names := tool.faults[kind]:
-            shown = "; ".join(names[:SHOWN_NAMES]) + ("; ..." if len(names) > SHOWN_NAMES else "")
-            lines.append(f"{tool.name}: {len(names)} {words}: {shown}")
-    return lines
-
-
 def sheet(
     tools: Sequence[Results],
     report: Mapping[str, Any],
@@ -322,17 +312,14 @@ def sheet(
     for target in report["targets"][:SHOWN_TARGETS]:
         for tool in tools:
             scores = report["results"][tool.name]["by_target"].get(target, {})
-            said = ", ".join(
-                f"{REFEREE[s]} {scores[s]:.2f}" for s in ("clip", "identity") if s in scores
-            )
+            shown = [name for name in ("clip", "identity") if name in scores]
+            said = ", ".join(f"{REFEREE[name]} {scores[name]:.2f}" for name in shown)
             row = [read_picture(targets[target])]
-            for i, name in enumerate(columns):
-                pair = target, name
-                there = pair in tool.ids
-                row.append(
-                    judged_part(read_picture(tool.files[pair]), unedited[i]) if there else white
-                )
-            rows[f"{target} by {tool.name}: {said or 'nothing'}"] = row
+            for source, name in zip(unedited, columns, strict=True):
+                there = (target, name) in tool.ids
+                result = read_picture(tool.files[target, name]) if there else white
+                row.append(judged_part(result, source))
+            rows[f"{target} by {tool.name}: {said or 'no result'}"] = row
     return labelled_grid(None, rows)
 
 
@@ -350,9 +337,7 @@ def run(config: Config) -> dict[str, Any]:
     tools = [find_results(path, [*sources], [*targets]) for path in config.results]
     names = [tool.name for tool in tools]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(
-            f"--results: expected different names, found {twice[0]!r} twice: rename one"
-        )
+        raise ValueError(f"--results: expected names that differ, found {twice[0]!r} twice")
     with command.locked_folder(config.out):
         return judge(config, world, device, sources, targets, tools)
 
@@ -369,7 +354,7 @@ def judge(
     command.say(f"loading the judges of world {world.name}", error=True)
     embedder, identity = load_encoders(world, device)
     second = load_judge(config.judge, config.judge_pretrained, device)
-    judges = {"embeddings": embedder, "people": identity, "second": second}
+    judges: dict[str, Any] = {"embeddings": embedder, "people": identity, "second": second}
     judges = {name: model for name, model in judges.items() if model is not None}
     notes: list[str] = []
     if identity is None:
@@ -379,11 +364,13 @@ def judge(
     for tool in tools:
         notes += fault_lines(tool)
         if not tool.ids:
-            raise ValueError(
-                f"--results: {tool.name}: expected results that can be read, found none"
-            )
+            raise ValueError(f"--results: {tool.name}: found no result that can be read")
     for words in notes:
         command.say(f"eval.referee: {words}", error=True)
+    differences = {
+        one.name: {other.name: paired(found, one, other, config.seed) for other in tools[i:]}
+        for i, one in enumerate(tools[:-1], 1)
+    }
     report = {
         "world": world.name,
         "judges": {name: model.fingerprint for name, model in judges.items()},
@@ -395,12 +382,7 @@ def judge(
         "notes": notes,
         "unedited": found.unedited(),
         "results": {tool.name: tool_report(found, tool, config.seed) for tool in tools},
-        "differences": {
-            one.name: {
-                other.name: paired(found, one, other, config.seed) for other in tools[i + 1 :]
-            }
-            for i, one in enumerate(tools[:-1])
-        },
+        "differences": differences,
         "versions": command.versions(),
     }
     write_picture(sheet(tools, report, sources, targets), config.out / "sheet.png")

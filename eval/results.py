@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from predictor.cli.paths import pictures_of
+from predictor.cli.paths import NAMED, pictures_of
 from targetclip.media.images import is_picture
 
 Pair = tuple[str, str]
@@ -54,6 +54,16 @@ class Results:
     def faults(self) -> dict[str, list[str]]:
         """The names of files, by the kinds of FAULTS."""
         return {kind: getattr(self, kind) for kind in FAULTS}
+
+
+def fault_lines(tool: Results) -> list[str]:
+    """Return a line for each kind of fault that a tool's files have, with the first names."""
+    lines = []
+    for kind, words in FAULTS.items():
+        if names := tool.faults[kind]:
+            shown = "; ".join(names[:NAMED]) + ("; ..." if len(names) > NAMED else "")
+            lines.append(f"{tool.name}: {len(names)} {words}: {shown}")
+    return lines
 
 
 def by_name(flag: str, folder: Path) -> dict[str, Path]:
