@@ -50,7 +50,9 @@ targets. Every method edits the same sources at strength 1; only `clip-blending`
   between two sources. Same person is the cosine of the identity model, which the recipe `identity`
   optimizes and which trained the mapper if its recipe has an identity weight. For these two only
   the reader, another network, is independent.
-- second judge: transfer score in another embedder's space.
+- second judge: transfer score in another embedder's space. The target's person: cosine of edited
+  sources to the target by the identity model. Sharpness kept: how fine edges are, as a part of the
+  unedited sources'; below 1 they are blurred.
 - change outside: mean change of the picture's left and right border, of the range of values.
   Perceived outside is the same as a network (the reader) measures it: the distance of an unedited
   picture from itself with the edit's border, as in LPIPS, but without learned weights.
@@ -443,7 +445,7 @@ targets. Every picture is judged by its middle square, in its own size.
 - consistency: mean cosine of the shifts of two sources in the embedder's space.
 - change outside: mean change of the left and right border, of the range of values. It says
   something where results are aligned as their sources are.
-- sharpness kept: strength of a result's edges as a part of its source's; below 1 it is blurred.
+- sharpness kept: how fine a result's edges are, as a part of its source's; below 1 it is blurred.
 - FID and KID: of all results of a folder against the sources, by {features}. Both depend on the
   numbers of images, FID most: compare it between equal ones alone.
 - seconds a result: as the folder's {seconds} says.
