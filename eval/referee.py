@@ -182,17 +182,16 @@ def look(
     of_sources: dict[str, str] = {}
     of_targets: dict[str, str] = {}
     with bar:
-        for name, path in targets.items():
-            if (picture := read(path, notes)) is not None:
+        for name in targets:
+            if (picture := read(targets[name], notes)) is not None:
                 of_targets[name] = seen.add(picture)
-        for name, path in sources.items():
-            if (source := read(path, notes)) is None:
+        for name in sources:
+            if (source := read(sources[name], notes)) is None:
                 continue
             of_sources[name] = seen.add(source)
-            for tool, pair in [(tool, (t, name)) for tool in tools for t in of_targets]:
-                if pair not in tool.files:
-                    continue
-                if (whole := read(tool.files[pair], tool.damaged)) is None:
+            for tool, pair in [(tool, (target, name)) for tool in tools for target in of_targets]:
+                path = tool.files.get(pair)
+                if path is None or (whole := read(path, tool.damaged)) is None:
                     continue
                 result = judged_part(whole, source)
                 if result.size != source.size:
@@ -251,7 +250,7 @@ class Table:
         }
 
     def distances(self, tool: Results) -> dict[str, Any]:
-        """Return FID and KID of a tool's results against the sources, and the sizes of both."""
+        """Return FID and KID of a tool's results against the sources, and the numbers of both."""
         judge = "second" if "second" in self.seen.judges else "embeddings"
         results = self.seen.of([*tool.ids.values()])[judge]
         sources = self.seen.of([*self.sources.values()])[judge]

@@ -446,8 +446,9 @@ targets. Every picture is judged by its middle square, in its own size.
 - change outside: mean change of the left and right border, of the range of values. It says
   something where results are aligned as their sources are.
 - sharpness kept: how fine a result's edges are, as a part of its source's; below 1 it is blurred.
-- FID and KID: of all results of a folder against the sources, by {features}. Both depend on the
-  numbers of images, FID most: compare it between equal ones alone.
+- FID and KID: of all results of a folder against the sources, by
+  {features}. Both depend on the numbers of images, FID most: compare
+  it between equal ones alone.
 - seconds a result: as the folder's {seconds} says.
 """
 
@@ -474,7 +475,7 @@ def referee_text(report: Mapping[str, Any]) -> str:
         f"{report['seed']} of the bootstrap.",
         "",
         *(f"- {words}" for words in report["notes"]),
-        "",
+        *([""] if report["notes"] else []),
         *table(heads, rows),
         *table(["results", "FID", "KID", "results", "sources"], sizes),
     ]
@@ -503,6 +504,8 @@ def referee_chart(report: Mapping[str, Any]) -> Image.Image:
         )
         for name, row in report["results"].items()
     ]
-    unedited = Series(name="unedited", points=[(1.0, report["unedited"]["clip"])], hollow=True)
+    unedited = Series(
+        name="sources, unedited", points=[(1.0, report["unedited"]["clip"])], hollow=True
+    )
     title = f"Essence against identity, {report['world']}"
     return line_chart(title, [*series, unedited], REFEREE["identity"], REFEREE["clip"])
