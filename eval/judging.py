@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from data.drawn.sketch import SIZE
 from eval.metrics import (
-    additivity,
+    edit_scores,
     essence_acquired,
     frechet_distance,
     identity_kept,
@@ -25,12 +25,14 @@ from eval.metrics import (
     perceptual_distance,
     reading_columns,
     released_score,
+    sharpness_kept,
     spread,
 )
 from eval.reader import AttributeReader, load_reader
 from eval.sets import Embeddings, EvalSet, Sources, Truth
-from targetclip.embedder import ImageEmbedder
-from targetclip.scene import Scene, score_features
+from targetclip.embedder import ClipEmbedder, ImageEmbedder
+from targetclip.encoders.blip import BlipEmbedder
+from targetclip.scene import Scene
 
 # Names of the scores, in the order of tables; not every world has all.
 SCORES = {
@@ -39,12 +41,15 @@ SCORES = {
     "essence": "essence acquired",
     "identity": "identity kept",
     "person": "same person",
+    "target_person": "the target's person",
     "second": "second judge",
     "additivity": "additivity",
     "outside": "change outside",
     "perceived": "perceived outside",
+    "sharpness": "sharpness kept",
 }
 RELEASED_STRENGTH = 1.2
+BLIP = "blip:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +65,6 @@ class Outputs:
     """Embeddings of the second judge."""
     people: Float[Tensor, "*images identity"] | None
     """Of the identity model."""
-
-    @property
-    def scored(self) -> Float[Tensor, "*images features"]:
-        """Embeddings and then identity features, as `score_features` takes them."""
-        parts = [self.embeddings, *([] if self.people is None else [self.people])]
-        return torch.cat(parts, dim=-1)
 
 
 def stacked(outputs: Sequence[Outputs]) -> Outputs:
@@ -95,6 +94,19 @@ def read(
     encoder, last = reader.encoder, reader_levels(reader, images)[-1]
     features = F.leaky_relu(encoder.hidden(last.flatten(1)), 0.2)
     return features, torch.sigmoid(encoder.out(features))
+
+
+def load_judge(
+    name: str | None, pretrained: str | None, device: torch.device
+) -> ClipEmbedder | BlipEmbedder | None:
+    """Load the second judge, if one is asked for."""
+    if name is None:
+        return None
+    if not name.startswith(BLIP):
+        return ClipEmbedder.load(name, pretrained).to(device)
+    if pretrained is not None:
+        raise ValueError(f"--judge-pretrained: {name} brings its own weights; drop the flag")
+    return BlipEmbedder.load(name.removeprefix(BLIP)).to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,15 +202,18 @@ class Goal:
     embeddings: Embeddings
     second: Float[Tensor, "targets other"] | None
     """Embeddings of the second judge."""
+    people: Float[Tensor, "targets identity"] | None
+    """Of the identity model."""
     truth: Truth | None
     """Readings of drawn targets; None of other pictures."""
 
 
 def goal_of(judges: Judges, targets: EvalSet) -> Goal:
     """Judge targets, preprocessed as their embedders' own libraries do."""
-    pictures = list(targets.pictures)
+    pictures, scene = list(targets.pictures), judges.scene
     second = None if judges.second is None else judges.second.embed_pictures(pictures).cpu()
-    return Goal(judges.scene.embedder.embed_pictures(pictures).cpu(), second, targets.truth)
+    people = None if scene.identity is None else judges.people(scene.images_of(pictures))
+    return Goal(scene.embedder.embed_pictures(pictures).cpu(), second, people, targets.truth)
 
 
 # Edits
@@ -222,23 +237,13 @@ class Judged:
 
 def scores_of(before: Outputs, after: Outputs, goal: Goal) -> dict[str, Float[Tensor, " targets"]]:
     """Return the scores that follow from outputs."""
-    edits = score_features(goal.embeddings, before.scored.expand_as(after.scored), after.scored)
-    scores = {
-        "transfer": edits.transfer,
-        "consistency": edits.consistency,
-        "additivity": additivity(before.embeddings, after.embeddings),
-    }
-    if edits.identity is not None:
-        scores["person"] = edits.identity.mean(dim=1)
+    scores = edit_scores(vars(goal), vars(before), vars(after))
     if after.readings is not None and before.readings is not None:
         scores["identity"] = identity_kept(after.readings, before.readings)
         if (truth := goal.truth) is not None:
             scores["essence"] = essence_acquired(
                 after.readings, before.readings, truth.readings, truth.seen
             )
-    if after.second is not None and before.second is not None and goal.second is not None:
-        unedited = before.second.expand_as(after.second)
-        scores["second"] = score_features(goal.second, unedited, after.second).transfer
     return scores
 
 
@@ -253,14 +258,16 @@ def judge(
     Args:
         before: images of the sources, unedited.
     """
-    outputs, outside, perceived = [], [], []
+    outputs, outside, perceived, sharp = [], [], [], []
     for images in edited:
         outputs.append(judges.outputs(images))
         outside.append(outside_change(before, images).mean().cpu())
+        sharp.append(sharpness_kept(before, images).nanmean().cpu())
         if (distance := judges.perceived(before, images)) is not None:
             perceived.append(distance.mean().cpu())
     unedited, after = judges.outputs(before), stacked(outputs)
-    scores = scores_of(unedited, after, goal) | {"outside": torch.stack(outside)}
+    scores = scores_of(unedited, after, goal)
+    scores |= {"outside": torch.stack(outside), "sharpness": torch.stack(sharp)}
     if perceived:
         scores["perceived"] = torch.stack(perceived)
     scores = {name: scores[name] for name in SCORES if name in scores}

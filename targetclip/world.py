@@ -30,6 +30,7 @@ from targetclip.world_files import (
 if TYPE_CHECKING:
     import torch
 
+    from targetclip.embedder import ClipEmbedder
     from targetclip.encoders.identity import IdentityModel
     from targetclip.encoders.inverter import LatentInverter
     from targetclip.generators import Generator
@@ -264,6 +265,23 @@ def load_any_identity(path: Path, device: "torch.device") -> "IdentityModel":
     )
 
 
+def load_encoders(
+    world: World, device: "torch.device"
+) -> "tuple[ClipEmbedder, IdentityModel | None]":
+    """Load the networks of a world that judge pictures: its embedder and its identity model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_scene`.
+    """
+    from targetclip.embedder import ClipEmbedder
+
+    identity = None
+    if world.identity is not None:
+        require(next(file for file in world.files if file.role == "identity"), world.argument)
+        identity = load_any_identity(world.identity, device)
+    return ClipEmbedder.load(world.embedder, world.pretrained).to(device), identity
+
+
 def load_scene(
     world: World,
     device: "torch.device | None" = None,
@@ -284,7 +302,6 @@ def load_scene(
     """
     import torch
 
-    from targetclip.embedder import ClipEmbedder
     from targetclip.generators import load_generator
     from targetclip.scene import Scene
 
@@ -295,14 +312,13 @@ def load_scene(
     device = device or torch.get_default_device()
     generator = load_generator(world.generator).to(device)
     generator.checkpoint_layers = checkpoint_layers
-    inverter = identity = None
+    inverter = None
     if world.inverter is not None:
         inverter = load_any_inverter(world.inverter, generator, device)
-    if world.identity is not None:
-        identity = load_any_identity(world.identity, device)
+    embedder, identity = load_encoders(world, device)
     return Scene(
         generator=generator,
-        embedder=ClipEmbedder.load(world.embedder, world.pretrained).to(device),
+        embedder=embedder,
         inverter=inverter,
         identity=identity,
         truncation=world.truncation,

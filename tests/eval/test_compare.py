@@ -99,7 +99,7 @@ def test_every_score_of_every_target_is_reported(
         assert row["seconds"] > 0
     timings = {name: row["timing"] for name, row in found["methods"].items()}
     assert timings["mapper"] == "alone" and timings["release"] == "share"
-    assert {"transfer", "consistency", "additivity", "outside"} == set(
+    assert {"transfer", "consistency", "additivity", "outside", "sharpness"} == set(
         found["methods"]["mapper"]["scores"]
     )
 
