@@ -119,11 +119,7 @@ class Config:
 
 
 def check_config(config: Config) -> None:
-    """Check the options.
-
-    Raises:
-        ValueError: an option has an impossible value.
-    """
+    """Check the options. ValueError: an option has an impossible value."""
     for name in ("steps", "batch_size", "max_images", "held_out", "max_attempts"):
         value = getattr(config, name)
         if isinstance(value, int) and value < 1:
@@ -143,10 +139,7 @@ def check_config(config: Config) -> None:
 
 def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
     """Return the name of the teacher's recipe, and the recipe with the changes of the options.
-
-    Raises:
-        ValueError: the world has no network that the recipe needs.
-    """
+    ValueError: the world has no network that the recipe needs."""
     name = config.recipe or world.recipe
     changes = {"initial": config.initial, "steps": config.steps}
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -240,10 +233,7 @@ def make_own_plan(build: Build, held: Claim) -> None:
 
 def await_plan(build: Build) -> None:
     """Return once there is a plan: made here, or by another process, in this launch or not.
-
-    Raises:
-        FileNotFoundError: there is none, and no targets to plan.
-    """
+    FileNotFoundError: there is none, and no targets to plan."""
     record = build.work / "plan" / RECORD
     planning = build.config.only in (None, "plan") and bool(build.config.targets)
     (build.work / "claims").mkdir(parents=True, exist_ok=True)
@@ -273,10 +263,7 @@ def await_plan(build: Build) -> None:
 
 def checked_plan(build: Build) -> Plan:
     """Load the plan, and check that it is of this command.
-
-    Raises:
-        ValueError: it is of other settings or targets.
-    """
+    ValueError: it is of other settings or targets."""
     config, plan = build.config, load_plan(build.work / "plan")
     planned = {name: value for name, value in plan.settings.items() if name != "targets"}
     check_settings(config.out, planned, build.settings)

@@ -128,10 +128,7 @@ class Claim:
 
     def heartbeat(self) -> bool:
         """Show that the owner is alive; return False if the claim is no longer ours.
-
-        Raises:
-            OSError: the file system fails; the claim may still be ours.
-        """
+        OSError: the file system fails; the claim may still be ours."""
         try:
             # By the open file and not by name, so another's claim is never the one touched.
             with self.path.open("rb") as file:
@@ -146,10 +143,7 @@ class Claim:
 
     def release(self) -> None:
         """Remove the claim if it is still ours.
-
-        Raises:
-            OSError: the file system fails; the claim goes stale in time.
-        """
+        OSError: the file system fails; the claim goes stale in time."""
         self.at("before-release")
         claimed = look(self.path)
         if claimed is not None and claimed.owner == self.owner:

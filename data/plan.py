@@ -103,10 +103,7 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def check_settings(folder: Path, planned: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Compare settings with the planned ones.
-
-    Raises:
-        ValueError: some differ; the message names the first three.
-    """
+    ValueError: some differ; the message names the first three."""
     before, now = (
         flat({**s, "recipe": with_defaults(s["recipe"])} if "recipe" in s else s)
         for s in (planned, json.loads(json.dumps(asked)))
@@ -155,10 +152,7 @@ def not_taken(sets: Iterable[TargetSet]) -> dict[str, Any]:
 
 def check_targets(plan: Plan, sets: Iterable[TargetSet]) -> None:
     """Compare targets with the planned ones; files are read only if they look changed.
-
-    Raises:
-        ValueError: a set is missing, new, or has changed.
-    """
+    ValueError: a set is missing, new, or has changed."""
     planned = plan.settings["targets"]
     looks = json.loads((plan.folder / RECORD).read_text())["looks"]
     asked = []
@@ -171,11 +165,8 @@ def check_targets(plan: Plan, sets: Iterable[TargetSet]) -> None:
 
 def load_plan(folder: Path) -> Plan:
     """Read a plan.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of another version, or a file is not as large as it was.
-    """
+    FileNotFoundError: there is none. ValueError: it is of another version, or a file is not as
+    large as it was."""
     if not (folder / RECORD).is_file():
         raise FileNotFoundError(f"no plan at {str(folder)!r}; plan first (--targets)")
     record = json.loads((folder / RECORD).read_text())

@@ -234,11 +234,7 @@ def merge_all(
     out: Path, work: Path, plan: Plan, info: DatasetInfo, at: At = go_on
 ) -> dict[str, Any]:
     """Make the dataset of all chunks; return its report: counts, mean scores and settings.
-
-    Raises:
-        FileNotFoundError: a chunk is not done.
-        ValueError, OSError: as `data.dataset.merge`.
-    """
+    FileNotFoundError: a chunk is not done. ValueError, OSError: as `data.dataset.merge`."""
     chunks = [work / "chunks" / f"{chunk_name(chunk)}.parquet" for chunk in range(plan.chunks)]
     missing = [path.stem for path in chunks if not path.is_file()]
     if missing:

@@ -357,10 +357,7 @@ class Gate:
     @staticmethod
     def of(mapper: Mapper) -> "Gate":
         """Return the gate that a mapper was calibrated to.
-
-        Raises:
-            ValueError: the mapper is not calibrated, or a figure is out of range.
-        """
+        ValueError: the mapper is not calibrated, or a figure is out of range."""
         names = [field.name for field in dataclasses.fields(Gate)]
         figures = {} if mapper.record is None else mapper.record.calibration
         if missing := [name for name in names if name not in figures]:

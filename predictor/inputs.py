@@ -107,12 +107,8 @@ def tensor_pictures(images: Tensor) -> list[Image.Image]:
 
 def as_pictures(given: Pictures) -> list[Image.Image]:
     """Return RGB pictures of one picture or of several; see `Picture`.
-
-    Raises:
-        FileNotFoundError: no file at a path.
-        TypeError: something that is no picture.
-        ValueError: as `read_picture`; a shape, a type or a range that is not of pictures.
-    """
+    FileNotFoundError: no file at a path. TypeError: something that is no picture. ValueError: as
+    `read_picture`; a shape, a type or a range that is not of pictures."""
     if isinstance(given, str | Path):
         if not os.path.exists(given):
             path = str(given)
@@ -136,12 +132,8 @@ def as_pictures(given: Pictures) -> list[Image.Image]:
 
 def as_target(target: Target | None, text: str | None = None) -> Image.Image | Text:
     """Return a target as an RGB picture or a text.
-
-    Raises:
-        FileNotFoundError, TypeError: as `as_pictures`.
-        ValueError: as `as_pictures`; both a target and a text, or neither; several pictures; a text
-            that names a picture.
-    """
+    FileNotFoundError, TypeError: as `as_pictures`. ValueError: as `as_pictures`; both a target and
+    a text, or neither; several pictures; a text that names a picture."""
     if (target is None) == (text is None):
         raise ValueError("expected a picture, or words as text=, found both or neither")
     words = target if isinstance(target, Text) else text

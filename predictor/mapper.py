@@ -155,20 +155,14 @@ class Mapper(OnTheHub, nn.Module):
         self, differences: Float[Tensor, "batch embed"]
     ) -> Float[Tensor, "batch num_ws w_dim"]:
         """Return the directions of differences between unit embeddings: target less source.
-
-        Raises:
-            ValueError: embeddings of another size.
-        """
+        ValueError: embeddings of another size."""
         self.check_size(differences)
         white = differences.float() @ self.whitening
         return self.directions_of(white, self.features(white))
 
     def forward(self, embeddings: Float[Tensor, "batch embed"]) -> Prediction:
         """Return the directions of targets from their embeddings, raw or unit.
-
-        Raises:
-            ValueError: embeddings of another size.
-        """
+        ValueError: embeddings of another size."""
         self.check_size(embeddings)
         white = self.whitened_targets(embeddings)
         features = self.features(white)
@@ -252,12 +246,9 @@ class FoldedMapper:
     def __call__(
         self, embedding: Float[Tensor, "1 embed"]
     ) -> tuple[Float[Tensor, "num_ws w_dim"], float]:
-        """Return the direction of a target and its expected transfer score, from its embedding,
-        raw or unit. They equal the mapper's but for rounding.
-
-        Raises:
-            ValueError: an embedding of another size, or one that is not finite.
-        """
+        """Return the direction of a target and its expected transfer score, from its embedding, raw
+        or unit. They equal the mapper's but for rounding.
+        ValueError: an embedding of another size, or one that is not finite."""
         embedding, factor = self.checked(embedding)
         entered = torch.addmm(self.offset, embedding, self.first, alpha=factor)
         x, size = entered[:, : self.width], (self.width,)
@@ -283,10 +274,7 @@ class FoldedMapper:
     def correction(self, embedding: Float[Tensor, "1 embed"]) -> SourceCorrection | None:
         """Return the correction for a target, from its embedding, raw or unit; None where the
         mapper has none. It equals the mapper's but for rounding.
-
-        Raises:
-            ValueError: see `__call__`.
-        """
+        ValueError: see `__call__`."""
         embedding, factor = self.checked(embedding)
         return None if self.corrections is None else self.corrections(factor * embedding)
 

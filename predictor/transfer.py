@@ -115,12 +115,8 @@ class EssenceTransfer(Editing):
 
     def embed_target(self, target: Target, recipe: Recipe | None = None) -> Float[Tensor, " embed"]:
         """Return the embedding of a target, its picture preprocessed as the recipe wants it or, by
-        default, as the embedder's own library does.
-
-        Raises:
-            FileNotFoundError, TypeError: as `as_pictures`.
-            ValueError: as `as_target`; a text, and there are no `texts`.
-        """
+        default, as the embedder's own library does. FileNotFoundError, TypeError: as `as_pictures`.
+        ValueError: as `as_target`; a text, and there are no `texts`."""
         target = as_target(target)
         if not isinstance(target, Text):
             return self.scene.embed_targets([target], recipe or RECIPES["consistent"])[0]
@@ -130,10 +126,7 @@ class EssenceTransfer(Editing):
 
     def initial(self, target: Target, kind: Initial, seed: int) -> Float[Tensor, "num_ws w_dim"]:
         """Return where an optimization starts (release: an absolute latent, not an offset).
-
-        Raises:
-            ValueError: the inversion of a text, or as `latents_of`.
-        """
+        ValueError: the inversion of a text, or as `latents_of`."""
         if kind != "inversion":
             blank = Image.new("RGB", (1, 1))
             return self.scene.initial([blank], kind, [seed_of("initial", seed)])[0]

@@ -88,12 +88,8 @@ def parse_record(text: str, path: Path) -> dict[str, Any]:
 
 def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
     """Read a direction file and check that it belongs to `generator`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a direction file, a damaged one, one of another generator, or values that
-            are not finite.
-    """
+    FileNotFoundError: no such file. ValueError: not a direction file, a damaged one, one of another
+    generator, or values that are not finite."""
     path = Path(path)
     metadata, tensors = read_tensors(path, "direction", [FORMAT], MAKE)
     if "direction" not in tensors:
@@ -135,10 +131,7 @@ def load_content(path: Path) -> Any:
 
 def arrays_in(content: Any) -> list[Any]:
     """Return the arrays of a file: its only one, those of a list, or the only tensor of a dict.
-
-    Raises:
-        ValueError: a dict with no tensor or several, an empty list.
-    """
+    ValueError: a dict with no tensor or several, an empty list."""
     if isinstance(content, dict):
         tensors = [value for value in content.values() if isinstance(value, Tensor)]
         if len(tensors) != 1:
@@ -155,11 +148,8 @@ def arrays_in(content: Any) -> list[Any]:
 
 def as_items(array: Any) -> Float[Tensor, "items num_ws w_dim"]:
     """Return an array [num_ws, w_dim], or one with axes before these, as float32.
-
-    Raises:
-        ValueError: no floating-point numbers; more than one axis before the last two that is longer
-            than 1.
-    """
+    ValueError: no floating-point numbers; more than one axis before the last two that is longer
+    than 1."""
     if isinstance(array, np.ndarray) and array.dtype.kind == "f":
         with np.errstate(over="ignore"):  # a number too large becomes infinity, which is refused
             tensor = torch.from_numpy(array.astype(np.float32))
@@ -227,10 +217,7 @@ def released_latents(
     path: str | Path, num_ws: int, w_dim: int
 ) -> Float[Tensor, "items num_ws w_dim"]:
     """Read the latents of a released file: absolute in W+, as a generator takes them.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_released`; another size than the generator's.
-    """
+    FileNotFoundError, ValueError: as `read_released`; another size than the generator's."""
     items = read_released(path)
     if tuple(items.shape[1:]) != (num_ws, w_dim):
         raise ValueError(
@@ -242,11 +229,8 @@ def released_latents(
 
 def released_direction(path: str | Path, num_ws: int, w_dim: int) -> Float[Tensor, "num_ws w_dim"]:
     """Read the direction of a released file, of strength 1: no coefficient is in it.
-
-    Raises:
-        FileNotFoundError, ValueError: as `released_latents`; several items, which are latents or
-            the starts of several searches.
-    """
+    FileNotFoundError, ValueError: as `released_latents`; several items, which are latents or the
+    starts of several searches."""
     items = released_latents(path, num_ws, w_dim)
     if len(items) != 1:
         raise ValueError(

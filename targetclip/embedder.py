@@ -426,10 +426,7 @@ class ClipEmbedder(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
     ) -> Float[Tensor, "batch embed"]:
         """Embed square images in [-1, 1] of any size, differentiably.
-
-        Raises:
-            ValueError: the images are not square, or `preprocess` is unknown.
-        """
+        ValueError: the images are not square, or `preprocess` is unknown."""
         inputs = preprocess_images(images.float(), preprocess, self.input)
         embeddings: Tensor = self.clip.encode_image(inputs, normalize=False)
         return embeddings
@@ -437,10 +434,7 @@ class ClipEmbedder(nn.Module):
     @torch.no_grad()
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "batch embed"]:
         """Embed RGB pictures, preprocessed by open_clip.
-
-        Raises:
-            ValueError: no picture, or one that is not RGB.
-        """
+        ValueError: no picture, or one that is not RGB."""
         modes = {picture.mode for picture in pictures}
         if modes != {"RGB"}:
             raise ValueError(

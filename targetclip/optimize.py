@@ -243,10 +243,7 @@ class Search:
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Continue from a snapshot of the same recipe and targets, to the same bits.
-
-        Raises:
-            ValueError: the snapshot has other shapes.
-        """
+        ValueError: the snapshot has other shapes."""
         saved, tensors = snapshot["tensors"], self.tensors()
         shapes = {name: list(value.shape) for name, value in saved.items()}
         expected = {name: list(value.shape) for name, value in tensors.items()}

@@ -67,10 +67,7 @@ def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def stored_recipe(settings: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a file's settings, with defaults for settings it does not have.
-
-    Raises:
-        ValueError: a setting is unknown or has an impossible value.
-    """
+    ValueError: a setting is unknown or has an impossible value."""
     try:
         return Recipe(**settings)
     except TypeError as error:

@@ -138,11 +138,7 @@ class Scene:
 
     @torch.no_grad()
     def invert(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "pictures num_ws w_dim"]:
-        """Return the latents of RGB pictures.
-
-        Raises:
-            ValueError: there is no inverter.
-        """
+        """Return the latents of RGB pictures. ValueError: there is no inverter."""
         if self.inverter is None:
             raise ValueError(
                 "this world has no inverter, so pictures have no latents: "
@@ -165,10 +161,7 @@ class Scene:
         self, pictures: Sequence[Image.Image], kind: Initial, seeds: Sequence[int]
     ) -> Float[Tensor, "targets num_ws w_dim"]:
         """Return where searches start, one seed a target (release: absolute latents, not offsets).
-
-        Raises:
-            ValueError: the inversion is wanted and there is no inverter.
-        """
+        ValueError: the inversion is wanted and there is no inverter."""
         if kind == "inversion":
             return self.invert(pictures)
         if kind == "random":
@@ -180,10 +173,7 @@ class Scene:
 
     def feature_model(self, identity_weight: float) -> EmbedsImages:
         """Return the embedder, joined with the identity model where that has a weight.
-
-        Raises:
-            ValueError: it has a weight, and there is no identity model.
-        """
+        ValueError: it has a weight, and there is no identity model."""
         return feature_model(self.embedder, self.identity, identity_weight)
 
     def features(
@@ -193,10 +183,7 @@ class Scene:
         identity_weight: float = 0.0,
     ) -> Float[Tensor, "images features"]:
         """Return what `feature_model` makes of renderings; differentiable.
-
-        Raises:
-            ValueError: as `feature_model`.
-        """
+        ValueError: as `feature_model`."""
         at_once = self.max_images or (len(ws) if ws.requires_grad else MAX_IMAGES)
         model = self.feature_model(identity_weight)
         return embed_latents(self.generator, model, ws, preprocess, at_once)

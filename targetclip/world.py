@@ -96,11 +96,8 @@ def world_names() -> list[str]:
 
 def load_world(name: str) -> World:
     """Read a world: the name of a bundled one, or the path of a TOML file.
-
-    Raises:
-        FileNotFoundError: no such world; the message lists the bundled ones.
-        ValueError: the file is not a world file.
-    """
+    FileNotFoundError: no such world; the message lists the bundled ones. ValueError: the file is
+    not a world file."""
     path, names = without_tilde(name), world_names()
     if path.suffix != ".toml":
         path = BUNDLED / name / "world.toml"

@@ -126,10 +126,7 @@ def targets_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def make_parts(config: Config) -> tuple[Scene, Recipe, Inverter]:
     """Return the frozen networks, the recipe, and the encoder as it starts.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_scene` and `load_inverter`; no inverter is given.
-    """
+    FileNotFoundError, ValueError: see `load_scene` and `load_inverter`; no inverter is given."""
     world = load_world(config.world)
     recipe = RECIPES[config.recipe or world.recipe]
     scene = load_scene(

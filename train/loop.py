@@ -138,11 +138,8 @@ def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, 
 @dataclass(kw_only=True)
 class Trainer(Generic[Network]):
     """A network in training. Starts at the checkpoint in `out`, if there is one.
-
-    Raises:
-        OSError: `out` cannot be written into.
-        ValueError: the checkpoint is damaged, of other settings or of another network.
-    """
+    OSError: `out` cannot be written into. ValueError: the checkpoint is damaged, of other settings
+    or of another network."""
 
     network: Network
     optimizer: torch.optim.Optimizer | Any
@@ -223,12 +220,8 @@ class Trainer(Generic[Network]):
         self, losses_at: Callable[[int, int], Mapping[str, Tensor]], stop: Stop, model: nn.Module
     ) -> bool:
         """Take one step on all batches of all processes; return whether a process was asked to
-        stop.
-
-        Raises:
-            FloatingPointError: a loss or the gradient is not finite, in any process; weights and
-                checkpoint stay as they were before.
-        """
+        stop. FloatingPointError: a loss or the gradient is not finite, in any process; weights and
+        checkpoint stay as they were before."""
         processes, schedule = self.processes, self.schedule
         rate = schedule.learning_rate * schedule.factor(self.step)
         for group, factor in zip(self.optimizer.param_groups, self.group_factors, strict=True):

@@ -247,10 +247,7 @@ def with_targets(config: Config) -> Config:
 
 def stages_of(config: Config) -> tuple[TrainingStage, ...]:
     """Return the stages of the schedule.
-
-    Raises:
-        ValueError: see `parse_schedule`; data that a term needs is not given.
-    """
+    ValueError: see `parse_schedule`; data that a term needs is not given."""
     stages = parse_schedule(config.schedule)
     used = {term for stage in stages for term in stage.terms}
     if "pairs" in used and config.data.pairs is None:
@@ -269,11 +266,8 @@ def stages_of(config: Config) -> tuple[TrainingStage, ...]:
 
 def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene]:
     """Return the recipe's name, the recipe as changed by flags, and the world's networks.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_world` and `load_scene`; the recipe needs an
-            identity model and there is none.
-    """
+    FileNotFoundError, ValueError: see `load_world` and `load_scene`; the recipe needs an identity
+    model and there is none."""
     world, term = load_world(config.world), config.transfer
     name = term.recipe or world.recipe
     changes: dict[str, Any] = {
@@ -295,11 +289,8 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene
 
 def open_start(config: Config, scene: Scene) -> Mapper | None:
     """Return the mapper to start from; None: a fresh one.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_mapper`; it has another correction than is asked,
-            or none where only that is learned.
-    """
+    FileNotFoundError, ValueError: see `load_mapper`; it has another correction than is asked, or
+    none where only that is learned."""
     path, asked = config.data.start, asked_correction(config)
     if path is None:
         return None
@@ -369,10 +360,7 @@ def make_mapper(
 
 def reading_of(config: Config, scene: Scene, recipe: Recipe, mapper: Mapper) -> SourceReading:
     """Return how the transfer term learns from sources.
-
-    Raises:
-        ValueError: inverted sources are asked for, and there is no inverter.
-    """
+    ValueError: inverted sources are asked for, and there is no inverter."""
     reading, default = config.reading, KINDS[:1]
     if mapper.correction is not None:
         default = KINDS if scene.inverter is not None else ("generated", "mixed")
@@ -502,10 +490,7 @@ class MapperTraining:
 
 def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTraining:
     """Load, embed and make everything that a training needs.
-
-    Raises:
-        ValueError, FileNotFoundError, OSError, Stopped: see `run`.
-    """
+    ValueError, FileNotFoundError, OSError, Stopped: see `run`."""
     config = with_targets(config)
     stages, data = stages_of(config), config.data
     recipe_name, recipe, scene = make_scene(config, accelerator.device)

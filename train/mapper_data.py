@@ -84,10 +84,7 @@ def training_pictures(
     sets: Sequence[TargetSet], left_out: Set[str], label: str
 ) -> Iterator[Image.Image]:
     """Yield the pictures of the train split, by their ids, that are not in `left_out`.
-
-    Raises:
-        ValueError: at the end, if there was none.
-    """
+    ValueError: at the end, if there was none."""
     good = bad = held_out = 0
     with tqdm(desc=label, total=sum(map(len, sets)), unit="target") as bar:
         for target in (target for targets in sets for target in targets):
@@ -153,10 +150,7 @@ def embed_sets(
     check: Callable[[], None],
 ) -> Float32[ndarray, "targets embed"]:
     """Return unit embeddings of all training pictures, in order.
-
-    Raises:
-        ValueError: there is no such picture, or none whose embedding is finite.
-    """
+    ValueError: there is no such picture, or none whose embedding is finite."""
     parts = []
     stream = training_pictures(sets, left_out, "embed targets")
     while pictures := list(islice(stream, EMBED_BATCH)):
@@ -226,10 +220,7 @@ def inverted(
     scene: Scene, ws: Float[Tensor, "sources num_ws w_dim"]
 ) -> Float[Tensor, "sources num_ws w_dim"]:
     """Return the inverter's latents of renderings, in full precision.
-
-    Raises:
-        ValueError: there is no inverter.
-    """
+    ValueError: there is no inverter."""
     if scene.inverter is None:
         raise ValueError("--source-kinds: inverted sources need a world with an inverter")
     images = scene.render(ws).float().clamp(-1, 1)
@@ -396,10 +387,7 @@ class Validation:
     @staticmethod
     def open(specs: Sequence[str], scene: Scene, recipe: Recipe) -> "Validation":
         """Read and embed targets; pictures that cannot be read are left out.
-
-        Raises:
-            ValueError, FileNotFoundError, OSError: see `open_targets`; no good picture.
-        """
+        ValueError, FileNotFoundError, OSError: see `open_targets`; no good picture."""
         targets, in_range = [], []
         for spec in specs:
             for target in open_targets(spec, scene.generator, scene.truncation):

@@ -45,10 +45,7 @@ class TrainingStage:
 
 def parse_schedule(texts: Sequence[str]) -> tuple[TrainingStage, ...]:
     """Return the stages of texts NAME[+NAME...]:STEPS.
-
-    Raises:
-        ValueError: no stage, a text of another form, or unknown or repeated terms.
-    """
+    ValueError: no stage, a text of another form, or unknown or repeated terms."""
     if not texts:
         raise ValueError("--schedule: expected stages such as pairs:1000 transfer:4000, found none")
     stages = []
@@ -68,11 +65,7 @@ def parse_schedule(texts: Sequence[str]) -> tuple[TrainingStage, ...]:
 
 
 def stage_at(stages: Sequence[TrainingStage], step: int) -> TrainingStage:
-    """Return the stage that a step belongs to.
-
-    Raises:
-        ValueError: the step is after the last one.
-    """
+    """Return the stage that a step belongs to. ValueError: the step is after the last one."""
     for stage in stages:
         if step < stage.steps:
             return stage

@@ -290,12 +290,8 @@ def score_line(scores: Scores) -> str:
 
 def run(request: Request, console: Console) -> int:
     """Do what a request asks, and write its results. Return the exit code.
-
-    Raises:
-        FileNotFoundError, ValueError: an input cannot be used.
-        FileExistsError: the folder holds other results.
-        OSError: the results cannot be written.
-    """
+    FileNotFoundError, ValueError: an input cannot be used. FileExistsError: the folder holds other
+    results. OSError: the results cannot be written."""
     for note in request.notes:
         console.warn(note)
     with console.hearing_logs():

@@ -132,10 +132,7 @@ def check_weight_count(options: Transfer, count: int) -> None:
 
 def clip_of(flags: SourceFlags) -> Path | None:
     """Return the clip among the sources, if it is one.
-
-    Raises:
-        ValueError: a clip among other sources, or flags of clips without one.
-    """
+    ValueError: a clip among other sources, or flags of clips without one."""
     paths = flags.sources or ()
     for path in paths:
         refuse_url("--sources", str(path))
@@ -168,11 +165,8 @@ def strength_notes(strength: float, usual: float, layers: dict[str, float]) -> l
 
 def resolve(options: Transfer | Optimize) -> Request:
     """Return the request of a command line, after checking it against the world.
-
-    Raises:
-        FileNotFoundError: no such world or picture.
-        ValueError: a damaged world file, or options that the world or each other do not allow.
-    """
+    FileNotFoundError: no such world or picture. ValueError: a damaged world file, or options that
+    the world or each other do not allow."""
     command = "transfer"
     if isinstance(options, Optimize):  # a transfer by the optimizer, less the edit
         command, options = "optimize", as_transfer(options)

@@ -47,11 +47,8 @@ def missing(flag: str, path: Path, kind: str) -> FileNotFoundError:
 
 def check_picture(flag: str, path: Path) -> None:
     """Check a path that must be that of a picture or of a folder.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a URL, a video, or a file of weights or of a direction.
-    """
+    FileNotFoundError: nothing is there. ValueError: a URL, a video, or a file of weights or of a
+    direction."""
     refuse_url(flag, str(path))
     if not path.exists():
         raise missing(flag, path, "picture")
@@ -67,11 +64,7 @@ def check_picture(flag: str, path: Path) -> None:
 
 def check_weights(flag: str, path: Path | None, kind: str) -> None:
     """Check a path that must be that of a file of weights.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a URL, a folder, or a picture.
-    """
+    FileNotFoundError: nothing is there. ValueError: a URL, a folder, or a picture."""
     if path is None:
         return
     refuse_url(flag, str(path))

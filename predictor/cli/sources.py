@@ -99,10 +99,7 @@ def face_quad(
     finder: FaceFinder, picture: Image.Image, index: int, origin: str
 ) -> Float[ndarray, "4 2"]:
     """Return the square of a face in a photo; errors name the photo as `origin`.
-
-    Raises:
-        ValueError: no face, none of that number, or one whose middle is not in the photo.
-    """
+    ValueError: no face, none of that number, or one whose middle is not in the photo."""
     face = finder.face_of(picture, index, origin)
     try:
         return quad_in(face, picture)
@@ -112,10 +109,7 @@ def face_quad(
 
 def find_faces(request: Request, targets: Sequence[NamedTarget]) -> FaceFinder | None:
     """Return a finder of faces if faces are cut out, after finding those of inverted targets.
-
-    Raises:
-        ValueError: the extra is not installed, or a target that may be inverted has no face.
-    """
+    ValueError: the extra is not installed, or a target that may be inverted has no face."""
     if not request.align or not request.inverts:
         return None
     finder = FaceFinder()

@@ -94,10 +94,7 @@ class BlipEmbedder(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
     ) -> Float[Tensor, "batch embed"]:
         """Embed square images in [-1, 1] of any size, differentiably; raw embeddings.
-
-        Raises:
-            ValueError: the images are not square, or `preprocess` is unknown.
-        """
+        ValueError: the images are not square, or `preprocess` is unknown."""
         return self.class_token(preprocess_images(images.float(), preprocess, self.input))
 
     @torch.no_grad()

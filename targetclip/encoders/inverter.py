@@ -111,10 +111,7 @@ class Inverter(nn.Module):
 
 def stored_config(kind: type[Config], metadata: Mapping[str, str], path: Path) -> Config:
     """Return the config of a network with a `PictureEncoder` from the metadata of its file.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
+    ValueError: it is missing or damaged."""
     try:
         stored = json.loads(metadata["config"])
         return kind(**{**stored, "channels": tuple(stored["channels"])})
@@ -129,11 +126,8 @@ def save_inverter(inverter: Inverter, path: Path) -> None:
 
 def load_inverter(path: str | Path, generator: str) -> Inverter:
     """Read an inverter, frozen and in float32, for the generator with a fingerprint.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an inverter file, a damaged one, or one made for another generator.
-    """
+    FileNotFoundError: no such file. ValueError: not an inverter file, a damaged one, or one made
+    for another generator."""
     path = Path(path)
     metadata, state = read_tensors(path, "inverter", [FORMAT], MAKE)
     config = stored_config(InverterConfig, metadata, path)

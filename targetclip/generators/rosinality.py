@@ -263,11 +263,8 @@ def rosinality_state(network: StyleGAN2) -> dict[str, Tensor]:
 
 def save_safetensors(network: StyleGAN2, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a network as `.safetensors` in rosinality's names; float16 halves the file.
-
-    Raises:
-        FileNotFoundError, OSError: it cannot be written.
-        ValueError: `dtype` cannot hold a weight (float16 ends at 65504).
-    """
+    FileNotFoundError, OSError: it cannot be written. ValueError: `dtype` cannot hold a weight
+    (float16 ends at 65504)."""
     state = {name: tensor.to(dtype) for name, tensor in rosinality_state(network).items()}
     lost = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if lost:

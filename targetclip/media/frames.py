@@ -461,13 +461,8 @@ def write_video(
 
 def write_frames(folder: str | Path, pictures: Iterable[Image.Image]) -> None:
     """Write frame_000000.png and so on into a new folder, whole or not at all.
-
-    Raises:
-        FileNotFoundError: the folder above does not exist.
-        FileExistsError: the folder is not empty.
-        OSError: it cannot be written.
-        ValueError: no pictures.
-    """
+    FileNotFoundError: the folder above does not exist. FileExistsError: the folder is not empty.
+    OSError: it cannot be written. ValueError: no pictures."""
     folder = Path(folder)
     temporary = temporary_beside(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

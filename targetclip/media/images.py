@@ -181,10 +181,7 @@ def has_every_scan(jpeg: bytes) -> bool:
 
 def with_end_marker(jpeg: bytes) -> bytes | None:
     """Return a JPEG that lacks only its end marker, with it; None if pixels may be missing too.
-
-    Raises:
-        OSError: there are not enough data for all pixels.
-    """
+    OSError: there are not enough data for all pixels."""
     body = jpeg.rstrip(b"\xff")  # half of the marker
     if body.endswith(bytes(4)) or not has_every_scan(body):  # zeros are what a lost part becomes
         return None
@@ -298,10 +295,7 @@ def opened(content: bytes, origin: str) -> Image.Image:
 
 def decode_picture(content: bytes, origin: str) -> Image.Image:
     """Decode the bytes of a picture file as `read_picture`; errors name it as `origin`.
-
-    Raises:
-        ValueError: empty, too large, damaged or unknown content, or nothing to be seen.
-    """
+    ValueError: empty, too large, damaged or unknown content, or nothing to be seen."""
     if not content:
         raise ValueError(f"{origin!r} is an empty file; copy or download the picture again")
     if len(content) > MAX_FILE_BYTES:
@@ -378,10 +372,7 @@ def center_square(picture: Image.Image) -> Image.Image:
 
 def picture_to_tensor(picture: Image.Image, size: int) -> Float[Tensor, "1 3 {size} {size}"]:
     """Return the middle square of an RGB picture, resized with antialiasing, in [-1, 1].
-
-    Raises:
-        ValueError: not RGB.
-    """
+    ValueError: not RGB."""
     check_rgb(picture)
     square = center_square(picture).resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
@@ -390,10 +381,7 @@ def picture_to_tensor(picture: Image.Image, size: int) -> Float[Tensor, "1 3 {si
 
 def tensor_to_pictures(images: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
     """Return RGB pictures of images in [-1, 1]; values outside are clamped.
-
-    Raises:
-        ValueError: an image holds NaN or infinity.
-    """
+    ValueError: an image holds NaN or infinity."""
     images = images.detach().float().cpu()
     if not images.isfinite().all():
         raise ValueError(
@@ -415,12 +403,8 @@ def write_as(picture: Image.Image, path: Path, format_name: str) -> None:
 
 def write_picture(picture: Image.Image, path: str | Path) -> None:
     """Write PNG, JPEG or WEBP by the suffix of `path`, whole or not at all.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: it cannot be written.
-        ValueError: another suffix.
-    """
+    FileNotFoundError: the folder does not exist. OSError: it cannot be written. ValueError: another
+    suffix."""
     path = Path(path)
     format_name = WRITABLE_FORMATS.get(path.suffix.lower())
     if format_name is None:
