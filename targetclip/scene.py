@@ -52,9 +52,9 @@ class Scores:
 
 
 def score_features(
-    targets: Float[Tensor, "targets embed"],
-    before: Float[Tensor, "targets sources features"],
-    after: Float[Tensor, "targets sources features"],
+    targets: Float[Tensor, "*targets embed"],
+    before: Float[Tensor, "*targets sources features"],
+    after: Float[Tensor, "*targets sources features"],
     differences: Differences = "unit",
 ) -> Scores:
     """Score edits by the features of images: an embedding, then identity features if there are any.
@@ -63,12 +63,12 @@ def score_features(
         targets: embeddings of the targets, raw or unit.
         before, after: features of the unedited and of the edited images.
     """
-    embed = targets.shape[-1]
+    embed, wanted = targets.shape[-1], targets[..., None, :]
     old, new = before[..., :embed], after[..., :embed]
     people = before[..., embed:], after[..., embed:]
     return Scores(
-        target_before=unit_cosines(old, targets[:, None]),
-        target_after=unit_cosines(new, targets[:, None]),
+        target_before=unit_cosines(old, wanted),
+        target_after=unit_cosines(new, wanted),
         source_after=unit_cosines(old, new),
         consistency=1 - consistency_loss(old, new, differences),
         identity=unit_cosines(*people) if people[0].shape[-1] else None,
@@ -286,25 +286,19 @@ class Scene:
         return score_features(targets, look(sources).expand_as(after), after, differences)
 
     @torch.no_grad()
+    def image_features(
+        self, images: Float[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images features"]:
+        """Return embeddings of images, then identity features if there is an identity model."""
+        model = self.feature_model(float(self.identity is not None))
+        parts = images.split(self.max_images or MAX_IMAGES)
+        return torch.cat([model.embed_images(part, "consistent") for part in parts])
+
     def score_images(
         self,
         target: Float[Tensor, " embed"],
         before: Float[Tensor, "sources 3 height width"],
         after: Float[Tensor, "sources 3 height width"],
     ) -> Scores:
-        """Score edited against unedited images of one target, by the identity model too if there
-        is one."""
-        model = self.feature_model(float(self.identity is not None))
-
-        def look(images: Tensor) -> Tensor:
-            parts = images.split(self.max_images or MAX_IMAGES)
-            return torch.cat([model.embed_images(part, "consistent") for part in parts])[None]
-
-        scores = score_features(target[None], look(before), look(after))
-        return Scores(
-            target_before=scores.target_before[0],
-            target_after=scores.target_after[0],
-            source_after=scores.source_after[0],
-            consistency=scores.consistency[0],
-            identity=None if scores.identity is None else scores.identity[0],
-        )
+        """Score edited against unedited images of one target, by `image_features`."""
+        return score_features(target, self.image_features(before), self.image_features(after))
