@@ -51,13 +51,12 @@ from targetclip.command import (
     Precision,
     Stop,
     choose_precision,
-    did_you_mean,
     make_folder,
     say,
     say_next,
 )
 from targetclip.optimize import Progress
-from targetclip.recipes import RECIPES, Initial, Recipe
+from targetclip.recipes import RECIPES, Initial, Recipe, recipe_named
 from targetclip.scene import Scene
 from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
@@ -132,9 +131,8 @@ def check_config(config: Config) -> None:
         raise ValueError(
             "--held-out: expected 2 or more, for consistency compares sources, found 1"
         )
-    if config.recipe is not None and config.recipe not in RECIPES:
-        hint = did_you_mean(config.recipe, RECIPES)
-        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}{hint}")
+    if config.recipe is not None:
+        recipe_named(config.recipe)
 
 
 def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:

@@ -35,7 +35,7 @@ from data.targets import (
     split_of,
 )
 from targetclip.command import full_disk_explained, sync_folder
-from targetclip.recipes import with_defaults
+from targetclip.recipes import changed_settings
 from targetclip.seeds import seed_of
 
 FORMAT = "targetclip-plan/1"
@@ -90,28 +90,13 @@ class Plan:
         return dict(zip(columns["id"], columns["split"], strict=True))
 
 
-def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return nested settings by names such as `recipe.steps`."""
-    values: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            values |= flat(value, f"{above}{name}.")
-        else:
-            values[above + name] = value
-    return values
-
-
 def check_settings(folder: Path, planned: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Compare settings with the planned ones.
     ValueError: some differ; the message names the first three."""
-    before, now = (
-        flat({**s, "recipe": with_defaults(s["recipe"])} if "recipe" in s else s)
-        for s in (planned, json.loads(json.dumps(asked)))
-    )
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
+    if changed := changed_settings(planned, json.loads(json.dumps(asked))):
         changes = "; ".join(
-            f"{name}: planned {before.get(name)!r}, found {now.get(name)!r}" for name in changed[:3]
+            f"{name}: planned {before!r}, found {now!r}"
+            for name, (before, now) in [*changed.items()][:3]
         )
         raise ValueError(
             f"{str(folder)!r} was planned with other settings ({changes}); "

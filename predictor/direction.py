@@ -253,33 +253,26 @@ def searched_direction(
         if on_step is not None:
             on_step(progress)
 
+    def direction_of(result: Optimized) -> Direction:
+        return Direction(
+            vector=result.directions[0],
+            method=method,
+            generator=generator,
+            transfer=1 - float(result.transfer[0]),
+            consistency=1 - float(result.consistency[0]),
+            steps=int(result.steps[0]),
+            correction=correction,
+        )
+
     try:
         result = search(on_step=remember)
     except KeyboardInterrupt:
         if latest is None:
             raise
-        raise Interrupted(
-            Direction(
-                vector=latest.kept_directions[0],
-                method=method,
-                generator=generator,
-                transfer=1 - float(latest.kept_transfer[0]),
-                consistency=1 - float(latest.kept_consistency[0]),
-                steps=latest.step + 1,
-                correction=correction,
-            )
-        ) from None
+        raise Interrupted(direction_of(latest.kept)) from None
     if result.failures[0] is not None:
         raise FloatingPointError(f"no direction found: {result.failures[0]}")
-    return Direction(
-        vector=result.directions[0],
-        method=method,
-        generator=generator,
-        transfer=1 - float(result.transfer[0]),
-        consistency=1 - float(result.consistency[0]),
-        steps=int(result.steps[0]),
-        correction=correction,
-    )
+    return direction_of(result)
 
 
 def better(first: Direction, second: Direction) -> Direction:

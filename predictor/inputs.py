@@ -24,7 +24,7 @@ from targetclip.media.images import (
     upright,
     with_alpha,
 )
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.recipes import Recipe, recipe_named
 
 OVERSHOOT = 1.5  # of generators' images; pictures normalised for an encoder go further
 
@@ -160,9 +160,4 @@ def check_mode(mode: str) -> None:
 
 def as_recipe(recipe: Recipe | str | None, default: Recipe) -> Recipe:
     """Return a recipe by itself or its name; None: the default. ValueError: no such name."""
-    if not isinstance(recipe, str):
-        return recipe or default
-    if recipe not in RECIPES:
-        hint = did_you_mean(recipe, RECIPES)
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, found {recipe!r}{hint}")
-    return RECIPES[recipe]
+    return recipe_named(recipe, "recipe") if isinstance(recipe, str) else recipe or default

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal
 
+from targetclip.command import did_you_mean
+
 Preprocess = Literal["release", "consistent"]
 """How images are resized and normalised for the encoder; see `targetclip.embedder`."""
 Differences = Literal["unit", "raw"]
@@ -59,10 +61,28 @@ class Recipe:
             raise ValueError(f"expected an identity weight from 0 on, found {self.identity_weight}")
 
 
-def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file, with defaults for settings that are newer than the file."""
+def changed_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between nested settings, before and now, by names such as `recipe.steps`.
+
+    A recipe in a file gets the defaults of settings that are newer than the file.
+    """
     defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-    return {**settings, **{k: v for k, v in defaults.items() if k not in settings}}
+
+    def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in settings.items():
+            if isinstance(value, Mapping):
+                known = defaults if name == "recipe" else {}
+                values |= flat({**known, **value}, f"{above}{name}.")
+            else:
+                values[above + name] = value
+        return values
+
+    old, new = flat(before), flat(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {name: (old.get(name), new.get(name)) for name in names}
 
 
 def stored_recipe(settings: Mapping[str, Any]) -> Recipe:
@@ -128,3 +148,11 @@ RECIPES: dict[str, Recipe] = {
 # essence. A smaller decay raises the transfer score, hardly the essence, and loses identity
 # (docs/teacher.md).
 RECIPES["identity"] = replace(RECIPES["consistent"], identity_weight=0.15)
+
+
+def recipe_named(name: str, where: str = "--recipe") -> Recipe:
+    """Return a recipe. ValueError: no such name; the message begins with `where`."""
+    if name not in RECIPES:
+        hint = did_you_mean(name, RECIPES)
+        raise ValueError(f"{where}: expected one of {', '.join(RECIPES)}, found {name!r}{hint}")
+    return RECIPES[name]

@@ -41,7 +41,6 @@ from targetclip.command import (
     Precision,
     Stop,
     choose_precision,
-    did_you_mean,
     in_precision,
     locked_folder,
     say,
@@ -50,7 +49,7 @@ from targetclip.command import (
     write_json,
 )
 from targetclip.media.images import write_picture
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.recipes import RECIPES, Recipe, recipe_named
 from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
@@ -216,10 +215,8 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{flag}: expected a number from 0 on, found {value}")
     if config.learning_rate == 0:
         raise ValueError("--learning-rate: expected a number above 0, found 0")
-    recipe = config.transfer.recipe
-    if recipe is not None and recipe not in RECIPES:
-        hint = did_you_mean(recipe, RECIPES)
-        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {recipe!r}{hint}")
+    if config.transfer.recipe is not None:
+        recipe_named(config.transfer.recipe)
     if config.data.num_pairs is not None and config.data.pairs is None:
         raise ValueError("--num-pairs: expected a dataset by --pairs as well, found none")
     reading = config.reading

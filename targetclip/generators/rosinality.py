@@ -21,6 +21,7 @@ from targetclip.generators.stylegan2 import (
     blur_kernel,
     build_network,
     shortened,
+    take_blur,
 )
 from targetclip.weights import save_tensors
 
@@ -88,22 +89,6 @@ def _config(state: dict[str, Tensor], conv_clamp: float | None) -> StyleGAN2Conf
         raise ValueError(f"expected {EXPECTED}, found tensors with too few axes") from error
 
 
-def _take_kernels(state: dict[str, Tensor], config: StyleGAN2Config) -> None:
-    """Remove the low-pass filters from `state`, refusing any but ours."""
-    expected = blur_kernel(4.0)
-    for name in _kernel_names(config):
-        if name not in state:
-            raise ValueError(f"missing key {name}: expected {EXPECTED}")
-        kernel = state.pop(name)
-        if kernel.shape != expected.shape or not torch.allclose(
-            kernel.float(), expected, atol=1e-3
-        ):
-            raise ValueError(
-                f"expected {name} to be the [1, 3, 3, 1] low-pass filter, found another one: "
-                "only networks trained with the released filter are supported"
-            )
-
-
 def _one_row(latent_avg: Tensor, w_dim: int) -> Float[Tensor, " w_dim"]:
     """Return the average w, stored as [w_dim], [1, w_dim] or repeated [num_ws, w_dim]."""
     if latent_avg.ndim not in (1, 2) or latent_avg.shape[-1] != w_dim or latent_avg.numel() == 0:
@@ -149,7 +134,10 @@ def _network(
 ) -> StyleGAN2:
     config = _config(state, conv_clamp)
     tensors = dict(state)
-    _take_kernels(tensors, config)
+    for name in _kernel_names(config):
+        if name not in tensors:
+            raise ValueError(f"missing key {name}: expected {EXPECTED}")
+        take_blur(tensors, name, gain=4.0, tolerance=1e-3)
     _add_noise(tensors, config)
     tensors["latent_avg"] = (
         torch.zeros(config.w_dim) if latent_avg is None else _one_row(latent_avg, config.w_dim)

@@ -177,7 +177,7 @@ def test_progress_is_reported_after_every_step(essence: EssenceTransfer) -> None
     steps: list[Progress] = []
     direction = essence.optimize(picture(), quick(), on_step=steps.append)
     assert [progress.step for progress in steps] == [0, 1, 2]
-    assert torch.equal(steps[-1].kept_directions[0], direction.vector)
+    assert torch.equal(steps[-1].kept.directions[0], direction.vector)
 
 
 def test_a_loss_that_is_not_finite_is_an_error_and_no_direction(scene: Scene) -> None:
