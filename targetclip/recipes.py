@@ -66,23 +66,20 @@ def changed_settings(
 ) -> dict[str, tuple[Any, Any]]:
     """Return what differs between nested settings, before and now, by names such as `recipe.steps`.
 
-    A recipe in a file gets the defaults of settings that are newer than the file.
+    Settings of a recipe that are newer than a file have their defaults there.
     """
-    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
 
     def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, value in settings.items():
-            if isinstance(value, Mapping):
-                known = defaults if name == "recipe" else {}
-                values |= flat({**known, **value}, f"{above}{name}.")
-            else:
-                values[above + name] = value
+            inner = isinstance(value, Mapping)
+            values |= flat(value, f"{above}{name}.") if inner else {above + name: value}
         return values
 
+    newer = {f"recipe.{f.name}": f.default for f in fields(Recipe) if f.default is not MISSING}
     old, new = flat(before), flat(now)
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return {name: (old.get(name), new.get(name)) for name in names}
+    pairs = {n: (old.get(n, newer.get(n)), new.get(n, newer.get(n))) for n in {**old, **new}}
+    return {name: (then, value) for name, (then, value) in pairs.items() if then != value}
 
 
 def stored_recipe(settings: Mapping[str, Any]) -> Recipe:

@@ -886,7 +886,7 @@ def make_a_circle(c: Checkpoint) -> None:
     [
         (make_conditional, "this generator is conditional (c_dim 10)"),
         (make_residual, "architecture of synthesis.b8 is 'resnet', but only 'skip' is supported"),
-        (make_other_filter, "synthesis.b8.resample_filter is not the [1, 3, 3, 1] low-pass filter"),
+        (make_other_filter, "synthesis.b8.resample_filter to be the [1, 3, 3, 1] low-pass filter"),
         (make_other_class, "the class of G_ema is 'TriPlaneGenerator', but only 'Generator'"),
         (make_stylegan3, "this is a StyleGAN3 pickle"),
         (make_other_activation, "activation of synthesis.b8.conv0 is 'swish'"),
