@@ -128,7 +128,9 @@ class Mapper(OnTheHub, nn.Module):
     def whitened_targets(
         self, embeddings: Float[Tensor, "batch embed"]
     ) -> Float[Tensor, "batch embed"]:
-        """Return targets' embeddings, raw or unit, as the network reads them."""
+        """Return targets' embeddings, raw or unit, as the network reads them.
+        ValueError: embeddings of another size."""
+        self.check_size(embeddings)
         white: Tensor = (F.normalize(embeddings.float(), dim=1) - self.centre) @ self.whitening
         return white
 
@@ -163,7 +165,6 @@ class Mapper(OnTheHub, nn.Module):
     def forward(self, embeddings: Float[Tensor, "batch embed"]) -> Prediction:
         """Return the directions of targets from their embeddings, raw or unit.
         ValueError: embeddings of another size."""
-        self.check_size(embeddings)
         white = self.whitened_targets(embeddings)
         features = self.features(white)
         # Detached: the score must not be learned at the cost of the direction.
@@ -176,25 +177,31 @@ class Mapper(OnTheHub, nn.Module):
         embeddings: Float[Tensor, "targets embed"],
         ws: Float[Tensor, "*targets sources num_ws w_dim"],
     ) -> Float[Tensor, "targets sources num_ws w_dim"]:
-        """Return what is added to a target's direction for each source.
-
-        The edit of a source is then its own: w + direction + correction. A mapper without a
-        correction returns zeros.
+        """Return what is added to a target's direction for each source: zeros without a correction.
+        ValueError: embeddings of another size.
 
         Args:
             embeddings: of the targets, raw or unit.
             ws: latents of the sources, the same for all targets or some for each. For a clip, its
                 mean latent: all frames share one correction.
-
-        Raises:
-            ValueError: embeddings of another size.
         """
-        self.check_size(embeddings)
+        white = self.whitened_targets(embeddings)
         if self.correction is None:
             return torch.zeros_like(ws).expand(len(embeddings), *ws.shape[-3:])
-        corrections = self.correction(self.whitened_targets(embeddings), ws)
-        scaled: Tensor = corrections.float() * self.scale
+        scaled: Tensor = self.correction(white, ws).float() * self.scale
         return scaled
+
+    def edits(
+        self,
+        embeddings: Float[Tensor, "targets embed"],
+        ws: Float[Tensor, "*targets sources num_ws w_dim"],
+    ) -> Float[Tensor, "targets *sources num_ws w_dim"]:
+        """Return targets' directions or, with a correction, the offset of each source: see
+        `correct`."""
+        directions: Tensor = self(embeddings).directions
+        if self.correction is None:
+            return directions
+        return directions[:, None] + self.correct(embeddings, ws)
 
     @classmethod
     def from_file(cls, path: Path, generator: str | None, embedder: str | None) -> "Mapper":

@@ -183,13 +183,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-def prepare_streams() -> None:
-    """Have texts that the terminal's encoding lacks printed with escapes, not fail a command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 @contextmanager
 def signals_as_ctrl_c() -> Iterator[None]:
     """Within the block, treat SIGTERM and SIGHUP as Ctrl-C: what was done is kept.
@@ -232,7 +225,9 @@ def say_next(out: Path, results: str, then: str, *, error: bool = False) -> None
 
 def guarded(work: Callable[[], int | None], prog: str) -> int:
     """Call `work` and return the exit code; an error that a user can mend is one line."""
-    prepare_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # escapes for what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work() or 0
     except (KeyboardInterrupt, Stopped):
@@ -256,17 +251,18 @@ def main(
     kind: Any,
     description: str | None,
     prog: str,
+    args: list[str] | None = None,
     *,
     exclusive: bool = False,
 ) -> NoReturn:
     """Parse the command line into `kind`, call `run` with it, and end the process.
 
     A whole number that `run` returns is the exit code. With `exclusive` a second run into the same
-    `--out` is refused.
+    `--out` is refused. Without `args` the command line is that of the process.
     """
 
     def work() -> int:
-        asked = parse(kind, prog, description)
+        asked = parse(kind, prog, description, args)
         out = asked.out if exclusive else None
         with nullcontext() if out is None else locked_folder(out):
             result = run(asked)

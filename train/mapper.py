@@ -476,7 +476,7 @@ class MapperTraining:
     def evaluate(self, average: Mapper) -> dict[str, Any]:
         """Judge the averaged mapper: figures for the log, and a picture."""
         validation, stage = self.validation, stage_at(self.stages, self.trainer.step - 1)
-        edits = validation.edits(average, validation.sources)
+        edits = average.edits(validation.embeddings, validation.sources)
         write_picture(validation.grid(edits), self.config.out / "grid.png")
         return {"stage": "+".join(stage.terms), **validation.figures_of(average)}
 

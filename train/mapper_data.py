@@ -438,15 +438,6 @@ class Validation:
             figures["expected_error"] = (expected - transfer).abs()
         return {name: float(values.mean()) for name, values in figures.items() if len(values)}
 
-    def edits(
-        self, mapper: Mapper, sources: Float[Tensor, "sources num_ws w_dim"]
-    ) -> Float[Tensor, "targets *sources num_ws w_dim"]:
-        """Return a mapper's directions, or an offset for each source where it has a correction."""
-        prediction: Prediction = mapper(self.embeddings)
-        if mapper.correction is None:
-            return prediction.directions
-        return prediction.directions[:, None] + mapper.correct(self.embeddings, sources)
-
     def figures_of(self, mapper: Mapper) -> dict[str, float]:
         """Return `figures` of a mapper's edits of generated sources.
 
@@ -455,12 +446,13 @@ class Validation:
         `inverted_...` and `inverted_one_direction_...`.
         """
         prediction: Prediction = mapper(self.embeddings)
-        figures = self.figures(self.edits(mapper, self.sources), prediction.expected)
+        edits = mapper.edits(self.embeddings, self.sources)
+        figures = self.figures(edits, prediction.expected)
         if mapper.correction is None:
             return figures
         ways = {"one_direction": (prediction.directions, self.sources)}
         if self.inverted is not None:
-            ways["inverted"] = (self.edits(mapper, self.inverted), self.inverted)
+            ways["inverted"] = (mapper.edits(self.embeddings, self.inverted), self.inverted)
             ways["inverted_one_direction"] = (prediction.directions, self.inverted)
         for way, (edits, sources) in ways.items():
             more = self.figures(edits, sources=sources)

@@ -8,6 +8,7 @@ inverter's latent, or at the mean latent where there is none. Knows nothing of f
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -242,14 +243,7 @@ class OptimizingInverter:
             starts = self.generator.mean_w.repeat(len(images), self.generator.num_ws, 1)
         else:
             starts = self.first(images)
+        search = partial(invert_by_optimization, self.generator, self.embedder)
+        parts = zip(images.split(self.at_once), starts.split(self.at_once), strict=True)
         with torch.enable_grad():
-            return torch.cat(
-                [
-                    invert_by_optimization(
-                        self.generator, self.embedder, part, start, self.config, self.on_step
-                    )
-                    for part, start in zip(
-                        images.split(self.at_once), starts.split(self.at_once), strict=True
-                    )
-                ]
-            )
+            return torch.cat([search(*part, self.config, self.on_step) for part in parts])

@@ -15,7 +15,7 @@ import shutil
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -103,9 +103,7 @@ def natural_order(path: Path) -> tuple[list[str | int], str]:
 
 def folder_frames(folder: Path) -> Frames:
     """Return the pictures of a folder in natural order, without hidden and other files."""
-    paths = [
-        path for path in folder.iterdir() if not path.name.startswith(".") and is_picture(path)
-    ]
+    paths = [path for path in folder.iterdir() if path.name[0] != "." and is_picture(path)]
     if not paths:
         raise ValueError(
             f"no frames in {str(folder)!r}: expected pictures ({', '.join(READABLE_SUFFIXES)})"
@@ -173,12 +171,10 @@ def as_shown(frame: Any, aspect: Fraction) -> Image.Image:
 def packet_times(container: Any, stream: Any) -> list[int]:
     """Return the times of a stream's packets that are shown, in order, in its ticks."""
     times = []
-    try:
+    with suppress(pyav().FFmpegError):  # decoding names the frame
         for packet in container.demux(stream):
             if packet.size and packet.pts is not None and not packet.is_discard:
                 times.append(packet.pts)
-    except pyav().FFmpegError:  # decoding names the frame
-        pass
     return sorted(times)
 
 

@@ -219,11 +219,6 @@ def loaded(picture: Image.Image, content: bytes, origin: str) -> Image.Image:
     return picture
 
 
-def png_depth(content: bytes) -> int:
-    """Return the bits of a sample of a PNG; 8 for other formats."""
-    return content[24] if content.startswith(PNG_SIGNATURE) else 8
-
-
 def with_alpha(picture: Image.Image, depth: int) -> Image.Image:
     """Return a picture as RGBA if any of it may be transparent, otherwise as RGB.
 
@@ -314,7 +309,8 @@ def decode_picture(content: bytes, origin: str) -> Image.Image:
                 picture.seek(0)
             picture = loaded(picture, content, origin)
             profile, is_bmp = rgb_profile(picture), picture.format == "BMP"
-            layer = with_alpha(upright(picture, origin), png_depth(content))
+            depth = content[24] if content.startswith(PNG_SIGNATURE) else 8
+            layer = with_alpha(upright(picture, origin), depth)
             seen = layer.mode == "RGB" or layer.getchannel("A").getbbox() is not None
             if is_bmp and not seen:  # its fourth byte is often unused
                 layer, seen = layer.convert("RGB"), True
