@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import Touch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -584,16 +585,6 @@ def test_a_missing_file_or_a_folder_is_not_found(suffix: str, tmp_path: Path) ->
 
 
 # Files that ask to run code
-
-
-class Touch:
-    """Unpickled by the standard loader, this creates a file: the trace of code that ran."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[Path], object], tuple[Path]]:
-        return Path.touch, (self.trace,)
 
 
 def test_a_pt_that_asks_to_run_code_is_refused_and_did_not(tmp_path: Path) -> None:

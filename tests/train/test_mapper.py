@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import builds_made
-import datasets
 import pytest
 import torch
 import tyro
@@ -54,12 +53,6 @@ from train.mapper_objective import (
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SCHEDULE = ("differences:3", "transfer+differences:4")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`datasets` keeps a cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
