@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +35,7 @@ from data.targets import (
     split_of,
 )
 from targetclip.command import full_disk_explained, sync_folder
-from targetclip.recipes import changed_settings
+from targetclip.recipes import Recipe
 from targetclip.seeds import seed_of
 
 FORMAT = "targetclip-plan/1"
@@ -88,6 +88,27 @@ class Plan:
         """Return the split of every target that must have a row or a failure."""
         columns = self.targets.to_pydict()
         return dict(zip(columns["id"], columns["split"], strict=True))
+
+
+def changed_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between nested settings, before and now, by names such as `recipe.steps`.
+
+    Settings of a recipe that are newer than a file have their defaults there.
+    """
+
+    def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in settings.items():
+            inner = isinstance(value, Mapping)
+            values |= flat(value, f"{above}{name}.") if inner else {above + name: value}
+        return values
+
+    newer = {f"recipe.{f.name}": f.default for f in fields(Recipe) if f.default is not MISSING}
+    old, new = flat(before), flat(now)
+    pairs = {n: (old.get(n, newer.get(n)), new.get(n, newer.get(n))) for n in {**old, **new}}
+    return {name: (then, value) for name, (then, value) in pairs.items() if then != value}
 
 
 def check_settings(folder: Path, planned: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

@@ -62,10 +62,8 @@ class ResidualBlock(nn.Module):
 class Mapper(OnTheHub, nn.Module):
     """Embeddings [batch, embed_dim] to directions [batch, num_ws, w_dim] and expected scores.
 
-    `correct` gives what is added for each source, where the mapper has a correction. Expected
-    scores are then those of corrected edits.
-
-    `record` says where the weights come from; None until set or loaded. Buffers:
+    Where there is a correction, expected scores are those of corrected edits. `record` says where
+    the weights come from; None until set or loaded. Buffers:
 
     - `centre` [embed_dim]: the mean unit embedding of sources, which carries no essence; zeros
       until set.
@@ -291,12 +289,8 @@ def save_mapper(
 ) -> None:
     """Write a mapper as one safetensors file, whole or not at all; make its folder if missing.
 
-    Args:
-        half: round the weights, not the buffers, to half precision.
-
-    Raises:
-        ValueError: weights that are not finite (after rounding), or a record that JSON cannot
-            hold. Nothing is written.
+    With `half` the weights, not the buffers, are rounded to half precision. ValueError: weights
+    that are not finite (after rounding), or a record that JSON cannot hold; nothing is written.
     """
     path, tensors = Path(path), dict[str, Tensor]()
     buffers = dict(mapper.named_buffers())
@@ -314,18 +308,14 @@ def save_mapper(
 def load_mapper(
     path: str | Path, generator: str | None = None, embedder: str | None = None
 ) -> tuple[Mapper, MapperRecord]:
-    """Read a mapper and check that it belongs to a generator and an embedder.
-
-    Args:
-        generator, embedder: fingerprints; None: not checked.
+    """Read a mapper, and check that it belongs to the generator and the embedder with fingerprints.
 
     Returns:
         The mapper, for inference, on the processor, in float32, its parameters frozen; its record.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a mapper's file, a damaged one, or one made for another generator or
-            another embedder.
+        ValueError: not a mapper's file, a damaged one, or one of another generator or embedder.
     """
     path = Path(path)
     metadata, state = read_tensors(path, "mapper", FORMATS, TRAIN_ONE)

@@ -50,8 +50,7 @@ class EssenceTransfer(Editing):
             inverted whole. The embedder always gets the whole picture.
         recipe: of the optimizer, where none is given.
 
-    Raises:
-        ValueError: a mapper of another generator or another embedder.
+    ValueError: a mapper of another generator or another embedder.
     """
 
     def __init__(
@@ -64,9 +63,7 @@ class EssenceTransfer(Editing):
         recipe: Recipe = RECIPES["consistent"],
     ) -> None:
         super().__init__(scene, aligner)
-        self.mapper = mapper
-        self.texts = texts
-        self.recipe = recipe
+        self.mapper, self.texts, self.recipe = mapper, texts, recipe
         self.bank_features: dict[tuple[Preprocess, bool], Tensor] = {}
         if mapper is not None:
             fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
@@ -105,12 +102,10 @@ class EssenceTransfer(Editing):
         self, preprocess: Preprocess, identity_weight: float
     ) -> Float[Tensor, "bank features"]:
         """Return the features of the bank's sources (see `Scene.features`), computed once."""
-        key = (preprocess, bool(identity_weight))
+        key, scene = (preprocess, bool(identity_weight)), self.scene
         if key not in self.bank_features:
             with torch.no_grad():
-                self.bank_features[key] = self.scene.features(
-                    self.scene.bank(), preprocess, identity_weight
-                )
+                self.bank_features[key] = scene.features(scene.bank(), preprocess, identity_weight)
         return self.bank_features[key]
 
     def embed_target(self, target: Target, recipe: Recipe | None = None) -> Float[Tensor, " embed"]:

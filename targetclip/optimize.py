@@ -74,14 +74,9 @@ def losses_of(
     after: Float[Tensor, "batch sources _"],
     targets: Float[Tensor, "batch embed"],
 ) -> Losses:
-    """Return a recipe's losses from the features of sources before and after their edits.
-
-    Args:
-        before, after: embeddings, followed by identity features where the recipe weighs identity.
-
-    Raises:
-        ValueError: `before` and `after` differ in size.
-    """
+    """Return a recipe's losses from the features of sources before and after their edits:
+    embeddings, followed by identity features where the recipe weighs identity.
+    ValueError: `before` and `after` differ in size."""
     embed = targets.shape[1]
     if before.shape != after.shape:
         raise ValueError(

@@ -5,7 +5,7 @@ Knows settings only, and imports no torch.
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from targetclip.command import did_you_mean
@@ -59,27 +59,6 @@ class Recipe:
             )
         if not 0 <= self.identity_weight < math.inf:
             raise ValueError(f"expected an identity weight from 0 on, found {self.identity_weight}")
-
-
-def changed_settings(
-    before: Mapping[str, Any], now: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
-    """Return what differs between nested settings, before and now, by names such as `recipe.steps`.
-
-    Settings of a recipe that are newer than a file have their defaults there.
-    """
-
-    def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for name, value in settings.items():
-            inner = isinstance(value, Mapping)
-            values |= flat(value, f"{above}{name}.") if inner else {above + name: value}
-        return values
-
-    newer = {f"recipe.{f.name}": f.default for f in fields(Recipe) if f.default is not MISSING}
-    old, new = flat(before), flat(now)
-    pairs = {n: (old.get(n, newer.get(n)), new.get(n, newer.get(n))) for n in {**old, **new}}
-    return {name: (then, value) for name, (then, value) in pairs.items() if then != value}
 
 
 def stored_recipe(settings: Mapping[str, Any]) -> Recipe:

@@ -57,12 +57,8 @@ def score_features(
     after: Float[Tensor, "*targets sources features"],
     differences: Differences = "unit",
 ) -> Scores:
-    """Score edits by the features of images: an embedding, then identity features if there are any.
-
-    Args:
-        targets: embeddings of the targets, raw or unit.
-        before, after: features of the unedited and of the edited images.
-    """
+    """Score edits by the features of unedited and of edited images: an embedding, then identity
+    features if there are any. Embeddings of targets may be raw or unit."""
     embed, wanted = targets.shape[-1], targets[..., None, :]
     old, new = before[..., :embed], after[..., :embed]
     people = before[..., embed:], after[..., embed:]
@@ -203,11 +199,8 @@ class Scene:
         on_step: Callable[[Progress], None] | None = None,
         resume: Mapping[str, Any] | None = None,
     ) -> Optimized:
-        """Find the directions of targets by the optimizer; see `optimize_directions`.
-
-        Args:
-            bank: sources to edit. None: those of `bank_of`.
-        """
+        """Find the directions of targets by the optimizer; see `optimize_directions`. Sources to
+        edit are by default those of `bank_of`."""
         return optimize_directions(
             self.generator,
             self.embedder,
@@ -240,14 +233,8 @@ class Scene:
         direction: Float[Tensor, "*sources num_ws w_dim"],
         strength: float = 1.0,
     ) -> Float[Tensor, "sources 3 height width"]:
-        """Return images in [-1, 1] of sources moved along a direction: w + strength b.
-
-        Args:
-            direction: one for all sources, or an offset for each.
-
-        Raises:
-            ValueError: the direction is not of this generator's W+.
-        """
+        """Return images in [-1, 1] of sources moved along a direction, one for all or an offset for
+        each: w + strength b. ValueError: the direction is not of this generator's W+."""
         if direction.shape[-2:] != sources.shape[1:]:
             raise ValueError(
                 f"expected a direction of shape {list(sources.shape[1:])}, found "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from data.plan import changed_settings
 from targetclip.command import (
     Stop,
     Stopped,
@@ -29,7 +30,6 @@ from targetclip.command import (
     whole_file,
     write_file,
 )
-from targetclip.recipes import changed_settings
 
 Network = TypeVar("Network", bound=nn.Module)
 

@@ -56,8 +56,10 @@ from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 from train.loop import LOG, Schedule, Trainer
 from train.mapper_data import (
     KINDS,
+    BatchSizes,
     Pairs,
     SourceKind,
+    SourceReading,
     Validation,
     embedded_sources,
     open_pairs,
@@ -68,9 +70,7 @@ from train.mapper_data import (
     whitening_of,
 )
 from train.mapper_objective import (
-    BatchSizes,
     Objective,
-    SourceReading,
     TrainingStage,
     parse_schedule,
     stage_at,

@@ -58,6 +58,33 @@ SHOWN = 8  # targets in the picture, of each kind, and sources + 1
 IN_RANGE = ("drawn:", "generated:", "mixed:")  # what the bundled generator can show
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """What one batch of a process holds."""
+
+    batch_size: int = 16
+    """Targets a step and process in the transfer term."""
+    pairs_batch_size: int = 256
+    """Pairs a step and process."""
+    differences_batch_size: int = 64
+    """Differences between two random latents a step and process."""
+    noise: float = 0.0
+    """Expected length of the noise added to the unit embeddings that the mapper is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceReading:
+    """How the transfer term learns from sources."""
+
+    kinds: tuple[SourceKind, ...] = ("generated",)
+    """Of sources, in equal parts."""
+    uncorrected: float = 0.25
+    """Part of the targets whose sources are moved along the direction alone, so that it stays an
+    answer of its own where there is a correction."""
+    decay: float = 0.0
+    """Weight decay of corrections."""
+
+
 def embed_unit(
     scene: Scene, pictures: Sequence[Image.Image], recipe: Recipe
 ) -> Float[Tensor, "targets embed"]:

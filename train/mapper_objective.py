@@ -25,7 +25,7 @@ from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import seed_of
-from train.mapper_data import Pairs, SourceKind, training_sources
+from train.mapper_data import BatchSizes, Pairs, SourceReading, training_sources
 
 TERMS = ("transfer", "pairs", "differences")
 STAGE = re.compile(r"([a-z]+(?:\+[a-z]+)*):([1-9][0-9]{0,8})")
@@ -74,33 +74,6 @@ def stage_at(stages: Sequence[TrainingStage], step: int) -> TrainingStage:
 
 
 # Terms
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSizes:
-    """What one batch of a process holds."""
-
-    batch_size: int = 16
-    """Targets a step and process in the transfer term."""
-    pairs_batch_size: int = 256
-    """Pairs a step and process."""
-    differences_batch_size: int = 64
-    """Differences between two random latents a step and process."""
-    noise: float = 0.0
-    """Expected length of the noise added to the unit embeddings that the mapper is given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceReading:
-    """How the transfer term learns from sources."""
-
-    kinds: tuple[SourceKind, ...] = ("generated",)
-    """Of sources, in equal parts."""
-    uncorrected: float = 0.25
-    """Part of the targets whose sources are moved along the direction alone, so that it stays an
-    answer of its own where there is a correction."""
-    decay: float = 0.0
-    """Weight decay of corrections."""
 
 
 def noisy(
