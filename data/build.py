@@ -119,10 +119,9 @@ class Config:
 
 def check_config(config: Config) -> None:
     """Check the options. ValueError: an option has an impossible value."""
-    for name in ("steps", "batch_size", "max_images", "held_out", "max_attempts"):
-        value = getattr(config, name)
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+    command.check_least(config, steps=1, max_images=1, held_out=1, max_attempts=1)
+    if config.batch_size != "auto":
+        command.check_least(config, batch_size=1)
     for name in ("lease", "checkpoint_seconds"):
         if not 0 < getattr(config, name) < math.inf:
             flag, value = name.replace("_", "-"), getattr(config, name)

@@ -150,9 +150,8 @@ class Direction:
         Its tensor `direction` [num_ws, w_dim] is the vector alone, for any other program; those
         named `correction.*` are the correction's.
 
-        Raises:
-            FileNotFoundError, OSError: it cannot be written.
-            ValueError: another suffix, or `generator` is None.
+        FileNotFoundError, OSError: it cannot be written. ValueError: another suffix, or `generator`
+        is None.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
@@ -303,9 +302,8 @@ def mixed(directions: Sequence[Direction], weights: Sequence[float]) -> Directio
 
     Corrections are summed as well; directions without one bring none.
 
-    Raises:
-        ValueError: no directions, another number of weights, directions of several generators, or
-            corrections of several mappers.
+    ValueError: no directions, another number of weights, directions of several generators, or
+    corrections of several mappers.
     """
     if not directions or len(directions) != len(weights):
         raise ValueError(

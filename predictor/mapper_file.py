@@ -118,8 +118,7 @@ def trained_recipe(record: MapperRecord | None) -> Recipe:
 
     `train.mapper` writes it into the record. A mapper without it counts as one of `consistent`.
 
-    Raises:
-        ValueError: the record holds something else.
+    ValueError: the record holds something else.
     """
     settings = {} if record is None else record.recipe.get("recipe", {})
     try:

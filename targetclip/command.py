@@ -403,9 +403,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     An error inside leaves what `path` held before. The written content survives a loss of power.
 
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: the file cannot be written. A full disk is explained.
+    FileNotFoundError: the folder does not exist. OSError: the file cannot be written. A full disk
+    is explained.
     """
     temporary = temporary_beside(path)
     with full_disk_explained(path):

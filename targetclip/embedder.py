@@ -139,8 +139,7 @@ def preprocess_images(
 
     Values are neither clamped nor rounded to 8 bits, so that every pixel has a gradient.
 
-    Raises:
-        ValueError: the images are not square, or `preprocess` is unknown.
+    ValueError: the images are not square, or `preprocess` is unknown.
     """
     height, width = images.shape[-2:]
     if height != width:
@@ -452,8 +451,7 @@ class ClipEmbedder(nn.Module):
         The log names the words that are left out, and those in a script that the tokenizer hardly
         knows.
 
-        Raises:
-            ValueError: no text.
+        ValueError: no text.
         """
         if not texts:
             raise ValueError("expected one or more texts, found none")

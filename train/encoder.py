@@ -165,9 +165,8 @@ def target_pictures(
 
     Only targets of the train split are in it, by their ids, and none of `left_out`.
 
-    Raises:
-        ValueError, FileNotFoundError, OSError: specs that cannot be, or without any good picture;
-            a damaged file.
+    ValueError, FileNotFoundError, OSError: specs that cannot be, or without any good picture; a
+    damaged file.
     """
     size = scene.generator.resolution
     sets = [open_targets(spec, scene.generator, scene.truncation) for spec in specs]

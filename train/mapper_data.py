@@ -264,8 +264,7 @@ def training_sources(
     Inverted ones are made anew as well: rendering a few without gradients is a small part of a
     step, and a step then depends on its seeds alone, whatever was drawn before it.
 
-    Raises:
-        ValueError: as `inverted`.
+    ValueError: as `inverted`.
     """
     ws = scene.latents(seeds)
     sources, layers = ws.clone(), list(range(ws.shape[1]))
@@ -324,8 +323,7 @@ def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]
 
     No other split is opened.
 
-    Raises:
-        FileNotFoundError, ValueError: see `load_pairs`; pairs of other networks, or too few.
+    FileNotFoundError, ValueError: see `load_pairs`; pairs of other networks, or too few.
     """
     rows = load_pairs(folder, "train")
     check_pairs(folder, dimensions(rows.features), scene)
@@ -379,8 +377,7 @@ def scale_of_pairs(pairs: Pairs) -> Float[Tensor, "num_ws w_dim"]:
     From zero and not from their mean: a fresh mapper answers zero, so it has the mean to learn as
     well, and a single pair has a deviation too.
 
-    Raises:
-        ValueError: every direction is zero: there is nothing to learn, and no unit to learn it in.
+    ValueError: every direction is zero: there is nothing to learn, and no unit to learn it in.
     """
     total = torch.zeros(())
     for start in range(0, len(pairs), EMBED_BATCH):

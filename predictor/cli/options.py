@@ -235,15 +235,6 @@ def check_finding(options: Transfer) -> None:
             raise ValueError(f"--{name} and --mapper need a mode: add --mode auto, or drop one")
 
 
-def check_weight_count(options: Transfer, count: int) -> None:
-    """Raise a ValueError for weights of another number than the targets, or nothing to mix."""
-    weights = options.target.weights
-    if weights is not None and len(weights) != count:
-        raise ValueError(f"--weights: expected {count}, one for each target, found {len(weights)}")
-    if options.target.mix and count == 1:
-        raise ValueError("--mix: expected two targets or more, found 1: drop it, or add a target")
-
-
 def clip_of(flags: SourceFlags) -> Path | None:
     """Return the clip among the sources, if it is one.
     ValueError: a clip among other sources, or flags of clips without one."""
@@ -283,12 +274,22 @@ def resolve(options: Transfer | Optimize) -> Request:
     the world or each other do not allow."""
     command = "transfer"
     if isinstance(options, Optimize):  # a transfer by the optimizer, less the edit
-        command, options = "optimize", as_transfer(options)
+        command = "optimize"
+        options = Transfer(
+            target=options.target,
+            source=SourceFlags(**vars(options.source)),
+            edit=EditFlags(),
+            search=ModeFlags(**vars(options.search), mode="optimize"),
+            output=options.output,
+            machine=options.machine,
+        )
     check_finding(options)
     target, source, edit, search = options.target, options.source, options.edit, options.search
     output, machine = options.output, options.machine
     world = load_world(machine.world)
-    name, recipe = choose_recipe(search, world.recipe)
+    name = search.recipe or world.recipe
+    changes = {key: getattr(search, key) for key in given(search, OF_OPTIMIZER[1:])}
+    recipe = replace(recipe_named(name), **changes)
     mode, mapper = search.mode, search.mapper or world.mapper
     if mode is None and edit.direction is None:
         mode = "optimize" if mapper is None or given(search, OF_OPTIMIZER) else "auto"
@@ -303,7 +304,11 @@ def resolve(options: Transfer | Optimize) -> Request:
     if source.sources is not None and clip is None:
         sources = pictures_of("--sources", source.sources, notes)
     count = len(pictures) + len(target.text)
-    check_weight_count(options, count)
+    if target.weights is not None and len(target.weights) != count:
+        found = len(target.weights)
+        raise ValueError(f"--weights: expected {count}, one for each target, found {found}")
+    if target.mix and count == 1:
+        raise ValueError("--mix: expected two targets or more, found 1: drop it, or add a target")
     mixes = target.mix or target.weights is not None
     separate = count > 1 and not mixes and edit.direction is None
     equal = (1.0,) * count if separate else (1 / count,) * count
@@ -352,25 +357,6 @@ def resolve(options: Transfer | Optimize) -> Request:
     check_inversion(source, request)
     check_world(request)
     return request
-
-
-def as_transfer(options: Optimize) -> Transfer:
-    """Return the transfer that finds the same direction."""
-    return Transfer(
-        target=options.target,
-        source=SourceFlags(**vars(options.source)),
-        edit=EditFlags(),
-        search=ModeFlags(**vars(options.search), mode="optimize"),
-        output=options.output,
-        machine=options.machine,
-    )
-
-
-def choose_recipe(flags: ModeFlags, default: str) -> tuple[str, Recipe]:
-    """Return the recipe's name, and the recipe with the changes of the command line."""
-    name = flags.recipe or default
-    changes = {key: getattr(flags, key) for key in given(flags, OF_OPTIMIZER[1:])}
-    return name, replace(recipe_named(name), **changes)
 
 
 def check_inversion(flags: SourceFlags, request: Request) -> None:

@@ -319,8 +319,7 @@ def find_track(
     It is the face of the number `index`, by size, in the first frame that shows so many, and in
     every later frame the one nearest to it. A leap of more than the face's size begins anew.
 
-    Raises:
-        ValueError: no frame shows a face, or none so many.
+    ValueError: no frame shows a face, or none so many.
     """
     numbers: list[int] = []
     runs: list[int] = []

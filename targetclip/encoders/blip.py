@@ -38,9 +38,8 @@ class BlipEmbedder(nn.Module):
 
         The public one with the ViT-B of the paper is Salesforce/blip-itm-base-coco.
 
-        Raises:
-            ValueError: transformers is not installed; no such model, or one without BLIP's image
-                encoder or with weights missing, or that are not finite.
+        ValueError: transformers is not installed; no such model, or one without BLIP's image
+        encoder or with weights missing, or that are not finite.
         """
         try:
             import transformers

@@ -157,9 +157,8 @@ def load_e4e(path: str | Path, num_ws: int, w_dim: int) -> E4eInverter:
 
     The network is on the CPU in float32, frozen. No code in the file is run.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an e4e checkpoint, a damaged one, or one for another generator.
+    FileNotFoundError: no such file. ValueError: not an e4e checkpoint, a damaged one, or one for
+    another generator.
     """
     path = Path(path)
     if not path.is_file():

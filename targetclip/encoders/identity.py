@@ -48,8 +48,7 @@ def identity_similarity(
 
     Images are in [-1, 1]; the batches may differ in size in px.
 
-    Raises:
-        ValueError: the batches differ in length, or the images are not square.
+    ValueError: the batches differ in length, or the images are not square.
     """
     if len(before) != len(after):
         raise ValueError(

@@ -256,9 +256,8 @@ def read_nvidia(path: Path) -> StyleGAN2:
     Nothing in the file is executed. Layers for float16 (`num_fp16_res`) and weights in float16 run
     in float32; `conv_clamp` is kept.
 
-    Raises:
-        ValueError: a file that names foreign code, a StyleGAN3, TensorFlow or conditional network,
-            or a damaged file.
+    ValueError: a file that names foreign code, a StyleGAN3, TensorFlow or conditional network, or a
+    damaged file.
     """
     data = path.read_bytes()
     try:

@@ -122,13 +122,6 @@ def _add_noise(state: dict[str, Tensor], config: StyleGAN2Config) -> None:
         state[name] = torch.randn(1, 1, side, side, generator=random)
 
 
-def _sampled_mean_w(network: StyleGAN2) -> Float[Tensor, " w_dim"]:
-    random = torch.Generator().manual_seed(MEAN_SEED)
-    z = torch.randn(MEAN_SAMPLES, network.z_dim, generator=random)
-    w: Tensor = network.mapping_network(z)
-    return w.mean(dim=0)
-
-
 def _network(
     state: dict[str, Tensor], latent_avg: Tensor | None, conv_clamp: float | None = None
 ) -> StyleGAN2:
@@ -150,7 +143,9 @@ def _network(
             MEAN_SAMPLES,
             MEAN_SEED,
         )
-        network.mean_w.copy_(_sampled_mean_w(network))
+        random = torch.Generator().manual_seed(MEAN_SEED)
+        z = torch.randn(MEAN_SAMPLES, network.z_dim, generator=random)
+        network.mean_w.copy_(network.mapping_network(z).mean(dim=0))
     return network
 
 
@@ -202,8 +197,7 @@ def read_rosinality(path: Path) -> StyleGAN2:
     A file without `latent_avg` gets the mean of 4096 mapped samples, one without noise buffers gets
     noise from a seed, and the log says so. The names may begin with DataParallel's "module.".
 
-    Raises:
-        ValueError: any other file; the message says what it is.
+    ValueError: any other file; the message says what it is.
     """
     # Files of rosinality's training hold its options, which are plain attributes.
     checkpoint = read_checkpoint(path, EXPECTED, [argparse.Namespace])

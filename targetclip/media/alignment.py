@@ -242,8 +242,7 @@ def align(picture: Image.Image, quad: Float[ndarray, "4 2"], size: int) -> Image
 
     Where the quad leaves the picture, the picture is mirrored, blurred and faded.
 
-    Raises:
-        ValueError: not RGB, a size below 1, corners in another order, a face beyond the picture.
+    ValueError: not RGB, a size below 1, corners in another order, a face beyond the picture.
     """
     check_rgb(picture)
     check_quad(quad, picture)

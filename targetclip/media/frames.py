@@ -259,10 +259,9 @@ def open_frames(path: str | Path) -> Frames:
     along one side where its pixels are not square. Colours of HDR are not mapped. The first frame
     is decoded here, to find faults early.
 
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: not a video, no video stream, no frames, or PyAV is not installed; also while
-            iterating, a frame that cannot be decoded, named by its number.
+    FileNotFoundError: no such file or folder. ValueError: not a video, no video stream, no frames,
+    or PyAV is not installed; also while iterating, a frame that cannot be decoded, named by its
+    number.
     """
     path = Path(path)
     frames = folder_frames(path) if path.is_dir() else video_frames(path)
@@ -280,8 +279,7 @@ def smooth_latents(
     the ends of the clip the weights of the existing frames are scaled to sum to 1. Window 1 changes
     nothing, and a constant sequence stays exactly as it is. Cuts are not detected.
 
-    Raises:
-        ValueError: the window is not odd and positive.
+    ValueError: the window is not odd and positive.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"expected an odd window of 1 or more frames, found {window}")

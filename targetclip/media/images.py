@@ -336,10 +336,8 @@ def read_picture(path: str | Path) -> Image.Image:
     `info["icc_profile"]`, all other metadata is dropped. File size and picture size are checked
     before any pixel is decoded.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a folder, an empty, too large, damaged or unknown file, or a picture that is
-            wholly transparent.
+    FileNotFoundError: no such file. ValueError: a folder, an empty, too large, damaged or unknown
+    file, or a picture that is wholly transparent.
     """
     path = Path(path)
     if path.is_dir():
@@ -422,8 +420,7 @@ def labelled_grid(
     is cut to its middle square and has the size of the largest, within 128 to 512 px. None: no
     target.
 
-    Raises:
-        ValueError: no picture in the rows.
+    ValueError: no picture in the rows.
     """
     pictures = [picture for row in rows.values() for picture in row]
     if not pictures:
