@@ -10,7 +10,9 @@ from tempfile import mkdtemp
 # One thread, here and in subprocesses, set before torch looks: tiny tensors gain nothing from more,
 # and several threads beside another job wait for each other at every operation.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["HF_DATASETS_CACHE"] = mkdtemp()  # for `datasets`; removed by `no_cache_stays`
+# Nor is the network asked, or a cache of the user's read; `no_cache_stays` removes the tests' own.
+os.environ["HF_HOME"] = mkdtemp()
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ TINY_CLIP = {
 @pytest.fixture(scope="session", autouse=True)
 def no_cache_stays() -> Iterator[None]:
     yield
-    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session")

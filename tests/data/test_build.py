@@ -420,7 +420,7 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
     [
         (
             "--recipe nope",
-            "--recipe: expected release, paper, consistent, identity, found 'nope'",
+            "--recipe: expected one of release, paper, consistent, identity, found 'nope'",
         ),
         (
             "--recipe identity",
@@ -435,7 +435,7 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
         ("--out {file}", "--out: cannot write into"),
         (
             "--recipe papr",
-            "--recipe: expected release, paper, consistent, identity, found 'papr': ",
+            "--recipe: expected one of release, paper, consistent, identity, found 'papr': ",
         ),
         ("--licence (c)", "expected a licence by its name on the hub"),
     ],

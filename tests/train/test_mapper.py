@@ -566,7 +566,7 @@ def test_a_stage_written_otherwise_is_refused(text: str) -> None:
         ({"num_pairs": 3}, "--num-pairs: expected a dataset"),
         ({"batch_size": 0}, "--batch-size: expected 1 or more"),
         ({"noise": float("nan")}, "--noise: expected a number"),
-        ({"recipe": "best"}, "--recipe: expected release"),
+        ({"recipe": "best"}, "--recipe: expected one of release"),
         ({"targets": ("nowhere",)}, "expected targets as"),
         ({"validation": ()}, "--validation: expected pictures"),
     ],
