@@ -47,14 +47,7 @@ from data.targets import TargetSet, open_targets
 from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
 from data.worker import Worker, merge_all, remove_leftovers
 from targetclip import command
-from targetclip.command import (
-    Precision,
-    Stop,
-    choose_precision,
-    make_folder,
-    say,
-    say_next,
-)
+from targetclip.command import Precision, Stop, choose_precision, make_folder, say, say_next
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe, recipe_named
 from targetclip.scene import Scene

@@ -48,10 +48,7 @@ COLUMNS = {
     "direction": ("float32", "what is added to a source's W+ latent, unbounded"),
     "coefficients": ("float32", "factor of the direction for each source, 1 unless learned"),
     "loss": ("float32", "the optimizer's last weighted loss, on its own sources"),
-    "transfer": (
-        "float32",
-        "mean cosine of its own edited sources to the target, -1 to 1",
-    ),
+    "transfer": ("float32", "mean cosine of its own edited sources to the target, -1 to 1"),
     "consistency": ("float32", "1 - consistency loss, on its own sources, at most 1"),
     "held_out_transfer": ("float32", "transfer on sources the optimizer never edited, -1 to 1"),
     "held_out_consistency": ("float32", "consistency on these, at most 1"),

@@ -131,9 +131,7 @@ class Direction:
         return self.changed(self.offsets(ws.mean(dim=0, keepdim=True).to(self.vector))[0])
 
     def changed(
-        self,
-        vector: Float[Tensor, "num_ws w_dim"],
-        correction: SourceCorrection | None = None,
+        self, vector: Float[Tensor, "num_ws w_dim"], correction: SourceCorrection | None = None
     ) -> "Direction":
         """Return a direction of the same origin, whose scores nobody has measured."""
         return Direction(

@@ -69,12 +69,7 @@ from train.mapper_data import (
     target_bank,
     whitening_of,
 )
-from train.mapper_objective import (
-    Objective,
-    TrainingStage,
-    parse_schedule,
-    stage_at,
-)
+from train.mapper_objective import Objective, TrainingStage, parse_schedule, stage_at
 
 MAPPER = "mapper.safetensors"
 WHITENED = 20_000  # targets of the bank that say how embeddings vary

@@ -19,14 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from predictor.cli.options import Request
-from predictor.cli.output import (
-    DIRECTION,
-    GRID,
-    Console,
-    OutputFolder,
-    unique_names,
-    words_of,
-)
+from predictor.cli.output import DIRECTION, GRID, Console, OutputFolder, unique_names, words_of
 from predictor.cli.report import (
     NamedTarget,
     Outcome,
@@ -147,10 +140,7 @@ def find_one(
 
 
 def find_direction(
-    essence: EssenceTransfer,
-    targets: Sequence[NamedTarget],
-    request: Request,
-    console: Console,
+    essence: EssenceTransfer, targets: Sequence[NamedTarget], request: Request, console: Console
 ) -> Outcome:
     """Find the direction of one target, after Ctrl-C the best so far; or the mixture of several."""
     if request.mode is None:
@@ -181,10 +171,7 @@ def find_direction(
 
 
 def record_of(
-    essence: EssenceTransfer,
-    direction: Direction,
-    targets: Sequence[NamedTarget],
-    request: Request,
+    essence: EssenceTransfer, direction: Direction, targets: Sequence[NamedTarget], request: Request
 ) -> dict[str, Any]:
     """Return the record of a direction: what made it, and by which settings."""
     record: dict[str, Any] = {
@@ -311,11 +298,7 @@ class Editor:
 
 
 def open_editor(
-    essence: EssenceTransfer,
-    sources: Sources,
-    request: Request,
-    console: Console,
-    watch: Stopwatch,
+    essence: EssenceTransfer, sources: Sources, request: Request, console: Console, watch: Stopwatch
 ) -> Editor:
     """Invert or generate the sources."""
     scene = essence.scene
@@ -576,10 +559,7 @@ def run(request: Request, console: Console) -> int:
         finder = find_faces(request, targets)
         with locked_folder(request.out):
             out = OutputFolder(
-                request.out,
-                request.command,
-                overwrite=request.overwrite,
-                inputs=request.inputs,
+                request.out, request.command, overwrite=request.overwrite, inputs=request.inputs
             )
             watch, sources = Stopwatch(), None
             if request.command == "transfer":

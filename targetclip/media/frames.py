@@ -28,13 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from targetclip.command import full_disk_explained, temporary_beside, whole_file
-from targetclip.media.images import (
-    MAX_SIDE,
-    READABLE_SUFFIXES,
-    is_picture,
-    read_picture,
-    write_as,
-)
+from targetclip.media.images import MAX_SIDE, READABLE_SUFFIXES, is_picture, read_picture, write_as
 
 FOLDER_RATE = Fraction(25)
 # Formats that hold a clip and nothing else. FFmpeg also reads playlists, which open other files and
