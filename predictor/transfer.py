@@ -4,7 +4,6 @@ Knows how a scene, a mapper and the optimizer work together. Every direction car
 made it. Files and printing belong to the command line.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from predictor import Mode
@@ -87,14 +86,6 @@ class EssenceTransfer(Editing):
                 "train one: python -m train.mapper --help"
             )
         return self.mapper
-
-    def to(self, device: torch.device | str) -> "EssenceTransfer":
-        """Return a copy whose networks are on a device; this one stays where it is."""
-        scene, mapper, texts = copy.deepcopy((self.scene, self.mapper, self.texts))
-        for part in (*vars(scene).values(), mapper):
-            if isinstance(part, nn.Module):
-                part.to(device)
-        return EssenceTransfer(scene, mapper, texts=texts, aligner=self.aligner, recipe=self.recipe)
 
     # Targets
 

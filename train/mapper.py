@@ -475,10 +475,6 @@ class MapperTraining:
         write_picture(validation.grid(edits), self.config.out / "grid.png")
         return {"stage": "+".join(stage.terms), **validation.figures_of(average)}
 
-    def run(self, stop: Stop) -> Mapper:
-        """Take the steps that are left; see `Trainer.run`."""
-        return self.trainer.run(self.losses_at, self.evaluate, stop, self.model)
-
 
 def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTraining:
     """Load, embed and make everything that a training needs.
@@ -579,7 +575,7 @@ def run(config: Config, stop: Stop | None = None) -> Mapper:
         if main:
             content = {"config": flags_of(config), "settings": settings, "versions": versions()}
             write_json(config.out / "config.json", content)
-        average = training.run(stop)
+        average = training.trainer.run(training.losses_at, training.evaluate, stop, training.model)
         if main:
             path = config.out / MAPPER
             save_mapper(average, path, record_of(config, settings, training.stages))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from predictor import Mode
@@ -551,25 +551,6 @@ def test_a_recipe_may_be_named(essence: EssenceTransfer) -> None:
 
 
 # On another device
-
-
-def test_a_copy_goes_to_a_device_and_the_first_one_stays(
-    scene: Scene, predicting: Predicting
-) -> None:
-    texts = TextTargets(scene.embedder, ("a face",))
-    first = EssenceTransfer(knowing(scene), predicting().mapper, texts=texts, recipe=quick())
-    before = first.direction(text="a hat", mode="instant")
-    moved = first.to("meta")
-    assert moved.scene.device.type == "meta" and moved.recipe == first.recipe
-    assert moved.texts is not None and moved.texts.embedder is moved.scene.embedder
-    parts = (moved.scene.embedder, moved.scene.inverter, moved.scene.identity, moved.mapper)
-    for part in parts:
-        assert {p.device.type for p in cast("nn.Module", part).parameters()} == {"meta"}
-    assert first.scene.device.type == "cpu"
-    assert torch.equal(first.direction(text="a hat", mode="instant").vector, before.vector)
-    copied = first.to(torch.device("cpu"))
-    assert copied is not first and copied.scene.generator is not first.scene.generator
-    assert torch.equal(copied.direction(text="a hat", mode="instant").vector, before.vector)
 
 
 # Texts
