@@ -98,10 +98,7 @@ class SourceCorrection:
         self, ws: Float[Tensor, "sources num_ws w_dim"]
     ) -> Float[Tensor, "sources num_ws w_dim"]:
         """Return what is added to the direction of each source. For a clip, give its mean latent.
-
-        Raises:
-            ValueError: latents of another size.
-        """
+        ValueError: latents of another size."""
         return self.each(ws).sum(dim=0)
 
     @torch.no_grad()
@@ -138,10 +135,7 @@ class SourceCorrection:
         cls, tensors: Mapping[str, Tensor], num_ws: int, w_dim: int
     ) -> "SourceCorrection":
         """Return the correction of a file's tensors.
-
-        Raises:
-            ValueError: other names, types or shapes; values that are not finite.
-        """
+        ValueError: other names, types or shapes; values that are not finite."""
         names = [field.name for field in fields(cls)]
         if sorted(tensors) != sorted(names):
             raise ValueError(f"expected a correction of {names}, found {list(tensors)}")
@@ -165,10 +159,7 @@ def mixed_corrections(
     corrections: Sequence[SourceCorrection], weights: Sequence[float]
 ) -> SourceCorrection:
     """Return the weighted sum of corrections of one mapper.
-
-    Raises:
-        ValueError: no corrections, another number of weights, or corrections of several mappers.
-    """
+    ValueError: no corrections, another number of weights, or corrections of several mappers."""
     if not corrections or len(corrections) != len(weights):
         raise ValueError(
             f"expected one weight for each correction, found {len(weights)} for {len(corrections)}"

@@ -131,9 +131,7 @@ class Direction:
         return self.changed(self.offsets(ws.mean(dim=0, keepdim=True).to(self.vector))[0])
 
     def changed(
-        self,
-        vector: Float[Tensor, "num_ws w_dim"],
-        correction: SourceCorrection | None = None,
+        self, vector: Float[Tensor, "num_ws w_dim"], correction: SourceCorrection | None = None
     ) -> "Direction":
         """Return a direction of the same origin, whose scores nobody has measured."""
         return Direction(
@@ -150,9 +148,8 @@ class Direction:
         Its tensor `direction` [num_ws, w_dim] is the vector alone, for any other program; those
         named `correction.*` are the correction's.
 
-        Raises:
-            FileNotFoundError, OSError: it cannot be written.
-            ValueError: another suffix, or `generator` is None.
+        FileNotFoundError, OSError: it cannot be written. ValueError: another suffix, or `generator`
+        is None.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
@@ -253,33 +250,26 @@ def searched_direction(
         if on_step is not None:
             on_step(progress)
 
+    def direction_of(result: Optimized) -> Direction:
+        return Direction(
+            vector=result.directions[0],
+            method=method,
+            generator=generator,
+            transfer=1 - float(result.transfer[0]),
+            consistency=1 - float(result.consistency[0]),
+            steps=int(result.steps[0]),
+            correction=correction,
+        )
+
     try:
         result = search(on_step=remember)
     except KeyboardInterrupt:
         if latest is None:
             raise
-        raise Interrupted(
-            Direction(
-                vector=latest.kept_directions[0],
-                method=method,
-                generator=generator,
-                transfer=1 - float(latest.kept_transfer[0]),
-                consistency=1 - float(latest.kept_consistency[0]),
-                steps=latest.step + 1,
-                correction=correction,
-            )
-        ) from None
+        raise Interrupted(direction_of(latest.kept)) from None
     if result.failures[0] is not None:
         raise FloatingPointError(f"no direction found: {result.failures[0]}")
-    return Direction(
-        vector=result.directions[0],
-        method=method,
-        generator=generator,
-        transfer=1 - float(result.transfer[0]),
-        consistency=1 - float(result.consistency[0]),
-        steps=int(result.steps[0]),
-        correction=correction,
-    )
+    return direction_of(result)
 
 
 def better(first: Direction, second: Direction) -> Direction:
@@ -310,9 +300,8 @@ def mixed(directions: Sequence[Direction], weights: Sequence[float]) -> Directio
 
     Corrections are summed as well; directions without one bring none.
 
-    Raises:
-        ValueError: no directions, another number of weights, directions of several generators, or
-            corrections of several mappers.
+    ValueError: no directions, another number of weights, directions of several generators, or
+    corrections of several mappers.
     """
     if not directions or len(directions) != len(weights):
         raise ValueError(
@@ -357,10 +346,7 @@ class Gate:
     @staticmethod
     def of(mapper: Mapper) -> "Gate":
         """Return the gate that a mapper was calibrated to.
-
-        Raises:
-            ValueError: the mapper is not calibrated, or a figure is out of range.
-        """
+        ValueError: the mapper is not calibrated, or a figure is out of range."""
         names = [field.name for field in dataclasses.fields(Gate)]
         figures = {} if mapper.record is None else mapper.record.calibration
         if missing := [name for name in names if name not in figures]:

@@ -40,8 +40,7 @@ class Editing:
 
         Latents, which are a tensor whose last axes are num_ws and w_dim, are returned as they are.
 
-        Raises:
-            FileNotFoundError, TypeError, ValueError: as `as_pictures`; there is no inverter.
+        FileNotFoundError, TypeError, ValueError: as `as_pictures`; there is no inverter.
         """
         shape = (self.scene.generator.num_ws, self.scene.generator.w_dim)
         if isinstance(sources, Tensor) and sources.shape[-2:] == shape:

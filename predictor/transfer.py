@@ -4,7 +4,6 @@ Knows how a scene, a mapper and the optimizer work together. Every direction car
 made it. Files and printing belong to the command line.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from predictor import Mode
@@ -50,8 +49,7 @@ class EssenceTransfer(Editing):
             inverted whole. The embedder always gets the whole picture.
         recipe: of the optimizer, where none is given.
 
-    Raises:
-        ValueError: a mapper of another generator or another embedder.
+    ValueError: a mapper of another generator or another embedder.
     """
 
     def __init__(
@@ -64,9 +62,7 @@ class EssenceTransfer(Editing):
         recipe: Recipe = RECIPES["consistent"],
     ) -> None:
         super().__init__(scene, aligner)
-        self.mapper = mapper
-        self.texts = texts
-        self.recipe = recipe
+        self.mapper, self.texts, self.recipe = mapper, texts, recipe
         self.bank_features: dict[tuple[Preprocess, bool], Tensor] = {}
         if mapper is not None:
             fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
@@ -91,36 +87,22 @@ class EssenceTransfer(Editing):
             )
         return self.mapper
 
-    def to(self, device: torch.device | str) -> "EssenceTransfer":
-        """Return a copy whose networks are on a device; this one stays where it is."""
-        scene, mapper, texts = copy.deepcopy((self.scene, self.mapper, self.texts))
-        for part in (*vars(scene).values(), mapper):
-            if isinstance(part, nn.Module):
-                part.to(device)
-        return EssenceTransfer(scene, mapper, texts=texts, aligner=self.aligner, recipe=self.recipe)
-
     # Targets
 
     def source_features(
         self, preprocess: Preprocess, identity_weight: float
     ) -> Float[Tensor, "bank features"]:
         """Return the features of the bank's sources (see `Scene.features`), computed once."""
-        key = (preprocess, bool(identity_weight))
+        key, scene = (preprocess, bool(identity_weight)), self.scene
         if key not in self.bank_features:
             with torch.no_grad():
-                self.bank_features[key] = self.scene.features(
-                    self.scene.bank(), preprocess, identity_weight
-                )
+                self.bank_features[key] = scene.features(scene.bank(), preprocess, identity_weight)
         return self.bank_features[key]
 
     def embed_target(self, target: Target, recipe: Recipe | None = None) -> Float[Tensor, " embed"]:
         """Return the embedding of a target, its picture preprocessed as the recipe wants it or, by
-        default, as the embedder's own library does.
-
-        Raises:
-            FileNotFoundError, TypeError: as `as_pictures`.
-            ValueError: as `as_target`; a text, and there are no `texts`.
-        """
+        default, as the embedder's own library does. FileNotFoundError, TypeError: as `as_pictures`.
+        ValueError: as `as_target`; a text, and there are no `texts`."""
         target = as_target(target)
         if not isinstance(target, Text):
             return self.scene.embed_targets([target], recipe or RECIPES["consistent"])[0]
@@ -130,10 +112,7 @@ class EssenceTransfer(Editing):
 
     def initial(self, target: Target, kind: Initial, seed: int) -> Float[Tensor, "num_ws w_dim"]:
         """Return where an optimization starts (release: an absolute latent, not an offset).
-
-        Raises:
-            ValueError: the inversion of a text, or as `latents_of`.
-        """
+        ValueError: the inversion of a text, or as `latents_of`."""
         if kind != "inversion":
             blank = Image.new("RGB", (1, 1))
             return self.scene.initial([blank], kind, [seed_of("initial", seed)])[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from targetclip.command import did_you_mean
-from targetclip.recipes import RECIPES
+from targetclip.recipes import recipe_named
 from targetclip.world_files import (
     HUB,
     LOCAL_DIR,
@@ -97,11 +97,8 @@ def world_names() -> list[str]:
 
 def load_world(name: str) -> World:
     """Read a world: the name of a bundled one, or the path of a TOML file.
-
-    Raises:
-        FileNotFoundError: no such world; the message lists the bundled ones.
-        ValueError: the file is not a world file.
-    """
+    FileNotFoundError: no such world; the message lists the bundled ones. ValueError: the file is
+    not a world file."""
     path, names = without_tilde(name), world_names()
     if path.suffix != ".toml":
         path = BUNDLED / name / "world.toml"
@@ -140,10 +137,7 @@ def check_values(content: Mapping[str, Any]) -> None:
     if not isinstance(neutral, list) or not all(isinstance(text, str) for text in neutral):
         raise ValueError(f"neutral must be a list of texts, found {neutral!r}")
     recipe = content.get("recipe", RECIPE)
-    if recipe not in RECIPES:
-        hint = did_you_mean(str(recipe), RECIPES)
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, found {recipe!r}{hint}")
-    if RECIPES[recipe].identity_weight and "identity" not in content:
+    if recipe_named(recipe, "recipe").identity_weight and "identity" not in content:
         raise ValueError(
             f"recipe {recipe!r} has an identity loss: name an identity model, or another recipe"
         )

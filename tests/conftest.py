@@ -2,11 +2,17 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 
 # One thread, here and in subprocesses, set before torch looks: tiny tensors gain nothing from more,
 # and several threads beside another job wait for each other at every operation.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Nor is the network asked, or a cache of the user's read; `no_cache_stays` removes the tests' own.
+os.environ["HF_HOME"] = mkdtemp()
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -24,6 +30,12 @@ TINY_CLIP = {
     "vision_cfg": {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_stays() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from data.claims import create
 from data.dataset import verify
 from data.drawn.faces import draw_wide
 from data.targets import open_targets, split_of
-from targetclip.command import SIGNALS, Stopped
+from targetclip.command import SIGNALS, Stopped, main
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.optimize import optimize_directions
 from targetclip.world import load_scene, load_world
@@ -71,13 +71,12 @@ def arguments(settings: Config) -> list[str]:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """Run a command line in this process: its exit code, and its errors and warnings."""
 
     def run_command(flags: list[str]) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["data.build", *flags])
         with pytest.raises(SystemExit) as ended:
-            build.main()
+            main(run, Config, build.__doc__, "python -m data.build", flags)
         assert isinstance(ended.value.code, int)
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
         progress = ("%|", "loading world", "; next: ")
@@ -423,7 +422,7 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
     [
         (
             "--recipe nope",
-            "--recipe: expected release, paper, consistent, identity, found 'nope'",
+            "--recipe: expected one of release, paper, consistent, identity, found 'nope'",
         ),
         (
             "--recipe identity",
@@ -438,7 +437,7 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
         ("--out {file}", "--out: cannot write into"),
         (
             "--recipe papr",
-            "--recipe: expected release, paper, consistent, identity, found 'papr': ",
+            "--recipe: expected one of release, paper, consistent, identity, found 'papr': ",
         ),
         ("--licence (c)", "expected a licence by its name on the hub"),
     ],

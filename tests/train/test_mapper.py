@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import builds_made
-import datasets
 import pytest
 import slurm_jobs
 import torch
@@ -51,12 +50,6 @@ from train.mapper_objective import (
 
 CPU = torch.device("cpu")
 SCHEDULE = ("differences:3", "transfer+differences:4")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`datasets` keeps a cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -570,7 +563,7 @@ def test_a_stage_written_otherwise_is_refused(text: str) -> None:
         ({"num_pairs": 3}, "--num-pairs: expected a dataset"),
         ({"batch_size": 0}, "--batch-size: expected 1 or more"),
         ({"noise": float("nan")}, "--noise: expected a number"),
-        ({"recipe": "best"}, "--recipe: expected release"),
+        ({"recipe": "best"}, "--recipe: expected one of release"),
         ({"targets": ("nowhere",)}, "expected targets as"),
         ({"validation": ()}, "--validation: expected pictures"),
     ],
