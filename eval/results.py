@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from predictor.cli.paths import NAMED, pictures_of
+from predictor.cli.options import NAMED, pictures_of
 from targetclip.media.images import is_picture
 
 Pair = tuple[str, str]
