@@ -94,10 +94,7 @@ def scores_reached(
         seeds = [seed_of("expectation", seed, t.id, i) for t in batch for i in range(SOURCES)]
         sources = scene.latents(seeds).unflatten(0, (len(batch), SOURCES))
         judged = scene.embedder.embed_pictures(pictures)
-        edits = mapper(embeddings).directions
-        if mapper.correction is not None:
-            edits = edits[:, None] + mapper.correct(embeddings, sources)
-        scores = scene.score(judged, sources, edits)
+        scores = scene.score(judged, sources, mapper.edits(embeddings, sources))
         inputs.append(embeddings)
         reached.append(scores.transfer)
         bar.update(len(batch))

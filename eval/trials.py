@@ -31,11 +31,11 @@ from eval.metrics import (
     interval,
     kernel_distance,
 )
-from eval.sets import ADVERSARIAL, Directions, EvalSet
+from eval.sets import ADVERSARIAL, EvalSet, Sources
 from targetclip.losses import unit_cosines
 from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.scene import MAX_IMAGES, Scene
-from targetclip.seeds import TEST_SOURCES, VALIDATION_SOURCES, seed_of
+from targetclip.seeds import TEST_SOURCES, seed_of
 
 DRAWN_ANSWER = "drawn-answer"
 REFERENCE = "mapper"  # compared with the others, where it was run
@@ -244,13 +244,22 @@ def sweep_report(
 # Grids of pictures
 
 
-def sheet(scene: Scene, targets: EvalSet, directions: Directions) -> Image.Image:
-    """Return nine sources, then for each target a row: its picture, and the sources edited."""
-    sources = scene.sources(9, VALIDATION_SOURCES)
+def sheet(
+    scene: Scene,
+    targets: EvalSet,
+    sources: Sources,
+    edits: Float[Tensor, "targets *sources num_ws w_dim"],
+) -> Image.Image:
+    """Return the first nine sources, then for each target a row: its picture, and them edited.
+
+    Edits are a direction for each target, or an offset for each of its sources.
+    """
+    sources = sources[:9]
     unedited = tensor_to_pictures(scene.render(sources))
     rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
-    for i, (picture, direction) in enumerate(zip(targets.pictures, directions, strict=True)):
-        edited = tensor_to_pictures(scene.edit(sources, direction))
+    for i, (picture, edit) in enumerate(zip(targets.pictures, edits, strict=True)):
+        offsets = edit if edit.ndim == 2 else edit[: len(sources)]
+        edited = tensor_to_pictures(scene.edit(sources, offsets))
         rows[f"target {i} and sources with its essence"] = [picture, *edited]
     return labelled_grid(None, rows)
 
