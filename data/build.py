@@ -47,17 +47,9 @@ from data.targets import TargetSet, check_trainable, open_targets
 from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
 from data.worker import Worker, merge_all, remove_leftovers
 from targetclip import command
-from targetclip.command import (
-    Precision,
-    Stop,
-    choose_precision,
-    did_you_mean,
-    make_folder,
-    say,
-    say_next,
-)
+from targetclip.command import Precision, Stop, choose_precision, make_folder, say, say_next
 from targetclip.optimize import Progress
-from targetclip.recipes import RECIPES, Initial, Recipe
+from targetclip.recipes import RECIPES, Initial, Recipe, recipe_named
 from targetclip.scene import Scene
 from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
@@ -119,16 +111,11 @@ class Config:
 
 
 def check_config(config: Config) -> None:
-    """Check the options.
-
-    Raises:
-        ValueError: an option has an impossible value.
-    """
+    """Check the options. ValueError: an option has an impossible value."""
     check_trainable(config.targets)
-    for name in ("steps", "batch_size", "max_images", "held_out", "max_attempts"):
-        value = getattr(config, name)
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected 1 or more, found {value}")
+    command.check_least(config, steps=1, max_images=1, held_out=1, max_attempts=1)
+    if config.batch_size != "auto":
+        command.check_least(config, batch_size=1)
     for name in ("lease", "checkpoint_seconds"):
         if not 0 < getattr(config, name) < math.inf:
             flag, value = name.replace("_", "-"), getattr(config, name)
@@ -137,17 +124,13 @@ def check_config(config: Config) -> None:
         raise ValueError(
             "--held-out: expected 2 or more, for consistency compares sources, found 1"
         )
-    if config.recipe is not None and config.recipe not in RECIPES:
-        hint = did_you_mean(config.recipe, RECIPES)
-        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}{hint}")
+    if config.recipe is not None:
+        recipe_named(config.recipe)
 
 
 def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
     """Return the name of the teacher's recipe, and the recipe with the changes of the options.
-
-    Raises:
-        ValueError: the world has no network that the recipe needs.
-    """
+    ValueError: the world has no network that the recipe needs."""
     name = config.recipe or world.recipe
     changes = {"initial": config.initial, "steps": config.steps}
     changes = {key: value for key, value in changes.items() if value is not None}
@@ -241,10 +224,7 @@ def make_own_plan(build: Build, held: Claim) -> None:
 
 def await_plan(build: Build) -> None:
     """Return once there is a plan: made here, or by another process, in this launch or not.
-
-    Raises:
-        FileNotFoundError: there is none, and no targets to plan.
-    """
+    FileNotFoundError: there is none, and no targets to plan."""
     record = build.work / "plan" / RECORD
     planning = build.config.only in (None, "plan") and bool(build.config.targets)
     (build.work / "claims").mkdir(parents=True, exist_ok=True)
@@ -274,10 +254,7 @@ def await_plan(build: Build) -> None:
 
 def checked_plan(build: Build) -> Plan:
     """Load the plan, and check that it is of this command.
-
-    Raises:
-        ValueError: it is of other settings or targets.
-    """
+    ValueError: it is of other settings or targets."""
     config, plan = build.config, load_plan(build.work / "plan")
     planned = {name: value for name, value in plan.settings.items() if name != "targets"}
     check_settings(config.out, planned, build.settings)

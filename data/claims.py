@@ -95,9 +95,10 @@ def create(path: Path, owner: str) -> bool:
     return True
 
 
-def remove_only(path: Path, matches: Callable[[ClaimFile], bool]) -> bool:
+def remove_only(path: Path, matches: Callable[[ClaimFile], bool], at: At) -> bool:
     """Remove the claim if it matches; of many who try, one gets True."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.aside")
+    at("before-removal")
     try:
         os.rename(path, aside)
     except FileNotFoundError:
@@ -108,6 +109,7 @@ def remove_only(path: Path, matches: Callable[[ClaimFile], bool]) -> bool:
         claimed = look(aside)
         if claimed is not None and matches(claimed):
             return True
+        at("before-return")
         # Put it back, unless somebody has claimed anew: then its owner will notice that it lost.
         with suppress(FileExistsError):
             os.link(aside, path)
@@ -128,10 +130,7 @@ class Claim:
 
     def heartbeat(self) -> bool:
         """Show that the owner is alive; return False if the claim is no longer ours.
-
-        Raises:
-            OSError: the file system fails; the claim may still be ours.
-        """
+        OSError: the file system fails; the claim may still be ours."""
         try:
             # By the open file and not by name, so another's claim is never the one touched.
             with self.path.open("rb") as file:
@@ -146,14 +145,11 @@ class Claim:
 
     def release(self) -> None:
         """Remove the claim if it is still ours.
-
-        Raises:
-            OSError: the file system fails; the claim goes stale in time.
-        """
+        OSError: the file system fails; the claim goes stale in time."""
         self.at("before-release")
         claimed = look(self.path)
         if claimed is not None and claimed.owner == self.owner:
-            remove_only(self.path, lambda other: other.owner == self.owner)
+            remove_only(self.path, lambda other: other.owner == self.owner, self.at)
 
     def beat_until(self, stop: threading.Event) -> None:
         """Send four heartbeats a lease until `stop` is set or the claim is lost."""
@@ -187,7 +183,8 @@ def claim(folder: Path, name: str, owner: str, lease: float, at: At = go_on) -> 
         owner: this worker, see `owner_name`.
         lease: seconds without a heartbeat after which a claim is stale, by the file system's
             clock. The same for all workers.
-        at: is called at the points after-claim and before-release.
+        at: is called at the points before-look, before-removal, before-return, after-removal,
+            after-claim and before-release.
 
     Raises:
         ValueError: the lease is not above 0.
@@ -199,12 +196,14 @@ def claim(folder: Path, name: str, owner: str, lease: float, at: At = go_on) -> 
     if not create(path, owner):
         # The clock first: the shorter the time from the look to the removal, the rarer the races.
         now_ns = clock_ns(folder)
+        at("before-look")
         held = look(path)
         if held is not None:  # it may have been released just now
             if now_ns - held.mtime_ns <= lease * 1e9:
                 return None
-            if not remove_only(path, lambda other: other == held):
+            if not remove_only(path, lambda other: other == held, at):
                 return None
+            at("after-removal")
             logger.warning("%s: broke the stale claim of %r", path, held.owner)
         if not create(path, owner):
             return None

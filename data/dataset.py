@@ -45,11 +45,8 @@ SHARD = re.compile(rf"data/({'|'.join(SPLITS)})-\d{{5}}-of-\d{{5}}\.parquet")
 
 def survey_chunks(chunks: Sequence[Path], columns: Features) -> Survey:
     """Read every chunk once and return counts, sums and failures.
-
-    Raises:
-        FileNotFoundError, ValueError: a chunk is missing, damaged, of other dimensions, or repeats
-            a target.
-    """
+    FileNotFoundError, ValueError: a chunk is missing, damaged, of other dimensions, or repeats a
+    target."""
     survey = Survey(totals={split: dict.fromkeys(MEANS, 0.0) for split in SPLITS})
     places: dict[str, Path] = {}
     for path in chunks:
@@ -174,11 +171,8 @@ def merge(
 
 def read_sums(out: Path) -> dict[str, str]:
     """Read the names and SHA-256 of the files of a dataset.
-
-    Raises:
-        FileNotFoundError: there is no dataset.
-        ValueError: its merge did not finish, or the list is damaged.
-    """
+    FileNotFoundError: there is no dataset. ValueError: its merge did not finish, or the list is
+    damaged."""
     path = out / SUMS
     if not out.is_dir() or not any(out.iterdir()):
         found = "no such folder" if not out.exists() else "none"
@@ -328,11 +322,7 @@ def mean_scores(out: Path) -> dict[str, dict[str, float]]:
 
 def networks_of(out: Path) -> tuple[str, str]:
     """Return the fingerprints of the generator and of the embedder that pairs were made with.
-
-    Raises:
-        FileNotFoundError: the dataset has no report.json.
-        ValueError: it is damaged.
-    """
+    FileNotFoundError: the dataset has no report.json. ValueError: it is damaged."""
     path = out / REPORT
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is missing; run the build again (--only merge)")

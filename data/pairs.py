@@ -48,10 +48,7 @@ COLUMNS = {
     "direction": ("float32", "what is added to a source's W+ latent, unbounded"),
     "coefficients": ("float32", "factor of the direction for each source, 1 unless learned"),
     "loss": ("float32", "the optimizer's last weighted loss, on its own sources"),
-    "transfer": (
-        "float32",
-        "mean cosine of its own edited sources to the target, -1 to 1",
-    ),
+    "transfer": ("float32", "mean cosine of its own edited sources to the target, -1 to 1"),
     "consistency": ("float32", "1 - consistency loss, on its own sources, at most 1"),
     "held_out_transfer": ("float32", "transfer on sources the optimizer never edited, -1 to 1"),
     "held_out_consistency": ("float32", "consistency on these, at most 1"),
@@ -116,10 +113,7 @@ def such_as(names: Sequence[str]) -> str:
 
 def dimensions(columns: Features) -> tuple[int, int, int]:
     """Return embed, num_ws and w_dim of the columns of a pair dataset.
-
-    Raises:
-        ValueError: they are other columns.
-    """
+    ValueError: they are other columns."""
     direction = columns.get("direction")
     expected = Features()
     if isinstance(direction, Array2D):
@@ -138,10 +132,7 @@ def dimensions(columns: Features) -> tuple[int, int, int]:
 
 def float_block(column: pa.ChunkedArray, shape: tuple[int, ...]) -> Float32[ndarray, "rows ..."]:
     """Return a column of nested lists as one array [rows, *shape].
-
-    Raises:
-        ValueError: a list is of another size, or null.
-    """
+    ValueError: a list is of another size, or null."""
     values = column.combine_chunks()
     values = values.storage if isinstance(values, pa.ExtensionArray) else values
     for size in shape:
@@ -154,10 +145,7 @@ def float_block(column: pa.ChunkedArray, shape: tuple[int, ...]) -> Float32[ndar
 
 def bad_rows(table: pa.Table, columns: Features) -> dict[str, list[str]]:
     """Return the ids of rows that are no pairs, by what is wrong with them.
-
-    Raises:
-        ValueError: there are nulls, or arrays of other shapes.
-    """
+    ValueError: there are nulls, or arrays of other shapes."""
     nulls = [name for name in columns if table[name].null_count]
     if nulls:
         raise ValueError(f"expected a value in every row, found nulls in {', '.join(nulls)}")
@@ -217,11 +205,8 @@ def is_sealed(content: bytes) -> bool:
 
 def chunk_bytes(pairs: Sequence[Pair], failures: Sequence[Failure], features: Features) -> bytes:
     """Return pairs and failures as a parquet file; the failures are in its metadata.
-
-    Raises:
-        ValueError: an array of another shape than `features` has, a value that is not finite, an
-            embedding that is not of length 1, an unknown split.
-    """
+    ValueError: an array of another shape than `features` has, a value that is not finite, an
+    embedding that is not of length 1, an unknown split."""
     embed, num_ws, w_dim = dimensions(features)
     for pair in pairs:
         if pair.embedding.shape != (embed,) or pair.direction.shape != (num_ws, w_dim):
@@ -248,11 +233,7 @@ def chunk_bytes(pairs: Sequence[Pair], failures: Sequence[Failure], features: Fe
 
 def read_chunk(path: Path) -> tuple[pa.Table, list[Failure]]:
     """Read a chunk: its rows, with COLUMNS as columns, and its failures.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is truncated, altered, or no chunk.
-    """
+    FileNotFoundError: no such file. ValueError: it is truncated, altered, or no chunk."""
     if not path.is_file():
         raise FileNotFoundError(f"no chunk at {str(path)!r}; run the build again")
     content = path.read_bytes()

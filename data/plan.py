@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +35,7 @@ from data.targets import (
     split_of,
 )
 from targetclip.command import full_disk_explained, sync_folder
-from targetclip.recipes import with_defaults
+from targetclip.recipes import Recipe
 from targetclip.seeds import seed_of
 
 FORMAT = "targetclip-plan/1"
@@ -90,31 +90,34 @@ class Plan:
         return dict(zip(columns["id"], columns["split"], strict=True))
 
 
-def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return nested settings by names such as `recipe.steps`."""
-    values: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            values |= flat(value, f"{above}{name}.")
-        else:
-            values[above + name] = value
-    return values
+def changed_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between nested settings, before and now, by names such as `recipe.steps`.
+
+    Settings of a recipe that are newer than a file have their defaults there.
+    """
+
+    def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in settings.items():
+            inner = isinstance(value, Mapping)
+            values |= flat(value, f"{above}{name}.") if inner else {above + name: value}
+        return values
+
+    newer = {f"recipe.{f.name}": f.default for f in fields(Recipe) if f.default is not MISSING}
+    old, new = flat(before), flat(now)
+    pairs = {n: (old.get(n, newer.get(n)), new.get(n, newer.get(n))) for n in {**old, **new}}
+    return {name: (then, value) for name, (then, value) in pairs.items() if then != value}
 
 
 def check_settings(folder: Path, planned: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Compare settings with the planned ones.
-
-    Raises:
-        ValueError: some differ; the message names the first three.
-    """
-    before, now = (
-        flat({**s, "recipe": with_defaults(s["recipe"])} if "recipe" in s else s)
-        for s in (planned, json.loads(json.dumps(asked)))
-    )
-    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if changed:
+    ValueError: some differ; the message names the first three."""
+    if changed := changed_settings(planned, json.loads(json.dumps(asked))):
         changes = "; ".join(
-            f"{name}: planned {before.get(name)!r}, found {now.get(name)!r}" for name in changed[:3]
+            f"{name}: planned {before!r}, found {now!r}"
+            for name, (before, now) in [*changed.items()][:3]
         )
         raise ValueError(
             f"{str(folder)!r} was planned with other settings ({changes}); "
@@ -155,10 +158,7 @@ def not_taken(sets: Iterable[TargetSet]) -> dict[str, Any]:
 
 def check_targets(plan: Plan, sets: Iterable[TargetSet]) -> None:
     """Compare targets with the planned ones; files are read only if they look changed.
-
-    Raises:
-        ValueError: a set is missing, new, or has changed.
-    """
+    ValueError: a set is missing, new, or has changed."""
     planned = plan.settings["targets"]
     looks = json.loads((plan.folder / RECORD).read_text())["looks"]
     asked = []
@@ -171,11 +171,8 @@ def check_targets(plan: Plan, sets: Iterable[TargetSet]) -> None:
 
 def load_plan(folder: Path) -> Plan:
     """Read a plan.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is of another version, or a file is not as large as it was.
-    """
+    FileNotFoundError: there is none. ValueError: it is of another version, or a file is not as
+    large as it was."""
     if not (folder / RECORD).is_file():
         raise FileNotFoundError(f"no plan at {str(folder)!r}; plan first (--targets)")
     record = json.loads((folder / RECORD).read_text())

@@ -32,10 +32,7 @@ def fill(path: Path, content: bytes, at: At) -> None:
 
 def replace_file(path: Path, content: bytes, at: At = go_on) -> None:
     """Write a file as `targetclip.command.write_file` does, with points before and after.
-
-    Raises:
-        FileNotFoundError, OSError: as `whole_file`.
-    """
+    FileNotFoundError, OSError: as `whole_file`."""
     with full_disk_explained(path, len(content)), whole_file(path) as temporary:
         fill(temporary, content, at)
 
@@ -79,10 +76,7 @@ def publish_file(path: Path, content: bytes, at: At = go_on) -> bool:
 
 def link(temporary: Path, path: Path) -> bool:
     """Give a file a second name; return False if that is taken.
-
-    Raises:
-        OSError: the file system has no hard links.
-    """
+    OSError: the file system has no hard links."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -105,9 +99,6 @@ def link(temporary: Path, path: Path) -> bool:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hex digits; the file is read in pieces.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    OSError: it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -102,11 +102,7 @@ def by_name(names: Sequence[str]) -> Named:
 
 def open_directions(folder: Path) -> FolderTargets:
     """Open the direction files directly in a folder; size and hash are as those of pictures.
-
-    Raises:
-        ValueError: there is none.
-        OSError: the folder is missing or may not be read.
-    """
+    ValueError: there is none. OSError: the folder is missing or may not be read."""
     files = [path for path in folder.iterdir() if not path.is_dir() and path.name[0] != "."]
     names = sorted(path.name for path in files if path.suffix == SUFFIX)
     others = sorted(path.name for path in files if path.suffix != SUFFIX)
@@ -192,10 +188,7 @@ class Published:
 
     def direction(self, origin: str, num_ws: int, w_dim: int) -> Float[Tensor, "num_ws w_dim"]:
         """Read the direction of a target picture.
-
-        Raises:
-            ValueError, OSError: there is none, there are several, or it cannot be read.
-        """
+        ValueError, OSError: there is none, there are several, or it cannot be read."""
         stem = stem_of(origin)
         if stem not in self.partners:
             raise ValueError(alone(origin, "direction", self.directions))
@@ -259,11 +252,7 @@ def command_line(config: Config, settings: Mapping[str, Any]) -> str:
 def plan_targets(
     work: Path, pictures: FolderTargets, settings: Mapping[str, Any], teacher: Teacher
 ) -> Plan:
-    """Plan all pictures that can be decoded.
-
-    Raises:
-        ValueError: none can.
-    """
+    """Plan all pictures that can be decoded. ValueError: none can."""
     try:
         return make_plan(
             work, "import", [pictures], dict(settings), CHUNK, teacher.prepare, lambda n, of: None
@@ -284,10 +273,7 @@ def fill(
     at: At,
 ) -> dict[str, Any]:
     """Make the dataset in a folder of its own; return its report.
-
-    Raises:
-        ValueError: there is no pair, or the folder is not as it was written.
-    """
+    ValueError: there is no pair, or the folder is not as it was written."""
     precision = choose_precision(config.precision)
     images = config.max_images or MAX_IMAGES
     say(f"loading world {world.name}", error=True)

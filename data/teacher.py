@@ -254,8 +254,12 @@ def search_in_batches(
     *,
     label: str,
     precision: Precision = "fp32",
+    held: Float[Tensor, "targets bank num_ws w_dim"] | None = None,
 ) -> tuple[Float[Tensor, "targets num_ws w_dim"], list[str | None]]:
     """Find directions with a progress bar, as many targets at once as `max_images` allows.
+
+    Args:
+        held: see `optimize_directions`.
 
     Returns:
         The directions, and why each failed; None where it did not.
@@ -272,7 +276,12 @@ def search_in_batches(
 
             with in_precision(scene.device, precision):
                 result = scene.search(
-                    embeddings[part], recipe, initial[part], seeds[part], on_step=on_step
+                    embeddings[part],
+                    recipe,
+                    initial[part],
+                    seeds[part],
+                    held=None if held is None else held[part],
+                    on_step=on_step,
                 )
             directions.append(result.directions)
             failures += result.failures

@@ -44,10 +44,6 @@ def chunk_name(chunk: int) -> str:
     return f"{chunk:06d}"
 
 
-def no_progress(chunk: int, progress: Progress) -> None:
-    """Do nothing after a step."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Worker:
     """Works through a plan's chunks until none is left to claim."""
@@ -63,7 +59,7 @@ class Worker:
     """Of work that a kill may cost."""
     max_attempts: int = 5
     """How often a chunk may end its worker without any progress, before it is given up."""
-    on_step: Callable[[int, Progress], None] = no_progress
+    on_step: Callable[[int, Progress], None] | None = None
     """Is called after every step with the number of the chunk."""
     at: At = go_on
     """Is called at the points in-chunk and after-checkpoint, and those of claims and files."""
@@ -83,8 +79,7 @@ class Worker:
 
         With `wait`, stay until the others have published theirs, and take over from those that die.
 
-        Raises:
-            Stopped: a signal came. A checkpoint of the current chunk is saved.
+        Stopped: a signal came. A checkpoint of the current chunk is saved.
         """
         for name in ("claims", "checkpoints", "chunks", "attempts"):
             (self.work / name).mkdir(parents=True, exist_ok=True)
@@ -178,7 +173,8 @@ class Worker:
                 last_saved = time.monotonic()
             if stopping:
                 raise Stopped
-            self.on_step(chunk, progress)
+            if self.on_step is not None:
+                self.on_step(chunk, progress)
 
         result = self.teacher.optimize_chunk(self.plan, chunk, on_step, resume)
         seconds = before + time.monotonic() - start
@@ -234,11 +230,7 @@ def merge_all(
     out: Path, work: Path, plan: Plan, info: DatasetInfo, at: At = go_on
 ) -> dict[str, Any]:
     """Make the dataset of all chunks; return its report: counts, mean scores and settings.
-
-    Raises:
-        FileNotFoundError: a chunk is not done.
-        ValueError, OSError: as `data.dataset.merge`.
-    """
+    FileNotFoundError: a chunk is not done. ValueError, OSError: as `data.dataset.merge`."""
     chunks = [work / "chunks" / f"{chunk_name(chunk)}.parquet" for chunk in range(plan.chunks)]
     missing = [path.stem for path in chunks if not path.is_file()]
     if missing:

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from data.targets import digest_of, picture_id
 from eval.methods import METHODS, Answer, Bench, Method, needs_of
 from eval.sets import EvalSet
+from predictor.correction import SourceCorrection
+from targetclip.directions import CORRECTION
 from targetclip.seeds import TEST_SOURCES
 from targetclip.weights import save_tensors
 
@@ -29,7 +31,9 @@ def find(method: Method, bench: Bench, targets: EvalSet) -> Answer:
     answer = method.find(bench, targets)
     expected = None if answer.expected is None else answer.expected.cpu()
     edits = answer.edits.cpu()  # waits until an accelerator has finished
-    return replace(answer, edits=edits, expected=expected, seconds=time.perf_counter() - start)
+    correction = answer.correction and answer.correction.to(edits.device)
+    seconds = time.perf_counter() - start
+    return replace(answer, edits=edits, correction=correction, expected=expected, seconds=seconds)
 
 
 def timed(method: Method, bench: Bench, targets: EvalSet) -> Answer:
@@ -76,6 +80,10 @@ def kept(path: Path, settings: dict[str, Any]) -> Answer | None:
     if metadata.get("settings") != json.dumps(settings, sort_keys=True):
         return None
     facts = json.loads(metadata["facts"])
+    parts = {name: tensors.pop(name) for name in list(tensors) if name.startswith(CORRECTION)}
+    if parts:
+        named = {name.removeprefix(CORRECTION): tensor for name, tensor in parts.items()}
+        facts["correction"] = SourceCorrection(**named)
     return Answer(**tensors, **facts | {"notes": tuple(facts["notes"])})
 
 
@@ -84,6 +92,9 @@ def keep(path: Path, answer: Answer, settings: dict[str, Any]) -> None:
     tensors = {"edits": answer.edits}
     if answer.expected is not None:
         tensors["expected"] = answer.expected
+    if answer.correction is not None:
+        parts = answer.correction.tensors()
+        tensors |= {CORRECTION + name: tensor for name, tensor in parts.items()}
     facts = {"notes": answer.notes, "seconds": answer.seconds, "timing": answer.timing}
     metadata = {"settings": json.dumps(settings, sort_keys=True), "facts": json.dumps(facts)}
     save_tensors(path, tensors, metadata)
@@ -101,7 +112,7 @@ def answer_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> Answer
     answer = kept(path, settings)
     if answer is None:
         answer = timed(METHODS[name], bench, targets)
-        if not torch.isfinite(answer.edits).all():
+        if not torch.isfinite(answer.on(bench.sources)).all():
             raise ValueError(f"{name} on {targets.name}: expected finite edits, found NaN or more")
         keep(path, answer, settings)
     return answer

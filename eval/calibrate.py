@@ -31,9 +31,9 @@ from tqdm import tqdm
 from data.targets import Target, check_trainable, default_targets, of_split, open_targets
 from data.teacher import search_in_batches
 from eval.expectation import fit_expectation
-from eval.methods import predict
+from eval.methods import Answer, mapped
 from eval.report import Series, check_charts, line_chart
-from eval.sets import Directions, Embeddings, Sources
+from eval.sets import Embeddings, Sources
 from predictor.direction import Gate
 from predictor.mapper import save_mapper
 from predictor.mapper_file import MapperRecord
@@ -44,7 +44,7 @@ from targetclip.media.images import write_picture
 from targetclip.optimize import losses_of
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import score_features
-from targetclip.seeds import CALIBRATION_TARGETS, VALIDATION_SOURCES, seed_of
+from targetclip.seeds import CALIBRATION_TARGETS, VALIDATION_SOURCES, probe_seeds, seed_of
 from targetclip.world import DEFAULT_WORLD, load_world
 
 REFINEMENTS = tuple((rate, steps) for rate in (0.01, 0.03) for steps in (5, 10, 20, 30))
@@ -154,7 +154,7 @@ def reliability(
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Validation targets, one set after another, and what judges directions on them."""
+    """Validation targets, one set after another, and what judges edits for them."""
 
     essence: EssenceTransfer
     pictures: list[Image.Image]
@@ -186,8 +186,8 @@ class Validation:
         return {spec: float(values[rows].mean()) for spec, rows in self.members().items()}
 
     @torch.no_grad()
-    def scores(self, directions: Directions) -> dict[str, Float[Tensor, " targets"]]:
-        """Score directions.
+    def scores(self, answer: Answer) -> dict[str, Float[Tensor, " targets"]]:
+        """Score edits, corrected for each source where the answer has a correction.
 
         Returns:
             The `transfer` score, the `loss` of refinements, the `teacher_loss`, and the transfer
@@ -195,13 +195,14 @@ class Validation:
         """
         scene = self.essence.scene
         weight = max(self.teacher.identity_weight, self.refined.identity_weight)
-        edits = self.sources + directions[:, None]
+        edits = self.sources + answer.on(self.sources)
         after = scene.features(edits.flatten(0, 1), identity_weight=weight)
         after = after.unflatten(0, edits.shape[:2])
         before = scene.features(self.sources, identity_weight=weight).expand_as(after)
+        offsets = answer.on(scene.latents(probe_seeds(self.probes)))
         probe = [
-            self.essence.probe_score(embedding, direction, self.probes)
-            for embedding, direction in zip(self.embeddings, directions, strict=True)
+            self.essence.probe_score(embedding, each, self.probes)
+            for embedding, each in zip(self.embeddings, offsets, strict=True)
         ]
         return {
             "transfer": score_features(self.embeddings, before, after).transfer.cpu(),
@@ -210,9 +211,12 @@ class Validation:
             "probe": torch.tensor(probe),
         }
 
-    def search(self, recipe: Recipe, initial: Directions, label: str) -> Directions:
-        """Return the optimizer's directions of all targets; the start where a search failed."""
-        scene = self.essence.scene
+    def search(self, recipe: Recipe, start: Answer, label: str) -> Answer:
+        """Return the optimizer's directions of all targets, with the corrections of the start,
+        which are held; the start where a search failed."""
+        scene, initial = self.essence.scene, start.edits
+        correction = start.correction
+        held = None if correction is None else correction.each(scene.bank_of(recipe))
         directions, failures = search_in_batches(
             scene,
             scene.embed_targets(self.pictures, recipe),
@@ -221,9 +225,10 @@ class Validation:
             [seed_of("calibrate", self.seed, name) for name in self.ids],
             label=label,
             precision=self.precision,
+            held=held,
         )
         failed = torch.tensor([failure is not None for failure in failures], device=initial.device)
-        return torch.where(failed[:, None, None], initial, directions)
+        return replace(start, edits=torch.where(failed[:, None, None], initial, directions))
 
 
 def open_validation(
@@ -262,10 +267,18 @@ def open_validation(
 # Searches and scores
 
 
-def stretched(validation: Validation, predicted: Directions) -> tuple[float, dict[float, float]]:
-    """Return the factor of the directions with the lowest mean loss, and the loss of each."""
+def scaled(answer: Answer, factor: float) -> Answer:
+    """Return an answer whose directions and corrections are longer by a factor."""
+    correction = answer.correction
+    if correction is not None:
+        correction = replace(correction, weights=factor * correction.weights)
+    return replace(answer, edits=factor * answer.edits, correction=correction)
+
+
+def stretched(validation: Validation, predicted: Answer) -> tuple[float, dict[float, float]]:
+    """Return the factor of the edits with the lowest mean loss, and the loss of each."""
     losses = {
-        factor: float(validation.scores(factor * predicted)["loss"].mean())
+        factor: float(validation.scores(scaled(predicted, factor))["loss"].mean())
         for factor in tqdm(STRETCHES, "stretch", unit="factor")
     }
     return min(losses, key=lambda factor: losses[factor]), losses
@@ -276,7 +289,7 @@ Losses = dict[str, dict[float, dict[int, float]]]
 
 def refinements(
     validation: Validation,
-    predicted: Directions,
+    predicted: Answer,
     scores: Mapping[str, Tensor],
     settings: Sequence[tuple[float, int]],
 ) -> Losses:
@@ -357,15 +370,16 @@ def run(
     validation = open_validation(config, essence, teacher or RECIPES[world.recipe], precision)
 
     scene, pictures = essence.scene, validation.pictures
-    stretch, by_stretch = stretched(validation, predict(scene, mapper, pictures).directions)
+    stretch, by_stretch = stretched(validation, mapped(scene, mapper, pictures))
     mapper.scale.mul_(stretch)
     fitted = fit_expectation(scene, mapper, specs, config.fitted, seed)
 
-    prediction = predict(scene, mapper, pictures)
-    predicted, expected = prediction.directions, prediction.expected.cpu()
+    predicted = mapped(scene, mapper, pictures)
+    assert predicted.expected is not None
+    expected = predicted.expected.cpu()
     scores, recipe = validation.scores(predicted), validation.teacher
     seeds = [seed_of("initial", seed, name) for name in validation.ids]
-    initial = scene.initial(pictures, recipe.initial, seeds)
+    initial = Answer(edits=scene.initial(pictures, recipe.initial, seeds))
     teacher_scores = validation.scores(validation.search(recipe, initial, "teacher"))
     losses = refinements(validation, predicted, scores, refined_by)
     rate, steps = choose_refinement(losses["loss"])

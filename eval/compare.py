@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.publish import sha256_of
 from eval.answers import answer_of
 from eval.costs import machine
-from eval.judging import Judges
+from eval.judging import Judges, load_judge
 from eval.methods import LACKING, METHODS, Answer, Bench, Part, needs_of, open_pair_table
 from eval.reader import load_reader
 from eval.report import charts, check_charts, report_text
@@ -60,8 +60,6 @@ from predictor.mapper import load_mapper
 from predictor.transfer import load_essence
 from targetclip import command
 from targetclip.command import Precision
-from targetclip.embedder import ClipEmbedder
-from targetclip.encoders.blip import BlipEmbedder
 from targetclip.encoders.inverter import load_inverter
 from targetclip.media.images import tensor_to_pictures, write_picture
 from targetclip.seeds import TEST_SOURCES, TEST_TARGETS
@@ -70,7 +68,6 @@ from targetclip.world import DEFAULT_WORLD, World, load_world
 AVATARS = "avatars"  # the world whose pictures the attribute reader knows
 NAMES = (*METHODS, RIGHT_ANSWER)
 ADVERSARIES = 6
-BLIP = "blip:"
 TEACHERS = ("consistent", "identity")
 
 
@@ -166,7 +163,8 @@ def fast_precision(device: torch.device) -> Precision:
 def make_bench(config: Config, world: World, device: torch.device) -> Bench:
     """Load everything that methods may use."""
     path = config.mapper or world.mapper
-    if path is None and (not config.only or {"mapper", "auto"} & set(config.only)):
+    asking = {name for name, method in METHODS.items() if "mapper" in method.needs}
+    if path is None and (not config.only or asking & set(config.only)):
         raise ValueError(
             f"--mapper: expected a mapper's file, for world {world.name!r} names none; train one "
             "with python -m train.mapper, or name other methods by --only"
@@ -189,6 +187,8 @@ def make_bench(config: Config, world: World, device: torch.device) -> Bench:
     }
     digests = {part: sha256_of(file) for part, file in files.items() if file is not None}
     if path is not None:
+        if essence.asked_mapper().correction is not None:
+            digests["correction"] = digests["mapper"]
         try:
             Gate.of(essence.asked_mapper())
             digests["calibration"] = digests["mapper"]
@@ -214,19 +214,6 @@ def make_bench(config: Config, world: World, device: torch.device) -> Bench:
         recipe=world.recipe,
         digests=digests,
     )
-
-
-def load_judge(
-    name: str | None, pretrained: str | None, device: torch.device
-) -> ClipEmbedder | BlipEmbedder | None:
-    """Load the second judge, if one is asked for."""
-    if name is None:
-        return None
-    if not name.startswith(BLIP):
-        return ClipEmbedder.load(name, pretrained).to(device)
-    if pretrained is not None:
-        raise ValueError(f"--judge-pretrained: {name} brings its own weights; drop the flag")
-    return BlipEmbedder.load(name.removeprefix(BLIP)).to(device)
 
 
 def make_judges(config: Config, world: World, bench: Bench) -> Judges:

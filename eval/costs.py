@@ -3,29 +3,36 @@
 Knows sizes and processes; nothing of files.
 """
 
+import gc
 import multiprocessing
 import os
 import platform
 import resource
+import signal
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from targetclip.command import versions
+from targetclip.command import one_line, versions
 from targetclip.embedder import ClipEmbedder, EncoderInput
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
 
 CPU = torch.device("cpu")
+NOT_MEASURED = "not measured"
+Measured = TypeVar("Measured")
 MEMORY_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
 
 
@@ -138,3 +145,64 @@ def seconds_of(work: Callable[[], object], device: torch.device = CPU) -> float:
     work()
     wait_for(device)
     return time.perf_counter() - start
+
+
+def matrix_rate(dtype: torch.dtype, sizes: tuple[int, ...], device: torch.device = CPU) -> float:
+    """Return the best rate of a product of two square matrices, in 10^9 operations per second.
+
+    A size counts with the median of five products, after one to warm up.
+    """
+    rates = []
+    for size in sizes:
+        product = partial(torch.matmul, *torch.randn(2, size, size, device=device).to(dtype))
+        product()
+        seconds = statistics.median(seconds_of(product, device) for _ in range(5))
+        rates.append(2 * size**3 / seconds / 1e9)
+    return max(rates)
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise a TimeoutError in a block that takes longer; again where it is swallowed."""
+
+    def expire(number: int, frame: object) -> None:
+        raise TimeoutError(f"took longer than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def median_seconds(work: Callable[[], object], device: torch.device, budget: float) -> float:
+    """Return the median seconds of a call, after two to warm up."""
+    work(), work()
+    taken: list[float] = []
+    while len(taken) < 3 or (len(taken) < 200 and sum(taken) < budget):
+        taken.append(seconds_of(work, device))
+    return statistics.median(taken)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing holds, and begin a new peak; on a processor, neither can be done."""
+    if device.type != "cpu":
+        gc.collect()
+        torch.accelerator.empty_cache()
+        torch.accelerator.reset_peak_memory_stats()
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the peak memory since `free_memory`; on a processor, that of the process."""
+    taken = peak_bytes() if device.type == "cpu" else torch.accelerator.max_memory_allocated()
+    return taken / 2**30
+
+
+def tried(work: Callable[[], Measured]) -> Measured | str:
+    """Return the result of a call, or why there is none."""
+    try:
+        return work()
+    except Exception as error:
+        return f"{NOT_MEASURED}: {type(error).__name__}: {one_line(error)[:300]}"

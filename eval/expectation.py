@@ -94,7 +94,7 @@ def scores_reached(
         seeds = [seed_of("expectation", seed, t.id, i) for t in batch for i in range(SOURCES)]
         sources = scene.latents(seeds).unflatten(0, (len(batch), SOURCES))
         judged = scene.embedder.embed_pictures(pictures)
-        scores = scene.score(judged, sources, mapper(embeddings).directions)
+        scores = scene.score(judged, sources, mapper.edits(embeddings, sources))
         inputs.append(embeddings)
         reached.append(scores.transfer)
         bar.update(len(batch))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data.illustrated.codes import SIZE
 from eval.metrics import (
-    additivity,
+    edit_scores,
     essence_acquired,
     frechet_distance,
     identity_kept,
@@ -23,13 +23,15 @@ from eval.metrics import (
     outside_change,
     perceptual_distance,
     released_score,
+    sharpness_kept,
     spread,
 )
 from eval.reader import AvatarReader, load_reader, seen_identity
-from eval.sets import Directions, Embeddings, EvalSet, Sources
+from eval.sets import Embeddings, EvalSet, Sources
 from eval.truth import Truth
-from targetclip.embedder import ImageEmbedder
-from targetclip.scene import Scene, score_features
+from targetclip.embedder import ClipEmbedder, ImageEmbedder
+from targetclip.encoders.blip import BlipEmbedder
+from targetclip.scene import Scene
 
 # Names of the scores, in the order of tables; not every world has all.
 SCORES = {
@@ -38,12 +40,15 @@ SCORES = {
     "essence": "essence acquired",
     "identity": "identity kept",
     "person": "same person",
+    "target_person": "the target's person",
     "second": "second judge",
     "additivity": "additivity",
     "outside": "change outside",
     "perceived": "perceived outside",
+    "sharpness": "sharpness kept",
 }
 RELEASED_STRENGTH = 1.2
+BLIP = "blip:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +65,6 @@ class Outputs:
     people: Float[Tensor, "*images identity"] | None
     """Of the identity model."""
 
-    @property
-    def scored(self) -> Float[Tensor, "*images features"]:
-        """Embeddings and then identity features, as `score_features` takes them."""
-        parts = [self.embeddings, *([] if self.people is None else [self.people])]
-        return torch.cat(parts, dim=-1)
-
 
 def stacked(outputs: Sequence[Outputs]) -> Outputs:
     """Return the outputs for several batches of images as one, with a new first axis."""
@@ -75,6 +74,19 @@ def stacked(outputs: Sequence[Outputs]) -> Outputs:
         return None if parts[0] is None else torch.stack(parts)
 
     return Outputs(**{field.name: joined(field.name) for field in fields(Outputs)})
+
+
+def load_judge(
+    name: str | None, pretrained: str | None, device: torch.device
+) -> ClipEmbedder | BlipEmbedder | None:
+    """Load the second judge, if one is asked for."""
+    if name is None:
+        return None
+    if not name.startswith(BLIP):
+        return ClipEmbedder.load(name, pretrained).to(device)
+    if pretrained is not None:
+        raise ValueError(f"--judge-pretrained: {name} brings its own weights; drop the flag")
+    return BlipEmbedder.load(name.removeprefix(BLIP)).to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,15 +190,18 @@ class Goal:
     embeddings: Embeddings
     second: Float[Tensor, "targets other"] | None
     """Embeddings of the second judge."""
+    people: Float[Tensor, "targets identity"] | None
+    """Of the identity model."""
     truth: Truth | None
     """Of avatars; None of other pictures."""
 
 
 def goal_of(judges: Judges, targets: EvalSet) -> Goal:
     """Judge targets, preprocessed as their embedders' own libraries do."""
-    pictures = list(targets.pictures)
+    pictures, scene = list(targets.pictures), judges.scene
     second = None if judges.second is None else judges.second.embed_pictures(pictures).cpu()
-    return Goal(judges.scene.embedder.embed_pictures(pictures).cpu(), second, targets.truth)
+    people = None if scene.identity is None else judges.people(scene.images_of(pictures))
+    return Goal(scene.embedder.embed_pictures(pictures).cpu(), second, people, targets.truth)
 
 
 # Edits
@@ -210,23 +225,13 @@ class Judged:
 
 def scores_of(before: Outputs, after: Outputs, goal: Goal) -> dict[str, Float[Tensor, " targets"]]:
     """Return the scores that follow from outputs."""
-    edits = score_features(goal.embeddings, before.scored.expand_as(after.scored), after.scored)
-    scores = {
-        "transfer": edits.transfer,
-        "consistency": edits.consistency,
-        "additivity": additivity(before.embeddings, after.embeddings),
-    }
-    if edits.identity is not None:
-        scores["person"] = edits.identity.mean(dim=1)
+    scores = edit_scores(vars(goal), vars(before), vars(after))
     if after.readings is not None and before.readings is not None:
         scores["identity"] = identity_kept(after.readings, before.readings)
         if (truth := goal.truth) is not None:
             scores["essence"] = essence_acquired(
                 after.readings, before.readings, truth.readings, truth.seen
             )
-    if after.second is not None and before.second is not None and goal.second is not None:
-        unedited = before.second.expand_as(after.second)
-        scores["second"] = score_features(goal.second, unedited, after.second).transfer
     return scores
 
 
@@ -241,14 +246,16 @@ def judge(
     Args:
         before: images of the sources, unedited.
     """
-    outputs, outside, perceived = [], [], []
+    outputs, outside, perceived, sharp = [], [], [], []
     for images in edited:
         outputs.append(judges.outputs(images))
         outside.append(outside_change(before, images).mean().cpu())
+        sharp.append(sharpness_kept(before, images).nanmean().cpu())
         if (distance := judges.perceived(before, images)) is not None:
             perceived.append(distance.mean().cpu())
     unedited, after = judges.outputs(before), stacked(outputs)
-    scores = scores_of(unedited, after, goal) | {"outside": torch.stack(outside)}
+    scores = scores_of(unedited, after, goal)
+    scores |= {"outside": torch.stack(outside), "sharpness": torch.stack(sharp)}
     if perceived:
         scores["perceived"] = torch.stack(perceived)
     scores = {name: scores[name] for name in SCORES if name in scores}
@@ -299,11 +306,11 @@ def study_means(scores: Mapping[str, Float[Tensor, " targets"]]) -> dict[str, fl
 def released_scores(
     judges: Judges,
     sources: Sources,
-    edits: Directions,
+    edits: Float[Tensor, "targets *sources num_ws w_dim"],
     targets: EvalSet,
     references: Float[Tensor, "images features"],
 ) -> dict[str, dict[str, float]]:
-    """Score directions by the released evaluation, with its fault and without (see `spread`).
+    """Score edits by the released evaluation, with its fault and without (see `spread`).
 
     Strength 1.2 for all; every score is a mean over sources, then mean and deviation over targets.
     `identity_released` repeats the fault: the identity model sees sources in [-1, 1], as it

@@ -7,6 +7,7 @@ how edits are found; nothing of how they are scored.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import datasets
 import torch
 from jaxtyping import Float, Float64
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -26,20 +27,31 @@ from data.publish import sha256_of
 from data.teacher import search_in_batches
 from eval.sets import Directions, Embeddings, EvalSet, Sources
 from eval.truth import Truth, with_essence
-from predictor.mapper import Mapper, Prediction
+from predictor.correction import SourceCorrection, mixed_corrections
+from predictor.mapper import FoldedMapper, Mapper, Prediction
 from predictor.mapper_file import trained_recipe
 from predictor.transfer import EssenceTransfer
 from targetclip.command import Precision, in_precision
 from targetclip.encoders.inverter import Inverter
 from targetclip.losses import transfer_loss
-from targetclip.optimize import learning_rate
+from targetclip.optimize import draw_sources, learning_rate, losses_of
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import TEST_SOURCES, seed_of, source_seeds
 
-Part = Literal["mapper", "calibration", "pairs", "inverter", "differences", "encoder", "identity"]
+Part = Literal[
+    "mapper",
+    "correction",
+    "calibration",
+    "pairs",
+    "inverter",
+    "differences",
+    "encoder",
+    "identity",
+]
 LACKING: dict[Part, str] = {
     "mapper": "there is no mapper (--mapper)",
+    "correction": "the mapper has no correction for each source",
     "calibration": "the mapper is not calibrated (python -m eval.calibrate)",
     "pairs": "there are no pairs (--pairs)",
     "inverter": "the world has no inverter",
@@ -50,6 +62,8 @@ LACKING: dict[Part, str] = {
 
 # Each source has a search of its own: no consistency, and fewer steps.
 BLENDING = replace(RECIPES["consistent"], sources=1, steps=100, consistency_weight=0.0)
+# A network learns slower than a direction.
+OWN_MAPPER = replace(RECIPES["identity"], steps=300, learning_rate=5e-3)
 ROWS = 256  # directions of pairs in memory at once
 PENALTIES = tuple(10.0**power for power in range(-7, 2))
 
@@ -196,7 +210,9 @@ class Answer:
     """A method's edits for a set of targets."""
 
     edits: Float[Tensor, "targets *sources num_ws w_dim"]
-    """A direction for each target, or an offset for each of its sources."""
+    """A direction for each target, or an offset for each of the test sources."""
+    correction: SourceCorrection | None = None
+    """What is added to each direction for each source: see `stacked_corrections`."""
     notes: tuple[str, ...] = ()
     """A remark on each target; empty where there is none."""
     expected: Float[Tensor, " targets"] | None = None
@@ -205,6 +221,29 @@ class Answer:
     """For each target, from its picture to its edits; 0 until it is timed."""
     timing: Literal["alone", "share"] = "alone"
     """Of a target alone, or the share of a target where all were answered together."""
+
+    def on(self, sources: Sources) -> Float[Tensor, "targets sources num_ws w_dim"]:
+        """Return what is added to each source, which may be other ones than the test sources where
+        edits are directions."""
+        if self.edits.ndim == 4:
+            return self.edits
+        offsets = self.edits[:, None].expand(-1, len(sources), -1, -1)
+        if self.correction is None:
+            return offsets
+        return offsets + self.correction.each(sources.to(offsets.device))
+
+
+def stacked_corrections(
+    corrections: Sequence[SourceCorrection | None],
+) -> SourceCorrection | None:
+    """Return corrections of one target each as one of a row a target, zero for None; None where
+    all are None."""
+    some = next((one for one in corrections if one is not None), None)
+    if some is None:
+        return None
+    nothing = replace(some, weights=torch.zeros_like(some.weights))
+    rows = [nothing if one is None else one for one in corrections]
+    return mixed_corrections(rows, [1.0] * len(rows))
 
 
 # The mapper
@@ -218,15 +257,38 @@ def predict(scene: Scene, mapper: Mapper, pictures: Sequence[Image.Image]) -> Pr
     return prediction
 
 
-def mapped(bench: Bench, targets: EvalSet, mapper: Mapper) -> Answer:
-    """Answer by a mapper."""
-    prediction = predict(bench.scene, mapper, targets.pictures)
-    return Answer(edits=prediction.directions, expected=prediction.expected)
+def mapped(
+    scene: Scene,
+    mapper: Mapper,
+    pictures: Sequence[Image.Image],
+    folded: FoldedMapper | None = None,
+) -> Answer:
+    """Answer by a mapper, corrected for each source where it has a correction.
+
+    Args:
+        folded: its faster form, if that is there already.
+    """
+    embeddings = scene.embed_targets(pictures, trained_recipe(mapper.record))
+    with torch.no_grad():
+        prediction: Prediction = mapper(embeddings)
+    correction = None
+    if mapper.correction is not None:
+        folded = folded or FoldedMapper(mapper)
+        correction = stacked_corrections([folded.correction(row[None]) for row in embeddings])
+    return Answer(edits=prediction.directions, correction=correction, expected=prediction.expected)
 
 
 def by_mapper(bench: Bench, targets: EvalSet) -> Answer:
     """Answer by the product's mapper."""
-    return mapped(bench, targets, bench.essence.asked_mapper())
+    essence = bench.essence
+    return mapped(bench.scene, essence.asked_mapper(), targets.pictures, essence.folded)
+
+
+def by_one_direction(bench: Bench, targets: EvalSet) -> Answer:
+    """Answer by the directions of the product's mapper alone, without their corrections; its
+    expected scores are not theirs."""
+    prediction = predict(bench.scene, bench.essence.asked_mapper(), targets.pictures)
+    return Answer(edits=prediction.directions)
 
 
 def by_auto(bench: Bench, targets: EvalSet) -> Answer:
@@ -236,15 +298,18 @@ def by_auto(bench: Bench, targets: EvalSet) -> Answer:
         bench.essence.direction(picture, "auto", recipe, seed_of("compare", bench.seed, name))
         for picture, name in zip(targets.pictures, targets.ids, strict=True)
     ]
-    vectors = torch.stack([direction.vector for direction in directions])
-    return Answer(edits=vectors, notes=tuple(direction.method for direction in directions))
+    return Answer(
+        edits=torch.stack([direction.vector for direction in directions]),
+        correction=stacked_corrections([direction.correction for direction in directions]),
+        notes=tuple(direction.method for direction in directions),
+    )
 
 
 def by_differences(bench: Bench, targets: EvalSet) -> Answer:
     """Answer by a mapper trained as DeltaEdit: by differences of the generator's own samples."""
     if bench.differences is None:
         raise ValueError(LACKING["differences"])
-    return mapped(bench, targets, bench.differences)
+    return mapped(bench.scene, bench.differences, targets.pictures)
 
 
 # Optimizers
@@ -305,6 +370,76 @@ def by_clip_blending(bench: Bench, targets: EvalSet, recipe: Recipe = BLENDING) 
         part = slice(start, start + at_once)
         offsets.append(blended(bench, ws[part], goals[part], bench.cut(recipe)))
     return Answer(edits=torch.cat(offsets).unflatten(0, (len(targets), len(sources))))
+
+
+class LatentMapper(nn.Module):
+    """What is added to sources for one target, as StyleCLIP's latent mapper gives it.
+
+    The coarse, the middle and the fine layers of a latent have a network each, which reads them one
+    at a time. A fresh one adds nothing.
+    """
+
+    def __init__(self, num_ws: int, w_dim: int, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        self.layers = [len(part) for part in torch.arange(num_ws).tensor_split([4, 8]) if len(part)]
+        sizes = [w_dim, *[width] * depth]
+        self.groups = nn.ModuleList()
+        for _ in self.layers:
+            hidden = [(nn.Linear(a, b), nn.LeakyReLU(0.2)) for a, b in pairwise(sizes)]
+            last = nn.Linear(width, w_dim)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.groups.append(nn.Sequential(*(part for pair in hidden for part in pair), last))
+
+    def forward(
+        self, ws: Float[Tensor, "sources num_ws w_dim"]
+    ) -> Float[Tensor, "sources num_ws w_dim"]:
+        normed = ws * (ws.square().mean(dim=-1, keepdim=True) + 1e-8).rsqrt()
+        parts = normed.split(self.layers, dim=1)
+        return torch.cat([net(part) for net, part in zip(self.groups, parts, strict=True)], dim=1)
+
+
+def own_mapper(
+    bench: Bench, embedding: Float[Tensor, "1 embed"], recipe: Recipe, seed: int
+) -> LatentMapper:
+    """Train a mapper for one target, by a recipe's losses on sources of the bank."""
+    scene, bank = bench.scene, bench.scene.bank_of(recipe)
+    before = bench.essence.source_features(recipe.preprocess, recipe.identity_weight)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mapper = LatentMapper(*bank.shape[1:]).to(scene.device)
+    draws = [torch.Generator().manual_seed(seed)]
+    adam = torch.optim.Adam(mapper.parameters())
+    for step in tqdm(range(recipe.steps), "own mapper", unit="step", leave=False):
+        [chosen] = draw_sources(len(bank), recipe.sources, recipe.fresh_sources, draws)
+        edits = mapper(bank[chosen])
+        with in_precision(scene.device, bench.precision):
+            after = scene.features(bank[chosen] + edits, recipe.preprocess, recipe.identity_weight)
+        loss = losses_of(recipe, before[chosen][None], after[None], embedding).loss.sum()
+        # As of a direction, which is decayed for each target
+        loss = loss + recipe.weight_decay / 2 * edits.square().sum(dim=(1, 2)).mean()
+        if not loss.isfinite():
+            raise FloatingPointError(f"own mapper: the loss of step {step} is not finite")
+        adam.zero_grad()
+        loss.backward()
+        adam.param_groups[0]["lr"] = learning_rate(step, recipe.steps, recipe.learning_rate)
+        adam.step()
+    return mapper
+
+
+def by_own_mapper(bench: Bench, targets: EvalSet, recipe: Recipe = OWN_MAPPER) -> Answer:
+    """Answer by a mapper for each target, trained for it alone, as StyleCLIP has one for each text.
+
+    It reads the source; its edits are those of the test sources.
+    """
+    recipe = bench.cut(recipe)
+    embeddings = bench.embed(targets, recipe)
+    edits = []
+    for name, embedding in zip(targets.ids, embeddings, strict=True):
+        mapper = own_mapper(bench, embedding[None], recipe, seed_of("compare", bench.seed, name))
+        with torch.no_grad():
+            edits.append(mapper(bench.sources))
+    return Answer(edits=torch.stack(edits))
 
 
 # One pass, without a mapper
@@ -400,7 +535,8 @@ def baseline(answer: Callable[[PairTable, Tensor], Tensor], **settings: Any) -> 
 
 
 METHODS: dict[str, Method] = {
-    "mapper": Method(find=by_mapper, needs=("mapper",)),
+    "mapper": Method(find=by_mapper, needs=("mapper",), settings={"corrected": True}),
+    "one-direction": Method(find=by_one_direction, needs=("mapper", "correction")),
     "auto": Method(find=by_auto, needs=("mapper", "calibration"), optimizes=True),
     "consistent": teacher("consistent"),
     "identity": teacher("identity", ("identity",)),
@@ -412,6 +548,14 @@ METHODS: dict[str, Method] = {
     "latent-blending": Method(find=by_latent_blending, needs=("inverter",)),
     "clip-blending": Method(
         find=by_clip_blending, settings=asdict(BLENDING), optimizes=True, slow=True, per_source=True
+    ),
+    "own-mapper": Method(
+        find=by_own_mapper,
+        needs=("identity",),
+        settings=asdict(OWN_MAPPER),
+        optimizes=True,
+        slow=True,
+        per_source=True,
     ),
     "differences": Method(find=by_differences, needs=("differences",)),
     "encoder": Method(find=by_encoder, needs=("encoder",)),

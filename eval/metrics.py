@@ -1,10 +1,10 @@
 """Score edits by pure functions of embeddings, readings, features and images.
 
-Knows numbers only. Cosines to targets, consistency and identity are `targetclip.scene`'s.
+Knows numbers only: nothing of judges, nor of how edits were made.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from eval.reader import READINGS, seen_identity
-from targetclip.losses import SHORTEST_DIFFERENCE
+from targetclip.losses import SHORTEST_DIFFERENCE, unit_cosines
+from targetclip.scene import score_features
 from targetclip.seeds import seed_of
 
 Images = Float[Tensor, "images 3 height width"]
@@ -43,6 +44,37 @@ def additivity(
     pairs = (shift.sum(dim=1).square().sum(dim=1) - squares) / max(count - 1, 1)
     real = squares > count * SHORTEST_DIFFERENCE**2
     return torch.where(real, pairs, 0) / torch.where(real, squares, 1)
+
+
+def edit_scores(
+    targets: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, Float[Tensor, " targets"]]:
+    """Score edits by the outputs of judges for pictures; every score is a mean over sources.
+
+    Args:
+        targets: of the targets: `embeddings`, and `people` (identity features) and `second` (the
+            second judge's embeddings) where there is such a judge, each [targets, features].
+        before: of the unedited sources, each [sources, features].
+        after: of the edited ones, each [targets, sources, features].
+
+    Returns:
+        Cosines: `transfer` to the target, `person` to the source and `target_person` to the
+        target by identity features, `second` to the target by the second judge. `consistency` of
+        the shifts of two sources, and `additivity`.
+    """
+    new = after["embeddings"]
+    edits = score_features(targets["embeddings"], before["embeddings"].expand_as(new), new)
+    scores = {
+        "transfer": edits.transfer,
+        "consistency": edits.consistency,
+        "additivity": additivity(before["embeddings"], new),
+    }
+    if after.get("people") is not None:
+        scores["person"] = unit_cosines(after["people"], before["people"]).mean(dim=1)
+    for name, judge in (("target_person", "people"), ("second", "second")):
+        if after.get(judge) is not None and targets.get(judge) is not None:
+            scores[name] = unit_cosines(after[judge], targets[judge][:, None]).mean(dim=1)
+    return scores
 
 
 # In the attribute reader's words
@@ -147,6 +179,25 @@ def outside_alone(before: Images, after: Images) -> Images:
     width, mixed = border_width(before), before.clone()
     mixed[..., :width], mixed[..., -width:] = after[..., :width], after[..., -width:]
     return mixed
+
+
+def sharpness(images: Images) -> Float[Tensor, " images"]:
+    """Return how fine the edges of grey images are, whatever their contrast and number.
+
+    The root mean square of the Laplacian, divided by that of the steps from pixel to pixel. 0 where
+    there is no edge. Images are of 3 px a side or more.
+    """
+    grey = images.clamp(-1, 1).mean(dim=1)
+    across, down = grey.diff(dim=2), grey.diff(dim=1)
+    bends = (across.diff(dim=2)[:, 1:-1] + down.diff(dim=1)[:, :, 1:-1]).square().mean(dim=(1, 2))
+    steps = across.square().mean(dim=(1, 2)) + down.square().mean(dim=(1, 2))
+    return torch.where(steps > 1e-8, bends / steps.clamp_min(1e-8), 0).sqrt()
+
+
+def sharpness_kept(before: Images, after: Images) -> Float[Tensor, " images"]:
+    """Return the sharpness of edited images as a part of the unedited ones'; NaN if that is 0."""
+    sharp = sharpness(before)
+    return torch.where(sharp > 0, sharpness(after) / sharp, torch.nan)
 
 
 def perceptual_distance(

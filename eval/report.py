@@ -14,6 +14,7 @@ from PIL import Image
 
 from eval.judging import RELEASED_STRENGTH, SCORES
 from eval.methods import METHODS
+from eval.results import SECONDS
 from eval.sets import ADVERSARIAL, FOLDER, HELD_OUT_STYLES, IN_RANGE, STYLES
 from eval.trials import REFERENCE, RIGHT_ANSWER
 
@@ -51,7 +52,9 @@ targets. Every method edits the same sources at strength 1; only `clip-blending`
   as between two sources. Same person is the cosine of the identity model, which the recipe
   `identity` optimizes and which trained the mapper if its recipe has an identity weight. For these
   two only the reader, another network, is independent.
-- second judge: transfer score in another embedder's space.
+- second judge: transfer score in another embedder's space. The target's person: cosine of edited
+  sources to the target by the identity model. Sharpness kept: how fine edges are, as a part of the
+  unedited sources'; below 1 they are blurred.
 - change outside: mean change of the picture's left and right border, of the range of values.
   Perceived outside is the same as a network (the reader) measures it: the distance of an unedited
   picture from itself with the edit's border, as in LPIPS, but without learned weights.
@@ -63,6 +66,9 @@ targets. Every method edits the same sources at strength 1; only `clip-blending`
   searches several at once. Those without are of one target alone, after a warm-up.
 - `clip-blending` searches for every source on its own: its seconds are of a target and
   {sources} sources, and new sources cost as much again.
+- `one-direction` is the mapper without its correction for each source. `own-mapper` is trained for
+  one target by the recipe `identity`, and reads the source: StyleCLIP has such a mapper for each
+  text. Its edits are those of the sources above alone, so the released protocol leaves it out.
 - `right-answer` cannot be reached by any direction: each source drawn with its own identity and the
   target's essence, in the generator's style, then inverted.
 """
@@ -414,3 +420,93 @@ def charts(report: Mapping[str, Any]) -> dict[str, Image.Image]:
         pictures |= {f"{name} seconds": seconds_chart(name, scored)}
         pictures |= attribute_charts(name, scored)
     return {name: picture for name, picture in pictures.items() if picture is not None}
+
+
+# The referee's report
+
+REFEREE = {  # in the order of tables
+    "identity": "identity kept",
+    "target_identity": "target's identity",
+    "clip": "CLIP score",
+    "second": "second judge",
+    "consistency": "consistency",
+    "outside": "change outside",
+    "sharpness": "sharpness kept",
+}
+REFEREE_READING = """## How to read it
+
+Scores are means over sources, then over targets; brackets hold 95 % of bootstrap means over
+targets. Every picture is judged by its middle square, in its own size.
+
+- identity kept: cosine of a result to its source by the identity model; 1 is the same person.
+- target's identity: cosine of a result to its target by that model. What rises above the first
+  row, the unedited sources, is identity that leaked from the target.
+- CLIP score: cosine of a result to its target by the world's embedder. Second judge: the same by
+  the embedder of --judge.
+- consistency: mean cosine of the shifts of two sources in the embedder's space.
+- change outside: mean change of the left and right border, of the range of values. It says
+  something where results are aligned as their sources are.
+- sharpness kept: how fine a result's edges are, as a part of its source's; below 1 it is blurred.
+- FID and KID: of all results of a folder against the sources, by
+  {features}. Both depend on the numbers of images, FID most: compare
+  it between equal ones alone.
+- seconds a result: as the folder's {seconds} says.
+"""
+
+
+def referee_text(report: Mapping[str, Any]) -> str:
+    """Return report.md of the referee."""
+    results, unedited = report["results"], report["unedited"]
+    have = [score for score in REFEREE if any(score in row for row in results.values())]
+    heads = ["results", *(REFEREE[score] for score in have), "s a result"]
+    rows = [["sources, unedited", *(number(unedited.get(score)) for score in have), ""]]
+    rows += [
+        [name, *(with_bounds(row.get(score)) for score in have), number(row["seconds"])]
+        for name, row in results.items()
+    ]
+    sizes = [
+        [name, number(row["fid"], 1), number(row["kid"]), str(row["images"]),
+         str(row["references"])]
+        for name, row in results.items()
+    ]  # fmt: skip
+    lines = [
+        f"# Results judged in the world {report['world']}",
+        "",
+        f"{len(report['sources'])} sources, {len(report['targets'])} targets, seed "
+        f"{report['seed']} of the bootstrap.",
+        "",
+        *(f"- {words}" for words in report["notes"]),
+        *([""] if report["notes"] else []),
+        *table(heads, rows),
+        *table(["results", "FID", "KID", "results", "sources"], sizes),
+    ]
+    pairs = [
+        [f"{one} less {other}", *(with_bounds(row.get(score)) for score in have)]
+        for one, others in report["differences"].items()
+        for other, row in others.items()
+    ]
+    if pairs:
+        lines += ["Paired differences, over the targets and sources that both have:", ""]
+        lines += table(["difference", *(REFEREE[score] for score in have)], pairs)
+    return (
+        "\n".join(lines)
+        + "\n"
+        + REFEREE_READING.format(features=report["features"], seconds=SECONDS)
+    )
+
+
+def referee_chart(report: Mapping[str, Any]) -> Image.Image:
+    """Draw the CLIP score of each tool against the identity that it keeps."""
+    series = [
+        Series(
+            name=name,
+            points=[(row["identity"]["mean"], row["clip"]["mean"])],
+            spans=[] if row["clip"]["low"] is None else [(row["clip"]["low"], row["clip"]["high"])],
+        )
+        for name, row in report["results"].items()
+    ]
+    unedited = Series(
+        name="sources, unedited", points=[(1.0, report["unedited"]["clip"])], hollow=True
+    )
+    title = f"Essence against identity, {report['world']}"
+    return line_chart(title, [*series, unedited], REFEREE["identity"], REFEREE["clip"])

@@ -30,11 +30,11 @@ from eval.metrics import (
     interval,
     kernel_distance,
 )
-from eval.sets import ADVERSARIAL, Directions, EvalSet
+from eval.sets import ADVERSARIAL, EvalSet, Sources
 from targetclip.losses import unit_cosines
 from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.scene import MAX_IMAGES, Scene
-from targetclip.seeds import TEST_SOURCES, VALIDATION_SOURCES, seed_of
+from targetclip.seeds import TEST_SOURCES, seed_of
 
 RIGHT_ANSWER = "right-answer"
 REFERENCE = "mapper"  # compared with the others, where it was run
@@ -121,7 +121,7 @@ class Comparison:
     """Of the bootstrap."""
 
     def judge(self, edits: Tensor, goal: Goal, strength: float = 1.0) -> Judged:
-        """Judge edits [targets, *sources, num_ws, w_dim] of the test sources."""
+        """Judge edits [targets, sources, num_ws, w_dim] of the test sources."""
         return judge_edits(self.judges, goal, self.bench.sources, edits, strength)
 
     def judge_right(self, targets: EvalSet) -> Judged | None:
@@ -137,7 +137,7 @@ class Comparison:
         """Judge every method's answer to a set; the right answer too, if asked for and known."""
         trials: dict[str, Judged] = {}
         for name, answer in tqdm(answers.items(), f"judge {targets.name}", unit="method"):
-            edits = answer.edits
+            edits = answer.on(self.bench.sources)
             trials[name] = self.judge(edits, goal_of(self.judges, targets.part(0, len(edits))))
         known = self.judge_right(targets) if right else None
         return trials if known is None else {**trials, RIGHT_ANSWER: known}
@@ -196,7 +196,7 @@ def released_report(
     sets: Sequence[EvalSet],
     answers: Mapping[str, Mapping[str, Answer]],
 ) -> dict[str, Any]:
-    """Return the released evaluation of every method that answers with directions.
+    """Return the released evaluation of every method whose edits reach any source.
 
     Targets are the first ones of each set but the adversarial one, the same for all methods.
     """
@@ -215,7 +215,7 @@ def released_report(
     ]
     methods: dict[str, Any] = {}
     for name in tqdm(names, "released", unit="method"):
-        edits = [answers[part.name][name].edits[: len(part)] for part in parts]
+        edits = [answers[part.name][name].on(sources)[: len(part)] for part in parts]
         methods[name] = released_scores(
             comparison.judges, sources, torch.cat(edits), targets, comparison.references
         )
@@ -230,9 +230,9 @@ def sweep_report(
     goal = goal_of(comparison.judges, few)
     rows: dict[str, list[dict[str, float]]] = {}
     for name, answer in tqdm(answers.items(), "strengths", unit="method"):
-        rows[name] = []
+        rows[name], edits = [], answer.on(comparison.bench.sources)[: len(few)]
         for strength in STRENGTHS:
-            judged = comparison.judge(answer.edits[: len(few)], goal, strength)
+            judged = comparison.judge(edits, goal, strength)
             scores = {score: float(values.mean()) for score, values in judged.scores.items()}
             rows[name].append({"strength": strength, **scores})
     return rows
@@ -241,13 +241,22 @@ def sweep_report(
 # Grids of pictures
 
 
-def sheet(scene: Scene, targets: EvalSet, directions: Directions) -> Image.Image:
-    """Return nine sources, then for each target a row: its picture, and the sources edited."""
-    sources = scene.sources(9, VALIDATION_SOURCES)
+def sheet(
+    scene: Scene,
+    targets: EvalSet,
+    sources: Sources,
+    edits: Float[Tensor, "targets *sources num_ws w_dim"],
+) -> Image.Image:
+    """Return the first nine sources, then for each target a row: its picture, and them edited.
+
+    Edits are a direction for each target, or an offset for each of its sources.
+    """
+    sources = sources[:9]
     unedited = tensor_to_pictures(scene.render(sources))
     rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
-    for i, (picture, direction) in enumerate(zip(targets.pictures, directions, strict=True)):
-        edited = tensor_to_pictures(scene.edit(sources, direction))
+    for i, (picture, edit) in enumerate(zip(targets.pictures, edits, strict=True)):
+        offsets = edit if edit.ndim == 2 else edit[: len(sources)]
+        edited = tensor_to_pictures(scene.edit(sources, offsets))
         rows[f"target {i} and sources with its essence"] = [picture, *edited]
     return labelled_grid(None, rows)
 
@@ -268,7 +277,7 @@ def grids(
 
     def edited(name: str, place: int) -> list[Image.Image]:
         if name in answers:
-            edit = answers[name].edits[place : place + 1]
+            edit = answers[name].on(sources)[place : place + 1]
         else:
             truth = targets.part(place, place + 1).truth
             if truth is None:

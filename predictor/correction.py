@@ -6,7 +6,7 @@ Knows tensors only; nothing of targets' pictures, files or images.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -94,15 +94,18 @@ class SourceCorrection:
         num_ws = self.weights.shape[1]
         return num_ws, self.basis.shape[1] // num_ws
 
-    @torch.no_grad()
     def __call__(
         self, ws: Float[Tensor, "sources num_ws w_dim"]
     ) -> Float[Tensor, "sources num_ws w_dim"]:
         """Return what is added to the direction of each source. For a clip, give its mean latent.
+        ValueError: latents of another size."""
+        return self.each(ws).sum(dim=0)
 
-        Raises:
-            ValueError: latents of another size.
-        """
+    @torch.no_grad()
+    def each(
+        self, ws: Float[Tensor, "sources num_ws w_dim"]
+    ) -> Float[Tensor, "targets sources num_ws w_dim"]:
+        """Return the part of each target, whose sum `__call__` returns; raises as it does."""
         if tuple(ws.shape[1:]) != self.shape:
             raise ValueError(
                 f"expected latents of shape {['sources', *self.shape]}, found {list(ws.shape)}: "
@@ -112,16 +115,41 @@ class SourceCorrection:
         x = F.silu(rows @ self.first + self.biases[:, None])
         x = F.silu(x @ self.hidden + self.hidden_bias)
         parts = ((x @ self.mix + self.mix_bias) @ self.basis).unflatten(-1, self.shape)
-        total: Tensor = (parts.float() * self.weights[:, None, :, None]).sum(dim=0)
-        return total
+        weighted: Tensor = parts.float() * self.weights[:, None, :, None]
+        return weighted
+
+    def to(self, device: torch.device) -> "SourceCorrection":
+        """Return this correction on a device."""
+        return SourceCorrection(**{name: t.to(device) for name, t in self.tensors().items()})
 
     def weighted(self, layers: Float[Tensor, " num_ws"]) -> "SourceCorrection":
         """Return this correction with each layer multiplied by its factor."""
         return replace(self, weights=self.weights * layers.to(self.weights))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor by its name, for a file: `SourceCorrection(**tensors)` reads it."""
+        """Return every tensor by its name, for a file that `of_tensors` reads."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def of_tensors(
+        cls, tensors: Mapping[str, Tensor], num_ws: int, w_dim: int
+    ) -> "SourceCorrection":
+        """Return the correction of a file's tensors.
+        ValueError: other names, types or shapes; values that are not finite."""
+        names = [field.name for field in fields(cls)]
+        if sorted(tensors) != sorted(names):
+            raise ValueError(f"expected a correction of {names}, found {list(tensors)}")
+        sizes = {name: list(tensors[name].shape) for name in names}
+        width, rank = sizes["hidden_bias"], sizes["mix_bias"]
+        reads, targets = sizes["first"][:1], sizes["biases"][:1]
+        shapes = (reads + width, 2 * width, width, width + rank, rank, [*rank, num_ws * w_dim])
+        expected = dict(zip(names, (*shapes, targets + width, [*targets, num_ws]), strict=True))
+        if sizes != expected or reads not in ([w_dim], [num_ws * w_dim]):
+            raise ValueError(f"expected a correction of shapes {expected}, found {sizes}")
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise ValueError(f"expected finite float32 values, found others in {name}")
+        return cls(**tensors)
 
 
 SHARED = ("first", "hidden", "hidden_bias", "mix", "mix_bias", "basis")  # by all targets
@@ -131,10 +159,7 @@ def mixed_corrections(
     corrections: Sequence[SourceCorrection], weights: Sequence[float]
 ) -> SourceCorrection:
     """Return the weighted sum of corrections of one mapper.
-
-    Raises:
-        ValueError: no corrections, another number of weights, or corrections of several mappers.
-    """
+    ValueError: no corrections, another number of weights, or corrections of several mappers."""
     if not corrections or len(corrections) != len(weights):
         raise ValueError(
             f"expected one weight for each correction, found {len(weights)} for {len(corrections)}"

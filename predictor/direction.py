@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from predictor.correction import SourceCorrection, mixed_corrections
 from predictor.mapper import Mapper
 from targetclip.command import write_file
 from targetclip.directions import (
@@ -69,6 +70,9 @@ class Direction:
     """1 - consistency loss on the same sources."""
     steps: int = 0
     """Steps of the optimizer, in all searches that were tried."""
+    correction: SourceCorrection | None = None
+    """What a mapper adds to the vector for each source; None: nothing. Scores are then those of
+    corrected edits."""
 
     def __repr__(self) -> str:
         rows, columns = self.vector.shape
@@ -76,6 +80,7 @@ class Direction:
         facts = [f"{rows} x {columns}", f"norm {norm:.3g}", f"method {self.method!r}"]
         scores = {"expected": self.expected, "probe": self.probe, "transfer": self.transfer}
         facts += [f"{name} {score:.3f}" for name, score in scores.items() if score is not None]
+        facts += [] if self.correction is None else ["corrected for each source"]
         return f"Direction({', '.join(facts)})"
 
     def __mul__(self, factor: float) -> "Direction":
@@ -97,18 +102,54 @@ class Direction:
     def __sub__(self, other: "Direction") -> "Direction":
         return mixed([self, other], [1.0, -1.0]) if isinstance(other, Direction) else NotImplemented
 
-    def vector_for(self, generator: Generator) -> Float[Tensor, "num_ws w_dim"]:
-        """Return the vector, on a generator's device; ValueError: it belongs to another one."""
+    def check_made_for(self, generator: Generator) -> None:
+        """Raise a ValueError for a direction of another generator."""
         if self.generator not in (None, generator.fingerprint):
             raise ValueError(f"{self} belongs to another generator: find one for this world")
-        return self.vector.to(generator.mean_w.device)
+
+    def offsets(
+        self, ws: Float[Tensor, "sources num_ws w_dim"]
+    ) -> Float[Tensor, "*sources num_ws w_dim"]:
+        """Return what is added to latents at strength 1: the vector, with its correction for each
+        source if there is one."""
+        vector = self.vector.to(ws.device)
+        return vector if self.correction is None else vector + self.correction.to(ws.device)(ws)
+
+    def weighted(self, layers: Float[Tensor, " num_ws"]) -> "Direction":
+        """Return this direction with each layer multiplied by its factor: see `layer_weights`."""
+        correction = self.correction and self.correction.weighted(layers)
+        return self.changed(self.vector * layers.to(self.vector)[:, None], correction)
+
+    def uncorrected(self) -> "Direction":
+        """Return one direction for all sources: the vector alone."""
+        return self if self.correction is None else self.changed(self.vector)
+
+    def for_clip(self, ws: Float[Tensor, "frames num_ws w_dim"]) -> "Direction":
+        """Return one direction for all frames of a clip: its correction is that of their mean."""
+        if self.correction is None:
+            return self
+        return self.changed(self.offsets(ws.mean(dim=0, keepdim=True).to(self.vector))[0])
+
+    def changed(
+        self, vector: Float[Tensor, "num_ws w_dim"], correction: SourceCorrection | None = None
+    ) -> "Direction":
+        """Return a direction of the same origin, whose scores nobody has measured."""
+        return Direction(
+            vector=vector,
+            method=self.method,
+            generator=self.generator,
+            steps=self.steps,
+            correction=correction,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a .safetensors file, which `load` and the command (--direction) read.
 
-        Raises:
-            FileNotFoundError, OSError: it cannot be written.
-            ValueError: another suffix, or `generator` is None.
+        Its tensor `direction` [num_ws, w_dim] is the vector alone, for any other program; those
+        named `correction.*` are the correction's.
+
+        FileNotFoundError, OSError: it cannot be written. ValueError: another suffix, or `generator`
+        is None.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
@@ -120,7 +161,12 @@ class Direction:
             )
         record = {name: getattr(self, name) for name in RECORDED}
         record = {name: value for name, value in record.items() if value is not None}
-        write_file(path, direction_bytes(self.vector, self.generator, record))
+        write_file(path, self.content(record, self.generator))
+
+    def content(self, record: dict[str, Any], generator: str) -> bytes:
+        """Return the content of a file of this direction, with a record, for a generator."""
+        correction = None if self.correction is None else self.correction.tensors()
+        return direction_bytes(self.vector, generator, record, correction)
 
     @classmethod
     def load(cls, path: str | Path, owner: "Generator | EssenceTransfer") -> "Direction":
@@ -133,16 +179,40 @@ class Direction:
             FileNotFoundError, ValueError: as `load_direction` and `released_direction`.
         """
         generator = owner if isinstance(owner, Generator) else owner.scene.generator
-        record: dict[str, Any] = {"method": RELEASED}
-        if Path(path).suffix in RELEASED_SUFFIXES:
-            vector = released_direction(path, generator.num_ws, generator.w_dim)
-            warn_of_latent(path, vector, generator)
-        else:
-            stored = load_direction(path, generator)
-            vector, record = stored.direction, {"method": "file", **stored.record}
+        direction, record = read_direction(path, generator)
         facts = {name: record[name] for name in RECORDED if name in record}
-        vector = vector.to(generator.mean_w.device)
-        return cls(vector=vector, generator=generator.fingerprint, **facts)
+        return dataclasses.replace(direction, **facts)
+
+
+def read_direction(path: str | Path, generator: Generator) -> tuple[Direction, dict[str, Any]]:
+    """Read a direction file, ours or one of TargetCLIP's release, to a generator's device.
+
+    Returns:
+        The direction, without its scores, and its record.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_direction` and `released_direction`; a damaged
+            correction.
+    """
+    correction, device = None, generator.mean_w.device
+    if Path(path).suffix in RELEASED_SUFFIXES:
+        vector = released_direction(path, generator.num_ws, generator.w_dim)
+        record: dict[str, Any] = {"method": RELEASED}
+    else:
+        stored = load_direction(path, generator)
+        vector, record = stored.direction, stored.record
+        if stored.correction:
+            try:
+                correction = SourceCorrection.of_tensors(stored.correction, *vector.shape)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}: find the direction again") from error
+    warn_of_latent(path, vector, generator)
+    return Direction(
+        vector=vector.to(device),
+        method=str(record.get("method", "file")),
+        generator=generator.fingerprint,
+        correction=correction and correction.to(device),
+    ), record
 
 
 class Interrupted(KeyboardInterrupt):
@@ -158,6 +228,7 @@ def searched_direction(
     method: Method,
     generator: str,
     on_step: WatchStep | None = None,
+    correction: SourceCorrection | None = None,
 ) -> Direction:
     """Run a search for the direction of one target, and return the direction.
 
@@ -165,6 +236,7 @@ def searched_direction(
         search: runs it; calls its argument `on_step` after every step.
         generator: fingerprint of the generator that the direction belongs to.
         on_step: called after every step as well.
+        correction: what the search held beside the direction.
 
     Raises:
         FloatingPointError: the loss was not finite.
@@ -178,31 +250,26 @@ def searched_direction(
         if on_step is not None:
             on_step(progress)
 
+    def direction_of(result: Optimized) -> Direction:
+        return Direction(
+            vector=result.directions[0],
+            method=method,
+            generator=generator,
+            transfer=1 - float(result.transfer[0]),
+            consistency=1 - float(result.consistency[0]),
+            steps=int(result.steps[0]),
+            correction=correction,
+        )
+
     try:
         result = search(on_step=remember)
     except KeyboardInterrupt:
         if latest is None:
             raise
-        raise Interrupted(
-            Direction(
-                vector=latest.kept_directions[0],
-                method=method,
-                generator=generator,
-                transfer=1 - float(latest.kept_transfer[0]),
-                consistency=1 - float(latest.kept_consistency[0]),
-                steps=latest.step + 1,
-            )
-        ) from None
+        raise Interrupted(direction_of(latest.kept)) from None
     if result.failures[0] is not None:
         raise FloatingPointError(f"no direction found: {result.failures[0]}")
-    return Direction(
-        vector=result.directions[0],
-        method=method,
-        generator=generator,
-        transfer=1 - float(result.transfer[0]),
-        consistency=1 - float(result.consistency[0]),
-        steps=int(result.steps[0]),
-    )
+    return direction_of(result)
 
 
 def better(first: Direction, second: Direction) -> Direction:
@@ -231,8 +298,10 @@ def layer_weights(
 def mixed(directions: Sequence[Direction], weights: Sequence[float]) -> Direction:
     """Return the weighted sum of directions; a negative weight takes an essence away.
 
-    Raises:
-        ValueError: no directions, another number of weights, or directions of several generators.
+    Corrections are summed as well; directions without one bring none.
+
+    ValueError: no directions, another number of weights, directions of several generators, or
+    corrections of several mappers.
     """
     if not directions or len(directions) != len(weights):
         raise ValueError(
@@ -245,11 +314,17 @@ def mixed(directions: Sequence[Direction], weights: Sequence[float]) -> Directio
     vectors = torch.stack([each.vector.to(first) for each in directions])
     factors = first.new_tensor(weights)[:, None, None]
     methods = dict.fromkeys(m for each in directions for m in each.method.split(" + "))
+    parts = [
+        (each.correction.to(first.device), weight)
+        for each, weight in zip(directions, weights, strict=True)
+        if each.correction is not None
+    ]
     return Direction(
         vector=(factors * vectors).sum(dim=0),
         method=" + ".join(methods),
         generator=min(generators, default=None),
         steps=sum(each.steps for each in directions),
+        correction=mixed_corrections(*zip(*parts, strict=True)) if parts else None,
     )
 
 
@@ -271,10 +346,7 @@ class Gate:
     @staticmethod
     def of(mapper: Mapper) -> "Gate":
         """Return the gate that a mapper was calibrated to.
-
-        Raises:
-            ValueError: the mapper is not calibrated, or a figure is out of range.
-        """
+        ValueError: the mapper is not calibrated, or a figure is out of range."""
         names = [field.name for field in dataclasses.fields(Gate)]
         figures = {} if mapper.record is None else mapper.record.calibration
         if missing := [name for name in names if name not in figures]:
@@ -312,20 +384,20 @@ class Gate:
         self,
         predicted: Direction,
         searches: Sequence[Callable[[], Direction]],
-        probe: Callable[[Tensor], float],
+        probe: Callable[[Direction], float],
     ) -> Direction:
         """Return the first of a prediction and the results of searches that passes, or the best.
 
         Args:
             searches: run in turn, while nothing passes.
-            probe: from a vector to its transfer score on the probe sources.
+            probe: from a direction to its transfer score on the probe sources.
 
         Raises:
             Interrupted: Ctrl-C during a search; with the best direction so far.
         """
 
         def probed(direction: Direction) -> Direction:
-            score = probe(direction.vector)
+            score = probe(direction)
             return dataclasses.replace(direction, expected=predicted.expected, probe=score)
 
         def better_of(best: Direction, result: Direction) -> Direction:

@@ -40,8 +40,7 @@ class Editing:
 
         Latents, which are a tensor whose last axes are num_ws and w_dim, are returned as they are.
 
-        Raises:
-            FileNotFoundError, TypeError, ValueError: as `as_pictures`; there is no inverter.
+        FileNotFoundError, TypeError, ValueError: as `as_pictures`; there is no inverter.
         """
         shape = (self.scene.generator.num_ws, self.scene.generator.w_dim)
         if isinstance(sources, Tensor) and sources.shape[-2:] == shape:
@@ -51,10 +50,22 @@ class Editing:
             pictures = [self.aligner(picture) for picture in pictures]
         return self.scene.invert(pictures)
 
+    def offsets(
+        self, ws: Float[Tensor, "sources num_ws w_dim"], direction: Moves
+    ) -> Float[Tensor, "*sources num_ws w_dim"]:
+        """Return what is added to latents at strength 1; ValueError: a direction of another
+        generator."""
+        if isinstance(direction, Direction):
+            direction.check_made_for(self.scene.generator)
+            return direction.offsets(ws)
+        return direction.to(ws.device)
+
     def edit(
         self, sources: Pictures, direction: Moves, strength: float | Iterable[float] = 1.0
     ) -> Float[Tensor, "*strengths sources 3 height width"]:
-        """Return images in [-1, 1] of sources moved along a direction.
+        """Return images in [-1, 1] of sources moved along a direction: w + strength (b + c(w)).
+
+        c is the direction's correction for each source, 0 where it has none.
 
         Args:
             sources: pictures, which are inverted, or latents: see `latents_of`.
@@ -65,12 +76,11 @@ class Editing:
             FileNotFoundError, TypeError, ValueError: as `latents_of`; a direction of another
                 generator.
         """
-        if isinstance(direction, Direction):
-            direction = direction.vector_for(self.scene.generator)
-        ws, vector = self.latents_of(sources), direction.to(self.scene.device)
+        ws = self.latents_of(sources)
+        offsets = self.offsets(ws, direction)
         if not isinstance(strength, Iterable):
-            return self.scene.edit(ws, vector, strength)
-        return torch.stack([self.scene.edit(ws, vector, factor) for factor in strength])
+            return self.scene.edit(ws, offsets, strength)
+        return torch.stack([self.scene.edit(ws, offsets, factor) for factor in strength])
 
     def edit_pictures(
         self, sources: Pictures, direction: Moves, strength: float | Iterable[float] = 1.0
@@ -87,10 +97,11 @@ class Editing:
         if (model := self.scene.identity) is None:
             raise ValueError("there is no identity model to hold a floor by: choose a strength")
         ws = self.latents_of(sources)
-        before = self.edit(ws, direction, 0.0)
+        offsets = self.offsets(ws, direction)
+        before = self.edit(ws, offsets, 0.0)
 
         def identity_at(strength: float) -> float:
-            edited = self.edit(ws, direction, strength)
+            edited = self.edit(ws, offsets, strength)
             return float(identity_similarity(model, before, edited).mean())
 
         return strength_at_floor(identity_at, highest, floor)

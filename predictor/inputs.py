@@ -24,7 +24,7 @@ from targetclip.media.images import (
     upright,
     with_alpha,
 )
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.recipes import Recipe, recipe_named
 
 OVERSHOOT = 1.5  # of generators' images; pictures normalised for an encoder go further
 
@@ -107,12 +107,8 @@ def tensor_pictures(images: Tensor) -> list[Image.Image]:
 
 def as_pictures(given: Pictures) -> list[Image.Image]:
     """Return RGB pictures of one picture or of several; see `Picture`.
-
-    Raises:
-        FileNotFoundError: no file at a path.
-        TypeError: something that is no picture.
-        ValueError: as `read_picture`; a shape, a type or a range that is not of pictures.
-    """
+    FileNotFoundError: no file at a path. TypeError: something that is no picture. ValueError: as
+    `read_picture`; a shape, a type or a range that is not of pictures."""
     if isinstance(given, str | Path):
         if not os.path.exists(given):
             path = str(given)
@@ -136,12 +132,8 @@ def as_pictures(given: Pictures) -> list[Image.Image]:
 
 def as_target(target: Target | None, text: str | None = None) -> Image.Image | Text:
     """Return a target as an RGB picture or a text.
-
-    Raises:
-        FileNotFoundError, TypeError: as `as_pictures`.
-        ValueError: as `as_pictures`; both a target and a text, or neither; several pictures; a text
-            that names a picture.
-    """
+    FileNotFoundError, TypeError: as `as_pictures`. ValueError: as `as_pictures`; both a target and
+    a text, or neither; several pictures; a text that names a picture."""
     if (target is None) == (text is None):
         raise ValueError("expected a picture, or words as text=, found both or neither")
     words = target if isinstance(target, Text) else text
@@ -168,9 +160,4 @@ def check_mode(mode: str) -> None:
 
 def as_recipe(recipe: Recipe | str | None, default: Recipe) -> Recipe:
     """Return a recipe by itself or its name; None: the default. ValueError: no such name."""
-    if not isinstance(recipe, str):
-        return recipe or default
-    if recipe not in RECIPES:
-        hint = did_you_mean(recipe, RECIPES)
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, found {recipe!r}{hint}")
-    return RECIPES[recipe]
+    return recipe_named(recipe, "recipe") if isinstance(recipe, str) else recipe or default

@@ -62,10 +62,8 @@ class ResidualBlock(nn.Module):
 class Mapper(OnTheHub, nn.Module):
     """Embeddings [batch, embed_dim] to directions [batch, num_ws, w_dim] and expected scores.
 
-    `correct` gives what is added for each source, where the mapper has a correction. Expected
-    scores are then those of corrected edits.
-
-    `record` says where the weights come from; None until set or loaded. Buffers:
+    Where there is a correction, expected scores are those of corrected edits. `record` says where
+    the weights come from; None until set or loaded. Buffers:
 
     - `centre` [embed_dim]: the mean unit embedding of sources, which carries no essence; zeros
       until set.
@@ -128,7 +126,9 @@ class Mapper(OnTheHub, nn.Module):
     def whitened_targets(
         self, embeddings: Float[Tensor, "batch embed"]
     ) -> Float[Tensor, "batch embed"]:
-        """Return targets' embeddings, raw or unit, as the network reads them."""
+        """Return targets' embeddings, raw or unit, as the network reads them.
+        ValueError: embeddings of another size."""
+        self.check_size(embeddings)
         white: Tensor = (F.normalize(embeddings.float(), dim=1) - self.centre) @ self.whitening
         return white
 
@@ -155,21 +155,14 @@ class Mapper(OnTheHub, nn.Module):
         self, differences: Float[Tensor, "batch embed"]
     ) -> Float[Tensor, "batch num_ws w_dim"]:
         """Return the directions of differences between unit embeddings: target less source.
-
-        Raises:
-            ValueError: embeddings of another size.
-        """
+        ValueError: embeddings of another size."""
         self.check_size(differences)
         white = differences.float() @ self.whitening
         return self.directions_of(white, self.features(white))
 
     def forward(self, embeddings: Float[Tensor, "batch embed"]) -> Prediction:
         """Return the directions of targets from their embeddings, raw or unit.
-
-        Raises:
-            ValueError: embeddings of another size.
-        """
-        self.check_size(embeddings)
+        ValueError: embeddings of another size."""
         white = self.whitened_targets(embeddings)
         features = self.features(white)
         # Detached: the score must not be learned at the cost of the direction.
@@ -182,25 +175,31 @@ class Mapper(OnTheHub, nn.Module):
         embeddings: Float[Tensor, "targets embed"],
         ws: Float[Tensor, "*targets sources num_ws w_dim"],
     ) -> Float[Tensor, "targets sources num_ws w_dim"]:
-        """Return what is added to a target's direction for each source.
-
-        The edit of a source is then its own: w + direction + correction. A mapper without a
-        correction returns zeros.
+        """Return what is added to a target's direction for each source: zeros without a correction.
+        ValueError: embeddings of another size.
 
         Args:
             embeddings: of the targets, raw or unit.
             ws: latents of the sources, the same for all targets or some for each. For a clip, its
                 mean latent: all frames share one correction.
-
-        Raises:
-            ValueError: embeddings of another size.
         """
-        self.check_size(embeddings)
+        white = self.whitened_targets(embeddings)
         if self.correction is None:
             return torch.zeros_like(ws).expand(len(embeddings), *ws.shape[-3:])
-        corrections = self.correction(self.whitened_targets(embeddings), ws)
-        scaled: Tensor = corrections.float() * self.scale
+        scaled: Tensor = self.correction(white, ws).float() * self.scale
         return scaled
+
+    def edits(
+        self,
+        embeddings: Float[Tensor, "targets embed"],
+        ws: Float[Tensor, "*targets sources num_ws w_dim"],
+    ) -> Float[Tensor, "targets *sources num_ws w_dim"]:
+        """Return targets' directions or, with a correction, the offset of each source: see
+        `correct`."""
+        directions: Tensor = self(embeddings).directions
+        if self.correction is None:
+            return directions
+        return directions[:, None] + self.correct(embeddings, ws)
 
     @classmethod
     def from_file(cls, path: Path, generator: str | None, embedder: str | None) -> "Mapper":
@@ -252,12 +251,9 @@ class FoldedMapper:
     def __call__(
         self, embedding: Float[Tensor, "1 embed"]
     ) -> tuple[Float[Tensor, "num_ws w_dim"], float]:
-        """Return the direction of a target and its expected transfer score, from its embedding,
-        raw or unit. They equal the mapper's but for rounding.
-
-        Raises:
-            ValueError: an embedding of another size, or one that is not finite.
-        """
+        """Return the direction of a target and its expected transfer score, from its embedding, raw
+        or unit. They equal the mapper's but for rounding.
+        ValueError: an embedding of another size, or one that is not finite."""
         embedding, factor = self.checked(embedding)
         entered = torch.addmm(self.offset, embedding, self.first, alpha=factor)
         x, size = entered[:, : self.width], (self.width,)
@@ -283,10 +279,7 @@ class FoldedMapper:
     def correction(self, embedding: Float[Tensor, "1 embed"]) -> SourceCorrection | None:
         """Return the correction for a target, from its embedding, raw or unit; None where the
         mapper has none. It equals the mapper's but for rounding.
-
-        Raises:
-            ValueError: see `__call__`.
-        """
+        ValueError: see `__call__`."""
         embedding, factor = self.checked(embedding)
         return None if self.corrections is None else self.corrections(factor * embedding)
 
@@ -296,12 +289,8 @@ def save_mapper(
 ) -> None:
     """Write a mapper as one safetensors file, whole or not at all; make its folder if missing.
 
-    Args:
-        half: round the weights, not the buffers, to half precision.
-
-    Raises:
-        ValueError: weights that are not finite (after rounding), or a record that JSON cannot
-            hold. Nothing is written.
+    With `half` the weights, not the buffers, are rounded to half precision. ValueError: weights
+    that are not finite (after rounding), or a record that JSON cannot hold; nothing is written.
     """
     path, tensors = Path(path), dict[str, Tensor]()
     buffers = dict(mapper.named_buffers())
@@ -319,18 +308,14 @@ def save_mapper(
 def load_mapper(
     path: str | Path, generator: str | None = None, embedder: str | None = None
 ) -> tuple[Mapper, MapperRecord]:
-    """Read a mapper and check that it belongs to a generator and an embedder.
-
-    Args:
-        generator, embedder: fingerprints; None: not checked.
+    """Read a mapper, and check that it belongs to the generator and the embedder with fingerprints.
 
     Returns:
         The mapper, for inference, on the processor, in float32, its parameters frozen; its record.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a mapper's file, a damaged one, or one made for another generator or
-            another embedder.
+        ValueError: not a mapper's file, a damaged one, or one of another generator or embedder.
     """
     path = Path(path)
     metadata, state = read_tensors(path, "mapper", FORMATS, TRAIN_ONE)

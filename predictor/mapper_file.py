@@ -42,10 +42,7 @@ def check_sizes(config: object, names: Sequence[str]) -> None:
 @dataclass(frozen=True, kw_only=True)
 class CorrectionConfig:
     """Sizes of the part of a mapper that reads the source.
-
-    Raises:
-        ValueError: a size that is not a whole number from 1 on, or unknown layers.
-    """
+    ValueError: a size that is not a whole number from 1 on, or unknown layers."""
 
     rank: int = 96
     """Corrections are mixtures of so many learned directions."""
@@ -63,10 +60,7 @@ class CorrectionConfig:
 @dataclass(frozen=True, kw_only=True)
 class MapperConfig:
     """Sizes of a mapper, and the two networks it belongs to.
-
-    Raises:
-        ValueError: a size that is not a whole number from 1 on, or a missing fingerprint.
-    """
+    ValueError: a size that is not a whole number from 1 on, or a missing fingerprint."""
 
     embed_dim: int
     num_ws: int
@@ -109,10 +103,7 @@ def check_made_for(
     config: MapperConfig, generator: str | None, embedder: str | None, name: str
 ) -> None:
     """Check that a mapper belongs to a generator and an embedder; a fingerprint of None fits.
-
-    Raises:
-        ValueError: it belongs to others. The message names the mapper as `name`.
-    """
+    ValueError: it belongs to others. The message names the mapper as `name`."""
     for part, fingerprint in (("generator", generator), ("embedder", embedder)):
         if fingerprint is not None and fingerprint != getattr(config, part):
             raise ValueError(
@@ -127,8 +118,7 @@ def trained_recipe(record: MapperRecord | None) -> Recipe:
 
     `train.mapper` writes it into the record. A mapper without it counts as one of `consistent`.
 
-    Raises:
-        ValueError: the record holds something else.
+    ValueError: the record holds something else.
     """
     settings = {} if record is None else record.recipe.get("recipe", {})
     try:
@@ -184,11 +174,7 @@ How it was trained, and what its expected score is worth:
 
 
 def metadata_of(config: MapperConfig, record: MapperRecord) -> dict[str, str]:
-    """Return the metadata of a mapper's file.
-
-    Raises:
-        ValueError: JSON cannot hold the record.
-    """
+    """Return the metadata of a mapper's file. ValueError: JSON cannot hold the record."""
     objects = {"config": asdict(config), "recipe": record.recipe, "calibration": record.calibration}
     try:
         settings = {key: json.dumps(value, allow_nan=False) for key, value in objects.items()}
@@ -202,10 +188,7 @@ def metadata_of(config: MapperConfig, record: MapperRecord) -> dict[str, str]:
 
 def parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[MapperConfig, MapperRecord]:
     """Return config and record from the metadata of a mapper's file.
-
-    Raises:
-        ValueError: an entry is missing or damaged.
-    """
+    ValueError: an entry is missing or damaged."""
     try:
         config, recipe, calibration = (
             json.loads(metadata[name]) for name in ("config", "recipe", "calibration")
@@ -255,11 +238,8 @@ class OnTheHub:
         token: str | bool | None = None,
     ) -> Kept:
         """Load a mapper from a folder, a file or a repository of the Hub, checked as load_mapper.
-
-        Raises:
-            FileNotFoundError: the folder has no weights, or the repository cannot be had.
-            ValueError: see load_mapper.
-        """
+        FileNotFoundError: the folder has no weights, or the repository cannot be had. ValueError:
+        see load_mapper."""
         path, name = Path(name_or_path), str(name_or_path)
         if path.is_dir():
             path = path / WEIGHTS
@@ -275,10 +255,7 @@ class OnTheHub:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write the weights' file and a card into a folder; other files in it stay.
-
-        Raises:
-            ValueError: no record is set, or see save_mapper.
-        """
+        ValueError: no record is set, or see save_mapper."""
         if self.record is None:
             raise ValueError("expected a mapper with a record, found none: set mapper.record")
         folder = Path(save_directory)
@@ -294,11 +271,8 @@ class OnTheHub:
         token: str | None = None,
     ) -> str:
         """Upload the weights' file and a card to the Hub; return the address of the commit.
-
-        Raises:
-            ValueError: no record is set, or see save_mapper.
-            OSError: the Hub cannot be reached or refuses.
-        """
+        ValueError: no record is set, or see save_mapper. OSError: the Hub cannot be reached or
+        refuses."""
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             api = HfApi(token=token)

@@ -4,7 +4,6 @@ Knows how a scene, a mapper and the optimizer work together. Every direction car
 made it. Files and printing belong to the command line.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from predictor import Mode
@@ -27,7 +26,7 @@ from predictor.direction import (
     WatchStep,
     searched_direction,
 )
-from predictor.editing import Editing
+from predictor.editing import Editing, Moves
 from predictor.inputs import Target, Text, as_recipe, as_target, check_mode
 from predictor.mapper import FoldedMapper, Mapper, Prediction, load_mapper
 from predictor.mapper_file import check_made_for, trained_recipe
@@ -50,8 +49,7 @@ class EssenceTransfer(Editing):
             inverted whole. The embedder always gets the whole picture.
         recipe: of the optimizer, where none is given.
 
-    Raises:
-        ValueError: a mapper of another generator or another embedder.
+    ValueError: a mapper of another generator or another embedder.
     """
 
     def __init__(
@@ -64,9 +62,7 @@ class EssenceTransfer(Editing):
         recipe: Recipe = RECIPES["consistent"],
     ) -> None:
         super().__init__(scene, aligner)
-        self.mapper = mapper
-        self.texts = texts
-        self.recipe = recipe
+        self.mapper, self.texts, self.recipe = mapper, texts, recipe
         self.bank_features: dict[tuple[Preprocess, bool], Tensor] = {}
         if mapper is not None:
             fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
@@ -91,36 +87,22 @@ class EssenceTransfer(Editing):
             )
         return self.mapper
 
-    def to(self, device: torch.device | str) -> "EssenceTransfer":
-        """Return a copy whose networks are on a device; this one stays where it is."""
-        scene, mapper, texts = copy.deepcopy((self.scene, self.mapper, self.texts))
-        for part in (*vars(scene).values(), mapper):
-            if isinstance(part, nn.Module):
-                part.to(device)
-        return EssenceTransfer(scene, mapper, texts=texts, aligner=self.aligner, recipe=self.recipe)
-
     # Targets
 
     def source_features(
         self, preprocess: Preprocess, identity_weight: float
     ) -> Float[Tensor, "bank features"]:
         """Return the features of the bank's sources (see `Scene.features`), computed once."""
-        key = (preprocess, bool(identity_weight))
+        key, scene = (preprocess, bool(identity_weight)), self.scene
         if key not in self.bank_features:
             with torch.no_grad():
-                self.bank_features[key] = self.scene.features(
-                    self.scene.bank(), preprocess, identity_weight
-                )
+                self.bank_features[key] = scene.features(scene.bank(), preprocess, identity_weight)
         return self.bank_features[key]
 
     def embed_target(self, target: Target, recipe: Recipe | None = None) -> Float[Tensor, " embed"]:
         """Return the embedding of a target, its picture preprocessed as the recipe wants it or, by
-        default, as the embedder's own library does.
-
-        Raises:
-            FileNotFoundError, TypeError: as `as_pictures`.
-            ValueError: as `as_target`; a text, and there are no `texts`.
-        """
+        default, as the embedder's own library does. FileNotFoundError, TypeError: as `as_pictures`.
+        ValueError: as `as_target`; a text, and there are no `texts`."""
         target = as_target(target)
         if not isinstance(target, Text):
             return self.scene.embed_targets([target], recipe or RECIPES["consistent"])[0]
@@ -130,10 +112,7 @@ class EssenceTransfer(Editing):
 
     def initial(self, target: Target, kind: Initial, seed: int) -> Float[Tensor, "num_ws w_dim"]:
         """Return where an optimization starts (release: an absolute latent, not an offset).
-
-        Raises:
-            ValueError: the inversion of a text, or as `latents_of`.
-        """
+        ValueError: the inversion of a text, or as `latents_of`."""
         if kind != "inversion":
             blank = Image.new("RGB", (1, 1))
             return self.scene.initial([blank], kind, [seed_of("initial", seed)])[0]
@@ -156,6 +135,7 @@ class EssenceTransfer(Editing):
         *,
         text: str | None = None,
         watch_probe: WatchProbe | None = None,
+        one_direction: bool = False,
     ) -> Direction:
         """Find the direction of a target: a picture, or words.
 
@@ -168,6 +148,7 @@ class EssenceTransfer(Editing):
             seed: of the optimizer's random numbers.
             text: the target in words, in the place of `target`.
             watch_probe: called in "auto" with every score on the probe sources, and the threshold.
+            one_direction: leave out the mapper's correction for each source.
 
         Raises:
             FileNotFoundError, TypeError: as `as_pictures`.
@@ -181,20 +162,20 @@ class EssenceTransfer(Editing):
         if mode == "optimize":
             return self.optimize(target, recipe, seed, watch and watch("optimizer", recipe))
         if mode == "instant":
-            return self.predict(target)
+            return self.predict(target, one_direction)
         gate = Gate.of(self.asked_mapper())
         refining = gate.refining(recipe, self.trained)
         # An identity model that is missing is an error now, not after minutes of searching.
         self.scene.feature_model(refining.identity_weight)
         if mode == "auto":
             self.scene.feature_model(recipe.identity_weight)
-        predicted = self.predict(target)
+        predicted = self.predict(target, one_direction)
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
         embedding = self.embed_target(target)
 
-        def probe(vector: Tensor) -> float:
-            score = self.probe_score(embedding, vector, gate.probes)
+        def probe(direction: Direction) -> float:
+            score = self.probe_score(embedding, direction, gate.probes)
             if watch_probe is not None:
                 watch_probe(score, gate.threshold)
             return score
@@ -208,17 +189,20 @@ class EssenceTransfer(Editing):
             probe,
         )
 
-    def predict(self, target: Target) -> Direction:
-        """Return the mapper's answer."""
+    def predict(self, target: Target, one_direction: bool = False) -> Direction:
+        """Return the mapper's answer, with its correction for each source unless that is left out
+        or the mapper has none."""
         folded = self.folded  # before anything is embedded
-        vector, expected = folded(self.embed_target(target, self.trained)[None])
-        generator = self.scene.generator.fingerprint
-        return Direction(vector=vector, method="mapper", generator=generator, expected=expected)
-
-    def correction(self, target: Target) -> SourceCorrection | None:
-        """Return what is added to the mapper's answer for each source; None where the mapper has
-        no correction."""
-        return self.folded.correction(self.embed_target(target, self.trained)[None])
+        embedding = self.embed_target(target, self.trained)[None]
+        vector, expected = folded(embedding)
+        direction = Direction(
+            vector=vector,
+            method="mapper",
+            generator=self.scene.generator.fingerprint,
+            expected=expected,
+            correction=folded.correction(embedding),
+        )
+        return direction.uncorrected() if one_direction else direction
 
     def predict_embeddings(self, embeddings: Float[Tensor, "targets embed"]) -> Prediction:
         """Return the mapper's answers to embeddings, raw or unit."""
@@ -227,12 +211,12 @@ class EssenceTransfer(Editing):
         return prediction
 
     def probe_score(
-        self, embedding: Float[Tensor, " embed"], vector: Float[Tensor, "num_ws w_dim"], probes: int
+        self, embedding: Float[Tensor, " embed"], direction: Moves, probes: int
     ) -> float:
         """Return the transfer score of a direction on the first so many probe sources."""
         ws = self.scene.latents(probe_seeds(probes))
         with torch.no_grad():
-            edited = self.scene.features(ws + vector)
+            edited = self.scene.features(ws + self.offsets(ws, direction))
         return float(F.cosine_similarity(edited, embedding[None]).mean())
 
     def refine(
@@ -243,10 +227,11 @@ class EssenceTransfer(Editing):
         seed: int = 0,
         watch: WatchSearch | None = None,
     ) -> Direction:
-        """Run the optimizer from a prediction; raises as `direction` does."""
-        on_step = watch and watch("refined", recipe)
-        direction = self.search(target, recipe, predicted.vector, "refined", seed, on_step)
-        return replace(direction, expected=predicted.expected)
+        """Run the optimizer from a prediction, whose correction is held; raises as `direction`
+        does."""
+        on_step, start = watch and watch("refined", recipe), predicted.vector
+        found = self.search(target, recipe, start, "refined", seed, on_step, predicted.correction)
+        return replace(found, expected=predicted.expected)
 
     def optimize(
         self, target: Target, recipe: Recipe, seed: int = 0, on_step: WatchStep | None = None
@@ -263,15 +248,19 @@ class EssenceTransfer(Editing):
         method: Method,
         seed: int,
         on_step: WatchStep | None,
+        correction: SourceCorrection | None = None,
     ) -> Direction:
-        """Run the optimizer from a start."""
-        features = None
+        """Run the optimizer from a start, with a correction held beside the direction."""
+        features = held = None
+        if correction is not None:
+            held = correction(self.scene.bank_of(recipe))[None]
         if recipe.fresh_sources:
             features = self.source_features(recipe.preprocess, recipe.identity_weight)
         embedding, seeds = self.embed_target(target, recipe)[None], [seed_of("target", seed)]
         search = partial(self.scene.search, embedding, recipe, start[None], seeds)
-        search = partial(search, bank_features=features)
-        return searched_direction(search, method, self.scene.generator.fingerprint, on_step)
+        search = partial(search, bank_features=features, held=held)
+        generator = self.scene.generator.fingerprint
+        return searched_direction(search, method, generator, on_step, correction)
 
     # Scores
 

@@ -20,43 +20,21 @@ if TYPE_CHECKING:
     __version__: str
 
 EXPORTS = {
-    "RECIPES": "targetclip.recipes",
-    "ClipEmbedder": "targetclip.embedder",
-    "Direction": "predictor",
-    "EssenceTransfer": "predictor",
-    "Generator": "targetclip.generators",
-    "ImageEmbedder": "targetclip.embedder",
-    "Recipe": "targetclip.recipes",
-    "Scene": "targetclip.scene",
-    "Text": "predictor",
-    "consistency_loss": "targetclip.losses",
-    "load_essence": "predictor",
-    "load_generator": "targetclip.generators",
-    "load_scene": "targetclip.world",
-    "load_world": "targetclip.world",
-    "mixed": "predictor",
-    "optimize_directions": "targetclip.optimize",
-    "transfer_loss": "targetclip.losses",
+    "predictor": ("Direction", "EssenceTransfer", "Text", "load_essence", "mixed"),
+    "targetclip.embedder": ("ClipEmbedder", "ImageEmbedder"),
+    "targetclip.generators": ("Generator", "load_generator"),
+    "targetclip.losses": ("consistency_loss", "transfer_loss"),
+    "targetclip.optimize": ("optimize_directions",),
+    "targetclip.recipes": ("RECIPES", "Recipe"),
+    "targetclip.scene": ("Scene",),
+    "targetclip.world": ("load_scene", "load_world"),
 }
+HOMES = {name: module for module, names in EXPORTS.items() for name in names}
 __all__ = [
-    "RECIPES",
-    "ClipEmbedder",
-    "Direction",
-    "EssenceTransfer",
-    "Generator",
-    "ImageEmbedder",
-    "Recipe",
-    "Scene",
-    "Text",
-    "consistency_loss",
-    "load_essence",
-    "load_generator",
-    "load_scene",
-    "load_world",
-    "mixed",
-    "optimize_directions",
-    "transfer_loss",
-]
+    "RECIPES", "ClipEmbedder", "Direction", "EssenceTransfer", "Generator", "ImageEmbedder",
+    "Recipe", "Scene", "Text", "consistency_loss", "load_essence", "load_generator", "load_scene",
+    "load_world", "mixed", "optimize_directions", "transfer_loss",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:
@@ -68,6 +46,6 @@ if not TYPE_CHECKING:  # a type checker knows the names, and that there are no o
     def __getattr__(name: str) -> Any:
         if name == "__version__":
             return import_module("importlib.metadata").version("targetclip")
-        if name not in EXPORTS:
+        if name not in HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(EXPORTS[name]), name)
+        return getattr(import_module(HOMES[name]), name)

@@ -153,10 +153,7 @@ def parse(
     kind: type[Asked] | Any, prog: str, description: str | None, args: list[str] | None = None
 ) -> Asked:
     """Return the options of a command line as an object of `kind`.
-
-    Raises:
-        SystemExit: code 0 after --help; code 2 after a usage error, which is one line.
-    """
+    SystemExit: code 0 after --help; code 2 after a usage error, which is one line."""
     import tyro
 
     box, args = StringIO(), sys.argv[1:] if args is None else args
@@ -184,13 +181,6 @@ def parse(
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether memory ran out, on the processor or on an accelerator."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-
-
-def prepare_streams() -> None:
-    """Have texts that the terminal's encoding lacks printed with escapes, not fail a command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
@@ -235,7 +225,9 @@ def say_next(out: Path, results: str, then: str, *, error: bool = False) -> None
 
 def guarded(work: Callable[[], int | None], prog: str) -> int:
     """Call `work` and return the exit code; an error that a user can mend is one line."""
-    prepare_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # escapes for what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         return work() or 0
     except (KeyboardInterrupt, Stopped):
@@ -259,17 +251,18 @@ def main(
     kind: Any,
     description: str | None,
     prog: str,
+    args: list[str] | None = None,
     *,
     exclusive: bool = False,
 ) -> NoReturn:
     """Parse the command line into `kind`, call `run` with it, and end the process.
 
     A whole number that `run` returns is the exit code. With `exclusive` a second run into the same
-    `--out` is refused.
+    `--out` is refused. Without `args` the command line is that of the process.
     """
 
     def work() -> int:
-        asked = parse(kind, prog, description)
+        asked = parse(kind, prog, description, args)
         out = asked.out if exclusive else None
         with nullcontext() if out is None else locked_folder(out):
             result = run(asked)
@@ -312,10 +305,7 @@ def check_least(config: object, **least: int) -> None:
 
 def choose_device(name: str | None = None) -> "torch.device":
     """Return the named device or, without a name, an accelerator or else the processor.
-
-    Raises:
-        ValueError: torch knows no such device, or it cannot compute.
-    """
+    ValueError: torch knows no such device, or it cannot compute."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -335,10 +325,7 @@ def choose_device(name: str | None = None) -> "torch.device":
 
 def choose_precision(asked: Precision | None = None, default: Precision = "fp32") -> Precision:
     """Return the precision that is asked for, else accelerate's variable, else the default.
-
-    Raises:
-        ValueError: the variable names a precision that is not computed here.
-    """
+    ValueError: the variable names a precision that is not computed here."""
     if asked is not None:
         return asked
     launched = os.environ.get(PRECISION_VARIABLE, "").strip().lower()
@@ -416,9 +403,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     An error inside leaves what `path` held before. The written content survives a loss of power.
 
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: the file cannot be written. A full disk is explained.
+    FileNotFoundError: the folder does not exist. OSError: the file cannot be written. A full disk
+    is explained.
     """
     temporary = temporary_beside(path)
     with full_disk_explained(path):
@@ -434,10 +420,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_file(path: Path, content: bytes | str) -> None:
     """Write a file that a reader, or a killed writer, finds old or new but never in part.
-
-    Raises:
-        FileNotFoundError, OSError: as `whole_file`.
-    """
+    FileNotFoundError, OSError: as `whole_file`."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -450,11 +433,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 @contextmanager
 def locked_folder(out: Path) -> Iterator[None]:
     """Make an output folder, and hold it for one run; the system frees it however the run ends.
-
-    Raises:
-        BlockingIOError: another run holds it.
-        OSError: it cannot be written into.
-    """
+    BlockingIOError: another run holds it. OSError: it cannot be written into."""
     make_folder(out)
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -474,10 +453,7 @@ def locked_folder(out: Path) -> Iterator[None]:
 
 def make_folder(out: Path) -> None:
     """Make an output folder and check that it can be written into, before any work.
-
-    Raises:
-        OSError: it cannot.
-    """
+    OSError: it cannot."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = temporary_beside(out / "write")

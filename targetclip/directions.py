@@ -2,7 +2,10 @@
 
 Knows containers, shapes and the checks of a reader; nothing of how directions are found.
 
-A direction file is safetensors: one direction, the fingerprint of its generator, and a record.
+A direction file is safetensors. Its tensor `direction` [num_ws, w_dim], float32, is what is added
+to the latents of any source. Its metadata hold the fingerprint of its generator and a record. There
+may be further tensors, named `correction.*`: what a mapper adds to the direction for each source
+(`predictor.correction`). Whoever reads `direction` alone has one direction for all sources.
 
 Files of the release are `.npy` and `.pt`. They carry no fingerprint: only their size says which
 generator they could be of.
@@ -19,6 +22,7 @@ generator they could be of.
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from targetclip.weights import read_tensors, tensor_bytes
 FORMAT = "targetclip-direction/1"
 MAKE = "make one with targetclip optimize"
 RELEASED_SUFFIXES = (".npy", ".pt")
+CORRECTION = "correction."  # begins the names of a correction's tensors
 
 logger = logging.getLogger(__name__)
 
@@ -45,43 +50,35 @@ class DirectionFile:
 
     direction: Float[Tensor, "num_ws w_dim"]
     record: dict[str, Any]
+    correction: dict[str, Tensor]
+    """Tensors of the correction for each source, as they are; empty where there is none."""
 
 
 def direction_bytes(
-    direction: Float[Tensor, "num_ws w_dim"], generator: Generator | str, record: dict[str, Any]
+    direction: Float[Tensor, "num_ws w_dim"],
+    generator: Generator | str,
+    record: dict[str, Any],
+    correction: Mapping[str, Tensor] | None = None,
 ) -> bytes:
     """Return the content of a direction file: float32, with `record` as JSON.
 
     Args:
         generator: itself, or its fingerprint.
+        correction: tensors of the correction for each source.
     """
+    tensors = {CORRECTION + name: tensor for name, tensor in (correction or {}).items()}
     metadata = {
         "format": FORMAT,
         "generator": generator if isinstance(generator, str) else generator.fingerprint,
         "record": json.dumps(record, sort_keys=True),
     }
-    return tensor_bytes({"direction": direction.detach().float()}, metadata)
-
-
-def parse_record(text: str, path: Path) -> dict[str, Any]:
-    """Return the record of a direction file; ValueError for any other text."""
-    try:
-        record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        record = None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: the record is damaged; find the direction again")
-    return record
+    return tensor_bytes({"direction": direction.detach().float(), **tensors}, metadata)
 
 
 def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
     """Read a direction file and check that it belongs to `generator`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a direction file, a damaged one, one of another generator, or values that
-            are not finite.
-    """
+    FileNotFoundError: no such file. ValueError: not a direction file, a damaged one, one of another
+    generator, or values that are not finite."""
     path = Path(path)
     metadata, tensors = read_tensors(path, "direction", [FORMAT], MAKE)
     if "direction" not in tensors:
@@ -100,28 +97,23 @@ def load_direction(path: str | Path, generator: Generator) -> DirectionFile:
             f"{path}: expected finite float32 values, found {direction.dtype} or NaN or infinity; "
             "find the direction again"
         )
-    return DirectionFile(direction, parse_record(metadata.get("record", "{}"), path))
+    try:
+        record = json.loads(metadata.get("record", "{}"))
+    except (json.JSONDecodeError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: the record is damaged; find the direction again")
+    names = [name for name in tensors if name.startswith(CORRECTION)]
+    correction = {name.removeprefix(CORRECTION): tensors[name] for name in names}
+    return DirectionFile(direction, record, correction)
 
 
 # Files of the release
 
 
-def load_content(path: Path) -> Any:
-    """Load the content of a file without running code from it; a damaged file raises anything."""
-    # Both libraries warn of oddities in files; the array is either read or refused.
-    with path.open("rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if path.suffix == ".npy":
-            return np.load(file, allow_pickle=False)
-        return torch.load(file, map_location="cpu", weights_only=True)
-
-
 def arrays_in(content: Any) -> list[Any]:
     """Return the arrays of a file: its only one, those of a list, or the only tensor of a dict.
-
-    Raises:
-        ValueError: a dict with no tensor or several, an empty list.
-    """
+    ValueError: a dict with no tensor or several, an empty list."""
     if isinstance(content, dict):
         tensors = [value for value in content.values() if isinstance(value, Tensor)]
         if len(tensors) != 1:
@@ -138,11 +130,8 @@ def arrays_in(content: Any) -> list[Any]:
 
 def as_items(array: Any) -> Float[Tensor, "items num_ws w_dim"]:
     """Return an array [num_ws, w_dim], or one with axes before these, as float32.
-
-    Raises:
-        ValueError: no floating-point numbers; more than one axis before the last two that is longer
-            than 1.
-    """
+    ValueError: no floating-point numbers; more than one axis before the last two that is longer
+    than 1."""
     if isinstance(array, np.ndarray) and array.dtype.kind == "f":
         with np.errstate(over="ignore"):  # a number too large becomes infinity, which is refused
             tensor = torch.from_numpy(array.astype(np.float32))
@@ -171,10 +160,8 @@ def read_released(path: str | Path) -> Float[Tensor, "items num_ws w_dim"]:
     A `.pt` may hold a tensor, a list or tuple of them, or a dict with one. Arrays are [num_ws,
     w_dim] or [items, num_ws, w_dim], with any further axes of length 1.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another suffix, a damaged file, one that asks to run code, other shapes, numbers
-            that are not floating-point or not finite.
+    FileNotFoundError: no such file. ValueError: another suffix, a damaged file, one that asks to
+    run code, other shapes, numbers that are not floating-point or not finite.
     """
     path = Path(path)
     refuse_picture(path, "an array")
@@ -186,7 +173,14 @@ def read_released(path: str | Path) -> Float[Tensor, "items num_ws w_dim"]:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {str(path)!r}; check the path")
     try:
-        content = load_content(path)
+        # Neither library runs code from the file. Both warn of oddities; the array is either read
+        # or refused.
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if path.suffix == ".npy":
+                content = np.load(file, allow_pickle=False)
+            else:
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
     except Exception as error:  # damaged bytes raise nearly anything
@@ -210,10 +204,7 @@ def released_latents(
     path: str | Path, num_ws: int, w_dim: int
 ) -> Float[Tensor, "items num_ws w_dim"]:
     """Read the latents of a released file: absolute in W+, as a generator takes them.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_released`; another size than the generator's.
-    """
+    FileNotFoundError, ValueError: as `read_released`; another size than the generator's."""
     items = read_released(path)
     if tuple(items.shape[1:]) != (num_ws, w_dim):
         raise ValueError(
@@ -225,11 +216,8 @@ def released_latents(
 
 def released_direction(path: str | Path, num_ws: int, w_dim: int) -> Float[Tensor, "num_ws w_dim"]:
     """Read the direction of a released file, of strength 1: no coefficient is in it.
-
-    Raises:
-        FileNotFoundError, ValueError: as `released_latents`; several items, which are latents or
-            the starts of several searches.
-    """
+    FileNotFoundError, ValueError: as `released_latents`; several items, which are latents or the
+    starts of several searches."""
     items = released_latents(path, num_ws, w_dim)
     if len(items) != 1:
         raise ValueError(

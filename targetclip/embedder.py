@@ -121,6 +121,15 @@ def resize_matrix(
         return matrix.to(device=device, dtype=dtype)
 
 
+@lru_cache(maxsize=64)
+def colour(
+    values: tuple[float, ...], device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "3 1 1"]:
+    """Return a number for each colour. Cached, for an accelerator waits for every such copy."""
+    with torch.inference_mode(False):  # as in `resize_matrix`
+        return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
+
+
 def preprocess_images(
     images: Float[Tensor, "batch 3 height width"],
     preprocess: Preprocess,
@@ -130,8 +139,7 @@ def preprocess_images(
 
     Values are neither clamped nor rounded to 8 bits, so that every pixel has a gradient.
 
-    Raises:
-        ValueError: the images are not square, or `preprocess` is unknown.
+    ValueError: the images are not square, or `preprocess` is unknown.
     """
     height, width = images.shape[-2:]
     if height != width:
@@ -146,8 +154,10 @@ def preprocess_images(
     resized = matrix @ images @ matrix.T
     if preprocess == "release":
         return resized
-    mean = images.new_tensor(encoder_input.mean).view(3, 1, 1)
-    std = images.new_tensor(encoder_input.std).view(3, 1, 1)
+    mean, std = (
+        colour(values, images.device, images.dtype)
+        for values in (encoder_input.mean, encoder_input.std)
+    )
     return (resized * 0.5 + 0.5 - mean) / std
 
 
@@ -415,10 +425,7 @@ class ClipEmbedder(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
     ) -> Float[Tensor, "batch embed"]:
         """Embed square images in [-1, 1] of any size, differentiably.
-
-        Raises:
-            ValueError: the images are not square, or `preprocess` is unknown.
-        """
+        ValueError: the images are not square, or `preprocess` is unknown."""
         inputs = preprocess_images(images.float(), preprocess, self.input)
         embeddings: Tensor = self.clip.encode_image(inputs, normalize=False)
         return embeddings
@@ -426,10 +433,7 @@ class ClipEmbedder(nn.Module):
     @torch.no_grad()
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "batch embed"]:
         """Embed RGB pictures, preprocessed by open_clip.
-
-        Raises:
-            ValueError: no picture, or one that is not RGB.
-        """
+        ValueError: no picture, or one that is not RGB."""
         modes = {picture.mode for picture in pictures}
         if modes != {"RGB"}:
             raise ValueError(
@@ -447,8 +451,7 @@ class ClipEmbedder(nn.Module):
         The log names the words that are left out, and those in a script that the tokenizer hardly
         knows.
 
-        Raises:
-            ValueError: no text.
+        ValueError: no text.
         """
         if not texts:
             raise ValueError("expected one or more texts, found none")

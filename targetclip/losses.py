@@ -32,10 +32,10 @@ def unit_cosines(
 
 
 def unit_differences(
-    source: Float[Tensor, "batch sources embed"],
-    edited: Float[Tensor, "batch sources embed"],
+    source: Float[Tensor, "*batch sources embed"],
+    edited: Float[Tensor, "*batch sources embed"],
     differences: Differences,
-) -> Float[Tensor, "batch sources embed"]:
+) -> Float[Tensor, "*batch sources embed"]:
     """Return d_i, the direction in which each edit moved in embedding space, as unit vectors.
 
     An edit shorter than `SHORTEST_DIFFERENCE` of the source's length has d_i = 0 and no gradient.
@@ -65,10 +65,10 @@ def transfer_loss(
 
 
 def consistency_loss(
-    source: Float[Tensor, "batch sources embed"],
-    edited: Float[Tensor, "batch sources embed"],
+    source: Float[Tensor, "*batch sources embed"],
+    edited: Float[Tensor, "*batch sources embed"],
     differences: Differences,
-) -> Float[Tensor, " batch"]:
+) -> Float[Tensor, "*batch"]:
     """Return the paper's consistency loss, in [0, 2]: 0 where every source moves the same way.
 
         L_consistency = 1/(N^2 - N) sum_{i != j} (1 - cos(d_i, d_j))
@@ -80,10 +80,9 @@ def consistency_loss(
     no gradient. The loss of a single source, which has no pairs, is 0.
     """
     d = unit_differences(at_least_float32(source), at_least_float32(edited), differences)
-    count = d.shape[1]
-    pairs = count * (count - 1)
+    pairs = d.shape[-2] * (d.shape[-2] - 1)
     # sum_{i != j} d_i . d_j without the matrix of products, which autocast would round to half
-    agreement = d.sum(dim=1).square().sum(dim=-1) - d.square().sum(dim=(1, 2))
+    agreement = d.sum(dim=-2).square().sum(dim=-1) - d.square().sum(dim=(-2, -1))
     return (pairs - agreement) / max(pairs, 1)
 
 

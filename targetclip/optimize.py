@@ -37,10 +37,8 @@ class Progress:
     consistency: Float[Tensor, " batch"]
     directions: Float[Tensor, "batch num_ws w_dim"]
     coefficients: Float[Tensor, "batch sources"]
-    kept_directions: Float[Tensor, "batch num_ws w_dim"]
-    """The directions that would be returned if the search ended now, and their losses:"""
-    kept_transfer: Float[Tensor, " batch"]
-    kept_consistency: Float[Tensor, " batch"]
+    kept: "Optimized"
+    """What would be returned if the search ended now."""
     snapshot: Callable[[], dict[str, Any]]
     """Return a copy of the whole state, for `resume`."""
 
@@ -76,14 +74,9 @@ def losses_of(
     after: Float[Tensor, "batch sources _"],
     targets: Float[Tensor, "batch embed"],
 ) -> Losses:
-    """Return a recipe's losses from the features of sources before and after their edits.
-
-    Args:
-        before, after: embeddings, followed by identity features where the recipe weighs identity.
-
-    Raises:
-        ValueError: `before` and `after` differ in size.
-    """
+    """Return a recipe's losses from the features of sources before and after their edits:
+    embeddings, followed by identity features where the recipe weighs identity.
+    ValueError: `before` and `after` differ in size."""
     embed = targets.shape[1]
     if before.shape != after.shape:
         raise ValueError(
@@ -148,15 +141,6 @@ def step_coefficients(
     return coefficients - COEFFICIENT_RATE * gradient / (gradient.abs() + 1e-8)
 
 
-def scatter_rows(
-    values: Float[Tensor, "kinds active"], rows: Int[Tensor, " active"], batch: int
-) -> Float[Tensor, "kinds batch"]:
-    """Return values of the active targets at their places in the batch; NaN for all others."""
-    scattered = values.new_full((len(values), batch), math.nan)
-    scattered[:, rows] = values.detach()
-    return scattered
-
-
 @dataclass
 class Patience:
     """Number of steps in which each target's smoothed loss has not improved."""
@@ -164,14 +148,6 @@ class Patience:
     smooth: Float[Tensor, " batch"]
     lowest: Float[Tensor, " batch"]
     waited: Int[Tensor, " batch"]
-
-    @staticmethod
-    def new(batch: int, device: torch.device) -> "Patience":
-        return Patience(
-            torch.full((batch,), math.nan, device=device),
-            torch.full((batch,), math.inf, device=device),
-            torch.zeros(batch, dtype=torch.int64, device=device),
-        )
 
     def exhausted(self, loss: Float[Tensor, " batch"], patience: int) -> Bool[Tensor, " batch"]:
         """Add a step's losses; return true where nothing improved for `patience` steps."""
@@ -211,6 +187,8 @@ class Search:
         start = initial.mean(dim=1, keepdim=True) if recipe.tied_layers else initial
         vectors = start.detach().clone().requires_grad_(True)
         coefficients = initial.new_ones(batch, recipe.sources)
+        none = torch.zeros(batch, dtype=torch.int64, device=initial.device)
+        smooth, lowest = (torch.full((batch,), x).to(none.device) for x in (math.nan, math.inf))
         return Search(
             step=0,
             vectors=vectors,
@@ -219,11 +197,23 @@ class Search:
             draws=[torch.Generator().manual_seed(seed) for seed in seeds],
             active=torch.ones(batch, dtype=torch.bool, device=initial.device),
             failures=[None] * batch,
-            steps_taken=torch.zeros(batch, dtype=torch.int64, device=initial.device),
+            steps_taken=none,
             kept_vectors=vectors.detach().clone(),
             kept_coefficients=coefficients.detach().clone(),
             kept_losses=initial.new_full((3, batch), math.inf),
-            patience=Patience.new(batch, initial.device),
+            patience=Patience(smooth, lowest, none.clone()),
+        )
+
+    def kept(self, num_ws: int) -> Optimized:
+        """Return a copy of the kept directions, of so many layers."""
+        return Optimized(
+            directions=self.kept_vectors.expand(-1, num_ws, -1).clone(),
+            coefficients=self.kept_coefficients.clone(),
+            loss=self.kept_losses[0].clone(),
+            transfer=self.kept_losses[1].clone(),
+            consistency=self.kept_losses[2].clone(),
+            steps=self.steps_taken.clone(),
+            failures=tuple(self.failures),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -243,10 +233,7 @@ class Search:
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Continue from a snapshot of the same recipe and targets, to the same bits.
-
-        Raises:
-            ValueError: the snapshot has other shapes.
-        """
+        ValueError: the snapshot has other shapes."""
         saved, tensors = snapshot["tensors"], self.tensors()
         shapes = {name: list(value.shape) for name, value in saved.items()}
         expected = {name: list(value.shape) for name, value in tensors.items()}
@@ -311,6 +298,7 @@ def optimize_directions(
     resume: Mapping[str, Any] | None = None,
     bank_features: Float[Tensor, "_ features"] | None = None,
     identity: IdentityModel | None = None,
+    held: Float[Tensor, "_ _ num_ws w_dim"] | None = None,
 ) -> Optimized:
     """Find the direction that gives any source each target's essence (paper, section 3).
 
@@ -335,6 +323,8 @@ def optimize_directions(
         bank_features: features of the unedited bank, by the recipe's `feature_model` and
             preprocessing, to share between searches. None: computed here.
         identity: the model of the identity loss.
+        held: [batch, bank, num_ws, w_dim]: what is added to each source beside the direction, and
+            is not searched for: the images are then G(w_i) and G(w_i + h_i + a_i b).
 
     Raises:
         ValueError: shapes disagree, the bank is smaller than `recipe.sources`, or the recipe has an
@@ -350,6 +340,11 @@ def optimize_directions(
             f"expected {batch} seeds and initial directions [{batch}, {generator.num_ws}, "
             f"{generator.w_dim}], found {len(seeds)} and {list(initial.shape)}"
         )
+    if held is not None and held.shape != (batch, *source_ws.shape):
+        raise ValueError(
+            f"expected held offsets {[batch, *source_ws.shape]}, one for each target and source, "
+            f"found {list(held.shape)}"
+        )
     bank = source_ws if recipe.fresh_sources else source_ws[:count]
     model = feature_model(embedder, identity, recipe.identity_weight)
     if bank_features is None:
@@ -364,7 +359,6 @@ def optimize_directions(
     search = Search.new(recipe, initial, seeds)
     if resume is not None:
         search.restore(resume)
-    shape = initial.shape  # of directions, whose vectors may have a single layer
 
     while search.step < recipe.steps and search.active.any():
         # Losses of the active targets
@@ -372,7 +366,8 @@ def optimize_directions(
         chosen = draw_sources(len(bank), count, recipe.fresh_sources, search.draws)
         chosen = chosen.to(initial.device)[rows]
         edits = search.coefficients[rows, :, None, None] * search.vectors[rows, None]
-        ws = (bank[chosen] + edits).flatten(0, 1)
+        unsearched = bank[chosen] if held is None else bank[chosen] + held[rows[:, None], chosen]
+        ws = (unsearched + edits).flatten(0, 1)
         after = embed_latents(generator, model, ws, recipe.preprocess, max_images)
         after = after.unflatten(0, (len(rows), count))
         parts = losses_of(recipe, before[chosen], after, target_embeddings[rows])
@@ -382,7 +377,8 @@ def optimize_directions(
         leaves = [search.vectors, search.coefficients][: 1 + recipe.coefficients]
         gradients = torch.autograd.grad(parts.loss.sum(), leaves)
         measured = torch.stack([parts.loss, parts.transfer, parts.consistency])
-        losses = scatter_rows(measured.to(initial.dtype), rows, batch)
+        losses = initial.new_full((3, batch), math.nan)  # NaN where a target has ended
+        losses[:, rows] = measured.detach().to(initial.dtype)
         rate = learning_rate(search.step, recipe.steps, recipe.learning_rate)
         search.update(recipe, rate, rows, gradients, losses)
 
@@ -395,21 +391,11 @@ def optimize_directions(
                     loss=losses[0],
                     transfer=losses[1],
                     consistency=losses[2],
-                    directions=search.vectors.detach().expand(shape).clone(),
+                    directions=search.vectors.detach().expand(initial.shape).clone(),
                     coefficients=search.coefficients.detach().clone(),
-                    kept_directions=search.kept_vectors.expand(shape).clone(),
-                    kept_transfer=search.kept_losses[1].clone(),
-                    kept_consistency=search.kept_losses[2].clone(),
+                    kept=search.kept(generator.num_ws),
                     snapshot=search.snapshot,
                 )
             )
 
-    return Optimized(
-        directions=search.kept_vectors.expand(shape).clone(),
-        coefficients=search.kept_coefficients,
-        loss=search.kept_losses[0],
-        transfer=search.kept_losses[1],
-        consistency=search.kept_losses[2],
-        steps=search.steps_taken,
-        failures=tuple(search.failures),
-    )
+    return search.kept(generator.num_ws)

@@ -5,8 +5,10 @@ Knows settings only, and imports no torch.
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from targetclip.command import did_you_mean
 
 Preprocess = Literal["release", "consistent"]
 """How images are resized and normalised for the encoder; see `targetclip.embedder`."""
@@ -59,18 +61,9 @@ class Recipe:
             raise ValueError(f"expected an identity weight from 0 on, found {self.identity_weight}")
 
 
-def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file, with defaults for settings that are newer than the file."""
-    defaults = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
-    return {**settings, **{k: v for k, v in defaults.items() if k not in settings}}
-
-
 def stored_recipe(settings: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a file's settings, with defaults for settings it does not have.
-
-    Raises:
-        ValueError: a setting is unknown or has an impossible value.
-    """
+    ValueError: a setting is unknown or has an impossible value."""
     try:
         return Recipe(**settings)
     except TypeError as error:
@@ -131,3 +124,11 @@ RECIPES: dict[str, Recipe] = {
 # essence. A smaller decay raises the transfer score, hardly the essence, and loses identity (on
 # the 64 px world of drawn faces that was bundled before).
 RECIPES["identity"] = replace(RECIPES["consistent"], identity_weight=0.15)
+
+
+def recipe_named(name: str, where: str = "--recipe") -> Recipe:
+    """Return a recipe. ValueError: no such name; the message begins with `where`."""
+    if name not in RECIPES:
+        hint = did_you_mean(name, RECIPES)
+        raise ValueError(f"{where}: expected one of {', '.join(RECIPES)}, found {name!r}{hint}")
+    return RECIPES[name]

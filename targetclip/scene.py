@@ -52,23 +52,19 @@ class Scores:
 
 
 def score_features(
-    targets: Float[Tensor, "targets embed"],
-    before: Float[Tensor, "targets sources features"],
-    after: Float[Tensor, "targets sources features"],
+    targets: Float[Tensor, "*targets embed"],
+    before: Float[Tensor, "*targets sources features"],
+    after: Float[Tensor, "*targets sources features"],
     differences: Differences = "unit",
 ) -> Scores:
-    """Score edits by the features of images: an embedding, then identity features if there are any.
-
-    Args:
-        targets: embeddings of the targets, raw or unit.
-        before, after: features of the unedited and of the edited images.
-    """
-    embed = targets.shape[-1]
+    """Score edits by the features of unedited and of edited images: an embedding, then identity
+    features if there are any. Embeddings of targets may be raw or unit."""
+    embed, wanted = targets.shape[-1], targets[..., None, :]
     old, new = before[..., :embed], after[..., :embed]
     people = before[..., embed:], after[..., embed:]
     return Scores(
-        target_before=unit_cosines(old, targets[:, None]),
-        target_after=unit_cosines(new, targets[:, None]),
+        target_before=unit_cosines(old, wanted),
+        target_after=unit_cosines(new, wanted),
         source_after=unit_cosines(old, new),
         consistency=1 - consistency_loss(old, new, differences),
         identity=unit_cosines(*people) if people[0].shape[-1] else None,
@@ -138,11 +134,7 @@ class Scene:
 
     @torch.no_grad()
     def invert(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "pictures num_ws w_dim"]:
-        """Return the latents of RGB pictures.
-
-        Raises:
-            ValueError: there is no inverter.
-        """
+        """Return the latents of RGB pictures. ValueError: there is no inverter."""
         if self.inverter is None:
             raise ValueError(
                 "this world has no inverter, so pictures have no latents: "
@@ -165,10 +157,7 @@ class Scene:
         self, pictures: Sequence[Image.Image], kind: Initial, seeds: Sequence[int]
     ) -> Float[Tensor, "targets num_ws w_dim"]:
         """Return where searches start, one seed a target (release: absolute latents, not offsets).
-
-        Raises:
-            ValueError: the inversion is wanted and there is no inverter.
-        """
+        ValueError: the inversion is wanted and there is no inverter."""
         if kind == "inversion":
             return self.invert(pictures)
         if kind == "random":
@@ -180,10 +169,7 @@ class Scene:
 
     def feature_model(self, identity_weight: float) -> EmbedsImages:
         """Return the embedder, joined with the identity model where that has a weight.
-
-        Raises:
-            ValueError: it has a weight, and there is no identity model.
-        """
+        ValueError: it has a weight, and there is no identity model."""
         return feature_model(self.embedder, self.identity, identity_weight)
 
     def features(
@@ -193,10 +179,7 @@ class Scene:
         identity_weight: float = 0.0,
     ) -> Float[Tensor, "images features"]:
         """Return what `feature_model` makes of renderings; differentiable.
-
-        Raises:
-            ValueError: as `feature_model`.
-        """
+        ValueError: as `feature_model`."""
         at_once = self.max_images or (len(ws) if ws.requires_grad else MAX_IMAGES)
         model = self.feature_model(identity_weight)
         return embed_latents(self.generator, model, ws, preprocess, at_once)
@@ -212,14 +195,12 @@ class Scene:
         *,
         bank: Float[Tensor, "bank num_ws w_dim"] | None = None,
         bank_features: Float[Tensor, "bank features"] | None = None,
+        held: Float[Tensor, "targets bank num_ws w_dim"] | None = None,
         on_step: Callable[[Progress], None] | None = None,
         resume: Mapping[str, Any] | None = None,
     ) -> Optimized:
-        """Find the directions of targets by the optimizer; see `optimize_directions`.
-
-        Args:
-            bank: sources to edit. None: those of `bank_of`.
-        """
+        """Find the directions of targets by the optimizer; see `optimize_directions`. Sources to
+        edit are by default those of `bank_of`."""
         return optimize_directions(
             self.generator,
             self.embedder,
@@ -233,6 +214,7 @@ class Scene:
             resume=resume,
             bank_features=bank_features,
             identity=self.identity,
+            held=held,
         )
 
     # Editing and scoring
@@ -251,14 +233,8 @@ class Scene:
         direction: Float[Tensor, "*sources num_ws w_dim"],
         strength: float = 1.0,
     ) -> Float[Tensor, "sources 3 height width"]:
-        """Return images in [-1, 1] of sources moved along a direction: w + strength b.
-
-        Args:
-            direction: one for all sources, or an offset for each.
-
-        Raises:
-            ValueError: the direction is not of this generator's W+.
-        """
+        """Return images in [-1, 1] of sources moved along a direction, one for all or an offset for
+        each: w + strength b. ValueError: the direction is not of this generator's W+."""
         if direction.shape[-2:] != sources.shape[1:]:
             raise ValueError(
                 f"expected a direction of shape {list(sources.shape[1:])}, found "
@@ -297,25 +273,19 @@ class Scene:
         return score_features(targets, look(sources).expand_as(after), after, differences)
 
     @torch.no_grad()
+    def image_features(
+        self, images: Float[Tensor, "images 3 height width"]
+    ) -> Float[Tensor, "images features"]:
+        """Return embeddings of images, then identity features if there is an identity model."""
+        model = self.feature_model(float(self.identity is not None))
+        parts = images.split(self.max_images or MAX_IMAGES)
+        return torch.cat([model.embed_images(part, "consistent") for part in parts])
+
     def score_images(
         self,
         target: Float[Tensor, " embed"],
         before: Float[Tensor, "sources 3 height width"],
         after: Float[Tensor, "sources 3 height width"],
     ) -> Scores:
-        """Score edited against unedited images of one target, by the identity model too if there
-        is one."""
-        model = self.feature_model(float(self.identity is not None))
-
-        def look(images: Tensor) -> Tensor:
-            parts = images.split(self.max_images or MAX_IMAGES)
-            return torch.cat([model.embed_images(part, "consistent") for part in parts])[None]
-
-        scores = score_features(target[None], look(before), look(after))
-        return Scores(
-            target_before=scores.target_before[0],
-            target_after=scores.target_after[0],
-            source_after=scores.source_after[0],
-            consistency=scores.consistency[0],
-            identity=None if scores.identity is None else scores.identity[0],
-        )
+        """Score edited against unedited images of one target, by `image_features`."""
+        return score_features(target, self.image_features(before), self.image_features(after))

@@ -44,10 +44,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all.
-
-    Raises:
-        FileNotFoundError, OSError: it cannot be written.
-    """
+    FileNotFoundError, OSError: it cannot be written."""
     write_file(path, tensor_bytes(tensors, metadata))
 
 
@@ -90,10 +87,7 @@ def read_tensors(
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Put every weight of a file into a module, as float32.
-
-    Raises:
-        ValueError: other names or shapes, values that are no floats or not finite.
-    """
+    ValueError: other names or shapes, values that are no floats or not finite."""
     floats = {name: t.to(torch.float32, copy=True) for name, t in state.items()}
     try:
         if any(tensor.dtype not in (torch.float32, torch.float16) for tensor in state.values()):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from targetclip.command import did_you_mean
-from targetclip.recipes import RECIPES
+from targetclip.recipes import recipe_named
 from targetclip.world_files import (
     HUB,
     LOCAL_DIR,
@@ -30,6 +30,7 @@ from targetclip.world_files import (
 if TYPE_CHECKING:
     import torch
 
+    from targetclip.embedder import ClipEmbedder
     from targetclip.encoders.identity import IdentityModel
     from targetclip.encoders.inverter import LatentInverter
     from targetclip.generators import Generator
@@ -96,11 +97,8 @@ def world_names() -> list[str]:
 
 def load_world(name: str) -> World:
     """Read a world: the name of a bundled one, or the path of a TOML file.
-
-    Raises:
-        FileNotFoundError: no such world; the message lists the bundled ones.
-        ValueError: the file is not a world file.
-    """
+    FileNotFoundError: no such world; the message lists the bundled ones. ValueError: the file is
+    not a world file."""
     path, names = without_tilde(name), world_names()
     if path.suffix != ".toml":
         path = BUNDLED / name / "world.toml"
@@ -139,10 +137,7 @@ def check_values(content: Mapping[str, Any]) -> None:
     if not isinstance(neutral, list) or not all(isinstance(text, str) for text in neutral):
         raise ValueError(f"neutral must be a list of texts, found {neutral!r}")
     recipe = content.get("recipe", RECIPE)
-    if recipe not in RECIPES:
-        hint = did_you_mean(str(recipe), RECIPES)
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, found {recipe!r}{hint}")
-    if RECIPES[recipe].identity_weight and "identity" not in content:
+    if recipe_named(recipe, "recipe").identity_weight and "identity" not in content:
         raise ValueError(
             f"recipe {recipe!r} has an identity loss: name an identity model, or another recipe"
         )
@@ -264,6 +259,23 @@ def load_any_identity(path: Path, device: "torch.device") -> "IdentityModel":
     )
 
 
+def load_encoders(
+    world: World, device: "torch.device"
+) -> "tuple[ClipEmbedder, IdentityModel | None]":
+    """Load the networks of a world that judge pictures: its embedder and its identity model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_scene`.
+    """
+    from targetclip.embedder import ClipEmbedder
+
+    identity = None
+    if world.identity is not None:
+        require(next(file for file in world.files if file.role == "identity"), world.argument)
+        identity = load_any_identity(world.identity, device)
+    return ClipEmbedder.load(world.embedder, world.pretrained).to(device), identity
+
+
 def load_scene(
     world: World,
     device: "torch.device | None" = None,
@@ -284,7 +296,6 @@ def load_scene(
     """
     import torch
 
-    from targetclip.embedder import ClipEmbedder
     from targetclip.generators import load_generator
     from targetclip.scene import Scene
 
@@ -295,14 +306,13 @@ def load_scene(
     device = device or torch.get_default_device()
     generator = load_generator(world.generator).to(device)
     generator.checkpoint_layers = checkpoint_layers
-    inverter = identity = None
+    inverter = None
     if world.inverter is not None:
         inverter = load_any_inverter(world.inverter, generator, device)
-    if world.identity is not None:
-        identity = load_any_identity(world.identity, device)
+    embedder, identity = load_encoders(world, device)
     return Scene(
         generator=generator,
-        embedder=ClipEmbedder.load(world.embedder, world.pretrained).to(device),
+        embedder=embedder,
         inverter=inverter,
         identity=identity,
         truncation=world.truncation,

@@ -58,11 +58,7 @@ class WorldFile:
 
 
 def without_tilde(path: str) -> Path:
-    """Return a path whose ~ is replaced by the home folder.
-
-    Raises:
-        ValueError: there is no home folder.
-    """
+    """Return a path whose ~ is replaced by the home folder. ValueError: there is no home folder."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -74,10 +70,7 @@ def without_tilde(path: str) -> Path:
 
 def home() -> Path:
     """Return the folder of files that do not ship: TARGETCLIP_HOME, or ~/.cache/targetclip.
-
-    Raises:
-        ValueError: there is neither TARGETCLIP_HOME nor a home folder.
-    """
+    ValueError: there is neither TARGETCLIP_HOME nor a home folder."""
     return without_tilde(os.environ.get("TARGETCLIP_HOME") or "~/.cache/targetclip")
 
 
@@ -206,11 +199,8 @@ def downloaded(file: WorldFile, repository: str, name: str, folder: Path | None)
 
 def fetch(file: WorldFile) -> None:
     """Download a missing file from the hub: whole and as its facts say, or not at all.
-
-    Raises:
-        ValueError: the facts name no copy on the hub, or the copy differs from them.
-        OSError: it could not be downloaded or written. The next call continues the download.
-    """
+    ValueError: the facts name no copy on the hub, or the copy differs from them. OSError: it could
+    not be downloaded or written. The next call continues the download."""
     copy, unfinished = on_hub(file.facts), None
     if copy is None:
         raise ValueError(f"{place_of(file)}: the world file names no copy on the hub")

@@ -2,17 +2,23 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import mkdtemp
 
 # One thread, here and in subprocesses, set before torch looks: tiny tensors gain nothing from more,
 # and several threads beside another job wait for each other at every operation.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Nor is the network asked, or a cache of the user's read; `no_cache_stays` removes the tests' own.
+os.environ["HF_HOME"] = mkdtemp()
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 
 from predictor.mapper import Mapper, save_mapper
-from predictor.mapper_file import MapperConfig, MapperRecord
+from predictor.mapper_file import CorrectionConfig, MapperConfig, MapperRecord
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators.rosinality import save_safetensors
@@ -24,6 +30,12 @@ TINY_CLIP = {
     "vision_cfg": {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_stays() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["HF_HOME"])
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +107,9 @@ def who_world(tiny_world: Path) -> Path:
     return world
 
 
-@pytest.fixture(scope="session")
-def tiny_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibrated mapper's file for the tiny world, of random weights: far from any target."""
-    scene = load_scene(load_world(str(tiny_world)))
+def write_mapper(path: Path, world: Path, correction: CorrectionConfig | None = None) -> Path:
+    """Write a calibrated mapper for a world, of random weights."""
+    scene = load_scene(load_world(str(world)))
     config = MapperConfig(
         embed_dim=32,
         num_ws=scene.generator.num_ws,
@@ -107,6 +118,7 @@ def tiny_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         embedder=scene.embedder.fingerprint,
         width=16,
         depth=1,
+        correction=correction,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -122,6 +134,18 @@ def tiny_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         trained_on="nothing",
         version="0.1.0",
     )
-    path = tmp_path_factory.mktemp("tiny_mapper") / "mapper.safetensors"
     save_mapper(mapper, path, record)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated mapper's file for the tiny world, of random weights: far from any target."""
+    return write_mapper(tmp_path_factory.mktemp("mapper") / "mapper.safetensors", tiny_world)
+
+
+@pytest.fixture(scope="session")
+def reading_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with a correction that differs from source to source."""
+    path = tmp_path_factory.mktemp("reading") / "mapper.safetensors"
+    return write_mapper(path, tiny_world, CorrectionConfig(rank=5, width=32))

@@ -38,7 +38,6 @@ from targetclip.command import (
     Stop,
     choose_device,
     choose_precision,
-    did_you_mean,
     in_precision,
     make_folder,
     say,
@@ -47,7 +46,7 @@ from targetclip.command import (
 from targetclip.encoders.inverter import Inverter, load_inverter, save_inverter
 from targetclip.media.images import center_square
 from targetclip.optimize import draw_sources, losses_of
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.recipes import RECIPES, Recipe, recipe_named
 from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
 from targetclip.weights import digest_of_weights
@@ -102,9 +101,8 @@ class Config:
 def check_config(config: Config) -> None:
     """Raise a ValueError for a flag that cannot be."""
     command.check_least(config, steps=1, batch_size=1, max_images=1, evaluate_every=1)
-    if config.recipe is not None and config.recipe not in RECIPES:
-        hint = did_you_mean(config.recipe, RECIPES)
-        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {config.recipe!r}{hint}")
+    if config.recipe is not None:
+        recipe_named(config.recipe)
     if config.targets == ():
         raise ValueError("--targets: expected some such as avataaars:6000@17, found none")
     if not 0 < config.learning_rate < 1:
@@ -127,10 +125,7 @@ def targets_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def make_parts(config: Config) -> tuple[Scene, Recipe, Inverter]:
     """Return the frozen networks, the recipe, and the encoder as it starts.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_scene` and `load_inverter`; no inverter is given.
-    """
+    FileNotFoundError, ValueError: see `load_scene` and `load_inverter`; no inverter is given."""
     world = load_world(config.world)
     recipe = RECIPES[config.recipe or world.recipe]
     scene = load_scene(
@@ -171,9 +166,8 @@ def target_pictures(
 
     Only targets of the train split are in it, by their ids, and none of `left_out`.
 
-    Raises:
-        ValueError, FileNotFoundError, OSError: specs that cannot be, or without any good picture;
-            a damaged file.
+    ValueError, FileNotFoundError, OSError: specs that cannot be, or without any good picture; a
+    damaged file.
     """
     size = scene.generator.resolution
     sets = [open_targets(spec, scene.generator, scene.truncation) for spec in specs]

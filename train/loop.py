@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from data.plan import changed_settings
 from targetclip.command import (
     Stop,
     Stopped,
@@ -29,7 +30,6 @@ from targetclip.command import (
     whole_file,
     write_file,
 )
-from targetclip.recipes import with_defaults
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -115,34 +115,11 @@ def trim_log(path: Path, step: int) -> None:
     write_file(path, "".join(kept))
 
 
-def check_settings(path: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a checkpoint's settings differ from those of this run."""
-
-    def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        named: dict[str, Any] = {}
-        for name, value in values.items():
-            inner = isinstance(value, dict)
-            named |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-        return named
-
-    before, now = flat(saved), flat(settings)
-    other = [name for name in {**now, **before} if before.get(name) != now.get(name)]
-    if other:
-        differences = ", ".join(f"{n} {before.get(n)} not {now.get(n)}" for n in other)
-        raise ValueError(
-            f"{str(path)!r} is of other settings: {differences}; give the same as before, or "
-            "another --out"
-        )
-
-
 @dataclass(kw_only=True)
 class Trainer(Generic[Network]):
     """A network in training. Starts at the checkpoint in `out`, if there is one.
-
-    Raises:
-        OSError: `out` cannot be written into.
-        ValueError: the checkpoint is damaged, of other settings or of another network.
-    """
+    OSError: `out` cannot be written into. ValueError: the checkpoint is damaged, of other settings
+    or of another network."""
 
     network: Network
     optimizer: torch.optim.Optimizer | Any
@@ -199,15 +176,18 @@ class Trainer(Generic[Network]):
             state = torch.load(content, map_location="cpu", weights_only=True)
             # Checkpoints of former versions hold no settings but those of a mapper.
             saved = dict(state.get("settings", self.settings))
-            if "recipe" in saved:
-                saved["recipe"] = with_defaults(saved["recipe"])
         except Exception as error:  # a damaged file raises nearly anything
             reason = str(error).split("\n")[0]
             raise ValueError(
                 f"{name} is not a checkpoint of this trainer, or damaged: {reason}; delete it to "
                 "start anew"
             ) from error
-        check_settings(self.checkpoint, saved, self.settings)
+        if changed := changed_settings(saved, self.settings):
+            differences = ", ".join(f"{n} {then} not {now}" for n, (then, now) in changed.items())
+            raise ValueError(
+                f"{name} is of other settings: {differences}; give the same as before, or another "
+                "--out"
+            )
         try:
             self.network.load_state_dict(state["network"])
             self.average.load_state_dict(state["average"])
@@ -223,12 +203,8 @@ class Trainer(Generic[Network]):
         self, losses_at: Callable[[int, int], Mapping[str, Tensor]], stop: Stop, model: nn.Module
     ) -> bool:
         """Take one step on all batches of all processes; return whether a process was asked to
-        stop.
-
-        Raises:
-            FloatingPointError: a loss or the gradient is not finite, in any process; weights and
-                checkpoint stay as they were before.
-        """
+        stop. FloatingPointError: a loss or the gradient is not finite, in any process; weights and
+        checkpoint stay as they were before."""
         processes, schedule = self.processes, self.schedule
         rate = schedule.learning_rate * schedule.factor(self.step)
         for group, factor in zip(self.optimizer.param_groups, self.group_factors, strict=True):

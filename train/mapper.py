@@ -41,7 +41,6 @@ from targetclip.command import (
     Precision,
     Stop,
     choose_precision,
-    did_you_mean,
     in_precision,
     locked_folder,
     say,
@@ -50,15 +49,17 @@ from targetclip.command import (
     write_json,
 )
 from targetclip.media.images import write_picture
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.recipes import RECIPES, Recipe, recipe_named
 from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 from train.loop import LOG, Schedule, Trainer
 from train.mapper_data import (
     KINDS,
+    BatchSizes,
     Pairs,
     SourceKind,
+    SourceReading,
     Validation,
     embedded_sources,
     open_pairs,
@@ -68,14 +69,7 @@ from train.mapper_data import (
     target_bank,
     whitening_of,
 )
-from train.mapper_objective import (
-    BatchSizes,
-    Objective,
-    SourceReading,
-    TrainingStage,
-    parse_schedule,
-    stage_at,
-)
+from train.mapper_objective import Objective, TrainingStage, parse_schedule, stage_at
 
 MAPPER = "mapper.safetensors"
 WHITENED = 20_000  # targets of the bank that say how embeddings vary
@@ -216,10 +210,8 @@ def check_config(config: Config) -> None:
             raise ValueError(f"{flag}: expected a number from 0 on, found {value}")
     if config.learning_rate == 0:
         raise ValueError("--learning-rate: expected a number above 0, found 0")
-    recipe = config.transfer.recipe
-    if recipe is not None and recipe not in RECIPES:
-        hint = did_you_mean(recipe, RECIPES)
-        raise ValueError(f"--recipe: expected {', '.join(RECIPES)}, found {recipe!r}{hint}")
+    if config.transfer.recipe is not None:
+        recipe_named(config.transfer.recipe)
     if config.data.num_pairs is not None and config.data.pairs is None:
         raise ValueError("--num-pairs: expected a dataset by --pairs as well, found none")
     reading = config.reading
@@ -248,10 +240,7 @@ def with_targets(config: Config) -> Config:
 
 def stages_of(config: Config) -> tuple[TrainingStage, ...]:
     """Return the stages of the schedule.
-
-    Raises:
-        ValueError: see `parse_schedule`; data that a term needs is not given.
-    """
+    ValueError: see `parse_schedule`; data that a term needs is not given."""
     stages = parse_schedule(config.schedule)
     used = {term for stage in stages for term in stage.terms}
     if "pairs" in used and config.data.pairs is None:
@@ -270,11 +259,8 @@ def stages_of(config: Config) -> tuple[TrainingStage, ...]:
 
 def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene]:
     """Return the recipe's name, the recipe as changed by flags, and the world's networks.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_world` and `load_scene`; the recipe needs an
-            identity model and there is none.
-    """
+    FileNotFoundError, ValueError: see `load_world` and `load_scene`; the recipe needs an identity
+    model and there is none."""
     world, term = load_world(config.world), config.transfer
     name = term.recipe or world.recipe
     changes: dict[str, Any] = {
@@ -296,11 +282,8 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene
 
 def open_start(config: Config, scene: Scene) -> Mapper | None:
     """Return the mapper to start from; None: a fresh one.
-
-    Raises:
-        FileNotFoundError, ValueError: see `load_mapper`; it has another correction than is asked,
-            or none where only that is learned.
-    """
+    FileNotFoundError, ValueError: see `load_mapper`; it has another correction than is asked, or
+    none where only that is learned."""
     path, asked = config.data.start, asked_correction(config)
     if path is None:
         return None
@@ -370,10 +353,7 @@ def make_mapper(
 
 def reading_of(config: Config, scene: Scene, recipe: Recipe, mapper: Mapper) -> SourceReading:
     """Return how the transfer term learns from sources.
-
-    Raises:
-        ValueError: inverted sources are asked for, and there is no inverter.
-    """
+    ValueError: inverted sources are asked for, and there is no inverter."""
     reading, default = config.reading, KINDS[:1]
     if mapper.correction is not None:
         default = KINDS if scene.inverter is not None else ("generated", "mixed")
@@ -492,21 +472,14 @@ class MapperTraining:
     def evaluate(self, average: Mapper) -> dict[str, Any]:
         """Judge the averaged mapper: figures for the log, and a picture."""
         validation, stage = self.validation, stage_at(self.stages, self.trainer.step - 1)
-        edits = validation.edits(average, validation.sources)
+        edits = average.edits(validation.embeddings, validation.sources)
         write_picture(validation.grid(edits), self.config.out / "grid.png")
         return {"stage": "+".join(stage.terms), **validation.figures_of(average)}
-
-    def run(self, stop: Stop) -> Mapper:
-        """Take the steps that are left; see `Trainer.run`."""
-        return self.trainer.run(self.losses_at, self.evaluate, stop, self.model)
 
 
 def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTraining:
     """Load, embed and make everything that a training needs.
-
-    Raises:
-        ValueError, FileNotFoundError, OSError, Stopped: see `run`.
-    """
+    ValueError, FileNotFoundError, OSError, Stopped: see `run`."""
     config = with_targets(config)
     stages, data = stages_of(config), config.data
     recipe_name, recipe, scene = make_scene(config, accelerator.device)
@@ -603,7 +576,7 @@ def run(config: Config, stop: Stop | None = None) -> Mapper:
         if main:
             content = {"config": flags_of(config), "settings": settings, "versions": versions()}
             write_json(config.out / "config.json", content)
-        average = training.run(stop)
+        average = training.trainer.run(training.losses_at, training.evaluate, stop, training.model)
         if main:
             path = config.out / MAPPER
             save_mapper(average, path, record_of(config, settings, training.stages))

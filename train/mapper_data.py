@@ -58,6 +58,33 @@ SHOWN = 8  # targets in the picture, of each kind, and sources + 1
 IN_RANGE = ("avataaars:", "generated:", "mixed:")  # what the bundled generator can show
 
 
+@dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """What one batch of a process holds."""
+
+    batch_size: int = 16
+    """Targets a step and process in the transfer term."""
+    pairs_batch_size: int = 256
+    """Pairs a step and process."""
+    differences_batch_size: int = 64
+    """Differences between two random latents a step and process."""
+    noise: float = 0.0
+    """Expected length of the noise added to the unit embeddings that the mapper is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceReading:
+    """How the transfer term learns from sources."""
+
+    kinds: tuple[SourceKind, ...] = ("generated",)
+    """Of sources, in equal parts."""
+    uncorrected: float = 0.25
+    """Part of the targets whose sources are moved along the direction alone, so that it stays an
+    answer of its own where there is a correction."""
+    decay: float = 0.0
+    """Weight decay of corrections."""
+
+
 def embed_unit(
     scene: Scene, pictures: Sequence[Image.Image], recipe: Recipe
 ) -> Float[Tensor, "targets embed"]:
@@ -84,10 +111,7 @@ def training_pictures(
     sets: Sequence[TargetSet], left_out: Set[str], label: str
 ) -> Iterator[Image.Image]:
     """Yield the pictures of the train split, by their ids, that are not in `left_out`.
-
-    Raises:
-        ValueError: at the end, if there was none.
-    """
+    ValueError: at the end, if there was none."""
     good = bad = held_out = 0
     with tqdm(desc=label, total=sum(map(len, sets)), unit="target") as bar:
         for target in (target for targets in sets for target in targets):
@@ -153,10 +177,7 @@ def embed_sets(
     check: Callable[[], None],
 ) -> Float32[ndarray, "targets embed"]:
     """Return unit embeddings of all training pictures, in order.
-
-    Raises:
-        ValueError: there is no such picture, or none whose embedding is finite.
-    """
+    ValueError: there is no such picture, or none whose embedding is finite."""
     parts = []
     stream = training_pictures(sets, left_out, "embed targets")
     while pictures := list(islice(stream, EMBED_BATCH)):
@@ -226,10 +247,7 @@ def inverted(
     scene: Scene, ws: Float[Tensor, "sources num_ws w_dim"]
 ) -> Float[Tensor, "sources num_ws w_dim"]:
     """Return the inverter's latents of renderings, in full precision.
-
-    Raises:
-        ValueError: there is no inverter.
-    """
+    ValueError: there is no inverter."""
     if scene.inverter is None:
         raise ValueError("--source-kinds: inverted sources need a world with an inverter")
     images = scene.render(ws).float().clamp(-1, 1)
@@ -246,8 +264,7 @@ def training_sources(
     Inverted ones are made anew as well: rendering a few without gradients is a small part of a
     step, and a step then depends on its seeds alone, whatever was drawn before it.
 
-    Raises:
-        ValueError: as `inverted`.
+    ValueError: as `inverted`.
     """
     ws = scene.latents(seeds)
     sources, layers = ws.clone(), list(range(ws.shape[1]))
@@ -306,8 +323,7 @@ def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]
 
     No other split is opened.
 
-    Raises:
-        FileNotFoundError, ValueError: see `load_pairs`; pairs of other networks, or too few.
+    FileNotFoundError, ValueError: see `load_pairs`; pairs of other networks, or too few.
     """
     rows = load_pairs(folder, "train")
     check_pairs(folder, dimensions(rows.features), scene)
@@ -361,8 +377,7 @@ def scale_of_pairs(pairs: Pairs) -> Float[Tensor, "num_ws w_dim"]:
     From zero and not from their mean: a fresh mapper answers zero, so it has the mean to learn as
     well, and a single pair has a deviation too.
 
-    Raises:
-        ValueError: every direction is zero: there is nothing to learn, and no unit to learn it in.
+    ValueError: every direction is zero: there is nothing to learn, and no unit to learn it in.
     """
     total = torch.zeros(())
     for start in range(0, len(pairs), EMBED_BATCH):
@@ -396,10 +411,7 @@ class Validation:
     @staticmethod
     def open(specs: Sequence[str], scene: Scene, recipe: Recipe) -> "Validation":
         """Read and embed targets; pictures that cannot be read are left out.
-
-        Raises:
-            ValueError, FileNotFoundError, OSError: see `open_targets`; no good picture.
-        """
+        ValueError, FileNotFoundError, OSError: see `open_targets`; no good picture."""
         targets, in_range = [], []
         for spec in specs:
             for target in open_targets(spec, scene.generator, scene.truncation):
@@ -450,15 +462,6 @@ class Validation:
             figures["expected_error"] = (expected - transfer).abs()
         return {name: float(values.mean()) for name, values in figures.items() if len(values)}
 
-    def edits(
-        self, mapper: Mapper, sources: Float[Tensor, "sources num_ws w_dim"]
-    ) -> Float[Tensor, "targets *sources num_ws w_dim"]:
-        """Return a mapper's directions, or an offset for each source where it has a correction."""
-        prediction: Prediction = mapper(self.embeddings)
-        if mapper.correction is None:
-            return prediction.directions
-        return prediction.directions[:, None] + mapper.correct(self.embeddings, sources)
-
     def figures_of(self, mapper: Mapper) -> dict[str, float]:
         """Return `figures` of a mapper's edits of generated sources.
 
@@ -467,12 +470,13 @@ class Validation:
         `inverted_...` and `inverted_one_direction_...`.
         """
         prediction: Prediction = mapper(self.embeddings)
-        figures = self.figures(self.edits(mapper, self.sources), prediction.expected)
+        edits = mapper.edits(self.embeddings, self.sources)
+        figures = self.figures(edits, prediction.expected)
         if mapper.correction is None:
             return figures
         ways = {"one_direction": (prediction.directions, self.sources)}
         if self.inverted is not None:
-            ways["inverted"] = (self.edits(mapper, self.inverted), self.inverted)
+            ways["inverted"] = (mapper.edits(self.embeddings, self.inverted), self.inverted)
             ways["inverted_one_direction"] = (prediction.directions, self.inverted)
         for way, (edits, sources) in ways.items():
             more = self.figures(edits, sources=sources)

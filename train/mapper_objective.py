@@ -25,7 +25,7 @@ from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import seed_of
-from train.mapper_data import Pairs, SourceKind, training_sources
+from train.mapper_data import BatchSizes, Pairs, SourceReading, training_sources
 
 TERMS = ("transfer", "pairs", "differences")
 STAGE = re.compile(r"([a-z]+(?:\+[a-z]+)*):([1-9][0-9]{0,8})")
@@ -45,10 +45,7 @@ class TrainingStage:
 
 def parse_schedule(texts: Sequence[str]) -> tuple[TrainingStage, ...]:
     """Return the stages of texts NAME[+NAME...]:STEPS.
-
-    Raises:
-        ValueError: no stage, a text of another form, or unknown or repeated terms.
-    """
+    ValueError: no stage, a text of another form, or unknown or repeated terms."""
     if not texts:
         raise ValueError("--schedule: expected stages such as pairs:1000 transfer:4000, found none")
     stages = []
@@ -68,11 +65,7 @@ def parse_schedule(texts: Sequence[str]) -> tuple[TrainingStage, ...]:
 
 
 def stage_at(stages: Sequence[TrainingStage], step: int) -> TrainingStage:
-    """Return the stage that a step belongs to.
-
-    Raises:
-        ValueError: the step is after the last one.
-    """
+    """Return the stage that a step belongs to. ValueError: the step is after the last one."""
     for stage in stages:
         if step < stage.steps:
             return stage
@@ -81,33 +74,6 @@ def stage_at(stages: Sequence[TrainingStage], step: int) -> TrainingStage:
 
 
 # Terms
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSizes:
-    """What one batch of a process holds."""
-
-    batch_size: int = 16
-    """Targets a step and process in the transfer term."""
-    pairs_batch_size: int = 256
-    """Pairs a step and process."""
-    differences_batch_size: int = 64
-    """Differences between two random latents a step and process."""
-    noise: float = 0.0
-    """Expected length of the noise added to the unit embeddings that the mapper is given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceReading:
-    """How the transfer term learns from sources."""
-
-    kinds: tuple[SourceKind, ...] = ("generated",)
-    """Of sources, in equal parts."""
-    uncorrected: float = 0.25
-    """Part of the targets whose sources are moved along the direction alone, so that it stays an
-    answer of its own where there is a correction."""
-    decay: float = 0.0
-    """Weight decay of corrections."""
 
 
 def noisy(

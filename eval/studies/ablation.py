@@ -135,21 +135,6 @@ def open_mappers(paths: Sequence[Path], scene: Scene) -> dict[str, tuple[Mapper,
 # Judging
 
 
-@torch.no_grad()
-def edits_of(
-    scene: Scene,
-    mapper: Mapper,
-    pictures: Sequence[Image.Image],
-    sources: Float[Tensor, "sources num_ws w_dim"],
-) -> Float[Tensor, "targets *sources num_ws w_dim"]:
-    """Return a mapper's directions, or an offset for each source where it corrects them."""
-    directions = predict(scene, mapper, pictures).directions
-    if mapper.correction is None:
-        return directions
-    embeddings = scene.embed_targets(pictures, trained_recipe(mapper.record))
-    return directions[:, None] + mapper.correct(embeddings, sources)
-
-
 def target_scores(
     judges: Judges,
     goal: Goal,
@@ -265,6 +250,14 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     goal, sources = goal_of(judges, targets), scene.sources(config.held_out, VALIDATION_SOURCES)
     if config.inverted:
         sources = scene.invert(tensor_to_pictures(scene.render(sources)))
+
+    def edits_of(mapper: Mapper, pictures: Sequence[Image.Image]) -> Tensor:
+        if config.one_direction:
+            return predict(scene, mapper, pictures).directions
+        with torch.no_grad():
+            recipe = trained_recipe(mapper.record)
+            return mapper.edits(scene.embed_targets(pictures, recipe), sources)
+
     command.make_folder(config.out)
     rows: dict[str, dict[str, Any]] = {}
     for name, (mapper, record) in tqdm(mappers.items(), unit="mapper"):
@@ -272,16 +265,14 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
         judged = next((row for row in known.values() if is_row_of(row, mapper, record)), None)
         if judged is None:
             prediction = predict(scene, mapper, targets.pictures)
-            edits = None
-            if not config.one_direction:
-                edits = edits_of(scene, mapper, targets.pictures, sources)
+            edits = edits_of(mapper, targets.pictures)
             scores = target_scores(judges, goal, sources, prediction, edits)
             judged = row_of(mapper, record, scores, config.seed)
         rows[name] = judged
         if not path_of_sheet.exists() or known.get(name) != judged:
             few = targets.part(0, SHOWN)
-            directions = predict(scene, mapper, few.pictures).directions
-            write_picture(sheet(scene, few, directions), path_of_sheet)
+            edits = edits_of(mapper, few.pictures)
+            write_picture(sheet(scene, few, sources, edits), path_of_sheet)
         report["mappers"] = {**rows, **{n: row for n, row in known.items() if n not in rows}}
         command.write_json(path, report)
     text = report_table(rows)

@@ -29,7 +29,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.costs import Sizes, count_operations, machine, peak_bytes, random_networks, seconds_of
+from eval.costs import (
+    Sizes,
+    count_operations,
+    machine,
+    matrix_rate,
+    peak_bytes,
+    random_networks,
+)
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder
@@ -73,20 +79,6 @@ def check_config(config: Config) -> None:
         )
     if not config.precisions or not config.matrix_sizes:
         raise ValueError("expected a value of --precisions and of --matrix-sizes, found none")
-
-
-def matrix_rate(dtype: torch.dtype, sizes: tuple[int, ...]) -> float:
-    """Return the best rate of a product of two square matrices, in 10^9 operations per second.
-
-    A size counts with the median of five products, after one to warm up.
-    """
-    rates = []
-    for size in sizes:
-        product = partial(torch.matmul, *torch.randn(2, size, size).to(dtype))
-        product()
-        seconds = statistics.median(seconds_of(product) for _ in range(5))
-        rates.append(2 * size**3 / seconds / 1e9)
-    return max(rates)
 
 
 def step_seconds(

@@ -8,7 +8,7 @@ Four measurements, each a ratio or a curve within one run, on the bundled world:
 `overhead`: seconds of a build against the bare optimizer on the same chunks, in one process.
 `throughput`: targets per second of one process and of two, with one thread each.
 `memory`: peak memory of building 10 to 10,000 pairs with a simulated optimizer.
-`plan`: operations counted for one FFHQ pair at 1024 px, and the cost of a million.
+`plan`: operations counted for FFHQ pairs and a mapper's training, and their cost at some rates.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -48,11 +48,12 @@ from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
 Measure = Literal["overhead", "throughput", "memory", "plan"]
 
-# FFHQ at 1024 px, config-f: the checkpoint people have.
+# Config-f, as the checkpoints of FFHQ that people have, by the resolution.
 FFHQ_CHANNELS = (512, 512, 512, 512, 512, 256, 128, 64, 32)
-PEAK = {"H100 SXM, bf16 dense": 989e12, "H100 SXM, TF32 dense": 495e12}  # NVIDIA's data sheet
-ASSUMED_FRACTION = 0.25  # of the peak: convolutions of 32 and 64 channels at 1024 px are narrow
-ASSUMED_PRICE = 2.5  # dollars an hour of one H100
+WIDTHS = {256: FFHQ_CHANNELS[:7], 1024: FFHQ_CHANNELS}
+RATES = (22, 45, 100, 247)  # TFLOP/s that one GPU may reach: see docs/scale.md
+PRICE, SPOT_PRICE = 2.5, 1.25  # dollars an hour of one H100, assumed
+MAPPER_STEPS, MAPPER_IMAGES = 4500, 48 * 2  # of the bundled world's mapper, and images a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,25 +239,32 @@ def measure_memory(config: Config, alone: Callable[..., Any] = alone) -> dict[st
     return {str(pairs): alone(memory_of, config, pairs) for pairs in config.pairs}
 
 
+def cost_of(operations: float) -> dict[str, Any]:
+    """Return the hours and dollars of one GPU for operations, by its rate in TFLOP/s."""
+    hours = {str(rate): operations / (rate * 1e12) / 3600 for rate in RATES}
+    return {
+        "petaflop": operations / 1e15,
+        "hours": hours,
+        "dollars": {rate: PRICE * value for rate, value in hours.items()},
+        "spot_dollars": {rate: SPOT_PRICE * value for rate, value in hours.items()},
+    }
+
+
 def measure_plan(
     config: Config, count: Callable[[Sizes], int] = count_operations
 ) -> dict[str, Any]:
-    """Count the operations of FFHQ pairs at 1024 px, and give hours and dollars of a million.
+    """Count the operations of a million FFHQ pairs and of a mapper's training, with their costs.
 
-    Of recipes without an identity loss: the cost of an identity model is not counted.
+    Without identity losses: the cost of an identity model is not counted.
     """
-    report: dict[str, Any] = {"assumed_fraction": ASSUMED_FRACTION, "assumed_price": ASSUMED_PRICE}
-    for name, recipe in RECIPES.items():
-        if recipe.identity_weight:
-            continue
-        sizes = Sizes(resolution=1024, channels=FFHQ_CHANNELS, sources=recipe.sources)
-        pair = count(sizes) * recipe.steps
-        row: dict[str, float] = {"petaflop_a_pair": pair / 1e15, "steps": recipe.steps}
-        for device, peak in PEAK.items():
-            hours = 1e6 * pair / (ASSUMED_FRACTION * peak) / 3600
-            row[f"hours for a million, {device}"] = hours
-            row[f"dollars for a million, {device}"] = hours * ASSUMED_PRICE
-        report[name] = row
+    report: dict[str, Any] = {}
+    for resolution, channels in WIDTHS.items():
+        image = count(Sizes(resolution=resolution, channels=channels, sources=1))
+        report[str(resolution)] = {
+            name: cost_of(1e6 * image * recipe.sources * recipe.steps)
+            for name, recipe in RECIPES.items()
+            if not recipe.identity_weight
+        } | {"mapper": cost_of(image * MAPPER_IMAGES * MAPPER_STEPS)}
     return report
 
 

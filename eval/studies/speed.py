@@ -68,12 +68,12 @@ def median_seconds(
 def quick_works(essence: EssenceTransfer, target: Image.Image) -> dict[str, Callable[[], object]]:
     """Return the operations timed in turns: encoding, rendering, direction and edited image."""
     ws = essence.scene.sources(1)
-    direction = essence.predict(target).vector
+    direction = essence.predict(target)
     return {
         "encoding": lambda: essence.scene.embedder.embed_pictures([target]),
         "rendering": lambda: essence.edit(ws, direction),
         "direction": lambda: essence.predict(target),
-        "edited image": lambda: essence.edit(ws, essence.predict(target).vector),
+        "edited image": lambda: essence.edit(ws, essence.predict(target)),
     }
 
 

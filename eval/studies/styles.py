@@ -33,11 +33,10 @@ from data.publish import sha256_of
 from data.targets import check_dicebear
 from eval.answers import earlier_report
 from eval.judging import face_reader
-from eval.methods import predict
+from eval.methods import mapped
 from eval.reader import BUNDLED, HAIR_COLOURS, AvatarReader
 from eval.report import number, table
 from predictor.mapper import Mapper
-from predictor.mapper_file import trained_recipe
 from predictor.transfer import load_essence
 from targetclip import command
 from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
@@ -118,7 +117,6 @@ def has(target: Shown, kind: Wish) -> bool | None:
 # Edits and their reading
 
 
-@torch.no_grad()
 def edits_of(
     scene: Scene,
     mapper: Mapper,
@@ -127,11 +125,8 @@ def edits_of(
     one_direction: bool,
 ) -> Float[Tensor, "targets *sources num_ws w_dim"]:
     """Return a mapper's directions, or an offset for each source where it corrects them."""
-    directions = predict(scene, mapper, pictures).directions
-    if one_direction or mapper.correction is None:
-        return directions
-    embeddings = scene.embed_targets(pictures, trained_recipe(mapper.record))
-    return directions[:, None] + mapper.correct(embeddings, sources)
+    answer = mapped(scene, mapper, pictures)
+    return answer.edits if one_direction else answer.on(sources)
 
 
 Found = dict[str, Tensor]

@@ -292,7 +292,7 @@ def run(config: Config) -> dict[str, Any]:
         command.write_json(path, report)
         shown = {key: value for key, value in figures.items() if isinstance(value, float)}
         print(f"{name:22}" + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()), flush=True)
-        picture = sheet(scene, targets, directions)
+        picture = sheet(scene, targets, scene.sources(9, VALIDATION_SOURCES), directions)
         write_picture(picture, config.out / f"{name.replace(' ', '_')}.png")
     rows = {name: figures for name, figures in report.items() if name != "comparison"}
     command.write_file(config.out / "report.md", report_table(rows))

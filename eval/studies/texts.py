@@ -228,7 +228,7 @@ def judge_targets(
     directions = setup.essence.predict_embeddings(embeddings).directions
     asked = embeddings.float().cpu()
     shown = judges.scene.embedder.embed_pictures(pictures).cpu() if pictures else asked
-    goal = Goal(embeddings=shown, second=None, truth=truth)
+    goal = Goal(embeddings=shown, second=None, people=None, truth=truth)
     known = judge_edits(judges, goal, setup.sources, directions).scores
     scores = {name: known[name] for name in ("essence", "identity")}
     if pictures:

@@ -52,8 +52,8 @@ def run(args: list[str]) -> int:
         return list_worlds()
     if isinstance(asked, WorldCheck):
         return check_world(asked.world, asked.download)
-    from predictor.cli.console import Console
     from predictor.cli.options import resolve
+    from predictor.cli.output import Console
 
     request = resolve(asked)
     console = Console(quiet=request.quiet, json=request.json)

@@ -1,29 +1,32 @@
 """What the `targetclip` command does: find directions, edit sources, write the results.
 
-Knows the order of the work and how long each phase takes. Every choice is in the request.
+Knows the order of the work and how long each phase takes. Every choice is in the request. Pictures
+are rendered, written and forgotten lot by lot, so that a thousand sources need no more memory than
+a few.
 """
 
-import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
-from predictor.cli.clips import Clip
-from predictor.cli.console import Console
-from predictor.cli.edits import Edited, Editor, open_editor
-from predictor.cli.finding import find_direction, write_direction
 from predictor.cli.options import Request
-from predictor.cli.output import DIRECTION, GRID, OutputFolder, unique_names, words_of
+from predictor.cli.output import DIRECTION, GRID, Console, OutputFolder, unique_names, words_of
 from predictor.cli.report import (
     NamedTarget,
     Outcome,
     edit_facts,
     inversion_facts,
     run_facts,
+    score_facts,
     search_facts,
     sheet,
     sheet_of_targets,
@@ -31,13 +34,26 @@ from predictor.cli.report import (
     tiles,
 )
 from predictor.cli.sources import (
+    MAX_SHOWN,
+    Clip,
     Generated,
+    Latents,
     Photos,
     Sources,
     check_shows,
     find_faces,
     searching_inverter,
     target_aligner,
+)
+from predictor.direction import (
+    Direction,
+    Gate,
+    Interrupted,
+    Method,
+    WatchStep,
+    layer_weights,
+    mixed,
+    read_direction,
 )
 from predictor.inputs import Text
 from predictor.transfer import EssenceTransfer, essence_of
@@ -46,13 +62,259 @@ from targetclip.command import (
     STOPPED,
     Stopwatch,
     choose_device,
+    in_precision,
     locked_folder,
     say,
+    write_file,
 )
 from targetclip.media.alignment import FaceFinder
-from targetclip.media.images import read_picture, write_picture
-from targetclip.scene import Scores
+from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
+from targetclip.optimize import Progress
+from targetclip.recipes import Recipe
+from targetclip.scene import MAX_IMAGES, Scene, Scores, score_features
 from targetclip.world import load_scene
+
+NO_EFFECT = "--one-direction has no effect: there is no correction for each source to leave out"
+
+
+class Searches:
+    """Shows the searches for one target: why each begins, and its steps."""
+
+    def __init__(self, request: Request, console: Console, bars: ExitStack) -> None:
+        self.request, self.console, self.bars = request, console, bars
+        self.reason = ""
+
+    def probed(self, score: float, threshold: float) -> None:
+        """Remember a probe score, the reason of the next search."""
+        self.reason = f"probe score {score:.2f}, {threshold:.2f} wanted: "
+
+    def begun(self, method: Method, recipe: Recipe) -> WatchStep:
+        """Open a bar for a search, and close that of the last."""
+        self.bars.close()
+        verb = "refine" if method == "refined" else "optimize"
+        if self.reason:
+            self.console.progress(self.reason + ("refining" if verb == "refine" else "optimizing"))
+        name = self.request.recipe_name
+        bar = self.console.bar(total=recipe.steps, desc=f"{verb} ({name})", unit="step")
+        self.bars.enter_context(bar)
+
+        def on_step(progress: Progress) -> None:
+            bar.set_postfix(loss=f"{progress.loss[0]:.4f}", refresh=False)
+            bar.update()
+
+        return on_step
+
+
+def find_one(
+    essence: EssenceTransfer, target: NamedTarget, request: Request, console: Console
+) -> Direction:
+    """Find the direction of one target, and warn of a target that is out of place."""
+    assert request.mode is not None
+    with ExitStack() as bars, in_precision(essence.scene.device, request.precision):
+        searches = Searches(request, console, bars)
+        direction = essence.direction(
+            target.content,
+            request.mode,
+            request.recipe,
+            request.seed,
+            searches.begun,
+            watch_probe=searches.probed,
+            one_direction=request.one_direction,
+        )
+    if request.mode == "optimize":
+        return direction
+    try:
+        gate = Gate.of(essence.asked_mapper())
+    except ValueError:  # not calibrated, so nothing is known of what is usual
+        return direction
+    if (probe := direction.probe) is None:
+        embedding = essence.embed_target(target.content)
+        probe = essence.probe_score(embedding, direction, gate.probes)
+    if not gate.passes(probe):
+        more = "; --mode auto refines such answers" if request.mode == "instant" else ""
+        console.warn(
+            f"{target.name}: the target looks out of place: its probe score is {probe:.2f}, and "
+            f"{gate.threshold:.2f} or more is usual for this mapper{more}"
+        )
+    return replace(direction, probe=probe)
+
+
+def find_direction(
+    essence: EssenceTransfer, targets: Sequence[NamedTarget], request: Request, console: Console
+) -> Outcome:
+    """Find the direction of one target, after Ctrl-C the best so far; or the mixture of several."""
+    if request.mode is None:
+        assert request.direction is not None  # where there is no mode
+        direction, record = read_direction(request.direction, essence.scene.generator)
+        if request.one_direction:
+            if direction.correction is None:
+                console.warn(NO_EFFECT)
+            direction = direction.uncorrected()
+        return Outcome(direction, record, [])
+    if request.one_direction and essence.asked_mapper().correction is None:
+        console.warn(NO_EFFECT)
+    parts, interrupted = list[Direction](), False
+    try:
+        for target in targets:
+            parts.append(find_one(essence, target, request, console))
+    except Interrupted as stopped:
+        if len(targets) > 1:  # a mixture needs every direction
+            raise
+        console.progress("interrupted; going on with the direction so far")
+        parts, interrupted = [stopped.direction], True
+    weights = [target.weight for target in targets]
+    direction = parts[0] if weights == [1] else mixed(parts, weights)
+    record = record_of(essence, direction, targets, request)
+    if interrupted:
+        record["interrupted"] = True
+    return Outcome(direction, record, parts, interrupted)
+
+
+def record_of(
+    essence: EssenceTransfer, direction: Direction, targets: Sequence[NamedTarget], request: Request
+) -> dict[str, Any]:
+    """Return the record of a direction: what made it, and by which settings."""
+    record: dict[str, Any] = {
+        "method": direction.method,
+        "mode": request.mode,
+        "seed": request.seed,
+        "steps": direction.steps,
+        "embedder": essence.scene.embedder.fingerprint,
+    }
+    if request.precision != "fp32":
+        record["precision"] = request.precision
+    if request.mode != "instant":
+        record["recipe"] = request.recipe_name
+        record["settings"] = asdict(request.recipe)
+        if request.inverts_target:
+            record |= inversion_facts(request)
+    if request.mode != "optimize":
+        mapper = essence.asked_mapper()
+        record["mapper"] = mapper.fingerprint
+        if request.one_direction:
+            record["one_direction"] = True
+        if request.mode != "instant":
+            record["gate"] = asdict(Gate.of(mapper))
+    if [target.weight for target in targets] != [1]:
+        record["targets"] = [{"target": t.name, "weight": t.weight} for t in targets]
+    return record
+
+
+# Edits
+
+
+def lots_of(
+    scene: Scene, ws: Float[Tensor, "sources num_ws w_dim"]
+) -> Iterator[Float[Tensor, "lot num_ws w_dim"]]:
+    """Return latents in lots that are rendered at once."""
+    return (lot.to(scene.device) for lot in ws.split(scene.max_images or MAX_IMAGES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edited:
+    """The edits of the sources along one direction."""
+
+    facts: dict[str, Any]
+    """Entries of report.json."""
+    shown: list[Image.Image]
+    """Pictures for the sheet."""
+    scores: list[Scores]
+    """Of each target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Editor:
+    """The sources of a run, ready to be edited along any direction."""
+
+    essence: EssenceTransfer
+    sources: Sources
+    latents: Latents
+    before: Float[Tensor, "sources features"]
+    """Features of the unedited sources."""
+    request: Request
+    console: Console
+    watch: Stopwatch
+
+    def strength(self, direction: Direction) -> float:
+        """Return the strength: the requested one, or as much of it as the identity floor leaves."""
+        highest, floor = self.request.strength, self.request.identity_floor
+        if floor is None:
+            return highest
+        scored = self.latents.scored[:MAX_SHOWN]
+        strength = self.essence.strength_at_identity(scored, direction, floor, highest)
+        self.console.result(f"strength {strength:.3g}, by --identity-floor {floor:g}")
+        if strength == highest:
+            self.console.warn(
+                f"--identity-floor {floor:g} has no effect: sources keep more than that at "
+                f"strength {highest:.3g}"
+            )
+        elif strength == 0:
+            self.console.warn(
+                f"--identity-floor {floor:g}: no strength above 0 keeps that; sources are unedited"
+            )
+        return strength
+
+    def edit(self, out: OutputFolder, targets: Sequence[NamedTarget], outcome: Outcome) -> Edited:
+        """Edit the sources, write their pictures, and score them."""
+        scene, latents = self.essence.scene, self.latents
+        with self.watch.phase("edit"):
+            factors = layer_weights(scene.generator.num_ws, **self.request.layers)
+            direction = outcome.direction.weighted(factors)
+            if latents.whole is not None:
+                direction = direction.for_clip(latents.whole)
+            strength = self.strength(direction)
+        features: list[Tensor] = []
+        shown: list[Image.Image] = []
+
+        def edits(ws: Float[Tensor, "sources num_ws w_dim"]) -> Iterator[Image.Image]:
+            for lot in lots_of(scene, ws):
+                yield from tensor_to_pictures(self.essence.edit(lot, direction, strength))
+
+        def scored() -> Iterator[Image.Image]:
+            places = {*latents.shown}
+            for lot in lots_of(scene, latents.scored):
+                images = self.essence.edit(lot, direction, strength)
+                start = sum(map(len, features))
+                features.append(scene.image_features(images))
+                for place, picture in enumerate(tensor_to_pictures(images), start):
+                    if place in places:
+                        shown.append(picture)
+                    yield picture
+
+        with self.watch.phase("write"):
+            pictures = scored()
+            if self.request.clip is not None:  # these few frames are scored, all are written
+                pictures = iter([*pictures])
+            written = self.sources.write(out, pictures, latents, edits)
+        with self.watch.phase("score"):
+            after = torch.cat(features)
+            embeddings = [self.essence.embed_target(target.content) for target in targets]
+            scores = [score_features(one, self.before, after) for one in embeddings]
+        rows = target_facts(targets, outcome)
+        for row, its in zip(rows, scores, strict=True):
+            row["scores"] = score_facts(its)
+        facts = {"strength": strength, "targets": rows, **written}
+        return Edited(facts=facts, shown=shown, scores=scores)
+
+
+def open_editor(
+    essence: EssenceTransfer, sources: Sources, request: Request, console: Console, watch: Stopwatch
+) -> Editor:
+    """Invert or generate the sources."""
+    scene = essence.scene
+    with watch.phase("sources"):
+        latents = sources.latents(scene)
+        lots = lots_of(scene, latents.scored)
+        before = torch.cat([scene.image_features(scene.render(lot)) for lot in lots])
+    return Editor(
+        essence=essence,
+        sources=sources,
+        latents=latents,
+        before=before,
+        request=request,
+        console=console,
+        watch=watch,
+    )
 
 
 def read_targets(request: Request, console: Console) -> list[NamedTarget]:
@@ -85,26 +347,22 @@ def load(request: Request, finder: FaceFinder | None, console: Console) -> Essen
     )
     if request.invert_steps:
         inverter = searching_inverter(scene, request.invert_steps, console)
-        scene = dataclasses.replace(scene, inverter=inverter)
+        scene = replace(scene, inverter=inverter)
     aligner = None if finder is None else target_aligner(finder, scene.generator.resolution)
     return essence_of(scene, request.world, request.mapper, aligner)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One command, once its networks are loaded."""
 
-    def __init__(
-        self,
-        request: Request,
-        console: Console,
-        watch: Stopwatch,
-        essence: EssenceTransfer,
-        editor: Editor | None,
-        out: OutputFolder,
-    ) -> None:
-        self.request, self.console, self.watch = request, console, watch
-        self.essence, self.editor = essence, editor
-        self.out = out
+    request: Request
+    console: Console
+    watch: Stopwatch
+    essence: EssenceTransfer
+    editor: Editor | None
+    """None: no source is edited."""
+    out: OutputFolder
 
     def direct(self, out: OutputFolder, targets: Sequence[NamedTarget]) -> Outcome:
         """Find or read a direction, and write it."""
@@ -114,7 +372,9 @@ class Run:
         self.out.clear()
         out.clear()
         # Written at once: minutes of optimization must outlive any fault that follows.
-        write_direction(out, self.essence.scene, outcome)
+        fingerprint = self.essence.scene.generator.fingerprint
+        content = outcome.direction.content(outcome.record, fingerprint)
+        write_file(out.take(DIRECTION), content)
         return outcome
 
     def result(
@@ -149,6 +409,7 @@ class Run:
         else:
             facts |= {"mode": request.mode, **self.source_facts(), **edited.facts}
             facts["direction"] = None if request.direction is None else str(request.direction)
+            facts["corrected"] = outcome.direction.correction is not None
             if len(targets) == 1:
                 row = edited.facts["targets"][0]
                 facts |= {"target": row["target"], "scores": row["scores"]}
@@ -289,12 +550,8 @@ def score_line(scores: Scores) -> str:
 
 def run(request: Request, console: Console) -> int:
     """Do what a request asks, and write its results. Return the exit code.
-
-    Raises:
-        FileNotFoundError, ValueError: an input cannot be used.
-        FileExistsError: the folder holds other results.
-        OSError: the results cannot be written.
-    """
+    FileNotFoundError, ValueError: an input cannot be used. FileExistsError: the folder holds other
+    results. OSError: the results cannot be written."""
     for note in request.notes:
         console.warn(note)
     with console.hearing_logs():
@@ -302,10 +559,7 @@ def run(request: Request, console: Console) -> int:
         finder = find_faces(request, targets)
         with locked_folder(request.out):
             out = OutputFolder(
-                request.out,
-                request.command,
-                overwrite=request.overwrite,
-                inputs=request.inputs,
+                request.out, request.command, overwrite=request.overwrite, inputs=request.inputs
             )
             watch, sources = Stopwatch(), None
             if request.command == "transfer":
@@ -318,9 +572,15 @@ def run(request: Request, console: Console) -> int:
             editor = None
             if sources is not None:
                 editor = open_editor(essence, sources, request, console, watch)
-            work = Run(request, console, watch, essence, editor, out)
-            whole = work.several if request.separate else work.one
-            report, code = whole(targets)
+            work = Run(
+                request=request,
+                console=console,
+                watch=watch,
+                essence=essence,
+                editor=editor,
+                out=out,
+            )
+            report, code = (work.several if request.separate else work.one)(targets)
     if request.json:
         say(json.dumps(report, indent=2, default=str))
     return code

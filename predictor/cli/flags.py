@@ -138,6 +138,8 @@ class EditFlags:
     """Factor of the middle layers, 16 and 32 px: features."""
     fine: float = 1.0
     """Factor of the fine layers, from 64 px on: colours."""
+    one_direction: Switch = False
+    """Move all sources alike: leave out what the mapper adds to the direction for each of them."""
 
     def __post_init__(self) -> None:
         for flag in ("strength", "coarse", "middle", "fine"):

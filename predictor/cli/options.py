@@ -1,29 +1,143 @@
 """The request that the flags of the `targetclip` command and a world amount to.
 
-Knows what flags exclude and what a world lacks; nothing of how a request is carried out. Importing
-it does not import torch, so that a wrong command line is refused at once.
+Knows what flags exclude, what paths name and what a world lacks; nothing of how a request is
+carried out. Importing it does not import torch, so that a wrong command line is refused at once.
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from predictor import Mode
 from predictor.cli.flags import EditFlags, ModeFlags, Optimize, SourceFlags, Transfer, given
-from predictor.cli.paths import (
-    check_text,
-    check_weights,
-    is_video,
-    pictures_of,
-    refuse_url,
-)
-from targetclip.command import Precision, choose_precision, did_you_mean
-from targetclip.recipes import RECIPES, Recipe
+from targetclip.command import Precision, choose_precision, nearest
+from targetclip.recipes import Recipe, recipe_named
 from targetclip.world import World, load_world
 
+# Containers that targetclip.media.frames reads.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts"),
+    *(".mpg", ".mpeg", ".flv", ".wmv", ".ogv", ".3gp"),
+)
+PICTURE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif"),
+)
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".npy")
+URL = re.compile(r"(https?|ftps?|file|s3|gs|hf|data):", re.IGNORECASE)
+NAMED = 5  # files that are left out, at most, in a warning
 NUM_SOURCES, WINDOW = 6, 5
 STEPS_FROM_MEAN = 300  # of a search for latents that no inverter starts
 OF_OPTIMIZER = ("recipe", "initial", "steps", "patience")
 STRONG = 3.0  # times the usual strength, from which on pictures fall apart
+
+
+# Paths
+
+
+def is_video(path: Path) -> bool:
+    """Tell whether a path is that of a video, by its suffix."""
+    return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
+
+
+def refuse_url(flag: str, text: str) -> None:
+    """Raise a ValueError for a URL."""
+    if URL.match(text):
+        raise ValueError(f"{flag}: expected a file, found the URL {text!r}: download it first")
+
+
+def missing(flag: str, path: Path, kind: str) -> FileNotFoundError:
+    """Return the error for a file that is not there, with what was probably meant."""
+    hint = "check the path"
+    if flag == "--target" and not path.suffix and len(path.parts) == 1:
+        hint = f"a text is given by --text {str(path)!r}"
+    elif path.parent.is_dir():
+        near = nearest(path.name, sorted(one.name for one in path.parent.iterdir()))
+        hint = f"did you mean {str(path.with_name(near))!r}?" if near is not None else hint
+    return FileNotFoundError(f"{flag}: no {kind} at {str(path)!r}; {hint}")
+
+
+def check_picture(flag: str, path: Path) -> None:
+    """Check a path that must be that of a picture or of a folder.
+    FileNotFoundError: nothing is there. ValueError: a URL, a video, or a file of weights or of a
+    direction."""
+    refuse_url(flag, str(path))
+    if not path.exists():
+        raise missing(flag, path, "picture")
+    if is_video(path):
+        hint = "a clip is a source: --sources" if flag == "--target" else "give it alone"
+        raise ValueError(f"{flag}: expected pictures, found the video {str(path)!r}: {hint}")
+    if path.suffix.lower() in WEIGHT_SUFFIXES:
+        raise ValueError(
+            f"{flag}: expected a picture, found {str(path)!r}: a direction is given by "
+            "--direction, a mapper by --mapper"
+        )
+
+
+def check_weights(flag: str, path: Path | None, kind: str) -> None:
+    """Check a path that must be that of a file of weights.
+    FileNotFoundError: nothing is there. ValueError: a URL, a folder, or a picture."""
+    if path is None:
+        return
+    refuse_url(flag, str(path))
+    if path.suffix.lower() in (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES):
+        raise ValueError(
+            f"{flag}: expected a {kind} file, found the picture {str(path)!r}: "
+            "a target is given by --target"
+        )
+    if path.is_dir():
+        raise ValueError(f"{flag}: expected a {kind} file, found the folder {str(path)!r}")
+    if not path.exists():
+        raise missing(flag, path, f"{kind} file")
+
+
+def check_text(text: str) -> None:
+    """Raise a ValueError for a text that names a file, or looks like a path or a URL."""
+    path = Path(text)
+    known = path.suffix.lower() in (*PICTURE_SUFFIXES, *VIDEO_SUFFIXES, *WEIGHT_SUFFIXES)
+    try:
+        is_file = path.is_file()
+    except (OSError, ValueError):  # longer than any path, or with a null character
+        is_file = False
+    if URL.match(text) or known or (is_file and (path.suffix or len(path.parts) > 1)):
+        raise ValueError(
+            f"--text: expected words, found {text!r}, the name of a file: a picture is given by "
+            "--target"
+        )
+
+
+def pictures_of(flag: str, paths: Iterable[Path], notes: list[str]) -> tuple[Path, ...]:
+    """Return the paths of pictures; a folder gives its pictures in natural order.
+
+    Args:
+        notes: the names of files in folders that are no pictures are added here.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_picture`; a folder without pictures.
+    """
+    result: list[Path] = []
+    for path in paths:
+        check_picture(flag, path)
+        if not path.is_dir():
+            result.append(path)
+            continue
+        from targetclip.media.frames import natural_order  # which import torch
+        from targetclip.media.images import is_picture
+
+        entries = [one for one in path.iterdir() if not one.name.startswith(".")]
+        pictures = sorted((one for one in entries if is_picture(one)), key=natural_order)
+        others = sorted(one.name for one in entries if one not in pictures)
+        if not pictures:
+            raise ValueError(f"{flag}: expected pictures in the folder {str(path)!r}, found none")
+        if others:
+            named = ", ".join(others[:NAMED]) + (", ..." if len(others) > NAMED else "")
+            notes.append(f"{path}: {len(pictures)} pictures taken, {len(others)} left out: {named}")
+        result += pictures
+    return tuple(result)
+
+
+# The request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +179,8 @@ class Request:
     identity_floor: float | None
     layers: dict[str, float]
     """Factors of the coarse, the middle and the fine layers."""
+    one_direction: bool
+    """Whether the mapper's correction for each source is left out."""
     seed: int
     out: Path
     overwrite: bool
@@ -112,26 +228,16 @@ def check_finding(options: Transfer) -> None:
             raise ValueError(f"--{name}: a refinement has its own: drop it or --mode refine")
     if mode == "optimize" and search.mapper is not None:
         raise ValueError("--mapper: --mode optimize asks no mapper: drop one of them")
+    if mode == "optimize" and edit.one_direction:
+        raise ValueError("--one-direction: the optimizer finds no other: drop one of them")
     if mode is None and search.mapper is not None:
         for name in given(search, OF_OPTIMIZER):
             raise ValueError(f"--{name} and --mapper need a mode: add --mode auto, or drop one")
 
 
-def check_weight_count(options: Transfer, count: int) -> None:
-    """Raise a ValueError for weights of another number than the targets, or nothing to mix."""
-    weights = options.target.weights
-    if weights is not None and len(weights) != count:
-        raise ValueError(f"--weights: expected {count}, one for each target, found {len(weights)}")
-    if options.target.mix and count == 1:
-        raise ValueError("--mix: expected two targets or more, found 1: drop it, or add a target")
-
-
 def clip_of(flags: SourceFlags) -> Path | None:
     """Return the clip among the sources, if it is one.
-
-    Raises:
-        ValueError: a clip among other sources, or flags of clips without one.
-    """
+    ValueError: a clip among other sources, or flags of clips without one."""
     paths = flags.sources or ()
     for path in paths:
         refuse_url("--sources", str(path))
@@ -164,19 +270,26 @@ def strength_notes(strength: float, usual: float, layers: dict[str, float]) -> l
 
 def resolve(options: Transfer | Optimize) -> Request:
     """Return the request of a command line, after checking it against the world.
-
-    Raises:
-        FileNotFoundError: no such world or picture.
-        ValueError: a damaged world file, or options that the world or each other do not allow.
-    """
+    FileNotFoundError: no such world or picture. ValueError: a damaged world file, or options that
+    the world or each other do not allow."""
     command = "transfer"
     if isinstance(options, Optimize):  # a transfer by the optimizer, less the edit
-        command, options = "optimize", as_transfer(options)
+        command = "optimize"
+        options = Transfer(
+            target=options.target,
+            source=SourceFlags(**vars(options.source)),
+            edit=EditFlags(),
+            search=ModeFlags(**vars(options.search), mode="optimize"),
+            output=options.output,
+            machine=options.machine,
+        )
     check_finding(options)
     target, source, edit, search = options.target, options.source, options.edit, options.search
     output, machine = options.output, options.machine
     world = load_world(machine.world)
-    name, recipe = choose_recipe(search, world.recipe)
+    name = search.recipe or world.recipe
+    changes = {key: getattr(search, key) for key in given(search, OF_OPTIMIZER[1:])}
+    recipe = replace(recipe_named(name), **changes)
     mode, mapper = search.mode, search.mapper or world.mapper
     if mode is None and edit.direction is None:
         mode = "optimize" if mapper is None or given(search, OF_OPTIMIZER) else "auto"
@@ -191,7 +304,11 @@ def resolve(options: Transfer | Optimize) -> Request:
     if source.sources is not None and clip is None:
         sources = pictures_of("--sources", source.sources, notes)
     count = len(pictures) + len(target.text)
-    check_weight_count(options, count)
+    if target.weights is not None and len(target.weights) != count:
+        found = len(target.weights)
+        raise ValueError(f"--weights: expected {count}, one for each target, found {found}")
+    if target.mix and count == 1:
+        raise ValueError("--mix: expected two targets or more, found 1: drop it, or add a target")
     mixes = target.mix or target.weights is not None
     separate = count > 1 and not mixes and edit.direction is None
     equal = (1.0,) * count if separate else (1 / count,) * count
@@ -225,6 +342,7 @@ def resolve(options: Transfer | Optimize) -> Request:
         strength=strength,
         identity_floor=edit.identity_floor,
         layers=layers,
+        one_direction=edit.one_direction,
         seed=search.seed,
         out=output.out,
         overwrite=output.overwrite,
@@ -239,28 +357,6 @@ def resolve(options: Transfer | Optimize) -> Request:
     check_inversion(source, request)
     check_world(request)
     return request
-
-
-def as_transfer(options: Optimize) -> Transfer:
-    """Return the transfer that finds the same direction."""
-    return Transfer(
-        target=options.target,
-        source=SourceFlags(**vars(options.source)),
-        edit=EditFlags(),
-        search=ModeFlags(**vars(options.search), mode="optimize"),
-        output=options.output,
-        machine=options.machine,
-    )
-
-
-def choose_recipe(flags: ModeFlags, default: str) -> tuple[str, Recipe]:
-    """Return the recipe's name, and the recipe with the changes of the command line."""
-    name = flags.recipe or default
-    if name not in RECIPES:
-        hint = did_you_mean(name, RECIPES)
-        raise ValueError(f"--recipe: expected one of {', '.join(RECIPES)}, found {name!r}{hint}")
-    changes = {key: getattr(flags, key) for key in given(flags, OF_OPTIMIZER[1:])}
-    return name, replace(RECIPES[name], **changes)
 
 
 def check_inversion(flags: SourceFlags, request: Request) -> None:

@@ -1,24 +1,112 @@
-"""The folder of a run's results: who may write into it, and which older results go.
+"""What the `targetclip` command writes: lines for people, and the folder of a run's results.
 
-A run owns the names of its results. It removes those that an earlier run of the same command lists
-in its report.json, and leaves every other file. Two runs never write into one folder at once.
+Progress and warnings go to standard error, results to standard output. A run owns the names of its
+results. It removes those that an earlier run of the same command lists in its report.json, and
+leaves every other file. Two runs never write into one folder at once.
 """
 
 import json
+import logging
 import os
 import re
+import sys
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from targetclip.command import make_folder, write_json
+from tqdm import tqdm
 
+from targetclip.command import make_folder, one_line, say, write_json
+
+PACKAGES = ("targetclip", "predictor")
 REPORT, DIRECTION, GRID = "report.json", "direction.safetensors", "grid.png"
 VIDEO, FRAMES = "edited.mp4", "frames"  # written of clips
 OURS = re.compile(r"(report\.json|direction\.safetensors|grid\.png|edited\.mp4|frames)$|"
                   r"(edited|photo)_.*\.png$")  # fmt: skip
 LONGEST = 150  # bytes of a name, so that what is added to it still fits into a file name
+
+
+class Forgiving:
+    """A stream whose reader may be gone: a closed pipe, a terminal that hung up."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write, if anybody reads."""
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        """Flush, if anybody reads."""
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:  # so that tqdm knows whose lines to clear
+        return self.stream is getattr(other, "stream", other)
+
+    __hash__ = object.__hash__
+
+
+class Console:
+    """Prints what happens, and remembers the warnings.
+
+    Args:
+        quiet: print warnings alone.
+        json: leave standard output to the report.
+    """
+
+    def __init__(self, *, quiet: bool = False, json: bool = False) -> None:
+        self.quiet, self.json = quiet, json
+        self.warnings: list[str] = []
+
+    def progress(self, text: str) -> None:
+        """Print what is being done."""
+        if not self.quiet:
+            say(f"targetclip: {one_line(text)}", error=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning once, and remember it for the report."""
+        text = one_line(text)
+        if text not in self.warnings:
+            self.warnings.append(text)
+            with tqdm.external_write_mode(file=sys.stderr):  # not into the middle of a bar
+                say(f"targetclip: warning: {text}", error=True)
+
+    def result(self, text: str) -> None:
+        """Print a line of the results."""
+        if not self.quiet and not self.json:
+            say(text)
+
+    def bar(self, over: Iterable[Any] | None = None, **settings: Any) -> Any:
+        """Return a progress bar, as tqdm does."""
+        return tqdm(over, disable=self.quiet, file=Forgiving(sys.stderr), **settings)
+
+    @contextmanager
+    def hearing_logs(self) -> Iterator[None]:
+        """Within the block, take warnings that the project's modules log as the command's own."""
+        console = self
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                console.warn(record.getMessage())
+
+        handler = Handler(logging.WARNING)
+        loggers = [logging.getLogger(name) for name in PACKAGES]
+        for logger in loggers:
+            logger.addHandler(handler)
+            logger.propagate = False  # to a root logger that some library may have set up
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeHandler(handler)
+                logger.propagate = True
 
 
 def unique_names(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:

@@ -66,20 +66,14 @@ class ArcFace(IrSe50):
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch features"]:
         """Return unit vectors of square images in [-1, 1] of any size, differentiably.
-
-        Raises:
-            ValueError: the images are not square.
-        """
+        ValueError: the images are not square."""
         return F.normalize(self(aligned_face(images.float())), dim=1)
 
 
 def load_arcface(path: str | Path) -> ArcFace:
     """Read the public IR-SE50 weights of ArcFace, on the CPU in float32, frozen.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not such weights, or damaged ones. No code in the file is run.
-    """
+    FileNotFoundError: no such file. ValueError: not such weights, or damaged ones. No code in the
+    file is run."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such ArcFace weights; download model_ir_se50.pth")

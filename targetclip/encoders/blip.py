@@ -38,9 +38,8 @@ class BlipEmbedder(nn.Module):
 
         The public one with the ViT-B of the paper is Salesforce/blip-itm-base-coco.
 
-        Raises:
-            ValueError: transformers is not installed; no such model, or one without BLIP's image
-                encoder or with weights missing, or that are not finite.
+        ValueError: transformers is not installed; no such model, or one without BLIP's image
+        encoder or with weights missing, or that are not finite.
         """
         try:
             import transformers
@@ -94,10 +93,7 @@ class BlipEmbedder(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"], preprocess: Preprocess = "consistent"
     ) -> Float[Tensor, "batch embed"]:
         """Embed square images in [-1, 1] of any size, differentiably; raw embeddings.
-
-        Raises:
-            ValueError: the images are not square, or `preprocess` is unknown.
-        """
+        ValueError: the images are not square, or `preprocess` is unknown."""
         return self.class_token(preprocess_images(images.float(), preprocess, self.input))
 
     @torch.no_grad()

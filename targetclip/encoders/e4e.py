@@ -133,13 +133,9 @@ def inverter_of(checkpoint: object, num_ws: int, w_dim: int) -> E4eInverter:
             f"expected {EXPECTED}, found an encoder of the type {kind}, as of pSp: take the e4e "
             "that was trained with this generator"
         )
-    names = {name: name.removeprefix(PARALLEL) for name in state if isinstance(name, str)}
     prefix = "encoder."
-    encoder = {
-        plain.removeprefix(prefix): state[name]
-        for name, plain in names.items()
-        if plain.startswith(prefix)
-    }
+    plain = {n.removeprefix(PARALLEL): value for n, value in state.items() if isinstance(n, str)}
+    encoder = {n.removeprefix(prefix): t for n, t in plain.items() if n.startswith(prefix)}
     last = encoder.get("styles.0.linear.weight")
     if not isinstance(last, Tensor) or last.ndim != 2:
         raise ValueError(f"expected {EXPECTED}, found no encoder.styles.0.linear.weight")
@@ -161,9 +157,8 @@ def load_e4e(path: str | Path, num_ws: int, w_dim: int) -> E4eInverter:
 
     The network is on the CPU in float32, frozen. No code in the file is run.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an e4e checkpoint, a damaged one, or one for another generator.
+    FileNotFoundError: no such file. ValueError: not an e4e checkpoint, a damaged one, or one for
+    another generator.
     """
     path = Path(path)
     if not path.is_file():

@@ -48,8 +48,7 @@ def identity_similarity(
 
     Images are in [-1, 1]; the batches may differ in size in px.
 
-    Raises:
-        ValueError: the batches differ in length, or the images are not square.
+    ValueError: the batches differ in length, or the images are not square.
     """
     if len(before) != len(after):
         raise ValueError(
@@ -77,10 +76,7 @@ def feature_model(
     embedder: EmbedsImages, identity: IdentityModel | None, identity_weight: float
 ) -> EmbedsImages:
     """Return the embedder, joined with the identity model if the identity loss has a weight.
-
-    Raises:
-        ValueError: the loss has a weight, and there is no identity model.
-    """
+    ValueError: the loss has a weight, and there is no identity model."""
     if not identity_weight:
         return embedder
     if identity is None:
@@ -129,10 +125,7 @@ class SketchIdentity(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch features"]:
         """Return unit vectors of square images in [-1, 1] of any size, differentiably.
-
-        Raises:
-            ValueError: the images are not square.
-        """
+        ValueError: the images are not square."""
         resized = preprocess_images(images.float(), "consistent", self.input)
         # Features are trained to mean 0 over all people, so cosines of strangers are around 0.
         return F.normalize(self(resized), dim=1)
@@ -145,11 +138,7 @@ def save_identity(identity: SketchIdentity, path: Path) -> None:
 
 def load_identity(path: str | Path) -> SketchIdentity:
     """Read an identity model, frozen and in float32.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an identity file, or a damaged one.
-    """
+    FileNotFoundError: no such file. ValueError: not an identity file, or a damaged one."""
     path = Path(path)
     metadata, state = read_tensors(path, "identity", [FORMAT], MAKE)
     identity = SketchIdentity(stored_config(IdentityConfig, metadata, path))

@@ -8,6 +8,7 @@ inverter's latent, or at the mean latent where there is none. Knows nothing of f
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
@@ -111,10 +112,7 @@ class Inverter(nn.Module):
 
 def stored_config(kind: type[Config], metadata: Mapping[str, str], path: Path) -> Config:
     """Return the config of a network with a `PictureEncoder` from the metadata of its file.
-
-    Raises:
-        ValueError: it is missing or damaged.
-    """
+    ValueError: it is missing or damaged."""
     try:
         stored = json.loads(metadata["config"])
         return kind(**{**stored, "channels": tuple(stored["channels"])})
@@ -129,11 +127,8 @@ def save_inverter(inverter: Inverter, path: Path) -> None:
 
 def load_inverter(path: str | Path, generator: str) -> Inverter:
     """Read an inverter, frozen and in float32, for the generator with a fingerprint.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an inverter file, a damaged one, or one made for another generator.
-    """
+    FileNotFoundError: no such file. ValueError: not an inverter file, a damaged one, or one made
+    for another generator."""
     path = Path(path)
     metadata, state = read_tensors(path, "inverter", [FORMAT], MAKE)
     config = stored_config(InverterConfig, metadata, path)
@@ -248,14 +243,7 @@ class OptimizingInverter:
             starts = self.generator.mean_w.repeat(len(images), self.generator.num_ws, 1)
         else:
             starts = self.first(images)
+        search = partial(invert_by_optimization, self.generator, self.embedder)
+        parts = zip(images.split(self.at_once), starts.split(self.at_once), strict=True)
         with torch.enable_grad():
-            return torch.cat(
-                [
-                    invert_by_optimization(
-                        self.generator, self.embedder, part, start, self.config, self.on_step
-                    )
-                    for part, start in zip(
-                        images.split(self.at_once), starts.split(self.at_once), strict=True
-                    )
-                ]
-            )
+            return torch.cat([search(*part, self.config, self.on_step) for part in parts])

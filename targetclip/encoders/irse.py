@@ -99,8 +99,7 @@ def fill(network: nn.Module, state: Mapping[str, object], expected: str) -> None
 
     The network is then in float32 and eval mode. It keeps the tensors of `state` without a copy.
 
-    Raises:
-        ValueError: a missing or unexpected key, another shape, or a value that is not finite.
+    ValueError: a missing or unexpected key, another shape, or a value that is not finite.
     """
     own = {name: t for name, t in network.state_dict().items() if not name.endswith(COUNTER)}
     given = {name: value for name, value in state.items() if not name.endswith(COUNTER)}

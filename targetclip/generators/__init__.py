@@ -67,9 +67,8 @@ def load_generator(path: str | Path) -> StyleGAN2:
     `.safetensors` a file of `save_safetensors`. The network is on the CPU in float32, in eval mode,
     without gradients for its weights.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another suffix, or a file that is not such a checkpoint.
+    FileNotFoundError: no such file. ValueError: another suffix, or a file that is not such a
+    checkpoint.
     """
     path = Path(path)
     refuse_picture(path, "a generator checkpoint")

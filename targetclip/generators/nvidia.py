@@ -23,8 +23,8 @@ from targetclip.generators.stylegan2 import (
     MAPPING_LR_MULTIPLIER,
     StyleGAN2,
     StyleGAN2Config,
-    blur_kernel,
     build_network,
+    take_blur,
 )
 
 EXPECTED = 'a StyleGAN2 pickle of NVIDIA\'s stylegan2-ada-pytorch with a network "G_ema"'
@@ -193,20 +193,6 @@ def _check_architecture(generator: _Module) -> None:
             _require(f"lr_multiplier of {name}", attributes["bias_gain"], MAPPING_LR_MULTIPLIER)
 
 
-def _take_filters(tensors: dict[str, Tensor]) -> None:
-    """Remove the low-pass filters from `tensors`, refusing any but ours."""
-    expected = blur_kernel(1.0)
-    for name in [name for name in tensors if name.endswith("resample_filter")]:
-        kernel = tensors.pop(name)
-        if kernel.shape != expected.shape or not torch.allclose(
-            kernel.float(), expected, atol=1e-4
-        ):
-            raise _RefusedError(
-                f"{name} is not the [1, 3, 3, 1] low-pass filter: "
-                "only networks with this resample_filter are supported"
-            )
-
-
 def _config(tensors: dict[str, Tensor], conv_clamp: float | None) -> StyleGAN2Config:
     mapping_layers = sum(k.startswith("mapping.fc") and k.endswith(".weight") for k in tensors)
     levels = sum(k.endswith(".torgb.weight") for k in tensors)
@@ -255,9 +241,10 @@ def _network(data: bytes) -> StyleGAN2:
     _require("the class of G_ema", generator.name, "Generator")
     _check_architecture(generator)
     tensors = dict(generator.tensors())
-    _take_filters(tensors)
     config = _config(tensors, _one_clamp(generator.children["synthesis"]))
     try:
+        for name in [name for name in tensors if name.endswith("resample_filter")]:
+            take_blur(tensors, name, gain=1.0, tolerance=1e-4)
         return build_network(config, nvidia_names(config), tensors)
     except ValueError as error:
         raise _RefusedError(str(error)) from error
@@ -269,9 +256,8 @@ def read_nvidia(path: Path) -> StyleGAN2:
     Nothing in the file is executed. Layers for float16 (`num_fp16_res`) and weights in float16 run
     in float32; `conv_clamp` is kept.
 
-    Raises:
-        ValueError: a file that names foreign code, a StyleGAN3, TensorFlow or conditional network,
-            or a damaged file.
+    ValueError: a file that names foreign code, a StyleGAN3, TensorFlow or conditional network, or a
+    damaged file.
     """
     data = path.read_bytes()
     try:

@@ -21,6 +21,7 @@ from targetclip.generators.stylegan2 import (
     blur_kernel,
     build_network,
     shortened,
+    take_blur,
 )
 from targetclip.weights import save_tensors
 
@@ -88,22 +89,6 @@ def _config(state: dict[str, Tensor], conv_clamp: float | None) -> StyleGAN2Conf
         raise ValueError(f"expected {EXPECTED}, found tensors with too few axes") from error
 
 
-def _take_kernels(state: dict[str, Tensor], config: StyleGAN2Config) -> None:
-    """Remove the low-pass filters from `state`, refusing any but ours."""
-    expected = blur_kernel(4.0)
-    for name in _kernel_names(config):
-        if name not in state:
-            raise ValueError(f"missing key {name}: expected {EXPECTED}")
-        kernel = state.pop(name)
-        if kernel.shape != expected.shape or not torch.allclose(
-            kernel.float(), expected, atol=1e-3
-        ):
-            raise ValueError(
-                f"expected {name} to be the [1, 3, 3, 1] low-pass filter, found another one: "
-                "only networks trained with the released filter are supported"
-            )
-
-
 def _one_row(latent_avg: Tensor, w_dim: int) -> Float[Tensor, " w_dim"]:
     """Return the average w, stored as [w_dim], [1, w_dim] or repeated [num_ws, w_dim]."""
     if latent_avg.ndim not in (1, 2) or latent_avg.shape[-1] != w_dim or latent_avg.numel() == 0:
@@ -137,19 +122,15 @@ def _add_noise(state: dict[str, Tensor], config: StyleGAN2Config) -> None:
         state[name] = torch.randn(1, 1, side, side, generator=random)
 
 
-def _sampled_mean_w(network: StyleGAN2) -> Float[Tensor, " w_dim"]:
-    random = torch.Generator().manual_seed(MEAN_SEED)
-    z = torch.randn(MEAN_SAMPLES, network.z_dim, generator=random)
-    w: Tensor = network.mapping_network(z)
-    return w.mean(dim=0)
-
-
 def _network(
     state: dict[str, Tensor], latent_avg: Tensor | None, conv_clamp: float | None = None
 ) -> StyleGAN2:
     config = _config(state, conv_clamp)
     tensors = dict(state)
-    _take_kernels(tensors, config)
+    for name in _kernel_names(config):
+        if name not in tensors:
+            raise ValueError(f"missing key {name}: expected {EXPECTED}")
+        take_blur(tensors, name, gain=4.0, tolerance=1e-3)
     _add_noise(tensors, config)
     tensors["latent_avg"] = (
         torch.zeros(config.w_dim) if latent_avg is None else _one_row(latent_avg, config.w_dim)
@@ -162,7 +143,9 @@ def _network(
             MEAN_SAMPLES,
             MEAN_SEED,
         )
-        network.mean_w.copy_(_sampled_mean_w(network))
+        random = torch.Generator().manual_seed(MEAN_SEED)
+        z = torch.randn(MEAN_SAMPLES, network.z_dim, generator=random)
+        network.mean_w.copy_(network.mapping_network(z).mean(dim=0))
     return network
 
 
@@ -214,8 +197,7 @@ def read_rosinality(path: Path) -> StyleGAN2:
     A file without `latent_avg` gets the mean of 4096 mapped samples, one without noise buffers gets
     noise from a seed, and the log says so. The names may begin with DataParallel's "module.".
 
-    Raises:
-        ValueError: any other file; the message says what it is.
+    ValueError: any other file; the message says what it is.
     """
     # Files of rosinality's training hold its options, which are plain attributes.
     checkpoint = read_checkpoint(path, EXPECTED, [argparse.Namespace])
@@ -263,11 +245,8 @@ def rosinality_state(network: StyleGAN2) -> dict[str, Tensor]:
 
 def save_safetensors(network: StyleGAN2, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a network as `.safetensors` in rosinality's names; float16 halves the file.
-
-    Raises:
-        FileNotFoundError, OSError: it cannot be written.
-        ValueError: `dtype` cannot hold a weight (float16 ends at 65504).
-    """
+    FileNotFoundError, OSError: it cannot be written. ValueError: `dtype` cannot hold a weight
+    (float16 ends at 65504)."""
     state = {name: tensor.to(dtype) for name, tensor in rosinality_state(network).items()}
     lost = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if lost:

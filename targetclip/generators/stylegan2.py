@@ -72,6 +72,18 @@ def blur_kernel(gain: float) -> Float[Tensor, "4 4"]:
     return kernel * (gain / kernel.sum())
 
 
+def take_blur(tensors: dict[str, Tensor], name: str, gain: float, tolerance: float) -> None:
+    """Remove a low-pass filter, a constant, from a checkpoint; ValueError for any but ours."""
+    kernel, expected = tensors.pop(name), blur_kernel(gain)
+    if kernel.shape != expected.shape or not torch.allclose(
+        kernel.float(), expected, atol=tolerance
+    ):
+        raise ValueError(
+            f"expected {name} to be the [1, 3, 3, 1] low-pass filter, found another one: "
+            "only networks trained with the released filter are supported"
+        )
+
+
 class EqualizedLinear(nn.Module):
     """A linear layer whose weight is rescaled at run time (equalized learning rate)."""
 

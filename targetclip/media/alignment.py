@@ -114,10 +114,7 @@ class FaceFinder:
 
     def face_of(self, picture: Image.Image, index: int = 0, origin: str = "the photo") -> Face:
         """Find one face of an RGB picture; 0 is the largest. Errors name the picture as `origin`.
-
-        Raises:
-            ValueError: no face is found, or none of that number.
-        """
+        ValueError: no face is found, or none of that number."""
         faces = self.find(picture)
         if not faces:
             raise ValueError(
@@ -144,10 +141,7 @@ def quarter_turn(vector: Float[ndarray, " 2"]) -> Float[ndarray, " 2"]:
 
 def quad_of(landmarks: Float[ndarray, "68 2"]) -> Float[ndarray, "4 2"]:
     """Return the quad of a face with 68 landmarks, in pixels; it may leave the photo.
-
-    Raises:
-        ValueError: eyes and mouth lie in one place or on one line.
-    """
+    ValueError: eyes and mouth lie in one place or on one line."""
     left, right = landmarks[LEFT_EYE].mean(axis=0), landmarks[RIGHT_EYE].mean(axis=0)
     eyes, eye_to_eye = (left + right) / 2, right - left
     eye_to_mouth = landmarks[MOUTH_CORNERS].mean(axis=0) - eyes
@@ -248,8 +242,7 @@ def align(picture: Image.Image, quad: Float[ndarray, "4 2"], size: int) -> Image
 
     Where the quad leaves the picture, the picture is mirrored, blurred and faded.
 
-    Raises:
-        ValueError: not RGB, a size below 1, corners in another order, a face beyond the picture.
+    ValueError: not RGB, a size below 1, corners in another order, a face beyond the picture.
     """
     check_rgb(picture)
     check_quad(quad, picture)

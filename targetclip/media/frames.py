@@ -15,7 +15,7 @@ import shutil
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,13 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from targetclip.command import full_disk_explained, temporary_beside, whole_file
-from targetclip.media.images import (
-    MAX_SIDE,
-    READABLE_SUFFIXES,
-    is_picture,
-    read_picture,
-    write_as,
-)
+from targetclip.media.images import MAX_SIDE, READABLE_SUFFIXES, is_picture, read_picture, write_as
 
 FOLDER_RATE = Fraction(25)
 # Formats that hold a clip and nothing else. FFmpeg also reads playlists, which open other files and
@@ -103,9 +97,7 @@ def natural_order(path: Path) -> tuple[list[str | int], str]:
 
 def folder_frames(folder: Path) -> Frames:
     """Return the pictures of a folder in natural order, without hidden and other files."""
-    paths = [
-        path for path in folder.iterdir() if not path.name.startswith(".") and is_picture(path)
-    ]
+    paths = [path for path in folder.iterdir() if path.name[0] != "." and is_picture(path)]
     if not paths:
         raise ValueError(
             f"no frames in {str(folder)!r}: expected pictures ({', '.join(READABLE_SUFFIXES)})"
@@ -173,12 +165,10 @@ def as_shown(frame: Any, aspect: Fraction) -> Image.Image:
 def packet_times(container: Any, stream: Any) -> list[int]:
     """Return the times of a stream's packets that are shown, in order, in its ticks."""
     times = []
-    try:
+    with suppress(pyav().FFmpegError):  # decoding names the frame
         for packet in container.demux(stream):
             if packet.size and packet.pts is not None and not packet.is_discard:
                 times.append(packet.pts)
-    except pyav().FFmpegError:  # decoding names the frame
-        pass
     return sorted(times)
 
 
@@ -263,10 +253,9 @@ def open_frames(path: str | Path) -> Frames:
     along one side where its pixels are not square. Colours of HDR are not mapped. The first frame
     is decoded here, to find faults early.
 
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: not a video, no video stream, no frames, or PyAV is not installed; also while
-            iterating, a frame that cannot be decoded, named by its number.
+    FileNotFoundError: no such file or folder. ValueError: not a video, no video stream, no frames,
+    or PyAV is not installed; also while iterating, a frame that cannot be decoded, named by its
+    number.
     """
     path = Path(path)
     frames = folder_frames(path) if path.is_dir() else video_frames(path)
@@ -284,8 +273,7 @@ def smooth_latents(
     the ends of the clip the weights of the existing frames are scaled to sum to 1. Window 1 changes
     nothing, and a constant sequence stays exactly as it is. Cuts are not detected.
 
-    Raises:
-        ValueError: the window is not odd and positive.
+    ValueError: the window is not odd and positive.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"expected an odd window of 1 or more frames, found {window}")
@@ -461,13 +449,8 @@ def write_video(
 
 def write_frames(folder: str | Path, pictures: Iterable[Image.Image]) -> None:
     """Write frame_000000.png and so on into a new folder, whole or not at all.
-
-    Raises:
-        FileNotFoundError: the folder above does not exist.
-        FileExistsError: the folder is not empty.
-        OSError: it cannot be written.
-        ValueError: no pictures.
-    """
+    FileNotFoundError: the folder above does not exist. FileExistsError: the folder is not empty.
+    OSError: it cannot be written. ValueError: no pictures."""
     folder = Path(folder)
     temporary = temporary_beside(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -181,10 +181,7 @@ def has_every_scan(jpeg: bytes) -> bool:
 
 def with_end_marker(jpeg: bytes) -> bytes | None:
     """Return a JPEG that lacks only its end marker, with it; None if pixels may be missing too.
-
-    Raises:
-        OSError: there are not enough data for all pixels.
-    """
+    OSError: there are not enough data for all pixels."""
     body = jpeg.rstrip(b"\xff")  # half of the marker
     if body.endswith(bytes(4)) or not has_every_scan(body):  # zeros are what a lost part becomes
         return None
@@ -220,11 +217,6 @@ def loaded(picture: Image.Image, content: bytes, origin: str) -> Image.Image:
     picture = Image.open(io.BytesIO(whole), formats=READABLE_FORMATS)
     picture.load()
     return picture
-
-
-def png_depth(content: bytes) -> int:
-    """Return the bits of a sample of a PNG; 8 for other formats."""
-    return content[24] if content.startswith(PNG_SIGNATURE) else 8
 
 
 def with_alpha(picture: Image.Image, depth: int) -> Image.Image:
@@ -298,10 +290,7 @@ def opened(content: bytes, origin: str) -> Image.Image:
 
 def decode_picture(content: bytes, origin: str) -> Image.Image:
     """Decode the bytes of a picture file as `read_picture`; errors name it as `origin`.
-
-    Raises:
-        ValueError: empty, too large, damaged or unknown content, or nothing to be seen.
-    """
+    ValueError: empty, too large, damaged or unknown content, or nothing to be seen."""
     if not content:
         raise ValueError(f"{origin!r} is an empty file; copy or download the picture again")
     if len(content) > MAX_FILE_BYTES:
@@ -320,7 +309,8 @@ def decode_picture(content: bytes, origin: str) -> Image.Image:
                 picture.seek(0)
             picture = loaded(picture, content, origin)
             profile, is_bmp = rgb_profile(picture), picture.format == "BMP"
-            layer = with_alpha(upright(picture, origin), png_depth(content))
+            depth = content[24] if content.startswith(PNG_SIGNATURE) else 8
+            layer = with_alpha(upright(picture, origin), depth)
             seen = layer.mode == "RGB" or layer.getchannel("A").getbbox() is not None
             if is_bmp and not seen:  # its fourth byte is often unused
                 layer, seen = layer.convert("RGB"), True
@@ -346,10 +336,8 @@ def read_picture(path: str | Path) -> Image.Image:
     `info["icc_profile"]`, all other metadata is dropped. File size and picture size are checked
     before any pixel is decoded.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a folder, an empty, too large, damaged or unknown file, or a picture that is
-            wholly transparent.
+    FileNotFoundError: no such file. ValueError: a folder, an empty, too large, damaged or unknown
+    file, or a picture that is wholly transparent.
     """
     path = Path(path)
     if path.is_dir():
@@ -378,10 +366,7 @@ def center_square(picture: Image.Image) -> Image.Image:
 
 def picture_to_tensor(picture: Image.Image, size: int) -> Float[Tensor, "1 3 {size} {size}"]:
     """Return the middle square of an RGB picture, resized with antialiasing, in [-1, 1].
-
-    Raises:
-        ValueError: not RGB.
-    """
+    ValueError: not RGB."""
     check_rgb(picture)
     square = center_square(picture).resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None]
@@ -390,10 +375,7 @@ def picture_to_tensor(picture: Image.Image, size: int) -> Float[Tensor, "1 3 {si
 
 def tensor_to_pictures(images: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
     """Return RGB pictures of images in [-1, 1]; values outside are clamped.
-
-    Raises:
-        ValueError: an image holds NaN or infinity.
-    """
+    ValueError: an image holds NaN or infinity."""
     images = images.detach().float().cpu()
     if not images.isfinite().all():
         raise ValueError(
@@ -415,12 +397,8 @@ def write_as(picture: Image.Image, path: Path, format_name: str) -> None:
 
 def write_picture(picture: Image.Image, path: str | Path) -> None:
     """Write PNG, JPEG or WEBP by the suffix of `path`, whole or not at all.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        OSError: it cannot be written.
-        ValueError: another suffix.
-    """
+    FileNotFoundError: the folder does not exist. OSError: it cannot be written. ValueError: another
+    suffix."""
     path = Path(path)
     format_name = WRITABLE_FORMATS.get(path.suffix.lower())
     if format_name is None:
@@ -442,8 +420,7 @@ def labelled_grid(
     is cut to its middle square and has the size of the largest, within 128 to 512 px. None: no
     target.
 
-    Raises:
-        ValueError: no picture in the rows.
+    ValueError: no picture in the rows.
     """
     pictures = [picture for row in rows.values() for picture in row]
     if not pictures:

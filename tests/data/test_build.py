@@ -17,15 +17,17 @@ from typing import Any
 
 import datasets
 import pytest
+import slurm_jobs
 import torch
 from builds_made import config, ids, leftovers, long_ago, pictures, rows
 
 from data import build
 from data.build import Config, run
+from data.card import SUMS
 from data.claims import create
 from data.dataset import verify
 from data.targets import draw_avatar, open_targets, split_of
-from targetclip.command import SIGNALS, Stopped
+from targetclip.command import SIGNALS, Stopped, main
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.optimize import optimize_directions
 from targetclip.world import load_scene, load_world
@@ -67,13 +69,12 @@ def arguments(settings: Config) -> list[str]:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
     """Run a command line in this process: its exit code, and its errors and warnings."""
 
     def run_command(flags: list[str]) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["data.build", *flags])
         with pytest.raises(SystemExit) as ended:
-            build.main()
+            main(run, Config, build.__doc__, "python -m data.build", flags)
         assert isinstance(ended.value.code, int)
         lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
         progress = ("%|", "loading world", "; next: ")
@@ -427,7 +428,7 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
     [
         (
             "--recipe nope",
-            "--recipe: expected release, paper, consistent, identity, found 'nope'",
+            "--recipe: expected one of release, paper, consistent, identity, found 'nope'",
         ),
         (
             "--recipe identity",
@@ -443,7 +444,7 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
         ("--out {file}", "--out: cannot write into"),
         (
             "--recipe papr",
-            "--recipe: expected release, paper, consistent, identity, found 'papr': ",
+            "--recipe: expected one of release, paper, consistent, identity, found 'papr': ",
         ),
         ("--licence (c)", "expected a licence by its name on the hub"),
     ],
@@ -724,14 +725,22 @@ def test_who_comes_second_to_the_merge_waits_and_does_not_merge_again(
     assert (out / "report.json").read_text() == report and leftovers(out) == []
 
 
-def test_two_ranks_of_a_launch_make_the_same_dataset(
+def test_a_job_that_slurm_stopped_is_finished_by_two_ranks_of_a_launch(
     built: Path, tiny_world: Path, tmp_path: Path
 ) -> None:
+    settings = config(tiny_world, tmp_path / "pairs", checkpoint_seconds=1e-9)
+    job = slurm_jobs.start("build.slurm", arguments(settings), tmp_path / "job")
+    slurm_jobs.wait_until(lambda: [*settings.out.glob(".build/checkpoints/*.pt")], job)
+    os.kill(int((tmp_path / "job/task").read_text()), signal.SIGTERM)
+    _, error = job.communicate(timeout=300)
+    assert job.returncode == 0 and "stopped; what was done is kept" in error, error
+    assert (tmp_path / "job/told").read_text() == f"requeue {slurm_jobs.ID}_1\n"
+    assert not (settings.out / SUMS).exists()
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launch += ["--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "data.build"]
     ended = subprocess.run(
-        [*launch, *arguments(config(tiny_world, tmp_path / "pairs"))],
+        [*launch, *arguments(settings)],
         cwd=ROOT,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,

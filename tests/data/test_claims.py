@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from data import claims
 from data.claims import Claim, claim, owner_name
+from data.publish import At
 
 ROOT = Path(__file__).parents[2]
 LEASE = 100.0
@@ -165,95 +165,70 @@ def test_a_claim_that_is_gone_is_lost_and_released_without_complaint(tmp_path: P
     assert os.listdir(tmp_path) == []
 
 
-def just_before(monkeypatch: pytest.MonkeyPatch, name: str, action: Callable[[], object]) -> None:
-    """Let something happen right before the first call of a function of `os`."""
-    function = getattr(os, name)
+def just_at(actions: dict[str, Callable[[], object]]) -> At:
+    """Return an `at` that lets things happen when their points are reached first."""
+    left = dict(actions)
 
-    def delayed(*arguments: Any) -> Any:
-        monkeypatch.setattr(os, name, function)
-        action()
-        return function(*arguments)
+    def at(point: str) -> None:
+        left.pop(point, lambda: None)()
 
-    monkeypatch.setattr(os, name, delayed)
+    return at
 
 
-def test_a_claim_made_while_a_breaker_dozed_is_given_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_made_while_a_breaker_dozed_is_given_back(tmp_path: Path) -> None:
     age(claimed(tmp_path).path)
     made: list[Claim] = []
-    just_before(monkeypatch, "rename", lambda: made.append(claimed(tmp_path, "second")))
-    assert claim(tmp_path, "00012", "third", LEASE) is None
+    at = just_at({"before-removal": lambda: made.append(claimed(tmp_path, "second"))})
+    assert claim(tmp_path, "00012", "third", LEASE, at) is None
     assert made[0].heartbeat()
     assert os.listdir(tmp_path) == ["00012"]
 
 
-def test_an_owner_that_wakes_while_it_is_being_broken_keeps_its_claim(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_owner_that_wakes_while_it_is_being_broken_keeps_its_claim(tmp_path: Path) -> None:
     first = claimed(tmp_path)
     age(first.path)
-    just_before(monkeypatch, "rename", first.heartbeat)
-    assert claim(tmp_path, "00012", "second", LEASE) is None
+    at = just_at({"before-removal": first.heartbeat})
+    assert claim(tmp_path, "00012", "second", LEASE, at) is None
     assert first.heartbeat()
 
 
-def test_a_claim_that_cannot_be_given_back_is_lost_to_the_one_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_claim_that_cannot_be_given_back_is_lost_to_the_one_in_its_place(tmp_path: Path) -> None:
     age(claimed(tmp_path).path)
     made: list[Claim] = []
-    just_before(monkeypatch, "rename", lambda: made.append(claimed(tmp_path, "second")))
-    just_before(monkeypatch, "link", lambda: made.append(claimed(tmp_path, "fourth")))
-    assert claim(tmp_path, "00012", "third", LEASE) is None
+    at = just_at(
+        {
+            "before-removal": lambda: made.append(claimed(tmp_path, "second")),
+            "before-return": lambda: made.append(claimed(tmp_path, "fourth")),
+        }
+    )
+    assert claim(tmp_path, "00012", "third", LEASE, at) is None
     assert [one.heartbeat() for one in made] == [False, True]
     assert os.listdir(tmp_path) == ["00012"]
 
 
-def test_a_release_gives_back_the_claim_of_whoever_came_in_between(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = claimed(tmp_path)
-    age(first.path)
+def test_a_release_gives_back_the_claim_of_whoever_came_in_between(tmp_path: Path) -> None:
     made: list[Claim] = []
-    just_before(monkeypatch, "rename", lambda: made.append(claimed(tmp_path, "second")))
+    at = just_at({"before-removal": lambda: made.append(claimed(tmp_path, "second"))})
+    first = claim(tmp_path, "00012", "first", LEASE, at)
+    assert first is not None
+    age(first.path)
     first.release()
     assert made[0].heartbeat()
 
 
-def test_a_claim_released_or_broken_under_ones_eyes_is_no_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("point", ["before-look", "before-removal"])
+def test_a_claim_released_or_broken_under_ones_eyes_is_no_error(tmp_path: Path, point: str) -> None:
     first = claimed(tmp_path)
     age(first.path)
-    just_before(monkeypatch, "rename", first.release)
-    assert claim(tmp_path, "00012", "second", LEASE) is None
-    first = claimed(tmp_path)
-    look = claims.look
-
-    def too_late(path: Path) -> claims.ClaimFile | None:
-        monkeypatch.setattr(claims, "look", look)
-        first.release()
-        return look(path)
-
-    monkeypatch.setattr(claims, "look", too_late)
-    assert claimed(tmp_path, "second").heartbeat()
+    second = claim(tmp_path, "00012", "second", LEASE, just_at({point: first.release}))
+    assert (second is not None and second.heartbeat()) == (point == "before-look")
 
 
-def test_a_breaker_that_dozes_before_it_claims_gets_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_breaker_that_dozes_before_it_claims_gets_nothing(tmp_path: Path) -> None:
     age(claimed(tmp_path).path)
     made: list[Claim] = []
-    remove_only = claims.remove_only
-
-    def dozing(path: Path, wanted: Callable[[claims.ClaimFile], bool]) -> bool:
-        removed = remove_only(path, wanted)
-        made.append(claimed(tmp_path, "second"))
-        return removed
-
-    monkeypatch.setattr(claims, "remove_only", dozing)
-    assert claim(tmp_path, "00012", "third", LEASE) is None
+    at = just_at({"after-removal": lambda: made.append(claimed(tmp_path, "second"))})
+    assert claim(tmp_path, "00012", "third", LEASE, at) is None
     assert made[0].heartbeat()
     assert os.listdir(tmp_path) == ["00012"]
 

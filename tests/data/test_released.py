@@ -2,8 +2,8 @@
 
 import json
 import random
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from data.dataset import load_pairs, networks_of, verify
 from data.pairs import SPLITS
 from data.released import Config, import_released
 from data.targets import draw_avatar, picture_id, split_of
+from targetclip.command import main
 from targetclip.recipes import RECIPES
 from targetclip.seeds import PAIR_SOURCES
 from targetclip.world import load_scene, load_world
@@ -309,7 +310,7 @@ def test_nothing_usable_is_an_error(config: Config) -> None:
 
 
 def test_bad_input_is_one_line_and_no_traceback(
-    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "--directions: no folder" in error_of(replace(config, directions=config.out))
     assert "--targets: no folder" in error_of(replace(config, targets=config.out))
@@ -318,16 +319,15 @@ def test_bad_input_is_one_line_and_no_traceback(
     assert "unknown world" in error_of(replace(config, world="nowhere"))
     flags = ["--out", str(config.out), "--directions", str(config.directions)]
     flags += ["--targets", str(config.targets), "--world"]
-    monkeypatch.setattr(sys, "argv", ["data.released", *flags, "nowhere"])
+    command = partial(main, released.run, Config, released.__doc__, "python -m data.released")
     with pytest.raises(SystemExit) as ended:
-        released.main()
+        command([*flags, "nowhere"])
     output = capsys.readouterr()
     assert ended.value.code == 1 and output.out == ""
     assert output.err.startswith("python -m data.released: error: unknown world")
     assert output.err.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["data.released", *flags, config.world])
     with pytest.raises(SystemExit) as ended:
-        released.main()
+        command([*flags, config.world])
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out)["failures"] == 6
     assert verify(config.out) == []

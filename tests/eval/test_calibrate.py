@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.targets import split_of
+from data.targets import of_split, open_targets, split_of
 from eval.calibrate import (
     STRETCHES,
     Config,
@@ -22,7 +22,9 @@ from eval.expectation import fit_expectation
 from predictor.direction import Gate
 from predictor.mapper import load_mapper, save_mapper
 from predictor.mapper_file import MapperRecord
+from predictor.transfer import load_essence
 from targetclip.recipes import RECIPES
+from targetclip.seeds import VALIDATION_SOURCES
 from targetclip.world import load_scene, load_world
 
 # Figures
@@ -145,6 +147,33 @@ def test_the_file_written_passes_the_gate_and_is_the_same_mapper(
     assert set(losses["loss"]["0.01"]) == {"0", "1", "2"}
     assert losses["loss"] == losses["teacher_loss"]  # of a mapper trained without identity loss
     assert (out / "reliability.png").is_file()
+
+
+def test_a_mapper_that_reads_its_sources_is_calibrated_by_corrected_edits(
+    tiny_world: Path, reading_mapper: Path, tmp_path: Path
+) -> None:
+    record = calibrated(config_of(tiny_world, reading_mapper, tmp_path))
+    report, essence = report_of(tmp_path), load_essence(tiny_world, None, reading_mapper)
+    essence.asked_mapper().scale.mul_(record.calibration["stretch"])
+    scene, each = essence.scene, report["each"]
+    targets = {
+        target.id: target.picture
+        for spec in ("avataaars:60@29", "generated:60@29")
+        for target in of_split(open_targets(spec, scene.generator, 1.0), "validation", 2)
+    }
+    ws = scene.sources(2, VALIDATION_SOURCES)
+    for i, name in enumerate(each["id"]):
+        direction = essence.predict(targets[name])
+        embedding = essence.embed_target(targets[name])
+        transfer = scene.score(embedding[None], ws, direction.offsets(ws)[None]).transfer
+        assert each["mapper_transfer"][i] == pytest.approx(float(transfer), abs=1e-4)
+        probe = essence.probe_score(embedding, direction, 2)
+        assert each["mapper_probe"][i] == pytest.approx(probe, abs=1e-4)
+        alone = essence.probe_score(embedding, direction.vector, 2)
+        assert probe != pytest.approx(alone, abs=1e-4)
+    # Refinements of few steps start there, with the corrections held.
+    losses = report["loss_by_rate_and_steps"]["loss"]["0.01"]
+    assert losses["1"] == pytest.approx(losses["0"], abs=0.02)
 
 
 def test_another_world_is_calibrated_on_its_own_samples_by_default(

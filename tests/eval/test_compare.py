@@ -99,7 +99,7 @@ def test_every_score_of_every_target_is_reported(
         assert row["seconds"] > 0
     timings = {name: row["timing"] for name, row in found["methods"].items()}
     assert timings["mapper"] == "alone" and timings["release"] == "share"
-    assert {"transfer", "consistency", "additivity", "outside"} == set(
+    assert {"transfer", "consistency", "additivity", "outside", "sharpness"} == set(
         found["methods"]["mapper"]["scores"]
     )
 
@@ -174,6 +174,26 @@ def test_the_bundled_world_is_judged_by_its_reader(tmp_path: Path) -> None:
     assert report["judges"]["features"] == "the attribute reader's penultimate layer"
 
 
+def test_a_mapper_that_reads_its_sources_is_judged_beside_its_one_direction(
+    who_world: Path, reading_mapper: Path, tmp_path: Path
+) -> None:
+    only = ("mapper", "one-direction", "auto", "own-mapper")
+    report = run(config(who_world, reading_mapper, tmp_path / "out", only=only))
+    found = report["sets"][IN_RANGE]
+    assert set(found["methods"]) == set(only)
+    scores = {name: found["methods"][name]["scores"] for name in ("mapper", "one-direction")}
+    for name in ("transfer", "consistency", "additivity", "person"):
+        assert scores["mapper"][name] != pytest.approx(scores["one-direction"][name], abs=1e-4)
+    assert found["differences"]["one-direction"]["transfer"]["count"] == 3
+    assert set(report["released"]["methods"]) == {"mapper", "one-direction", "auto"}
+    released = [report["released"]["methods"][n]["semantic"]["mean"] for n in only[:2]]
+    assert abs(released[0] - released[1]) > 1e-3
+    assert set(report["sweep"]) == set(only)
+    assert (tmp_path / "out" / "grids" / "in-range one-direction.png").is_file()
+    again = run(config(who_world, reading_mapper, tmp_path / "out", only=only))
+    assert again["sets"] == report["sets"] and again["released"] == report["released"]
+
+
 # What it keeps
 
 
@@ -223,6 +243,7 @@ def test_what_changed_is_run_again_and_nothing_else(
     [
         ({"only": ("mappr",)}, "--only: expected some of mapper"),
         ({"only": ("auto",)}, "--only auto: .*not calibrated"),
+        ({"only": ("one-direction",)}, "--only one-direction: .*no correction for each source"),
         ({"only": ("ridge",)}, "--only ridge: .*--pairs"),
         ({"sources": 1}, "--sources: expected 2 or more, found 1"),
         ({"slow": 0}, "--slow: expected 1 or more, found 0"),

@@ -9,6 +9,7 @@ import torch
 from data.targets import BadTarget, open_targets, split_of
 from eval.expectation import (
     PENALTIES,
+    SOURCES,
     fit_expectation,
     left_out_error,
     ridge,
@@ -16,7 +17,9 @@ from eval.expectation import (
     training_targets,
 )
 from predictor.mapper import Mapper, load_mapper
+from predictor.transfer import EssenceTransfer
 from targetclip.scene import Scene
+from targetclip.seeds import seed_of
 from targetclip.world import load_scene, load_world
 
 SPECS = ("avataaars:40@29", "generated:40@29")
@@ -99,6 +102,22 @@ def test_scores_do_not_depend_on_what_is_rendered_at_once(scene: Scene, mapper: 
     for one, other in zip(together, alone, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(together[1], scores_reached(scene, mapper, targets, 1)[1])
+
+
+def test_the_scores_reached_are_those_of_corrected_edits(
+    scene: Scene, mapper: Mapper, reading_mapper: Path
+) -> None:
+    targets = list(training_targets(SPECS, 2, scene))
+    reader = load_mapper(reading_mapper)[0]
+    corrected = scores_reached(scene, reader, targets, 0)[1]
+    alone = scores_reached(scene, mapper, targets, 0)[1]  # the same directions
+    assert not torch.allclose(corrected, alone, atol=1e-3)
+    essence = EssenceTransfer(scene, reader)
+    for target, reached in zip(targets, corrected, strict=True):
+        ws = scene.latents([seed_of("expectation", 0, target.id, i) for i in range(SOURCES)])
+        offsets = essence.predict(target.picture).offsets(ws)
+        scores = scene.score(essence.embed_target(target.picture)[None], ws, offsets[None])
+        assert float(reached) == pytest.approx(float(scores.transfer), abs=1e-4)
 
 
 def test_the_head_expects_what_other_targets_reach_and_directions_stay(

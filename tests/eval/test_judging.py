@@ -51,9 +51,11 @@ def test_all_judges_that_are_there_give_a_score(bright: Scene) -> None:
     edits = torch.zeros(2, *sources.shape[1:])
     scores = judge_edits(judges, goal_of(judges, targets), sources, edits).scores
     assert list(scores) == [
-        "transfer", "consistency", "person", "second", "additivity", "outside",
+        "transfer", "consistency", "person", "target_person", "second", "additivity", "outside",
+        "sharpness",
     ]  # fmt: skip
     torch.testing.assert_close(scores["person"], torch.ones(2))
+    torch.testing.assert_close(scores["sharpness"], torch.ones(2))
     torch.testing.assert_close(scores["second"], scores["transfer"])
     assert not scores["additivity"].any() and not scores["outside"].any()
     assert judges.features_of == "the second judge's embedding"
@@ -71,6 +73,10 @@ def test_scores_are_those_of_the_scene(bright: Scene) -> None:
     torch.testing.assert_close(scores["consistency"], expected.consistency)
     assert expected.identity is not None
     torch.testing.assert_close(scores["person"], expected.identity.mean(dim=1))
+    people = Brightness().embed_images(bright.images_of(targets.pictures))
+    after = [judges.outputs(bright.edit(sources, edit, 0.5)).people for edit in edits]
+    leaks = torch.stack([(a @ p).mean() for a, p in zip(after, people, strict=True)])
+    torch.testing.assert_close(scores["target_person"], leaks)
 
 
 def test_judges_of_faces_want_faces(scene: Scene) -> None:

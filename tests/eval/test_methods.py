@@ -21,21 +21,25 @@ from data.dataset import merge
 from data.illustrated.codes import VALUES, draw_face, indices_from_z
 from data.pairs import Pair, chunk_bytes, features
 from data.teacher import search_in_batches
+from eval.answers import find, keep, kept, settings_of
 from eval.methods import (
     BLENDING,
     LACKING,
     METHODS,
+    OWN_MAPPER,
     Answer,
     Bench,
     PairTable,
     by_clip_blending,
+    by_own_mapper,
     needs_of,
     open_pair_table,
     right_answer,
+    stacked_corrections,
 )
 from eval.sets import EvalSet, in_range
 from eval.truth import truth_of
-from predictor.mapper import Mapper
+from predictor.mapper import Mapper, load_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from predictor.transfer import EssenceTransfer
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity
@@ -141,6 +145,82 @@ def test_the_mapper_answers_as_the_product_does(bench: Make, targets: EvalSet) -
         torch.testing.assert_close(found.edits[i], alone.vector)
         assert float(found.expected[i]) == pytest.approx(alone.expected)
     assert not torch.allclose(found.edits[0], found.edits[1], atol=1e-3)
+
+
+def test_a_mapper_that_reads_its_sources_answers_for_any_of_them(
+    bench: Make, reading_mapper: Path, targets: EvalSet, tmp_path: Path
+) -> None:
+    made = bench(load_mapper(reading_mapper)[0])
+    settings = settings_of("mapper", dataclasses.replace(made, digests={"mapper": "m"}), targets)
+    found = find(METHODS["mapper"], made, targets)
+    keep(tmp_path / "mapper", found, settings)
+    again = kept(tmp_path / "mapper", settings)
+    assert again is not None
+    for sources in (made.sources, made.scene.sources(5, 9)):
+        for i, picture in enumerate(targets.pictures):
+            expected = made.essence.predict(picture).offsets(sources)
+            torch.testing.assert_close(found.on(sources)[i], expected, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(expected[0], expected[1], atol=1e-2)
+        assert torch.equal(again.on(sources), found.on(sources))
+    alone = answer("one-direction", made, targets)
+    assert torch.equal(alone.edits, found.edits) and alone.expected is None
+    offsets = alone.on(made.sources)
+    assert torch.equal(offsets, found.edits[:, None].expand_as(offsets))
+
+
+def test_auto_answers_with_the_corrections_of_the_product(
+    bench: Make, reading_mapper: Path, targets: EvalSet
+) -> None:
+    mapper, record = load_mapper(reading_mapper)
+    made = bench(mapper)
+    scores = [
+        made.essence.probe_score(
+            made.essence.embed_target(picture), made.essence.predict(picture), 2
+        )
+        for picture in targets.pictures
+    ]
+    gate = {**GATE, "threshold": sorted(scores)[1]}  # one of three falls short
+    mapper.record = dataclasses.replace(record, calibration=gate)
+    found = answer("auto", made, targets)
+    assert found.notes.count("mapper") == 2
+    recipe = made.cut(RECIPES["consistent"])
+    for i, (picture, name) in enumerate(zip(targets.pictures, targets.ids, strict=True)):
+        seed = seed_of("compare", 0, name)
+        expected = made.essence.direction(picture, "auto", recipe, seed).offsets(made.sources)
+        torch.testing.assert_close(found.on(made.sources)[i], expected.expand(3, -1, -1))
+
+
+def test_answers_without_a_correction_stand_beside_those_with_one(
+    bench: Make, reading_mapper: Path, targets: EvalSet
+) -> None:
+    made = bench(load_mapper(reading_mapper)[0])
+    one, other = (made.essence.predict(picture).correction for picture in targets.pictures[:2])
+    assert one is not None and other is not None
+    found = stacked_corrections([one, None, other])
+    assert found is not None
+    each, ws = found.each(made.sources), made.sources
+    torch.testing.assert_close(each, torch.stack([one(ws), torch.zeros_like(ws), other(ws)]))
+    assert stacked_corrections([None, None]) is None
+
+
+def test_a_mapper_of_one_target_learns_to_bring_its_sources_there(
+    bench: Make, targets: EvalSet
+) -> None:
+    recipe = dataclasses.replace(OWN_MAPPER, identity_weight=0.0, steps=60, sources=3)
+    made = bench(max_steps=None)
+    few = targets.part(0, 2)
+    edits = by_own_mapper(made, few, recipe).edits
+    assert edits.shape == (2, 3, 6, 8) and not edits.requires_grad
+    assert not torch.allclose(edits[0, 0], edits[0, 1], atol=1e-2)  # it reads the source
+    goal = made.embed(few, recipe)
+    after = made.scene.score(goal, made.sources, edits).transfer
+    before = made.scene.score(goal, made.sources, torch.zeros_like(edits)).transfer
+    assert (after - before).min() > 0.02
+    first = dataclasses.replace(recipe, steps=5)
+    alone, again = (by_own_mapper(made, few.part(i, 2), first).edits[-1] for i in (1, 0))
+    torch.testing.assert_close(alone, again, rtol=0, atol=1e-3)
+    other = by_own_mapper(dataclasses.replace(made, seed=1), few, first).edits[-1]
+    assert not torch.allclose(other, again, rtol=0, atol=1e-3)
 
 
 def test_auto_keeps_what_passes_and_else_the_best_on_the_probe(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from eval.metrics import (
     additivity,
+    edit_scores,
     essence_acquired,
     essence_by_attribute,
     essence_columns,
@@ -21,6 +22,8 @@ from eval.metrics import (
     outside_change,
     perceptual_distance,
     released_score,
+    sharpness,
+    sharpness_kept,
 )
 from eval.reader import OUTPUTS, READINGS, SPANS, among
 from targetclip.losses import consistency_loss
@@ -76,6 +79,28 @@ def test_unrelated_shifts_and_none_at_all_are_not_additive() -> None:
     origin = torch.zeros_like(source)
     assert float(additivity(origin, unrelated).mean()) == pytest.approx(0, abs=0.02)
     assert float(additivity(source, source[None])) == 0
+
+
+# All scores of edits
+
+
+def test_scores_are_cosines_to_the_target_and_to_the_source() -> None:
+    targets = {"embeddings": random(2, 8), "people": random(2, 5, seed=1)}
+    before = {"embeddings": random(3, 8, seed=2), "people": random(3, 5, seed=3)}
+    after = {"embeddings": random(2, 3, 8, seed=4), "people": random(2, 3, 5, seed=5)}
+    found = edit_scores(targets, before, after)
+    assert set(found) == {"transfer", "consistency", "additivity", "person", "target_person"}
+    for score, key, other in [
+        ("transfer", "embeddings", targets["embeddings"][:, None]),
+        ("person", "people", before["people"][None]),
+        ("target_person", "people", targets["people"][:, None]),
+    ]:
+        expected = F.cosine_similarity(after[key], other, dim=-1).mean(dim=1)
+        torch.testing.assert_close(found[score], expected)
+    both = edit_scores(*({**of, "second": of["embeddings"]} for of in (targets, before, after)))
+    torch.testing.assert_close(both["second"], found["transfer"])
+    nobody = edit_scores({**targets, "people": None}, before, after)
+    assert "person" in nobody and "target_person" not in nobody
 
 
 # Readings
@@ -150,6 +175,24 @@ def test_change_counts_at_the_border_alone() -> None:
     torch.testing.assert_close(found, torch.tensor([1.0, 0.5]))
     # Values beyond the range show no further.
     assert torch.equal(outside_change(5 * torch.ones_like(before), after), found)
+
+
+def test_a_blurred_image_is_less_sharp_and_a_flat_one_has_no_measure() -> None:
+    before = uniform(3, 3, 16, 16) * 2 - 1
+    before[2] = 0.3
+    after = F.avg_pool2d(before, 3, stride=1, padding=1)
+    after[0] = before[0]
+    found = sharpness_kept(before, after)
+    assert found[0] == 1 and 0 < found[1] < 0.8 and found[2].isnan()
+    assert sharpness_kept(before, torch.zeros_like(before))[0] == 0
+
+
+def test_sharpness_is_that_of_an_edge_whatever_its_contrast_and_its_length() -> None:
+    short, long = -torch.ones(1, 3, 32, 32), -torch.ones(1, 3, 32, 32)
+    short[..., 8:16, 8:] = 1
+    long[..., 4:28, 8:] = 0.5
+    assert float(sharpness(short)) == pytest.approx(float(sharpness(long)), rel=0.1)
+    torch.testing.assert_close(sharpness(short / 2), sharpness(short))
 
 
 def test_only_the_border_of_an_edit_comes_along() -> None:

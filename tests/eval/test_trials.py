@@ -39,8 +39,12 @@ def test_ranks_are_of_the_score() -> None:
     assert by_rank(scores[:1]) == {"best": 0, "median": 0, "worst": 0}
 
 
-def test_a_sheet_changes_with_the_directions(scene: Scene) -> None:
-    targets = samples(scene.generator, 1.0, 2)
+def test_a_sheet_shows_directions_and_offsets_of_sources_alike(scene: Scene) -> None:
+    targets, sources = samples(scene.generator, 1.0, 2), scene.sources(3, 1)
     nothing = torch.zeros(2, scene.generator.num_ws, scene.generator.w_dim)
-    still, moved = sheet(scene, targets, nothing), sheet(scene, targets, nothing + 1)
+    still, moved = (sheet(scene, targets, sources, nothing + x) for x in (0, 1))
     assert still.size == moved.size and still.tobytes() != moved.tobytes()
+    each = (nothing + 1)[:, None].repeat(1, 3, 1, 1)
+    assert sheet(scene, targets, sources, each).tobytes() == moved.tobytes()
+    each[0, 2] = 0
+    assert sheet(scene, targets, sources, each).tobytes() != moved.tobytes()

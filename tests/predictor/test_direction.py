@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from predictor.correction import SourceCorrection
 from predictor.direction import (
     Direction,
     Gate,
@@ -36,8 +39,27 @@ def vector(seed: int) -> Tensor:
     return torch.randn(6, 8, generator=torch.Generator().manual_seed(seed))
 
 
+def correction(seed: int, mapper: int = 0) -> SourceCorrection:
+    """Of a target, by one of several mappers."""
+    own, shared = (torch.Generator().manual_seed(n) for n in (seed, 100 + mapper))
+    shapes = {"first": (48, 7), "hidden": (7, 7), "hidden_bias": (7,), "mix": (7, 5)}
+    shapes |= {"mix_bias": (5,), "basis": (5, 48)}
+    tensors = {name: torch.randn(shape, generator=shared) for name, shape in shapes.items()}
+    biases = torch.randn(1, 7, generator=own)
+    return SourceCorrection(**tensors, biases=biases, weights=torch.ones(1, 6))
+
+
+def sources(count: int = 4) -> Tensor:
+    return torch.randn(count, 6, 8, generator=torch.Generator().manual_seed(5))
+
+
+def reading(seed: int, mapper: int = 0, **facts: Any) -> Direction:
+    """A direction with a correction for each source."""
+    return made(seed, correction=correction(seed, mapper), **facts)
+
+
 def made(seed: int, method: str = "mapper", **facts: Any) -> Direction:
-    return Direction(vector=vector(seed), method=method, **facts)
+    return Direction(**{"vector": vector(seed), "method": method, **facts})
 
 
 def test_a_mixture_is_the_weighted_sum() -> None:
@@ -110,6 +132,62 @@ def test_a_direction_is_shown_in_one_short_line() -> None:
     assert repr(scored) == f"Direction(6 x 8, norm 6.93, {facts})"
 
 
+# With a correction for each source
+
+
+def test_what_is_added_to_a_source_is_the_vector_and_its_own_correction() -> None:
+    one = reading(0)
+    added = one.offsets(sources())
+    torch.testing.assert_close(added, vector(0) + correction(0)(sources()))
+    assert not torch.allclose(added[0], added[1], atol=0.1)
+    assert made(0).offsets(sources()).shape == (6, 8)  # one for all
+    assert repr(one).endswith("method 'mapper', corrected for each source)")
+
+
+def test_corrections_follow_strengths_mixtures_and_negative_weights() -> None:
+    a, b, plain = reading(0), reading(1), made(2, "optimizer")
+    found = 0.5 * a - b / 4 + plain
+    expected = 0.5 * a.offsets(sources()) - 0.25 * b.offsets(sources()) + plain.vector
+    torch.testing.assert_close(found.offsets(sources()), expected, rtol=1e-4, atol=1e-5)
+    assert found.method == "mapper + optimizer"
+    assert not (a - a).offsets(sources()).any()
+    assert torch.equal(mixed([a], [1.0]).offsets(sources()), a.offsets(sources()))
+    assert mixed([plain, plain], [1.0, 2.0]).correction is None
+
+
+def test_corrections_of_two_mappers_do_not_mix_but_their_vectors_do() -> None:
+    a, b = reading(0), reading(1, mapper=1)
+    with pytest.raises(ValueError, match=r"^expected corrections of one mapper[^\n]+$"):
+        mixed([a, b], [0.5, 0.5])
+    vectors = mixed([a.uncorrected(), b.uncorrected()], [0.5, 0.5])
+    assert torch.equal(vectors.vector, mixed([made(0), made(1)], [0.5, 0.5]).vector)
+
+
+def test_layer_weights_are_those_of_the_correction_too() -> None:
+    factors = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.5, 2.0])
+    for one in (reading(0), made(0)):
+        found = one.weighted(factors).offsets(sources())
+        torch.testing.assert_close(found, one.offsets(sources()) * factors[:, None])
+
+
+def test_left_out_the_correction_leaves_the_vector_and_no_score_of_corrected_edits() -> None:
+    one = reading(0, expected=0.8, probe=0.7, steps=3, generator="a")
+    left = one.uncorrected()
+    assert torch.equal(left.offsets(sources()), vector(0))
+    assert left == made(0, steps=3, generator="a", vector=left.vector)
+    assert made(1, probe=0.7).uncorrected().probe == 0.7  # there was nothing to leave out
+
+
+def test_a_clip_has_one_direction_by_the_correction_of_its_mean_latent() -> None:
+    one = reading(0)
+    found = one.for_clip(sources())
+    mean = sources().mean(dim=0, keepdim=True)
+    torch.testing.assert_close(found.vector, vector(0) + correction(0)(mean)[0])
+    assert found.correction is None and torch.equal(found.offsets(sources()), found.vector)
+    plain = made(0)
+    assert plain.for_clip(sources()) is plain
+
+
 # Files
 
 
@@ -144,6 +222,48 @@ def test_the_commands_files_and_those_of_the_release_are_loaded(
     np.save(tmp_path / "released.npy", vector(1).numpy()[None])
     released = Direction.load(tmp_path / "released.npy", generator)
     assert torch.equal(released.vector, vector(1)) and released.method == "released"
+
+
+def test_a_file_holds_the_vector_and_beside_it_the_correction(
+    tiny: EssenceTransfer, tmp_path: Path
+) -> None:
+    path, generator = tmp_path / "joker.safetensors", tiny.scene.generator
+    saved = reading(0, generator=generator.fingerprint) - 0.5 * reading(1)
+    saved.save(path)
+    loaded = Direction.load(path, tiny)
+    assert torch.equal(loaded.offsets(sources()), saved.offsets(sources()))
+    assert (loaded + saved).correction is not None  # it is still of the same mapper
+    tensors = load_file(path)  # as another program reads it
+    assert torch.equal(tensors["direction"], saved.vector)
+    assert {name.split(".")[0] for name in set(tensors) - {"direction"}} == {"correction"}
+    assert torch.equal(Direction.load(path, tiny).uncorrected().vector, tensors["direction"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"correction.mix": None}, "expected a correction of"),
+        ({"correction.more": torch.ones(1)}, "expected a correction of"),
+        ({"correction.mix": torch.ones(7, 4)}, "expected a correction of shapes"),
+        ({"correction.first": torch.ones(16, 7)}, "expected a correction of shapes"),
+        ({"correction.weights": torch.ones(1, 5)}, "expected a correction of shapes"),
+        ({"correction.hidden_bias": torch.tensor(1.0)}, "expected a correction of shapes"),
+        ({"correction.mix": torch.full((7, 5), math.nan)}, "finite float32"),
+        ({"correction.mix": torch.ones(7, 5).half()}, "finite float32"),
+    ],
+)
+def test_a_damaged_correction_is_refused_in_one_line(
+    change: dict[str, Tensor | None], said: str, tiny: EssenceTransfer, tmp_path: Path
+) -> None:
+    path = tmp_path / "joker.safetensors"
+    reading(0, generator=tiny.scene.generator.fingerprint).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {name: t for name, t in (load_file(path) | change).items() if t is not None}
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=said) as caught:
+        Direction.load(path, tiny)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_what_could_not_be_loaded_is_not_saved(tiny: EssenceTransfer, tmp_path: Path) -> None:
@@ -228,8 +348,8 @@ def at(value: float, steps: int) -> Direction:
     return Direction(vector=torch.full((6, 8), value), method="refined", steps=steps)
 
 
-def probe(vector: Tensor) -> float:
-    return float(vector[0, 0])
+def probe(direction: Direction) -> float:
+    return float(direction.vector[0, 0])
 
 
 def failing() -> Direction:

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -40,13 +39,6 @@ RECORD = MapperRecord(
 )
 
 Spoil = Callable[[dict[str, Tensor]], object]
-
-
-@pytest.fixture(autouse=True)
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, no cache but the test's own."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / ".hub"))
 
 
 def fresh(config: MapperConfig = CONFIG) -> Mapper:

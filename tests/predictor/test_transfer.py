@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from predictor import Mode
 from predictor.direction import Direction, Interrupted, Method, WatchStep
 from predictor.inputs import Text
-from predictor.mapper import load_mapper
+from predictor.mapper import Mapper, load_mapper
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip.embedder import ClipEmbedder
@@ -25,6 +25,7 @@ from targetclip.media.images import picture_to_tensor
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe
 from targetclip.scene import Scene
+from targetclip.seeds import seed_of
 from targetclip.world import load_scene, load_world
 
 Predicting = Callable[..., EssenceTransfer]
@@ -87,7 +88,7 @@ def knowing(scene: Scene) -> Scene:
 
 
 def probed(essence: EssenceTransfer, target: Image.Image, direction: Direction) -> float:
-    return essence.probe_score(essence.embed_target(target), direction.vector, probes=4)
+    return essence.probe_score(essence.embed_target(target), direction, probes=4)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 24)) -> Image.Image:
@@ -176,7 +177,7 @@ def test_progress_is_reported_after_every_step(essence: EssenceTransfer) -> None
     steps: list[Progress] = []
     direction = essence.optimize(picture(), quick(), on_step=steps.append)
     assert [progress.step for progress in steps] == [0, 1, 2]
-    assert torch.equal(steps[-1].kept_directions[0], direction.vector)
+    assert torch.equal(steps[-1].kept.directions[0], direction.vector)
 
 
 def test_a_loss_that_is_not_finite_is_an_error_and_no_direction(scene: Scene) -> None:
@@ -294,6 +295,133 @@ def test_a_refinement_starts_at_the_prediction(predicting: Predicting) -> None:
     start = watch.steps[0].directions[0]
     assert (start - predicted.vector).norm() < 0.1 * predicted.vector.norm()
     assert (found.vector - predicted.vector).norm() > 0 and found.expected == predicted.expected
+
+
+@pytest.fixture
+def reader(scene: Scene, reading_mapper: Path) -> Predicting:
+    """Makes one with a mapper that corrects its directions for each source."""
+
+    def make(threshold: float = 0.5, identity: bool = False, **figures: float) -> EssenceTransfer:
+        mapper, record = load_mapper(reading_mapper)
+        calibration = {**record.calibration, "threshold": threshold, **figures}
+        mapper.record = dataclasses.replace(record, calibration=calibration)
+        return EssenceTransfer(knowing(scene) if identity else scene, mapper)
+
+    return make
+
+
+def test_an_answer_is_corrected_for_each_source_as_the_mapper_does_it(reader: Predicting) -> None:
+    essence = reader()
+    ws, embedding = essence.scene.sources(4), essence.embed_target(picture())[None]
+    direction = essence.predict(picture())
+    expected = direction.vector + essence.asked_mapper().correct(embedding, ws)[0]
+    torch.testing.assert_close(direction.offsets(ws), expected, rtol=1e-4, atol=1e-5)
+    assert (expected[0] - expected[1]).norm() > 0.5
+    for strength in (0.0, 0.7, -1.5):
+        edited = essence.edit(ws, direction, strength)
+        torch.testing.assert_close(edited, essence.scene.render(ws + strength * expected))
+    alone = essence.edit(ws[1:2], direction)
+    torch.testing.assert_close(alone, essence.edit(ws, direction)[1:2])
+    vector = essence.edit(ws, direction.vector)  # the correction is left out
+    assert not torch.allclose(vector, essence.edit(ws, direction), atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["instant", "auto", "refine"])
+def test_one_direction_is_that_of_the_mapper_without_its_correction_to_the_bit(
+    reader: Predicting, predicting: Predicting, mode: Mode
+) -> None:
+    essence, old, recipe = reader(threshold=2), predicting(threshold=2), quick()
+    found = essence.direction(picture(1), mode, recipe, seed=3, one_direction=True)
+    expected = old.direction(picture(1), mode, recipe, seed=3)
+    assert found.correction is None and torch.equal(found.vector, expected.vector)
+    assert (found.method, found.steps, found.probe) == (
+        expected.method, expected.steps, expected.probe,
+    )  # fmt: skip
+    assert found.expected is None  # what the mapper expects is of corrected edits
+    ws = essence.scene.sources(2)
+    assert torch.equal(essence.edit(ws, found, 0.7), old.edit(ws, expected, 0.7))
+
+
+def test_a_refinement_holds_the_correction_and_starts_at_the_corrected_answer(
+    reader: Predicting,
+) -> None:
+    essence, watch, target = reader(refine_rate=0.05), Watch(), picture(1)
+    predicted, recipe = essence.predict(target), quick()
+    refined = essence.direction(target, "refine", recipe, watch=watch)
+    assert refined.correction is not None and predicted.correction is not None
+    ws = essence.scene.sources(2)
+    assert torch.equal(refined.correction(ws), predicted.correction(ws))
+    assert refined.method == "refined"
+    assert 0 < (refined.vector - predicted.vector).norm() < predicted.vector.norm()
+    # Its first loss is that of the corrected edits of the sources that it draws.
+    bank, first = essence.scene.bank(), watch.steps[0]
+    draw = torch.Generator().manual_seed(seed_of("target", 0))
+    chosen = torch.randperm(len(bank), generator=draw)[: recipe.sources]
+    embedding = essence.embed_target(target)[None]
+
+    def transfer(moves: Tensor) -> float:
+        return 1 - float(essence.scene.score(embedding, bank[chosen], moves[None]).transfer)
+
+    corrected = transfer(predicted.offsets(bank[chosen]))
+    assert float(first.transfer) == pytest.approx(corrected, abs=1e-4)
+    assert transfer(predicted.vector) != pytest.approx(corrected, abs=1e-3)
+    with pytest.raises(Interrupted) as caught:
+        essence.direction(target, "refine", recipe, watch=Watch("refined", 2))
+    assert caught.value.direction.correction is not None
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_refinements_of_any_sources_bring_a_corrected_answer_nearer(
+    reader: Predicting, fresh: bool
+) -> None:
+    essence, target = reader(refine_steps=20, refine_rate=0.05), picture(1)
+    recipe = quick("consistent" if fresh else "paper")
+    predicted, refined = (essence.direction(target, m, recipe) for m in ("instant", "refine"))
+    embedding = essence.embed_target(target)
+    scores = [essence.probe_score(embedding, one, 4) for one in (predicted, refined)]
+    assert scores[1] > scores[0]
+
+
+def test_the_gate_checks_corrected_edits(reader: Predicting) -> None:
+    essence, target = reader(threshold=-1), picture()
+    predicted = essence.direction(target, "instant")
+    scores = [probed(essence, target, one) for one in (predicted, predicted.uncorrected())]
+    assert scores[0] != pytest.approx(scores[1], abs=1e-3)
+    found = essence.direction(target)
+    assert found.probe == scores[0] and found.correction is not None
+    between = sum(scores) / 2
+    higher = predicted if scores[0] > scores[1] else predicted.uncorrected()
+    one_direction, watch = higher.correction is None, Watch()
+    strict = reader(threshold=between)
+    assert strict.direction(target, watch=watch, one_direction=one_direction).method == "mapper"
+    assert watch.searches == []
+    strict.direction(target, "auto", quick(), watch=watch, one_direction=not one_direction)
+    assert watch.searches[0] == "refined"
+
+
+def test_an_identity_floor_is_kept_by_corrected_edits(reader: Predicting) -> None:
+    essence = reader(identity=True)
+    ws, direction = essence.scene.sources(3), essence.predict(picture())
+    model = essence.scene.identity
+    assert model is not None
+
+    def kept(strength: float, moves: Direction) -> float:
+        edited = essence.edit(ws, moves, strength)
+        return float(identity_similarity(model, essence.edit(ws, moves, 0), edited).mean())
+
+    floor = (1 + kept(1.0, direction)) / 2
+    found = essence.strength_at_identity(ws, direction, floor)
+    assert 0 < found < 1 and kept(found, direction) >= floor > kept(found + 1 / 160, direction)
+    assert found != essence.strength_at_identity(ws, direction.uncorrected(), floor)
+
+
+def test_texts_and_mixtures_with_them_are_corrected(scene: Scene, reading_mapper: Path) -> None:
+    essence = reading(scene, load_mapper(reading_mapper)[0])
+    text, shown = essence.predict(Text("green hair")), essence.predict(picture())
+    ws = scene.sources(3)
+    assert text.correction is not None
+    mixture = (text - 0.5 * shown).offsets(ws)
+    torch.testing.assert_close(mixture, text.offsets(ws) - 0.5 * shown.offsets(ws))
 
 
 @pytest.mark.parametrize("mode", ["instant", "auto", "refine"])
@@ -425,32 +553,13 @@ def test_a_recipe_may_be_named(essence: EssenceTransfer) -> None:
 # On another device
 
 
-def test_a_copy_goes_to_a_device_and_the_first_one_stays(
-    scene: Scene, predicting: Predicting
-) -> None:
-    texts = TextTargets(scene.embedder, ("a face",))
-    first = EssenceTransfer(knowing(scene), predicting().mapper, texts=texts, recipe=quick())
-    before = first.direction(text="a hat", mode="instant")
-    moved = first.to("meta")
-    assert moved.scene.device.type == "meta" and moved.recipe == first.recipe
-    assert moved.texts is not None and moved.texts.embedder is moved.scene.embedder
-    parts = (moved.scene.embedder, moved.scene.inverter, moved.scene.identity, moved.mapper)
-    for part in parts:
-        assert {p.device.type for p in cast("nn.Module", part).parameters()} == {"meta"}
-    assert first.scene.device.type == "cpu"
-    assert torch.equal(first.direction(text="a hat", mode="instant").vector, before.vector)
-    copied = first.to(torch.device("cpu"))
-    assert copied is not first and copied.scene.generator is not first.scene.generator
-    assert torch.equal(copied.direction(text="a hat", mode="instant").vector, before.vector)
-
-
 # Texts
 
 
-def reading(scene: Scene) -> EssenceTransfer:
+def reading(scene: Scene, mapper: Mapper | None = None) -> EssenceTransfer:
     """With texts."""
     texts = TextTargets(scene.embedder, ("a face",))
-    return EssenceTransfer(scene, texts=texts)
+    return EssenceTransfer(scene, mapper, texts=texts)
 
 
 def test_a_text_becomes_a_target_beside_the_bank_of_sources(scene: Scene) -> None:

@@ -75,11 +75,10 @@ def test_an_error_of_the_program_keeps_its_traceback() -> None:
         guarded(lambda: {}["missing"], "prog")
 
 
-def test_what_a_command_returns_is_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["prog", "--number", "7"])
+def test_what_a_command_returns_is_its_exit_code() -> None:
     for result, code in ((None, 0), (5, 5), ("a report", 0), (True, 0)):
         with pytest.raises(SystemExit) as ended:
-            main(lambda config, result=result: result, Config, "", "prog")
+            main(lambda config, result=result: result, Config, "", "prog", ["--number", "7"])
         assert ended.value.code == code
 
 
@@ -89,30 +88,27 @@ class WithFolder:
 
 
 def test_a_second_run_of_an_exclusive_command_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["prog", "--out", str(tmp_path / "out")])
+    args = ["--out", str(tmp_path / "out")]
     codes: list[object] = []
 
     def run(config: WithFolder) -> None:
         if not codes:
             codes.append("first")
             with pytest.raises(SystemExit) as ended:
-                main(run, WithFolder, "", "prog", exclusive=True)
+                main(run, WithFolder, "", "prog", args, exclusive=True)
             codes.append(ended.value.code)
 
     with pytest.raises(SystemExit) as ended:
-        main(run, WithFolder, "", "prog", exclusive=True)
+        main(run, WithFolder, "", "prog", args, exclusive=True)
     assert [*codes, ended.value.code] == ["first", FAILED, 0]
     assert "another run is writing into" in capsys.readouterr().err
 
 
-def test_a_usage_error_is_one_line_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["prog", "--number", "many"])
+def test_a_usage_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(lambda config: None, Config, "", "prog")
+        main(lambda config: None, Config, "", "prog", ["--number", "many"])
     assert ended.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("prog: ") and message.count("\n") == 1 and "many" in message

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import Touch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -318,19 +319,9 @@ def test_dicts_and_lists_that_leave_a_choice_are_refused(tmp_path: Path) -> None
     assert "[5, 8], [6, 8]" in unequal
 
 
-class Trap:
-    """Unpickled, it leaves a file behind."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
 def test_files_that_ask_to_run_code_are_refused_and_run_none(tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
-    trap = Trap(sprung)
+    trap = Touch(sprung)
     boxed = np.array([trap], dtype=object)
     for content in (boxed, trap, [numbers(NUM_WS, W_DIM), trap]):
         assert "asks to run code" in released_error(saved(tmp_path, content))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import Touch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -586,16 +587,6 @@ def test_a_missing_file_or_a_folder_is_not_found(suffix: str, tmp_path: Path) ->
 # Files that ask to run code
 
 
-class Touch:
-    """Unpickled by the standard loader, this creates a file: the trace of code that ran."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[Path], object], tuple[Path]]:
-        return Path.touch, (self.trace,)
-
-
 def test_a_pt_that_asks_to_run_code_is_refused_and_did_not(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     checkpoint = rosinality_checkpoint(tiny_network()) | {"args": Touch(trace)}
@@ -886,7 +877,7 @@ def make_a_circle(c: Checkpoint) -> None:
     [
         (make_conditional, "this generator is conditional (c_dim 10)"),
         (make_residual, "architecture of synthesis.b8 is 'resnet', but only 'skip' is supported"),
-        (make_other_filter, "synthesis.b8.resample_filter is not the [1, 3, 3, 1] low-pass filter"),
+        (make_other_filter, "synthesis.b8.resample_filter to be the [1, 3, 3, 1] low-pass filter"),
         (make_other_class, "the class of G_ema is 'TriPlaneGenerator', but only 'Generator'"),
         (make_stylegan3, "this is a StyleGAN3 pickle"),
         (make_other_activation, "activation of synthesis.b8.conv0 is 'swish'"),

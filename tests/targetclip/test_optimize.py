@@ -366,6 +366,37 @@ def test_the_identity_loss_keeps_what_the_model_looks_at(
     assert torch.equal(without.directions, none.directions)
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+def test_what_is_held_is_added_to_each_source_of_its_target(
+    fresh: bool, generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    # Offsets that are the same for all sources are a direction that is already there.
+    recipe = quick(steps=6, weight_decay=0.0, fresh_sources=fresh)
+    random = torch.Generator().manual_seed(5)
+    apart = 0.3 * torch.randn(4, generator.num_ws, generator.w_dim, generator=random)
+    held, start = apart[:, None].expand(-1, 10, -1, -1), torch.zeros_like(apart)
+    rows = [0, 1, 3]
+    found = run(generator, embedder, recipe, rows, initial=start, held=held[rows])
+    moved = run(generator, embedder, recipe, rows, initial=apart)
+    torch.testing.assert_close(found.loss, moved.loss, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.directions + apart[rows], moved.directions, rtol=0, atol=2e-2)
+    nothing = run(generator, embedder, recipe, rows, initial=start)
+    assert not torch.allclose(nothing.directions, found.directions, atol=5e-2)
+    # Each source has its own.
+    other = held.clone()
+    other[:, ::2] = -other[:, ::2]
+    mixed = run(generator, embedder, recipe, rows, initial=start, held=other[rows])
+    assert not torch.allclose(mixed.directions, found.directions, atol=5e-2)
+
+
+def test_held_offsets_of_other_sources_or_targets_are_refused(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    for shape in ((1, 9, 6, 8), (2, 10, 6, 8)):
+        with pytest.raises(ValueError, match="one for each target and source"):
+            run(generator, embedder, quick(), [0], held=torch.zeros(shape))
+
+
 def test_the_identity_loss_is_part_of_the_loss_of_a_step(
     generator: StyleGAN2, embedder: ProjectionEmbedder
 ) -> None:

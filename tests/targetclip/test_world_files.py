@@ -1,6 +1,8 @@
 """The files of a world: their facts, whether they are right, and fetching them."""
 
 import hashlib
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -139,25 +141,18 @@ def test_a_folder_in_place_of_a_file_is_not_it_and_the_reverse(tmp_path: Path) -
     assert state_of(file_at(tmp_path / "g.pt", folder=True)) == "missing"
 
 
-def test_a_model_of_open_clip_is_looked_for_in_the_cache_of_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_of_open_clip_is_looked_for_in_the_cache_of_the_hub() -> None:
     assert state_of(file_at(None, Facts())) == "left to open_clip"
-    cached: list[str | None] = [None]
-    asked: list[tuple[str, str]] = []
-
-    def look(repository: str, name: str) -> str | None:
-        asked.append((repository, name))
-        return cached[0]
-
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", look)
     assert state_of(file_at(None)) == "missing"
-    (tmp_path / "cached").write_bytes(CONTENT)
-    cached[0] = str(tmp_path / "cached")
+    repository = Path(os.environ["HF_HOME"]) / "hub" / "models--a--b"
+    cached = repository / "snapshots" / ("c" * 40) / "sub" / "g.pt"
+    for path, content in ((cached, CONTENT), (repository / "refs" / "main", b"c" * 40)):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
     assert state_of(file_at(None)) == "there"
-    (tmp_path / "cached").write_bytes(CONTENT.swapcase())
+    cached.write_bytes(CONTENT.swapcase())
     assert state_of(file_at(None)) == "wrong hash"
-    assert set(asked) == {("a/b", "sub/g.pt")}
+    shutil.rmtree(repository)
 
 
 def test_a_description_says_all_that_is_known_and_no_more(tmp_path: Path) -> None:

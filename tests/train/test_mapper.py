@@ -4,17 +4,14 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import builds_made
-import datasets
 import pytest
+import slurm_jobs
 import torch
 import tyro
 from accelerate import Accelerator
@@ -51,15 +48,8 @@ from train.mapper_objective import (
     stage_at,
 )
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SCHEDULE = ("differences:3", "transfer+differences:4")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`datasets` keeps a cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -579,7 +569,7 @@ def test_a_stage_written_otherwise_is_refused(text: str) -> None:
         ({"num_pairs": 3}, "--num-pairs: expected a dataset"),
         ({"batch_size": 0}, "--batch-size: expected 1 or more"),
         ({"noise": float("nan")}, "--noise: expected a number"),
-        ({"recipe": "best"}, "--recipe: expected release"),
+        ({"recipe": "best"}, "--recipe: expected one of release"),
         ({"targets": ("nowhere",)}, "expected targets as"),
         ({"validation": ()}, "--validation: expected pictures"),
     ],
@@ -698,27 +688,23 @@ def test_targets_to_validate_on_are_not_trained_on(small: Callable[..., Config])
 # Several processes
 
 
-def test_two_processes_train_as_one_with_two_batches(
+def test_two_processes_that_slurm_stopped_train_as_one_with_two_batches(
     small: Callable[..., Config], tiny_world: Path, bank: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    schedule = ("differences:1", "transfer:2")
-    config = small(out=tmp_path / "two", schedule=schedule, correction=3)
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    flags = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(port)]
-    own = arguments(tiny_world, bank, config.out, schedule=schedule, correction=3)
-    done = subprocess.run(
-        [*launcher, *flags, "-m", "train.mapper", *own],
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in lines(config.out)] == [3]
+    schedule, out, job = ("differences:2", "transfer:10"), tmp_path / "two", tmp_path / "job"
+    config = small(out=out, schedule=schedule, correction=3)
+    flags = arguments(tiny_world, bank, out, schedule=schedule, correction=3)
+    stopped = slurm_jobs.start("train.slurm", flags, job)
+    slurm_jobs.wait_until((out / LOG).exists, stopped)
+    stopped.send_signal(signal.SIGUSR1)
+    _, error = stopped.communicate(timeout=300)
+    assert stopped.returncode == 0, error
+    assert (job / "told").read_text() == f"requeue {slurm_jobs.ID}\n"
+    assert 3 <= state_of(out)["step"] < 12
+    done = slurm_jobs.start("train.slurm", flags, job)
+    _, error = done.communicate(timeout=300)
+    assert done.returncode == 0, error
+    assert [line["step"] for line in lines(out)] == [3, 6, 9, 12]
     one = run(small(out=tmp_path / "one", schedule=schedule, correction=3, accumulate=2))
     found, _ = load_mapper(config.out / MAPPER)
     for name, value in one.state_dict().items():

@@ -16,7 +16,7 @@ from data.targets import Target
 from eval.costs import peak_bytes
 from eval.studies.scale import (
     MEASURES,
-    PEAK,
+    RATES,
     Config,
     InstantScene,
     blank_targets,
@@ -123,20 +123,24 @@ def test_a_worker_that_fails_gives_no_throughput(small: Config) -> None:
         measure_throughput(small, workers.run, workers.start)
 
 
-def test_the_plan_is_operations_by_steps_over_the_rate_assumed(small: Config) -> None:
-    report = measure_plan(small, lambda sizes: sizes.sources * 10**12)
-    counted = {name: recipe for name, recipe in RECIPES.items() if not recipe.identity_weight}
-    assert report.keys() == counted.keys() | {"assumed_fraction", "assumed_price"}
-    for name, recipe in counted.items():
-        row = report[name]
-        assert row["steps"] == recipe.steps
-        assert row["petaflop_a_pair"] == pytest.approx(recipe.sources * recipe.steps / 1000)
-        for device, peak in PEAK.items():
-            seconds = 1e6 * 1e15 * row["petaflop_a_pair"] / (report["assumed_fraction"] * peak)
-            hours = row[f"hours for a million, {device}"]
-            assert hours == pytest.approx(seconds / 3600)
-            dollars = row[f"dollars for a million, {device}"]
-            assert dollars == pytest.approx(hours * report["assumed_price"])
+def test_the_plan_is_operations_by_images_over_each_rate(small: Config) -> None:
+    report = measure_plan(small, lambda sizes: sizes.resolution * 10**9)
+    assert report.keys() == {"256", "1024"}
+    for resolution, rows in report.items():
+        images = {
+            name: 1e6 * recipe.sources * recipe.steps
+            for name, recipe in RECIPES.items()
+            if not recipe.identity_weight
+        }
+        images["mapper"] = 4500 * 96
+        assert rows.keys() == images.keys()
+        for name, row in rows.items():
+            assert row["petaflop"] == pytest.approx(images[name] * int(resolution) / 1e6)
+            for rate in RATES:
+                hours = 1000 * row["petaflop"] / rate / 3600
+                assert row["hours"][str(rate)] == pytest.approx(hours)
+                assert row["dollars"][str(rate)] == pytest.approx(2.5 * hours)
+                assert row["spot_dollars"][str(rate)] == pytest.approx(1.25 * hours)
 
 
 # The report

@@ -11,9 +11,9 @@ import torch
 from command_runs import report_of
 from PIL import Image
 
-from predictor.cli import clips
-from predictor.cli.clips import Clip, evenly_spaced, find_track
-from predictor.cli.console import Console
+from predictor.cli import sources
+from predictor.cli.output import Console
+from predictor.cli.sources import Clip, evenly_spaced, find_track
 from predictor.transfer import EssenceTransfer
 from targetclip.command import STOPPED
 from targetclip.directions import load_direction
@@ -164,7 +164,7 @@ def test_ctrl_c_leaves_no_half_a_clip(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seeing(sliding)
-    whole, calls = getattr(clips, place), []
+    whole, calls = getattr(sources, place), []
 
     def interrupted(*given: Any) -> Any:
         calls.append(given)
@@ -172,7 +172,7 @@ def test_ctrl_c_leaves_no_half_a_clip(
             raise KeyboardInterrupt
         return whole(*given)
 
-    monkeypatch.setattr(clips, place, interrupted)
+    monkeypatch.setattr(sources, place, interrupted)
     arguments = ("--align", "--clip", "--sources", folder, "--direction", direction_file)
     assert run("transfer", *arguments) == STOPPED
     left = {path.name for path in (tmp_path / "out").iterdir()}
@@ -257,7 +257,7 @@ def test_a_leap_to_another_face_begins_anew(folder: Path, seeing: Seeing) -> Non
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 11, 16, 17, 100, 1001])
 def test_frames_that_are_shown_are_among_those_that_are_scored(count: int) -> None:
-    scored = evenly_spaced(count, clips.SCORED)
-    shown = [scored[i] for i in evenly_spaced(len(scored), clips.SHOWN)]
-    assert shown == evenly_spaced(count, clips.SHOWN) == sorted({*shown})
+    scored = evenly_spaced(count, sources.SCORED)
+    shown = [scored[i] for i in evenly_spaced(len(scored), sources.SHOWN)]
+    assert shown == evenly_spaced(count, sources.SHOWN) == sorted({*shown})
     assert len(scored) == min(count, 16) and max(scored) < count

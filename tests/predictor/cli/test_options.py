@@ -22,6 +22,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({"mapper": Path("m"), k: v}, f"--{k} and --mapper need a mode") for k, v in GIVEN.items()),
     *(({"mode": "refine", k: GIVEN[k]}, f"--{k}: a refinement") for k in ("initial", "steps")),
     ({"mode": "optimize", "mapper": Path("m")}, "--mode optimize asks no mapper"),
+    ({"mode": "optimize", "one_direction": True}, "--one-direction: the optimizer finds no other"),
     ({"target": ()}, "--target PICTURE or --text TEXT"),
     ({"weights": (1.0, 2.0)}, "--weights: expected 1, one for each target, found 2"),
     ({"mix": True}, "--mix: expected two targets or more, found 1"),

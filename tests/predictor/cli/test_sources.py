@@ -11,8 +11,8 @@ import torch
 from command_runs import one_line, report_of, transfer
 from PIL import Image
 
-from predictor.cli.console import Console
 from predictor.cli.options import resolve
+from predictor.cli.output import Console
 from predictor.cli.sources import Photos, face_quad, searching_inverter
 from predictor.transfer import EssenceTransfer
 from targetclip.command import STOPPED

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import Touch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -158,21 +159,8 @@ def lose_the_output(state: State) -> None:
     ("edit", "said"),
     [
         (lose_the_output, "missing 2 (first output_layer.3.bias), unexpected none"),
-        (lambda s: s.update(head=torch.zeros(1)), "missing none, unexpected 1 (first head)"),
         (lambda s: s.clear(), "unexpected none"),
         (lambda s: s.update({3: torch.zeros(1)}), "found dict"),
-        (
-            lambda s: s.update({"output_layer.3.bias": torch.zeros(511)}),
-            "output_layer.3.bias of shape [512], found [511]",
-        ),
-        (
-            lambda s: s.update({"output_layer.3.bias": torch.zeros(512).int()}),
-            "tensor of floats, found torch.int32",
-        ),
-        (
-            lambda s: s.update({"output_layer.3.bias": torch.full((512,), torch.nan)}),
-            "output_layer.3.bias holds NaN",
-        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(edit: Edit, said: str, tmp_path: Path) -> None:
@@ -185,24 +173,12 @@ def test_a_bare_tensor_is_refused(tmp_path: Path) -> None:
     assert "found Tensor" in error_of(saved(torch.zeros(3), tmp_path / "weights.pth"))
 
 
-def test_missing_cut_and_foreign_files_are_refused(small: Path, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_refused(small: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     assert "no such ArcFace weights" in error_of(path)
     assert "no such ArcFace weights" in error_of(tmp_path)
-    whole = small.read_bytes()
-    for content in (b"", whole[:100], whole[: len(whole) // 2], whole[:-4], b"<html>404</html>\n"):
-        path.write_bytes(content)
-        assert "damaged" in error_of(path)
-
-
-class Touch:
-    """Unpickled by the standard loader, this creates a file: the trace of code that ran."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[Path], object], tuple[Path]]:
-        return Path.touch, (self.trace,)
+    path.write_bytes(small.read_bytes()[:-4])
+    assert "damaged" in error_of(path)
 
 
 def test_weights_that_ask_to_run_code_are_refused_and_did_not(tmp_path: Path) -> None:

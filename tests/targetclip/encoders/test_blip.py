@@ -111,7 +111,7 @@ def test_other_and_damaged_models_are_refused(folder: Path, tmp_path: Path, dama
 
 
 def test_the_comparison_takes_blip_by_its_prefix(folder: Path, clip_dir: Path) -> None:
-    from eval.compare import load_judge
+    from eval.judging import load_judge
 
     assert isinstance(load_judge(f"blip:{folder}", None, CPU), BlipEmbedder)
     assert not isinstance(load_judge(str(clip_dir), None, CPU), BlipEmbedder)

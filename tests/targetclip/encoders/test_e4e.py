@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import Touch
 from PIL import Image
 from torch import Tensor
 from torch.nn import Module
@@ -274,16 +275,6 @@ def test_missing_cut_and_foreign_files_are_refused(small: Path, tmp_path: Path) 
     for content in (b"", whole[:100], whole[: len(whole) // 2], whole[:-4], b"<html>404</html>\n"):
         path.write_bytes(content)
         assert "damaged" in error_of(path)
-
-
-class Touch:
-    """Unpickled by the standard loader, this creates a file: the trace of code that ran."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Callable[[Path], object], tuple[Path]]:
-        return Path.touch, (self.trace,)
 
 
 def test_a_file_that_asks_to_run_code_is_refused_and_did_not(tmp_path: Path) -> None:

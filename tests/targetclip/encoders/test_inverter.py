@@ -1,7 +1,6 @@
 """Inverters: the encoder, its file, and the search."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -92,23 +91,13 @@ def test_an_inverter_of_another_generator_is_refused(inverter: Inverter, tmp_pat
     assert "a" * 12 in message and "b" * 12 in message
 
 
-def change(path: Path, state: dict[str, Tensor], **metadata: str | None) -> None:
-    """Write a file like an inverter's, with other metadata; None leaves an entry out."""
-    whole: dict[str, str | None] = {"format": FORMAT, "config": json.dumps(asdict(CONFIG))}
-    whole |= metadata
-    save_file(state, path, {key: value for key, value in whole.items() if value is not None})
-
-
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
         ({"format": "another/1"}, "found another/1"),
-        ({"format": None}, "found None"),
         ({"config": None}, "config is damaged"),
-        ({"config": "{"}, "config is damaged"),
         ({"config": "[]"}, "config is damaged"),
         ({"config": json.dumps({**asdict(CONFIG), "colour": 1})}, "config is damaged"),
-        ({"config": json.dumps({**asdict(CONFIG), "hidden": 13})}, "weights do not fit"),
         ({"config": json.dumps({**asdict(CONFIG), "channels": [8]})}, "weights do not fit"),
     ],
 )
@@ -116,36 +105,11 @@ def test_a_file_that_is_not_an_inverter_is_refused(
     inverter: Inverter, tmp_path: Path, metadata: dict[str, str | None], said: str
 ) -> None:
     path = tmp_path / "inverter.safetensors"
-    change(path, inverter.state_dict(), **metadata)
-    assert said in error_of(path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda state: state.pop("mean_w"), "weights do not fit"),
-        (lambda state: state.update(more=torch.zeros(1)), "weights do not fit"),
-        (lambda state: state.update(mean_w=torch.full((8,), float("nan"))), "NaN"),
-    ],
-)
-def test_spoilt_weights_are_refused(
-    inverter: Inverter, tmp_path: Path, spoil: Callable[[dict[str, Tensor]], object], said: str
-) -> None:
-    state = dict(inverter.state_dict())
-    spoil(state)
-    path = tmp_path / "inverter.safetensors"
-    change(path, state)
-    assert said in error_of(path)
-
-
-def test_missing_cut_and_foreign_files_are_refused(inverter: Inverter, tmp_path: Path) -> None:
-    path = tmp_path / "inverter.safetensors"
     assert "no such" in error_of(path)
-    save_inverter(inverter, path)
-    whole = path.read_bytes()
-    for content in (b"", whole[:100], whole[:-4], b"not safetensors at all"):
-        path.write_bytes(content)
-        assert "safetensors" in error_of(path)
+    whole = {"format": FORMAT, "config": json.dumps(asdict(CONFIG)), **metadata}
+    entries = {name: text for name, text in whole.items() if text is not None}
+    save_file(inverter.state_dict(), path, entries)
+    assert said in error_of(path)
 
 
 # The search

@@ -9,6 +9,8 @@ import torch
 pytest.importorskip("dicebear", reason="needs the extra avatars")
 pytest.importorskip("resvg_py", reason="needs the extra avatars")
 
+from safetensors.torch import load_file
+
 from data.illustrated.avatars import HELD_OUT, TRAINED
 from data.illustrated.shown import Shown
 from targetclip.embedder import ClipEmbedder
@@ -177,10 +179,11 @@ def test_a_model_is_trained_further(trained: Path, tmp_path: Path) -> None:
             learning_rate=1e-9, tests=2,
         )  # fmt: skip
         run(more)
-    image = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    first, second = (ClipEmbedder.load(str(p / "model")) for p in (trained, tmp_path / "more"))
+    first, second = (load_file(p / "model" / clip.WEIGHTS) for p in (trained, tmp_path / "more"))
 
-    assert torch.allclose(first.embed_images(image), second.embed_images(image), atol=1e-2)
+    for name, weight in first.items():
+        if weight.ndim > 1:  # no statistics of pictures, which every step renews
+            assert torch.equal(weight, second[name]), name
 
 
 def test_a_grey_picture_is_not_asked_for_its_colours() -> None:

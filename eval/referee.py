@@ -1,0 +1,399 @@
+"""Score folders of pictures that any tools made, by one protocol and without a generator.
+
+    python -m eval.referee --sources faces --targets targets --results ours theirs \\
+        --world ffhq1024 --out runs/referee
+
+Each folder of --results holds TARGET/SOURCE.png, by the names of the pictures in --targets and
+--sources; other names that are known, and tables of results, are in docs/referee.md. Writes
+report.json, report.md, sheet.png and chart.png. Embeddings are kept in --out: the same command goes
+on after an interruption.
+"""
+
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("eval.referee")
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.targets import digest_of, picture_id
+from eval.judging import load_judge
+from eval.metrics import (
+    edit_scores,
+    frechet_distance,
+    interval,
+    kernel_distance,
+    outside_change,
+    sharpness_kept,
+)
+from eval.report import REFEREE, check_charts, referee_chart, referee_text
+from eval.results import Pair, Results, by_name, fault_lines, find_results, judged_part
+from targetclip import command
+from targetclip.losses import unit_cosines
+from targetclip.media.images import (
+    labelled_grid,
+    picture_to_tensor,
+    read_picture,
+    write_picture,
+)
+from targetclip.weights import read_tensors, save_tensors
+from targetclip.world import World, load_encoders, load_world
+
+FORMAT = "targetclip-embeddings/1"
+AT_ONCE, PIXELS = 64, 2**22  # pictures that judges see at once, and their pixels
+SHOWN_TARGETS, SHOWN_SOURCES = 6, 8
+NAMES = {"transfer": "clip", "person": "identity", "target_person": "target_identity"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    sources: Path
+    """Folder of the pictures that were edited."""
+    targets: Path
+    """Folder of the pictures whose essence they were given."""
+    results: tuple[Path, ...]
+    """Folders of results, TARGET/SOURCE.png; or tables, .csv with source, target and result."""
+    world: str
+    """World whose embedder and identity model judge: a bundled one's name, or a .toml file."""
+    out: Path
+    """Folder for the report, and for embeddings so far."""
+    judge: str | None = None
+    """A second judge: a model of open_clip, a folder of one, or blip: and then a folder or a
+    repository of the Hub, e.g. blip:Salesforce/blip-itm-base-coco."""
+    judge_pretrained: str | None = None
+    """Its weights, where --judge is a model's name."""
+    device: str | None = None
+    """Where to compute, as torch names it. Default: an accelerator if there is one."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+
+# Embeddings
+
+
+class Embeddings:
+    """What judges see in pictures, kept in a folder by the pictures' content, as it is made.
+
+    Args:
+        judges: models with `embed_images` and a `fingerprint`, by their names.
+    """
+
+    def __init__(self, folder: Path, judges: Mapping[str, Any], device: torch.device) -> None:
+        self.folder, self.judges, self.device = folder, judges, device
+        self.rows: dict[str, Tensor] = {}
+        self.waiting: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        """Images to be judged, by side and id."""
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob("*.safetensors"):
+            try:
+                self.rows |= read_tensors(path, "embeddings", [FORMAT], "delete it")[1]
+            except ValueError as error:
+                command.say(f"eval.referee: made again: {command.one_line(error)}", error=True)
+
+    def key(self, judge: str, name: str) -> str:
+        return f"{self.judges[judge].fingerprint} {name}"
+
+    def add(self, picture: Image.Image) -> str:
+        """Take a picture; return its id."""
+        name, side = picture_id(picture), min(picture.size)
+        waiting = self.waiting[side]
+        if any(self.key(judge, name) not in self.rows for judge in self.judges):
+            waiting[name] = picture_to_tensor(picture, side)[0]
+        if len(waiting) >= min(AT_ONCE, PIXELS // side**2):
+            self.judge(side)
+        return name
+
+    @torch.no_grad()
+    def judge(self, side: int) -> None:
+        """Judge the pictures of a size that wait, and keep what is seen."""
+        images = self.waiting.pop(side, {})
+        made: dict[str, Tensor] = {}
+        for judge, model in self.judges.items():
+            names = [name for name in images if self.key(judge, name) not in self.rows]
+            if names:
+                batch = torch.stack([images[name] for name in names]).to(self.device)
+                seen = model.embed_images(batch).float().cpu()
+                made |= {self.key(judge, n): row for n, row in zip(names, seen, strict=True)}
+        if made:
+            path = self.folder / f"{digest_of(*made)[:16]}.safetensors"
+            save_tensors(path, made, {"format": FORMAT})
+            self.rows |= made
+
+    def finish(self) -> None:
+        """Judge all that still waits."""
+        for side in list(self.waiting):
+            self.judge(side)
+
+    def of(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the embeddings of pictures, [pictures, features], by the names of judges."""
+        return {
+            judge: torch.stack([self.rows[self.key(judge, name)] for name in names])
+            for judge in self.judges
+        }
+
+
+# Looking at every picture
+
+
+def compare_pixels(result: Image.Image, source: Image.Image) -> dict[str, float]:
+    """Return the scores of a result against its source, in the source's size."""
+    side = min(source.size)
+    if side < 3:
+        return {}
+    before, after = picture_to_tensor(source, side), picture_to_tensor(result, side)
+    return {
+        "outside": float(outside_change(before, after)),
+        "sharpness": float(sharpness_kept(before, after)),
+    }
+
+
+def look(
+    tools: Sequence[Results],
+    sources: Mapping[str, Path],
+    targets: Mapping[str, Path],
+    seen: Embeddings,
+    notes: list[str],
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Judge all pictures; return the ids of the sources and of the targets that can be read.
+
+    What is wrong with results is noted in them. A source is read once for all its results.
+    """
+    total = len(sources) + len(targets) + sum(len(tool.files) for tool in tools)
+    bar = tqdm(total=total, unit="picture")
+
+    def read(path: Path, faults: list[str]) -> Image.Image | None:
+        bar.update()
+        try:
+            return read_picture(path)
+        except (ValueError, OSError) as error:
+            faults.append(command.one_line(error))
+            return None
+
+    of_sources: dict[str, str] = {}
+    of_targets: dict[str, str] = {}
+    with bar:
+        for name in targets:
+            if (picture := read(targets[name], notes)) is not None:
+                of_targets[name] = seen.add(picture)
+        for name in sources:
+            if (source := read(sources[name], notes)) is None:
+                continue
+            of_sources[name] = seen.add(source)
+            for tool, pair in [(tool, (target, name)) for tool in tools for target in of_targets]:
+                path = tool.files.get(pair)
+                if path is None or (whole := read(path, tool.damaged)) is None:
+                    continue
+                result = judged_part(whole, source)
+                if result.size != source.size:
+                    size = f"{result.width} x {result.height} for {source.width} x {source.height}"
+                    tool.mis_sized.append(f"{'/'.join(pair)}, {size} px")
+                tool.ids[pair] = seen.add(result)
+                tool.pixels[pair] = compare_pixels(result, source)
+        seen.finish()
+    for flag, found in (("--sources", of_sources), ("--targets", of_targets)):
+        if not found:
+            raise ValueError(f"{flag}: expected pictures, found none that can be read")
+    return of_sources, of_targets
+
+
+# Scores
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything of all pictures that scores are made of."""
+
+    seen: Embeddings
+    sources: dict[str, str]
+    """Ids by names."""
+    targets: dict[str, str]
+
+    def scores(self, tool: Results, pairs: set[Pair]) -> dict[str, dict[str, float]]:
+        """Return the scores of each target over the sources of some of a tool's results."""
+        rows: dict[str, dict[str, float]] = {}
+        for target, name in self.targets.items():
+            chosen = [(target, source) for source in self.sources if (target, source) in pairs]
+            if not chosen:
+                continue
+            before = self.seen.of([self.sources[source] for _, source in chosen])
+            after = self.seen.of([tool.ids[pair] for pair in chosen])
+            batched = {judge: row[None] for judge, row in after.items()}
+            found = edit_scores(self.seen.of([name]), before, batched)
+            row = {NAMES.get(score, score): float(value) for score, value in found.items()}
+            if len(chosen) < 2:
+                del row["consistency"]  # of two sources or more
+            for score in ("outside", "sharpness"):
+                values = np.array([tool.pixels[pair].get(score, np.nan) for pair in chosen])
+                if np.isfinite(values).any():
+                    row[score] = float(np.nanmean(values))
+            rows[target] = {score: row[score] for score in REFEREE if score in row}
+        return rows
+
+    def unedited(self) -> dict[str, float]:
+        """Return the mean scores of the sources as they are."""
+        targets = self.seen.of([*self.targets.values()])
+        sources = self.seen.of([*self.sources.values()])
+        names = {"people": "target_identity", "embeddings": "clip", "second": "second"}
+        return {
+            names[judge]: float(unit_cosines(row[:, None], sources[judge]).mean())
+            for judge, row in targets.items()
+        }
+
+    def distances(self, tool: Results) -> dict[str, Any]:
+        """Return FID and KID of a tool's results against the sources, and the numbers of both."""
+        judge = "second" if "second" in self.seen.judges else "embeddings"
+        results = self.seen.of([*tool.ids.values()])[judge]
+        sources = self.seen.of([*self.sources.values()])[judge]
+        sizes = {"images": len(results), "references": len(sources)}
+        if min(sizes.values()) < 2:
+            return {"fid": None, "kid": None, **sizes}
+        fid, kid = frechet_distance(results, sources), kernel_distance(results, sources)
+        return {"fid": fid, "kid": kid, **sizes}
+
+
+def intervals(rows: Sequence[Mapping[str, float]], seed: int) -> dict[str, dict[str, Any]]:
+    """Return the interval of each score over the targets that have it."""
+    columns = {score: [row[score] for row in rows if score in row] for score in REFEREE}
+    return {s: interval(torch.tensor(v), seed) for s, v in columns.items() if v}
+
+
+def paired(table: Table, one: Results, other: Results, seed: int) -> dict[str, dict[str, Any]]:
+    """Return scores of one tool less those of another, over the targets and sources of both."""
+    both = one.ids.keys() & other.ids.keys()
+    mine, theirs = table.scores(one, both), table.scores(other, both)
+    rows = [
+        {score: mine[t][score] - theirs[t][score] for score in mine[t] if score in theirs[t]}
+        for t in mine
+    ]
+    return intervals(rows, seed)
+
+
+def tool_report(table: Table, tool: Results, seed: int) -> dict[str, Any]:
+    """Return the entry of report.json for a tool."""
+    rows = table.scores(tool, {*tool.ids})
+    return {
+        **intervals([*rows.values()], seed),
+        **table.distances(tool),
+        "seconds": tool.seconds,
+        "layout": tool.layout,
+        "faults": tool.faults,
+        "by_target": rows,
+    }
+
+
+# The report
+
+
+def sheet(
+    tools: Sequence[Results],
+    report: Mapping[str, Any],
+    sources: Mapping[str, Path],
+    targets: Mapping[str, Path],
+) -> Image.Image:
+    """Return the first sources, then for each of the first targets a row of every tool's results.
+
+    A tile is white where there is no result.
+    """
+    columns = report["sources"][:SHOWN_SOURCES]
+    unedited = [read_picture(sources[name]) for name in columns]
+    white = Image.new("RGB", unedited[0].size, "white")
+    rows = {"sources": [white, *unedited]}
+    for target in report["targets"][:SHOWN_TARGETS]:
+        for tool in tools:
+            scores = report["results"][tool.name]["by_target"].get(target, {})
+            shown = [name for name in ("clip", "identity") if name in scores]
+            said = ", ".join(f"{REFEREE[name]} {scores[name]:.2f}" for name in shown)
+            row = [read_picture(targets[target])]
+            for source, name in zip(unedited, columns, strict=True):
+                there = (target, name) in tool.ids
+                result = read_picture(tool.files[target, name]) if there else white
+                row.append(judged_part(result, source))
+            rows[f"{target} by {tool.name}: {said or 'no result'}"] = row
+    return labelled_grid(None, rows)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Judge all results, write the report into --out, and return it.
+
+    Raises:
+        ValueError, FileNotFoundError, OSError: bad input, or files that cannot be read or written.
+    """
+    if config.judge_pretrained is not None and config.judge is None:
+        raise ValueError("--judge-pretrained: expected --judge as well, found none")
+    check_charts()
+    world, device = load_world(config.world), command.choose_device(config.device)
+    sources, targets = by_name("--sources", config.sources), by_name("--targets", config.targets)
+    tools = [find_results(path, [*sources], [*targets]) for path in config.results]
+    names = [tool.name for tool in tools]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"--results: expected names that differ, found {twice[0]!r} twice")
+    with command.locked_folder(config.out):
+        return judge(config, world, device, sources, targets, tools)
+
+
+def judge(
+    config: Config,
+    world: World,
+    device: torch.device,
+    sources: Mapping[str, Path],
+    targets: Mapping[str, Path],
+    tools: Sequence[Results],
+) -> dict[str, Any]:
+    """Judge in a folder that this run holds; see `run`."""
+    command.say(f"loading the judges of world {world.name}", error=True)
+    embedder, identity = load_encoders(world, device)
+    second = load_judge(config.judge, config.judge_pretrained, device)
+    judges: dict[str, Any] = {"embeddings": embedder, "people": identity, "second": second}
+    judges = {name: model for name, model in judges.items() if model is not None}
+    notes: list[str] = []
+    if identity is None:
+        notes.append(f"identity is not scored: world {world.name} names no identity model")
+    seen = Embeddings(config.out / "embeddings", judges, device)
+    found = Table(seen, *look(tools, sources, targets, seen, notes))
+    for tool in tools:
+        notes += fault_lines(tool)
+        if not tool.ids:
+            raise ValueError(f"--results: {tool.name}: found no result that can be read")
+    for words in notes:
+        command.say(f"eval.referee: {words}", error=True)
+    differences = {
+        one.name: {other.name: paired(found, one, other, config.seed) for other in tools[i:]}
+        for i, one in enumerate(tools[:-1], 1)
+    }
+    report = {
+        "world": world.name,
+        "judges": {name: model.fingerprint for name, model in judges.items()},
+        "second": config.judge,
+        "features": f"{'the second judge' if second else 'the embedder'}'s embedding",
+        "seed": config.seed,
+        "sources": [*found.sources],
+        "targets": [*found.targets],
+        "notes": notes,
+        "unedited": found.unedited(),
+        "results": {tool.name: tool_report(found, tool, config.seed) for tool in tools},
+        "differences": differences,
+        "versions": command.versions(),
+    }
+    write_picture(sheet(tools, report, sources, targets), config.out / "sheet.png")
+    written = "report.md, report.json, sheet.png"
+    if identity is not None:
+        write_picture(referee_chart(report), config.out / "chart.png")
+        written += ", chart.png"
+    command.write_json(config.out / "report.json", report)
+    command.write_file(config.out / "report.md", referee_text(report))
+    command.say_next(config.out, written, "read report.md")
+    return report
+
+
+def main() -> None:
+    command.main(run, Config, __doc__, "python -m eval.referee")

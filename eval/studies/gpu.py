@@ -1,0 +1,348 @@
+"""Measure an accelerator in a few minutes: parity, steps, images and pairs, at full size.
+
+    python -m eval.studies.gpu --out runs/gpu            # about six minutes on an H100
+    python -m eval.studies.gpu --out runs/gpu --small    # tiny networks: does every part run?
+
+Networks have config-f's widths and ViT-B/32's sizes, with seeded weights. report.json and report.md
+are written after every measurement. One that fails leaves its reason; one for which there was no
+time stays "not measured". Needs torch, open_clip, tyro, jaxtyping and the checkout.
+
+Seconds are medians of synchronized repeats after a warm-up. TFLOP/s are counted operations of a
+step, forward and backward, over its seconds.
+"""
+
+if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
+    from targetclip.command import start
+
+    start("eval.studies.gpu")
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+from eval import bench as benches
+from eval import costs
+from eval.bench import COMPILED, ENLARGE, EXIT, FULL, GRAPH, LAYOUT, TINY, TUNED, WHOLE, Bench
+from eval.costs import CPU, NOT_MEASURED, median_seconds, peak_gib
+from predictor.mapper import FoldedMapper
+from targetclip import command
+from targetclip.command import Precision, in_precision
+from targetclip.optimize import draw_sources, losses_of
+from targetclip.recipes import RECIPES
+from targetclip.scene import Scene
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path
+    """Folder for report.json and report.md."""
+    minutes: float = 8.0
+    """What would end later is not begun."""
+    small: bool = False
+    """Tiny networks and few repeats. Always so where there is no accelerator."""
+    device: str | None = None
+    """Where to compute, as torch names it. Default: an accelerator if there is one."""
+
+
+# The measurements
+
+
+def error_of(found: Tensor, expected: Tensor) -> float:
+    """Return the relative error of a tensor, in the Euclidean norm."""
+    return float((found.cpu().double() - expected.double()).norm() / expected.double().norm())
+
+
+class Study:
+    """A run: what has been measured, and until when there is time."""
+
+    def __init__(
+        self, config: Config, device: torch.device, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock, self.end = clock, clock() + 60 * config.minutes
+        self.out, self.device = config.out, device
+        small = config.small or device.type == "cpu"
+        self.sizes, self.budget, self.small = TINY if small else FULL, 0.0 if small else 1.0, small
+        self.operations_of = cache(
+            lambda size, sources: costs.count_operations(replace(self.sizes[size], sources=sources))
+        )
+        self.bench = cache(lambda size: Bench(self.sizes[size], device, self.budget))
+
+        self.report: dict[str, Any] = {"machine": {"device": device.type, **costs.machine()}}
+        if device.type == "cuda":
+            self.report["machine"]["device"] = torch.cuda.get_device_name(device)
+        self.peak = 0.0
+        """Bf16 matrix products, in 10^12 operations a second; 0 until measured."""
+
+    def ceilings(self) -> Values:
+        sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**28)
+        self.peak = costs.matrix_rate(torch.bfloat16, sides, self.device) / 1e3
+        with benches.cuda_settings(self.device, tf32=True):
+            tf32 = costs.matrix_rate(torch.float32, sides, self.device) / 1e3
+        source, target = torch.zeros(2, count, device=self.device)
+        seconds = median_seconds(lambda: target.copy_(source), self.device, 0.2)
+        copied = 8 * count / seconds / 1e9
+        return {"bf16 TFLOP/s": self.peak, "TF32 TFLOP/s": tf32, "copied GB/s, both ways": copied}
+
+    def parity(self, precision: Precision, tf32: bool | None) -> Values:
+        """Compare features of renderings, and directions after 3 steps, with fp32 here."""
+        recipe = replace(RECIPES["consistent"], steps=3)
+        wider = replace(TINY[32], resolution=64, channels=(32,) * 5)
+        bench = Bench(TINY[16] if self.small else wider, CPU, 0.0)
+        targets = bench.targets(2)
+
+        def found(scene: Scene, precision: Precision) -> list[Tensor]:
+            bank, at = bench.bank.to(scene.device), targets.to(scene.device)
+            with (
+                in_precision(scene.device, precision),
+                benches.cuda_settings(scene.device, tf32=tf32),
+            ):
+                start = torch.zeros_like(bank[:2])
+                result = scene.search(at, recipe, start, [0, 1], bank=bank)
+                return [scene.features(bank), result.directions]
+
+        expected, here = found(bench.scene, "fp32"), found(bench.scene, precision)
+        nets: Any = copy.deepcopy((bench.scene.generator, bench.scene.embedder))
+        generator, embedder = (net.to(self.device) for net in nets)
+        there = found(Scene(generator=generator, embedder=embedder), precision)
+        errors = {}
+        for i, name in enumerate(("features", "directions")):
+            errors[name] = error_of(there[i], expected[i])
+            errors[f"{name}, on the processor"] = error_of(here[i], expected[i])
+        return errors
+
+    def step(
+        self,
+        size: int,
+        name: str,
+        *levers: str,
+        precision: Precision = "bf16",
+        tf32: bool | None = None,
+    ) -> Values:
+        """Time a search of one target and, where that is a lever, its step as a CUDA graph."""
+        bench, sources = self.bench(size), RECIPES[name].sources
+        if self.device.type != "cuda" and set(levers) <= {GRAPH, WHOLE} and levers:
+            raise ValueError("expected a CUDA device")
+        with benches.cuda_settings(self.device, tf32=tf32, tuned=TUNED in levers):
+            if set(levers) - {TUNED, WHOLE}:
+                bench = bench.pull(levers, name)
+            costs.free_memory(self.device)
+            held = peak_gib(self.device)
+            seconds = median(bench.steps(name, precision))
+            values: Values = {"steps/s": 1 / seconds, "peak GiB": peak_gib(self.device)}
+            if self.device.type != "cpu" and GRAPH not in levers:  # which holds its own memory
+                values["GiB a source"] = (values["peak GiB"] - held) / sources
+            if self.device.type == "cuda" and WHOLE in levers:
+                step = bench.whole_step(name)
+                found = costs.tried(
+                    lambda: median_seconds(benches.replayed(step), self.device, self.budget)
+                )
+                values[f"steps/s, {WHOLE}"] = found if isinstance(found, str) else 1 / found
+                seconds = seconds if isinstance(found, str) else found
+        if EXIT not in levers:
+            values["TFLOP/s"] = self.operations_of(size, sources) / seconds / 1e12
+            values["of bf16 peak"] = values["TFLOP/s"] / self.peak if self.peak else NOT_MEASURED
+        return values
+
+    def best(self, size: int, name: str, *more: str) -> Values:
+        """Time the levers together that made `release` at least 3 % faster, and some more."""
+        rows, graph = self.report["steps"], f"steps/s, {WHOLE}"
+
+        def gain(lever: str) -> float:
+            """Compare steps as graphs where there are some: a search may wait for the host."""
+            row = f"release {size} px, "
+            values = [rows[row + name] for name in (lever, WHOLE, "eager")]
+            new, whole, eager = (v if isinstance(v, dict) else {} for v in values)
+            if all(isinstance(one.get(graph), float) for one in (new, whole)):
+                return float(new[graph] / whole[graph])
+            return float(new["steps/s"] / eager["steps/s"]) if new and eager else 0.0
+
+        names = [LAYOUT, TUNED] + ([] if COMPILED in more else [max(ENLARGE, key=gain)])
+        levers = [*(lever for lever in names if gain(lever) > 1.03), *more]
+        return {"levers": ", ".join(levers), **self.step(size, name, *levers)}
+
+    def slowest(self, size: int) -> Values:
+        """Return milliseconds of the slowest operations of a step of `release`, by shapes."""
+        if self.device.type == "cpu":
+            raise ValueError("expected an accelerator")
+        bench = copy.copy(self.bench(size))
+        bench.budget = 0.0
+        with profile(record_shapes=True) as found:  # of all kinds of devices
+            steps = 4 + len(bench.steps("release"))
+        events: Any = found.key_averages(group_by_input_shape=True)
+        spent = dict[str, float]()
+        for event in events:
+            name = f"{event.key} {event.input_shapes[:2]}"
+            spent[name] = spent.get(name, 0) + event.self_device_time_total / 1e3 / steps
+        slowest = sorted(spent, key=lambda name: -spent[name])[:30]
+        return {"all": sum(spent.values()), **{name: spent[name] for name in slowest}}
+
+    def images(self, size: int, count: int) -> Values:
+        bench = self.bench(size)
+        sources = bench.bank[:1].repeat(count, 1, 1)
+        edit = partial(bench.scene.edit, sources, bench.bank[1])
+        with in_precision(self.device, "bf16"):
+            seconds = median_seconds(edit, self.device, self.budget / 2)
+        return {"images/s": count / seconds, "peak GiB": peak_gib(self.device)}
+
+    @torch.no_grad()
+    def answer(self, images: int, mapped: bool, precision: Precision) -> Values:
+        """Time CLIP on images of its own size, the mapper on one embedding, or both in turn."""
+        bench = self.bench(max(self.sizes))
+        embedder, mapper = bench.scene.embedder, FoldedMapper(bench.mapper())
+        side, embedding = embedder.image_size, bench.features[:1]
+        random = torch.Generator(self.device).manual_seed(0)
+        inputs = torch.rand(images, 3, side, side, generator=random, device=self.device)
+
+        def work() -> object:
+            found = embedder.embed_images(inputs) if images else embedding
+            return mapper(found) if mapped else found
+
+        with in_precision(self.device, precision):
+            seconds = median_seconds(work, self.device, self.budget / 2)
+        return {"ms": 1e3 * seconds} | ({} if mapped else {"images/s": images / seconds})
+
+    def training(self, size: int, count: int) -> Values:
+        """Time a step of the mapper's training by the transfer term, without the loop around it:
+        32 fresh sources, some edited for each target, AdamW."""
+        bench, recipe = self.bench(size), RECIPES["consistent"]
+        scene, mapper, targets = bench.scene, bench.mapper(), bench.targets(count)
+        adam, random = torch.optim.AdamW(mapper.parameters()), torch.Generator().manual_seed(0)
+
+        def step() -> None:
+            pool = scene.latents(torch.randint(2**31, (32,), generator=random).tolist())
+            prediction = mapper(targets)
+            chosen = draw_sources(32, recipe.sources, True, [random] * count).to(self.device)
+            edited = pool[chosen] + prediction.directions[:, None]
+            with in_precision(self.device, "bf16"):
+                before = scene.features(pool)
+                after = scene.features(edited.flatten(0, 1)).unflatten(0, chosen.shape)
+                losses = losses_of(recipe, before[chosen], after, targets)
+            (losses.loss.mean() + prediction.expected.square().mean()).backward()
+            adam.step()
+            adam.zero_grad()
+
+        seconds = median_seconds(step, self.device, self.budget)
+        return {"steps/s": 1 / seconds, "peak GiB": peak_gib(self.device)}
+
+    def pairs(self, size: int, batch: int, processes: int = 1) -> Values:
+        """Extrapolate pairs an hour of `consistent` from the seconds of its steps."""
+        if processes == 1:
+            seconds = [median(self.bench(size).steps("consistent", batch=batch))]
+        else:
+            sizes, budget = self.sizes[size], 3 * self.budget
+            seconds = benches.steps_beside(processes, sizes, self.device, budget, batch)
+        rates = [3600 * batch / one / RECIPES["consistent"].steps for one in seconds]
+        peak = {"peak GiB": peak_gib(self.device)} if processes == 1 else {}
+        return {"pairs/hour": sum(rates), "ms a step": 1e3 * max(seconds), **peak}
+
+    def cells(self) -> Iterator[tuple[str, str, float, Callable[[], Values]]]:
+        """Yield part, row, most seconds and work of every measurement, by what it is worth."""
+        low, high = self.sizes
+        yield "ceilings", "matrix products, copies", 20, self.ceilings
+        yield "parity", "fp32 without TF32", 30, partial(self.parity, "fp32", False)
+        default = "fp32 as torch has it, TF32 in convolutions"
+        yield "parity", default, 30, partial(self.parity, "fp32", None)
+        yield "parity", "bf16", 30, partial(self.parity, "bf16", None)
+        for size in (low, high):
+            for name in ("release", "consistent"):
+                yield "steps", f"{name} {size} px, eager", 40, partial(self.step, size, name)
+        for size in (low, high):
+            row, step = f"release {size} px", partial(self.step, size, "release")
+            for lever in (WHOLE, *ENLARGE, LAYOUT, TUNED):
+                yield "steps", f"{row}, {lever}", 30, partial(step, lever, WHOLE)
+            yield "steps", f"{row}, {GRAPH}", 30, partial(step, GRAPH)
+            for kind, tf32 in (("fp32 without TF32", False), ("fp32 with TF32", True)):
+                yield "steps", f"{row}, {kind}", 20, partial(step, precision="fp32", tf32=tf32)
+            best = partial(self.best, size, "release", WHOLE)
+            yield "steps", f"{row}, best together", 20, best
+        exit_early = partial(self.best, high, "release", EXIT, WHOLE)
+        yield "steps", f"release {high} px, best together, {EXIT}", 20, exit_early
+        for size in (low, high):
+            yield "ms of a step", f"release {size} px", 20, partial(self.slowest, size)
+        for size in (low, high):
+            for count in (1, 16, 256):
+                yield "edits", f"{size} px, {count}", 20, partial(self.images, size, count)
+        yield "answers", "mapper alone", 10, partial(self.answer, 0, True, "fp32")
+        yield "answers", "CLIP and mapper, fp32", 10, partial(self.answer, 1, True, "fp32")
+        yield "answers", "CLIP, 256 images, bf16", 10, partial(self.answer, 256, False, "bf16")
+        yield "training", f"mapper, {low} px, 16 targets", 20, partial(self.training, low, 16)
+        for size, batch in ((low, 1), (low, 4), (low, 16), (high, 1), (high, 4)):
+            row = f"{size} px, {batch} targets at once"
+            yield "pairs", row, 20, partial(self.pairs, size, batch)
+        for size in (low, high):
+            best = partial(self.best, size, "release", "sums", COMPILED, WHOLE)
+            yield "steps", f"release {size} px, best and sums, {COMPILED}", 90, best
+        two = partial(self.pairs, low, 4, processes=2)
+        yield "pairs", f"{low} px, 4 targets at once, two processes", 60, two
+        for size in (low, high):
+            best = partial(self.best, size, "release", COMPILED, WHOLE)
+            yield "steps", f"release {size} px, best, {COMPILED}", 90, best
+
+    def take(self, seconds: float, work: Callable[[], Values]) -> Values | str:
+        """Measure, or say why not."""
+        left = self.end - (begun := self.clock())
+        if left < seconds / 4:
+            return f"{NOT_MEASURED}: no time was left"
+        costs.free_memory(self.device)
+        with costs.at_most(min(seconds, left)):
+            values = costs.tried(work)
+        return values if isinstance(values, str) else {**values, "took s": self.clock() - begun}
+
+    def run(self) -> dict[str, Any]:
+        """Take all measurements, and write the report after each."""
+        for part, row, _, _ in self.cells():
+            self.report.setdefault(part, {})[row] = NOT_MEASURED
+        for part, row, seconds, work in self.cells():
+            self.report[part][row] = self.take(seconds, work)
+            command.write_json(self.out / "report.json", self.report)
+            command.write_file(self.out / "report.md", page(self.report))
+            command.say(f"{part}: {row}: {shown(self.report[part][row])}", error=True)
+        return self.report
+
+
+def shown(value: Any) -> str:
+    """Return a value of the report as a text."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name} {shown(one)}" for name, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """Return the report as Markdown."""
+    found = report["machine"]
+    lines = [f"# Measured on {found['device']}", "", shown(found)]
+    for part in [part for part in report if part != "machine"]:
+        lines += ["", f"## {part}", "", "| | |", "|---|---|"]
+        lines += [f"| {row} | {shown(value)} |" for row, value in report[part].items()]
+    return "\n".join(lines) + "\n"
+
+
+def run(config: Config, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
+    """Measure what there is time for, write and print the report, and return it.
+
+    Raises:
+        ValueError: no time, or no such device.
+        OSError: --out cannot be written into.
+    """
+    if not config.minutes > 0:
+        raise ValueError(f"--minutes: expected more than 0, found {config.minutes}")
+    command.make_folder(config.out)
+    report = Study(config, command.choose_device(config.device), clock).run()
+    command.say(page(report))
+    command.say_next(config.out, "report.json, report.md", "docs/scale.md", error=True)
+    return report
+
+
+def main() -> None:
+    command.main(run, Config, __doc__, "python -m eval.studies.gpu", exclusive=True)

@@ -1,0 +1,110 @@
+"""The study of an accelerator at sizes that take seconds: what it reports, never how fast it is."""
+
+import json
+import queue
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.bench import ENLARGE, EXIT, LAYOUT, TINY, Bench, beside_another
+from eval.costs import CPU, NOT_MEASURED, median_seconds
+from eval.studies.gpu import Config, Study, run
+from targetclip.generators.stylegan2 import blur_kernel, enlarged
+from targetclip.recipes import RECIPES
+
+PARTS = {"ceilings", "parity", "steps", "ms of a step", "edits", "answers", "training", "pairs"}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(TINY[16], CPU, 0.0)
+
+
+def test_every_row_is_in_the_report_and_what_time_was_not_left_for_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 12 seconds are always left: too few to compile or to start processes.
+    report = run(Config(out=tmp_path, minutes=0.2, device="cpu"), clock=lambda: 0.0)
+    assert report.keys() == {"machine", *PARTS}
+    rows = {(part, row): value for part in PARTS for row, value in report[part].items()}
+    measured = {row for row, value in rows.items() if isinstance(value, dict)}
+    others = [value for row, value in rows.items() if row not in measured]
+    assert len(measured) > 20 and all(value.startswith(NOT_MEASURED) for value in others)
+    assert "no time was left" in report["steps"]["release 16 px, best and sums, compiled"]
+    assert "CUDA" in report["steps"]["release 16 px, CUDA graph"]
+    eager = report["steps"]["release 16 px, eager"]
+    assert eager["steps/s"] > 0 and eager["of bf16 peak"] > 0
+    assert report["parity"]["fp32 without TF32"]["directions"] == 0
+    assert 0 < report["parity"]["bf16"]["directions"] < 0.2
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    page = (tmp_path / "report.md").read_text()
+    assert all(row in page for _, row in rows) and page in capsys.readouterr().out
+
+
+def test_without_time_nothing_is_measured_and_the_pages_are_written(tmp_path: Path) -> None:
+    report = run(Config(out=tmp_path, minutes=1e-6, device="cpu"))
+    assert all(v.startswith(NOT_MEASURED) for part in PARTS for v in report[part].values())
+    assert (tmp_path / "report.md").is_file()
+
+
+def test_a_measurement_that_fails_or_lasts_leaves_its_reason(tmp_path: Path) -> None:
+    study = Study(Config(out=tmp_path, minutes=1), CPU)
+
+    def fail() -> dict[str, float]:
+        raise torch.OutOfMemoryError("too\nmuch")
+
+    def last() -> dict[str, float]:
+        while True:
+            pass
+
+    assert study.take(1, fail) == f"{NOT_MEASURED}: OutOfMemoryError: too much"
+    assert "took longer" in study.take(0.05, last)
+
+
+def test_a_time_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--minutes"):
+        run(Config(out=tmp_path, minutes=0))
+
+
+@pytest.mark.parametrize("lever", ENLARGE)
+def test_every_way_to_enlarge_gives_the_same_maps(lever: str) -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 5, 5, generator=random, dtype=torch.float64)
+    weight = torch.randn(7, 6, 3, 3, generator=random, dtype=torch.float64)
+    blur = blur_kernel(4.0).double()
+    torch.testing.assert_close(ENLARGE[lever](x, weight, blur), enlarged(x, weight, blur))
+
+
+@pytest.mark.parametrize("levers", [(LAYOUT, "sums"), (EXIT,)])
+def test_levers_change_how_networks_compute(bench: Bench, levers: tuple[str, ...]) -> None:
+    other = bench.pull(levers, "release")
+    image, images = other.scene.render(other.bank[:1]), bench.scene.render(bench.bank[:1])
+    if EXIT in levers:
+        assert image.shape[-1] == 4 and images.shape[-1] == 16
+    else:
+        torch.testing.assert_close(image, images, rtol=1e-4, atol=1e-4)
+
+
+def test_a_whole_step_moves_the_direction_as_the_search_does(bench: Bench) -> None:
+    step = bench.whole_step("release")
+    features = bench.features.clone()
+    assert median_seconds(step, CPU, 0.0) > 0
+    assert torch.equal(features, bench.features)
+
+
+def test_a_process_beside_another_answers_seconds_or_an_error() -> None:
+    answers: queue.Queue[float | str] = queue.Queue()
+    ready = threading.Barrier(1)
+    beside_another(TINY[16], "cpu", 0.0, 1, ready, answers)
+    beside_another(replace(TINY[16], clip="ViT-B-33"), "cpu", 0.0, 1, ready, answers)
+    seconds, error = answers.get(), answers.get()
+    assert isinstance(seconds, float) and seconds > 0
+    assert isinstance(error, str) and "ViT-B-33" in error
+
+
+def test_steps_of_a_search_are_timed_after_the_first(bench: Bench) -> None:
+    assert len(bench.steps("consistent")) == 3
+    assert RECIPES["consistent"].steps > 7
