@@ -95,7 +95,7 @@ def create(path: Path, owner: str) -> bool:
     return True
 
 
-def remove_only(path: Path, matches: Callable[[ClaimFile], bool], at: At) -> bool:
+def remove_only(path: Path, matches: Callable[[ClaimFile], bool], at: At = go_on) -> bool:
     """Remove the claim if it matches; of many who try, one gets True."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.aside")
     at("before-removal")

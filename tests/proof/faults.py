@@ -178,7 +178,7 @@ class DisturbedBuild:
         if rng.random() < 0.5:
             return Fault("time", 0, rng.uniform(0, seconds), action)
         saves = -(-self.config.targets // PICTURES) + 1
-        calls: dict[str, float] = {"after-claim": 1, "before-release": 1}
+        calls: dict[str, float] = {"after-claim": 1, "before-release": 1, "before-removal": 1}
         if stage == "plan":
             calls |= {"before-write": saves + 1, "after-write": saves + 1, "after-draft": saves}
         elif stage == "merge":
