@@ -1,6 +1,6 @@
 """Measure an accelerator in a few minutes: parity, steps, images and pairs, at full size.
 
-    python -m eval.studies.gpu --out runs/gpu            # about six minutes on an H100
+    python -m eval.studies.gpu --out runs/gpu            # at most eight minutes
     python -m eval.studies.gpu --out runs/gpu --small    # tiny networks: does every part run?
 
 Networks have config-f's widths and ViT-B/32's sizes, with seeded weights. report.json and report.md

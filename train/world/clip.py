@@ -3,8 +3,8 @@
 An ordinary open_clip model with a small configuration. It learns to find the caption of a picture
 among those of others (contrastive loss), and which of several texts says what is there, kind by
 kind: glasses, beard, hat and so on (cross-entropy), and yes or no for three of them, by the very
-margins that reading without training compares: learned alone, the kinds are told apart (area under
-the curve 0.98 to 0.995) by thresholds that are not 0. It must read styles that nobody showed it, so
+margins that reading without training compares: the kinds alone put pictures in the right order (area
+under the curve 0.98 to 1.0) but leave thresholds that are not 0. It must read styles that nobody showed it, so
 pictures are turned, bent, recoloured, blurred and made noisy, and a convolutional network reads
 them: whole styles are held out to see how far that goes.
 
