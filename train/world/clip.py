@@ -2,11 +2,11 @@
 
 An ordinary open_clip model with a small configuration. It learns to find the caption of a picture
 among those of others (contrastive loss), and which of several texts says what is there, kind by
-kind: glasses, beard, hat and so on (cross-entropy), and yes or no for three of them, by the very
-margins that reading without training compares: the kinds alone put pictures in the right order (area
-under the curve 0.98 to 1.0) but leave thresholds that are not 0. It must read styles that nobody showed it, so
-pictures are turned, bent, recoloured, blurred and made noisy, and a convolutional network reads
-them: whole styles are held out to see how far that goes.
+kind: glasses, beard, hat and so on (cross-entropy). It also learns to say yes or no for three of
+them, by the margins that zero-shot reading compares: without that, pictures come in the right order
+(area under the curve 0.98 to 1.0), but the threshold is not 0. It must read styles that nobody
+showed it, so pictures are turned, bent, recoloured, blurred and made noisy, and a convolutional
+network reads them: whole styles are held out to see how far that goes.
 
     python -m train.world.clip --out runs/avatars/clip          # minutes on a GPU; resumes
 """
