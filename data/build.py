@@ -1,6 +1,6 @@
 """Build a dataset of pairs: the embedding of a target, and the direction the teacher finds for it.
 
-    python -m data.build --out runs/pairs --targets drawn:200 wide:50              # a laptop
+    python -m data.build --out runs/pairs --targets avataaars:200 styles:50       # a laptop
     accelerate launch -m data.build --out pairs --targets ffhq/ --world ffhq.toml   # one GPU
     accelerate launch --multi_gpu --num_processes 8 -m data.build --out pairs --targets ffhq/ \\
         --world ffhq.toml                                                           # eight
@@ -43,7 +43,7 @@ from data.plan import (
     make_plan,
 )
 from data.publish import At, go_on, sha256_of
-from data.targets import TargetSet, open_targets
+from data.targets import TargetSet, check_trainable, open_targets
 from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
 from data.worker import Worker, merge_all, remove_leftovers
 from targetclip import command
@@ -71,8 +71,8 @@ class Config:
     out: Path
     """Folder of the dataset, on a file system that all workers share."""
     targets: tuple[str, ...] = ()
-    """Target pictures: folders, dataset:NAME, generated:N, mixed:N, drawn:N, wide:N. Not needed
-    once the plan is made."""
+    """Target pictures: folders, dataset:NAME, generated:N, mixed:N, avataaars:N, styles:N. Not
+    needed once the plan is made."""
     world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     only: Stage | None = None
@@ -112,6 +112,7 @@ class Config:
 
 def check_config(config: Config) -> None:
     """Check the options. ValueError: an option has an impossible value."""
+    check_trainable(config.targets)
     command.check_least(config, steps=1, max_images=1, held_out=1, max_attempts=1)
     if config.batch_size != "auto":
         command.check_least(config, batch_size=1)

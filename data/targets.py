@@ -1,4 +1,4 @@
-"""Target pictures: of folders, of datasets, samples of a generator, drawn faces.
+"""Target pictures: of folders, of datasets, samples of a generator, avatars.
 
 Knows pictures, their ids and their splits; nothing of embeddings or of pairs. A target's id depends
 on the picture and not on its place. Files and rows are named by their pixels. Pictures made from
@@ -7,12 +7,13 @@ machine to the next.
 """
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from data.drawn.faces import draw_parameters, draw_wide, faces_from_z, sample_z, wide_face
-from data.drawn.sketch import Extras, Style
+from data.illustrated.avatars import HELD_OUT, TRAINED, Options, draw, render
+from data.illustrated.codes import SIZE, VALUES, draw_face, indices_from_z
+from data.illustrated.shown import sample
 from data.pairs import such_as
 from data.publish import sha256_of
 from targetclip.command import nearest, one_line
@@ -42,14 +44,16 @@ from targetclip.world import DEFAULT_WORLD, World
 
 logger = logging.getLogger(__name__)
 
-SKETCH_Z_DIM = 128  # of the bundled generator
-
-KINDS = ("generated", "mixed", "drawn", "wide", "dataset")
-SEEDED = re.compile(r"(generated|mixed|drawn|wide):([1-9][0-9]{0,14})(?:@([0-9]{1,15}))?")
+DRAWN = ("avataaars", "styles", "held-out")
+INSTALL = 'pip install "targetclip[avatars]"'
+KINDS = ("generated", "mixed", *DRAWN, "dataset")
+SEEDED = re.compile(
+    r"(generated|mixed|avataaars|styles|held-out):([1-9][0-9]{0,14})(?:@([0-9]{1,15}))?"
+)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 FORMS = (
     "a folder of pictures, dataset:PATH_OR_NAME[#SPLIT[#COLUMN]], generated:N[@SEED], "
-    "mixed:N[@SEED], drawn:N[@SEED] or wide:N[@SEED], with N from 1 on"
+    "mixed:N[@SEED], avataaars:N[@SEED], styles:N[@SEED] or held-out:N[@SEED], with N from 1 on"
 )
 
 
@@ -345,20 +349,31 @@ def render_sample(
         return tensor_to_pictures(generator.synthesis(ws))[0]
 
 
-def draw_face(kind: str, seed: int, index: int) -> Image.Image:
-    """Draw a wide face, or one as the bundled generator learned: every second has mixed groups."""
-    if kind == "wide":
-        return Image.fromarray(draw_wide((seed, index)))
-    z = sample_z(2, SKETCH_Z_DIM, seed_of("drawn", seed, index))[index % 2][None]
-    return Image.fromarray(draw_parameters(faces_from_z(z)[0].numpy()))
+def check_dicebear(what: str) -> None:
+    """Raise a ValueError where the packages that draw avatars are missing."""
+    if not all(map(importlib.util.find_spec, ("dicebear", "dicebear_styles", "resvg_py"))):
+        raise ValueError(f"{what} is drawn by DiceBear, which is not installed: {INSTALL}")
 
 
-def wide_indices(seed: int) -> Iterator[int]:
-    """Return the indices of wide faces, but plain ones, which are within the generator's range."""
-    for index in itertools.count():
-        _, extras, style = wide_face(seed, index)
-        if extras != Extras() or style != Style():
-            yield index
+def face_at(seed: int, index: int) -> list[int]:
+    """Return the values of the face that avataaars:N@SEED shows at an index (see `codes`)."""
+    numbers = torch.Generator().manual_seed(seed_of("avataaars", seed, index))
+    values: list[int] = indices_from_z(torch.randn(1, VALUES, generator=numbers))[0].tolist()
+    return values
+
+
+def avatar_at(kind: str, seed: int, index: int) -> tuple[str, Options]:
+    """Return style and options of the avatar that styles:N@SEED or held-out:N@SEED shows."""
+    styles = HELD_OUT if kind == "held-out" else TRAINED
+    style = styles[index % len(styles)]
+    return style, sample(style, seed, index // len(styles))
+
+
+def draw_avatar(kind: str, seed: int, index: int) -> Image.Image:
+    """Draw a picture of one of the kinds DRAWN, 128 by 128 px."""
+    if kind == "avataaars":
+        return Image.fromarray(draw_face(face_at(seed, index))[0])
+    return Image.fromarray(render(draw(*avatar_at(kind, seed, index))[0], SIZE))
 
 
 @dataclass(frozen=True)
@@ -383,10 +398,9 @@ class SeededTargets:
         return self.starting_at(0)
 
     def starting_at(self, start: int) -> Iterator[Target | BadTarget]:
-        kind = self.named_by[0]
-        indices = wide_indices(self.seed) if kind == "wide" else itertools.count()
-        for index in itertools.islice(indices, start, self.count):
-            origin = f"{kind}:{index}" + (f"@{self.seed}" if self.seed != DEFAULT_TARGETS else "")
+        for index in range(start, self.count):
+            at = f"@{self.seed}" if self.seed != DEFAULT_TARGETS else ""
+            origin = f"{self.named_by[0]}:{index}{at}"
             try:
                 picture = self.render(index)
             except ValueError as error:  # weights or latents that overflow
@@ -398,11 +412,16 @@ class SeededTargets:
 def open_seeded(
     parts: re.Match[str], generator: Generator | None, truncation: float
 ) -> SeededTargets:
-    """Open KIND:N or KIND:N@SEED."""
+    """Open KIND:N or KIND:N@SEED.
+
+    Raises:
+        ValueError: a generator is needed and not given, or the extra that draws avatars is missing.
+    """
     spec, kind, count = parts[0], parts[1], int(parts[2])
     seed = DEFAULT_TARGETS if parts[3] is None else int(parts[3])
-    if kind in ("drawn", "wide"):
-        return SeededTargets(spec, count, seed, (kind, seed), partial(draw_face, kind, seed))
+    if kind in DRAWN:
+        check_dicebear(repr(spec))
+        return SeededTargets(spec, count, seed, (kind, seed), partial(draw_avatar, kind, seed))
     if generator is None:
         raise ValueError(f"expected a generator to make {spec!r} with, found none; give one")
     named_by = (kind, seed, generator.fingerprint, float(truncation))
@@ -420,14 +439,15 @@ def open_targets(
       reads or has saved. The defaults are train and the first Image column.
     - generated:N[@SEED]: samples of `generator` at `truncation`; mixed:N[@SEED]: with three z
       each, for coarse, middle and fine layers.
-    - drawn:N[@SEED]: faces in the bundled generator's range; wide:N[@SEED]: outside of it, with a
-      style or something it never draws.
+    - avataaars:N[@SEED]: faces in the style of the bundled generator, which it can show;
+      styles:N[@SEED]: of all styles that networks are trained on, in turn; held-out:N[@SEED]: of
+      those that no network has seen, for tests alone (see `check_trainable`).
 
     A smaller N gives the start of a larger one. The default SEED, 4,000,037, differs from every
     seed used to train or judge the bundled world's networks.
 
     Raises:
-        ValueError: no such form, nothing in it, or a generator is needed and not given.
+        ValueError: no such form, nothing in it, or as `open_seeded`.
         FileNotFoundError: a dataset's folder is not there.
         OSError: a folder may not be read.
     """
@@ -448,11 +468,24 @@ def open_targets(
 def default_targets(world: World, seed: int, count: int, samples: int = 0) -> tuple[str, ...]:
     """Return specs of a world's own targets, for commands that are given none.
 
-    Those of the default world are drawn faces, `count` in its generator's range and as many outside
-    of it, and `samples` of its generator, plain and mixed. Those of any other world are all
-    `count + samples` of its generator, plain and as many mixed.
+    Those of the default world are avatars, `count` in its generator's style and `count` of all
+    styles that networks are trained on, and `samples` of its generator, plain and mixed. Those of
+    any other world are all `count + samples` of its generator, plain and as many mixed.
     """
-    counts = {"drawn": count, "wide": count, "generated": samples, "mixed": samples}
+    counts = {"avataaars": count, "styles": count, "generated": samples, "mixed": samples}
     if world.argument != DEFAULT_WORLD:
         counts = dict.fromkeys(("generated", "mixed"), count + samples)
     return tuple(f"{kind}:{number}@{seed}" for kind, number in counts.items() if number)
+
+
+def check_trainable(specs: Iterable[str]) -> None:
+    """Raise a ValueError for targets of the styles that are kept for tests.
+
+    Called wherever something is learned from targets.
+    """
+    for spec in specs:
+        if spec.startswith("held-out:"):
+            raise ValueError(
+                f"--targets: expected targets to learn from, found {spec!r}, of the styles that "
+                f"are kept for tests; give {spec.replace('held-out', 'styles')!r}"
+            )

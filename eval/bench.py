@@ -31,7 +31,7 @@ from targetclip.world import BUNDLED
 BANK = 16  # sources that fresh ones are drawn from here
 WIDE = (512, 512, 512, 512, 512, 256, 128, 64, 32)
 FULL = {256: Sizes(), 1024: Sizes(resolution=1024, channels=WIDE)}
-TINY_CLIP = f"local-dir:{BUNDLED / 'sketch64' / 'clip'}"
+TINY_CLIP = f"local-dir:{BUNDLED / 'avatars' / 'clip'}"
 TINY = {
     size: Sizes(
         resolution=size, channels=(16,) * levels, w_dim=32, mapping_layers=2, clip=TINY_CLIP

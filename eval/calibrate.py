@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.targets import Target, default_targets, of_split, open_targets
+from data.targets import Target, check_trainable, default_targets, of_split, open_targets
 from data.teacher import search_in_batches
 from eval.expectation import fit_expectation
 from eval.methods import Answer, mapped
@@ -65,8 +65,8 @@ class Config:
     targets: tuple[str, ...] | None = None
     """Sets of targets, as data.build takes them; the threshold holds on each. Those of the
     validation split judge; the expected score is fitted on those of the training split, so give
-    others than the mapper was trained on. Default: 4,000 drawn faces for sketch64; 4,000 samples
-    of its own generator for any other world."""
+    others than the mapper was trained on. Default: 4,000 avatars for the bundled world; 4,000
+    samples of its own generator for any other world."""
     count: int = 32
     """Targets of each set that judge, at most."""
     fitted: int = 2000
@@ -355,6 +355,7 @@ def run(
     specs = config.targets
     if specs is None:
         specs = default_targets(world, CALIBRATION_TARGETS, 2000)
+    check_trainable(specs)
     config = replace(config, targets=specs)
     essence = load_essence(
         world,

@@ -40,13 +40,14 @@ from eval.sets import (
     check_sources,
     check_unseen,
     folder_set,
+    held_out_styles,
     in_range,
-    out_of_range,
     samples,
+    trained_styles,
 )
 from eval.trials import (
-    DRAWN_ANSWER,
     RELEASED_SOURCES,
+    RIGHT_ANSWER,
     Comparison,
     grids,
     reference_features,
@@ -64,8 +65,8 @@ from targetclip.media.images import tensor_to_pictures, write_picture
 from targetclip.seeds import TEST_SOURCES, TEST_TARGETS
 from targetclip.world import DEFAULT_WORLD, World, load_world
 
-DRAWN_WORLD = "sketch64"  # the attribute reader knows its pictures, and the renderer draws them
-NAMES = (*METHODS, DRAWN_ANSWER)
+AVATARS = "avatars"  # the world whose pictures the attribute reader knows
+NAMES = (*METHODS, RIGHT_ANSWER)
 ADVERSARIES = 6
 TEACHERS = ("consistent", "identity")
 
@@ -98,7 +99,7 @@ class Config:
     quick: bool = False
     """Fewer targets; only `consistent` and `identity` of the methods that search, on a few."""
     targets: int | None = None
-    """Targets of the sets in range, out of range and folder. Default: 32, or 8 if quick."""
+    """Targets of the sets in range, of other styles and folder. Default: 32, or 8 if quick."""
     slow: int | None = None
     """Targets of a set that the slow methods are run on. Default: 4, or 2 if quick."""
     sources: int = 16
@@ -220,7 +221,7 @@ def make_judges(config: Config, world: World, bench: Bench) -> Judges:
     device = bench.scene.device
     return Judges(
         scene=bench.scene,
-        reader=load_reader().to(device) if world.name == DRAWN_WORLD else None,
+        reader=load_reader().to(device) if world.name == AVATARS else None,
         second=load_judge(config.judge, config.judge_pretrained, device),
     )
 
@@ -229,7 +230,8 @@ def make_sets(config: Config, bench: Bench, judges: Judges) -> list[EvalSet]:
     """Make the test sets, checked against what may have been trained on."""
     scene = bench.scene
     if judges.reader is not None:
-        sets = [in_range(config.count), out_of_range(config.count)]
+        makers = (in_range, trained_styles, held_out_styles)
+        sets = [make(config.count) for make in makers]
     else:
         sets = [samples(scene.generator, scene.truncation, config.count)]
     unedited = tensor_to_pictures(scene.render(bench.sources))
@@ -363,12 +365,12 @@ def make_report(config: Config, world: World, device: torch.device) -> dict[str,
         first=config.first,
         seed=config.seed,
     )
-    drawn = not config.only or DRAWN_ANSWER in config.only
+    right = not config.only or RIGHT_ANSWER in config.only
     report = facts(config, world, bench, judges, left_out) | {"sets": {}}
     pictures: dict[str, Image.Image] = {}
     for targets in sets:
         own = answers[targets.name]
-        if trials := comparison.judge_all(targets, own, drawn):
+        if trials := comparison.judge_all(targets, own, right):
             report["sets"][targets.name] = set_report(comparison, targets, own, trials)
             pictures |= grids(comparison, targets, own, trials)
     report["released"] = released_report(comparison, sets, answers)

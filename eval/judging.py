@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from data.drawn.sketch import SIZE
+from data.illustrated.codes import SIZE
 from eval.metrics import (
     edit_scores,
     essence_acquired,
@@ -23,13 +22,13 @@ from eval.metrics import (
     outside_alone,
     outside_change,
     perceptual_distance,
-    reading_columns,
     released_score,
     sharpness_kept,
     spread,
 )
-from eval.reader import AttributeReader, load_reader
-from eval.sets import Embeddings, EvalSet, Sources, Truth
+from eval.reader import AvatarReader, load_reader, seen_identity
+from eval.sets import Embeddings, EvalSet, Sources
+from eval.truth import Truth
 from targetclip.embedder import ClipEmbedder, ImageEmbedder
 from targetclip.encoders.blip import BlipEmbedder
 from targetclip.scene import Scene
@@ -77,25 +76,6 @@ def stacked(outputs: Sequence[Outputs]) -> Outputs:
     return Outputs(**{field.name: joined(field.name) for field in fields(Outputs)})
 
 
-def reader_levels(
-    reader: AttributeReader, images: Float[Tensor, "batch 3 height width"]
-) -> list[Float[Tensor, "batch _ _ _"]]:
-    """Return the output of each of the reader's convolutions."""
-    levels = [images.clamp(-1, 1)]
-    for conv in reader.encoder.convs:
-        levels.append(conv(levels[-1]))
-    return levels[1:]
-
-
-def read(
-    reader: AttributeReader, images: Float[Tensor, "batch 3 height width"]
-) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch outputs"]]:
-    """Return the reader's penultimate layer, and its readings."""
-    encoder, last = reader.encoder, reader_levels(reader, images)[-1]
-    features = F.leaky_relu(encoder.hidden(last.flatten(1)), 0.2)
-    return features, torch.sigmoid(encoder.out(features))
-
-
 def load_judge(
     name: str | None, pretrained: str | None, device: torch.device
 ) -> ClipEmbedder | BlipEmbedder | None:
@@ -115,7 +95,7 @@ class Judges:
 
     scene: Scene
     """Its embedder judges, and its identity model if there is one."""
-    reader: AttributeReader | None = None
+    reader: AvatarReader | None = None
     """None where no reader knows the world's pictures."""
     second: ImageEmbedder | None = None
     """A second judge of the transfer score."""
@@ -135,7 +115,7 @@ class Judges:
         second = None if self.second is None else self.second.embed_images(images)
         features, readings = embeddings if second is None else second, None
         if self.reader is not None:
-            features, readings = read(self.reader, images)
+            features, readings = self.reader.read(images)
 
         def kept(output: Tensor | None) -> Tensor | None:
             return None if output is None else output.float().cpu()
@@ -157,9 +137,8 @@ class Judges:
         """Return the reader's perceptual distance of an edit's change outside; None without one."""
         if self.reader is None:
             return None
-        unedited = reader_levels(self.reader, before)
-        edited = reader_levels(self.reader, outside_alone(before, after))
-        return perceptual_distance(unedited, edited)
+        edited = self.reader.levels(outside_alone(before, after))
+        return perceptual_distance(self.reader.levels(before), edited)
 
     @property
     def people_of(self) -> str | None:
@@ -177,22 +156,31 @@ class Judges:
             return self.scene.identity.embed_images(images).float().cpu()
         if self.reader is None:
             raise ValueError("expected an identity model or a reader, found neither")
-        readings: Tensor = self.reader(images).float().cpu()
-        return readings[:, reading_columns(essence=False)]
+        readings = self.reader.read(images)[1].cpu()
+        return readings * seen_identity(readings)
 
 
-def face_judges(scene: Scene) -> Judges:
-    """Return the embedder and the attribute reader as judges of drawn faces, for studies.
+def face_reader(scene: Scene) -> AvatarReader:
+    """Return the attribute reader, on a scene's device.
 
     Raises:
         ValueError: the generator's pictures are not of the size that the reader knows.
     """
     if scene.generator.resolution != SIZE:
         raise ValueError(
-            f"--world: expected a world of drawn faces of {SIZE} px, which the attribute reader "
+            f"--world: expected a world of avatars of {SIZE} px, which the attribute reader "
             f"knows, found one of {scene.generator.resolution} px"
         )
-    return Judges(scene=scene, reader=load_reader().to(scene.device))
+    return load_reader().to(scene.device)
+
+
+def face_judges(scene: Scene) -> Judges:
+    """Return the embedder and the attribute reader as judges of avatars, for studies.
+
+    Raises:
+        ValueError: as `face_reader`.
+    """
+    return Judges(scene=scene, reader=face_reader(scene))
 
 
 @dataclass(frozen=True)
@@ -205,7 +193,7 @@ class Goal:
     people: Float[Tensor, "targets identity"] | None
     """Of the identity model."""
     truth: Truth | None
-    """Readings of drawn targets; None of other pictures."""
+    """Of avatars; None of other pictures."""
 
 
 def goal_of(judges: Judges, targets: EvalSet) -> Goal:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from PIL import Image
@@ -22,12 +21,12 @@ from tqdm import tqdm
 
 from data.card import SUMS
 from data.dataset import load_pairs, networks_of
-from data.drawn.faces import GROUPS, faces_from_z, to_images
-from data.drawn.sketch import ESSENCE, Face, draw
+from data.illustrated.codes import draw_face, indices_from_z
 from data.pairs import dimensions
 from data.publish import sha256_of
 from data.teacher import search_in_batches
 from eval.sets import Directions, Embeddings, EvalSet, Sources
+from eval.truth import Truth, with_essence
 from predictor.correction import SourceCorrection, mixed_corrections
 from predictor.mapper import FoldedMapper, Mapper, Prediction
 from predictor.mapper_file import trained_recipe
@@ -473,25 +472,22 @@ def by_encoder(bench: Bench, targets: EvalSet) -> Answer:
 # The upper reference
 
 
-def drawn_answer(
-    targets: Sequence[Face], z_dim: int, count: int, seed: int = TEST_SOURCES
-) -> tuple[Float[Tensor, "sources 3 64 64"], Float[Tensor, "targets sources 3 64 64"]]:
-    """Return images of sources and of their right edits, which no direction can reach.
+def right_answer(
+    scene: Scene, truth: Truth, sources: Sources, seed: int = TEST_SOURCES
+) -> Float[Tensor, "targets sources num_ws w_dim"]:
+    """Return the offsets that take generated sources of a seed to their right edits.
 
-    Sources are the faces of a seed's generated sources, drawn. Edits are the same faces, drawn with
-    their own identity and a target's essence, without the target's extras and style.
+    A right edit shows the source's own identity and the target's essence: it is drawn, inverted and
+    so as good as inverter and generator can show it. No direction for all sources reaches it.
     """
-    numbers = [torch.Generator().manual_seed(source) for source in source_seeds(seed, count)]
-    z = torch.stack([torch.randn(z_dim, generator=generator) for generator in numbers])
-    values = faces_from_z(z[:, None].expand(-1, len(GROUPS), -1)).tolist()
-    faces = [Face(*row) for row in values]
-    before = np.stack([np.asarray(draw(face)) for face in faces])
-    edited = []
-    for target in targets:
-        essence = {name: getattr(target, name) for name in ESSENCE}
-        pictures = [np.asarray(draw(replace(face, **essence))) for face in faces]
-        edited.append(to_images(np.stack(pictures)))
-    return to_images(before), torch.stack(edited)
+    numbers = [torch.Generator().manual_seed(s) for s in source_seeds(seed, len(sources))]
+    z = torch.stack([torch.randn(scene.generator.z_dim, generator=n) for n in numbers])
+    faces = indices_from_z(z).tolist()
+    edits = []
+    for content in tqdm(truth.contents, "right answers", unit="target", leave=False):
+        drawn = [draw_face(with_essence(face, content))[0] for face in faces]
+        edits.append(scene.invert([Image.fromarray(picture) for picture in drawn]) - sources)
+    return torch.stack(edits)
 
 
 # All methods

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from data.drawn.readings import READINGS
+from eval.reader import READINGS, seen_identity
 from targetclip.losses import SHORTEST_DIFFERENCE, unit_cosines
 from targetclip.scene import score_features
 from targetclip.seeds import seed_of
@@ -80,9 +80,9 @@ def edit_scores(
 # In the attribute reader's words
 
 
-def reading_columns(essence: bool) -> Bool[Tensor, " outputs"]:
-    """Return a mask of the attribute reader's outputs: its essence, or else its identity."""
-    columns = [reading.essence == essence for reading in READINGS for _ in range(reading.size)]
+def essence_columns() -> Bool[Tensor, " outputs"]:
+    """Return a mask of the attribute reader's outputs that are essence."""
+    columns = [reading.essence for reading in READINGS for _ in range(reading.size)]
     return torch.tensor(columns)
 
 
@@ -97,7 +97,7 @@ def essence_acquired(
     1 - |edited - target| / |source - target|, both summed over sources and over the essence
     readings that the target shows (`seen`). 1 is all of the way. Below 0 the edit led away.
     """
-    chosen = (seen & reading_columns(essence=True))[:, None, :]
+    chosen = (seen & essence_columns())[:, None, :]
     left = ((edited - target[:, None]).abs() * chosen).sum(dim=(1, 2))
     whole = ((source[None] - target[:, None]).abs() * chosen).sum(dim=(1, 2))
     return 1 - left / whole
@@ -133,21 +133,23 @@ def identity_kept(
 ) -> Float[Tensor, " targets"]:
     """Return the part of the sources' identity that was kept: 1 all, 0 as between two sources.
 
-    1 - |edited - source| / |source - another source|, both averaged over the identity readings.
+    1 - |edited - source| / |source - another source|, both summed over sources and over the
+    identity readings that a source shows before and after its edit (`seen_identity`).
     """
-    columns = reading_columns(essence=False)
-    changed = (edited - source[None])[..., columns].abs().mean(dim=(1, 2))
-    return 1 - changed / distance_apart(source[:, columns]).mean()
+    seen = seen_identity(edited) & seen_identity(source)
+    changed = ((edited - source).abs() * seen).sum(dim=(1, 2))
+    return 1 - changed / (distance_apart(source) * seen).sum(dim=(1, 2))
 
 
 def identity_by_attribute(
     edited: Float[Tensor, "targets sources outputs"], source: Float[Tensor, "sources outputs"]
 ) -> dict[str, float]:
     """Return `identity_kept` of each identity attribute, over all targets."""
-    changed = (edited - source[None]).abs().mean(dim=(0, 1))
-    apart = distance_apart(source)
+    seen = seen_identity(edited) & seen_identity(source)
+    changed = ((edited - source).abs() * seen).sum(dim=(0, 1))
+    apart = (distance_apart(source) * seen).sum(dim=(0, 1))
     return {
-        reading.name: 1 - float(changed[reading.span].mean() / apart[reading.span].mean())
+        reading.name: 1 - float(changed[reading.span].sum() / apart[reading.span].sum())
         for reading in READINGS
         if not reading.essence
     }
@@ -159,7 +161,7 @@ def identity_by_attribute(
 def outside_change(before: Images, after: Images) -> Float[Tensor, " images"]:
     """Return the mean absolute change of the left and right border, a sixteenth of the width each.
 
-    A fraction of the range of values, in [0, 1]. On drawn faces the border is background; on
+    A fraction of the range of values, in [0, 1]. On avatars the border is background; on
     photographs long hair may reach it.
     """
     width = border_width(before)

@@ -15,20 +15,21 @@ from PIL import Image
 from eval.judging import RELEASED_STRENGTH, SCORES
 from eval.methods import METHODS
 from eval.results import SECONDS
-from eval.sets import ADVERSARIAL, FOLDER, IN_RANGE, OUT_OF_RANGE
-from eval.trials import DRAWN_ANSWER, REFERENCE
+from eval.sets import ADVERSARIAL, FOLDER, HELD_OUT_STYLES, IN_RANGE, STYLES
+from eval.trials import REFERENCE, RIGHT_ANSWER
 
-COLOUR_OF = {name: i for i, name in enumerate((*METHODS, DRAWN_ANSWER))}  # places in PALETTE
+COLOUR_OF = {name: i for i, name in enumerate((*METHODS, RIGHT_ANSWER))}  # places in PALETTE
 PALETTE = "tab20"  # matplotlib's pairs of a dark and a light colour
 ABOUT = {
     IN_RANGE: "What the generator can show",
-    OUT_OF_RANGE: "Faces in another style that also have something the generator never draws",
+    STYLES: "Avatars of the other styles that networks were trained on",
+    HELD_OUT_STYLES: "Avatars of styles that no network has seen",
     ADVERSARIAL: "Pictures that bring no essence, or none that a source lacks",
     FOLDER: "Pictures of your own",
 }
 INSTALL = 'pip install "targetclip[eval]"'
 MAIN = ("transfer", "consistency", "essence", "identity")
-BARS = ("mapper", "identity", "consistent", "ridge", DRAWN_ANSWER)
+BARS = ("mapper", "identity", "consistent", "ridge", RIGHT_ANSWER)
 RELEASED = {
     "semantic": "semantic",
     "second": "semantic, second judge",
@@ -46,10 +47,11 @@ targets. Every method edits the same sources at strength 1; only `clip-blending`
 - consistency: mean cosine of the shifts of two sources there. Additivity weighs the shifts by their
   lengths: it is the part of the shift that is the same for all sources.
 - essence acquired: the part of the way from source to target that the target's essence attributes
-  went, by the attribute reader; 1 is all of it. Identity kept: 1 is all of it, 0 as little as
-  between two sources. Same person is the cosine of the identity model, which the recipe `identity`
-  optimizes and which trained the mapper if its recipe has an identity weight. For these two only
-  the reader, another network, is independent.
+  went, by the attribute reader; 1 is all of it. Of targets in another style than the generator's
+  those are glasses, beard, hat and the colour of hair. Identity kept: 1 is all of it, 0 as little
+  as between two sources. Same person is the cosine of the identity model, which the recipe
+  `identity` optimizes and which trained the mapper if its recipe has an identity weight. For these
+  two only the reader, another network, is independent.
 - second judge: transfer score in another embedder's space. The target's person: cosine of edited
   sources to the target by the identity model. Sharpness kept: how fine edges are, as a part of the
   unedited sources'; below 1 they are blurred.
@@ -58,8 +60,7 @@ targets. Every method edits the same sources at strength 1; only `clip-blending`
   picture from itself with the edit's border, as in LPIPS, but without learned weights.
 - FID and KID, by torchmetrics: of all edited images of a table's targets against {references}
   unedited ones, by {features}.
-  FID is biased by the number of images: compare it within a table alone. Drawn pictures are sharper
-  than any the generator makes, which counts against `drawn-answer`.
+  FID is biased by the number of images: compare it within a table alone.
 - seconds are of a new target, from its picture to its direction. Those with a star are means over a
   set's targets: `auto` takes one after another, in fp32, as the product does, and the other
   searches several at once. Those without are of one target alone, after a warm-up.
@@ -68,8 +69,8 @@ targets. Every method edits the same sources at strength 1; only `clip-blending`
 - `one-direction` is the mapper without its correction for each source. `own-mapper` is trained for
   one target by the recipe `identity`, and reads the source: StyleCLIP has such a mapper for each
   text. Its edits are those of the sources above alone, so the released protocol leaves it out.
-- `drawn-answer` cannot be reached by any direction: each source drawn with its own identity and the
-  target's essence, without the target's style and what the generator never draws.
+- `right-answer` cannot be reached by any direction: each source drawn with its own identity and the
+  target's essence, in the generator's style, then inverted.
 """
 
 
@@ -350,8 +351,8 @@ def seconds_chart(name: str, scored: Mapping[str, Any]) -> Image.Image | None:
         )
         series.append(line)
     levels = {"unedited": scored["unedited"]}
-    if DRAWN_ANSWER in scored["all"]:
-        levels["drawn answer"] = scored["all"][DRAWN_ANSWER]["transfer"]["mean"]
+    if RIGHT_ANSWER in scored["all"]:
+        levels["right answer"] = scored["all"][RIGHT_ANSWER]["transfer"]["mean"]
     if not series:
         return None
     title = f"{name}: transfer score against seconds for a new target"

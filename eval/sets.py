@@ -1,7 +1,7 @@
 """Make test sets: fixed targets and sources that nothing of this project learned from.
 
 Targets have the ids of `data.targets`; those of the test split are taken, which every trainer
-leaves out. Knows pictures, their ids and the content of drawn ones; nothing of methods or scores.
+leaves out. Knows pictures, their ids and what avatars show; nothing of methods or scores.
 """
 
 import itertools
@@ -10,15 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.drawn.faces import faces_from_z, sample_z, wide_face
-from data.drawn.readings import READINGS, STEPPED, readings_of
-from data.drawn.sketch import Extras, Face, Style, draw
-from data.targets import SKETCH_Z_DIM, Target, digest_of, open_folder, render_sample, split_of
+from data.illustrated.avatars import HELD_OUT, TRAINED, draw
+from data.illustrated.codes import STYLE
+from data.illustrated.shown import shown
+from data.targets import (
+    Target,
+    avatar_at,
+    check_dicebear,
+    digest_of,
+    draw_avatar,
+    face_at,
+    open_folder,
+    render_sample,
+    split_of,
+)
+from eval.truth import Content, Truth, truth_of
 from targetclip.generators import Generator
 from targetclip.media.images import center_square
 from targetclip.seeds import (
@@ -37,20 +47,10 @@ Sources = Float[Tensor, "sources num_ws w_dim"]
 Embeddings = Float[Tensor, "targets embed"]
 Directions = Float[Tensor, "targets num_ws w_dim"]
 
-IN_RANGE, OUT_OF_RANGE, ADVERSARIAL, FOLDER = "in-range", "out-of-range", "adversarial", "folder"
+IN_RANGE, STYLES, HELD_OUT_STYLES = "in-range", "styles", "held-out"
+ADVERSARIAL, FOLDER = "adversarial", "folder"
 RESERVED = 4096  # sources of each kind that the test sources must not be
 TEXTS = ("GREEN HAIR", "BIG HAT", "RED LIPS", "GLASSES", "A BEARD", "WHITE FACE")
-BEHIND_A_MASK = ("glasses", "glasses_shape", "lens", "glasses_colour")
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The content of drawn targets."""
-
-    faces: tuple[Face, ...]
-    readings: Float[Tensor, "targets outputs"]
-    seen: Bool[Tensor, "targets outputs"]
-    """Whether a picture shows a reading at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,13 @@ class EvalSet:
 
     def part(self, start: int, stop: int) -> "EvalSet":
         """Return the targets from `start` up to `stop`."""
-        span, truth = slice(start, stop), self.truth
-        if truth is not None:
-            truth = Truth(truth.faces[span], truth.readings[span], truth.seen[span])
+        span = slice(start, stop)
         return EvalSet(
             name=self.name,
             ids=self.ids[span],
             origins=self.origins[span],
             pictures=self.pictures[span],
-            truth=truth,
+            truth=None if self.truth is None else self.truth.part(span),
         )
 
 
@@ -92,7 +90,7 @@ def set_of(name: str, targets: Sequence[Target]) -> EvalSet:
     )
 
 
-# Drawn faces, and samples of a generator
+# Avatars, and samples of a generator
 
 
 def held_out(
@@ -103,72 +101,55 @@ def held_out(
     return dict(itertools.islice((pair for pair in named if split_of(pair[1]) == "test"), count))
 
 
-def drawn_face(seed: int, index: int) -> Face:
-    """Return the face that drawn:N@SEED draws at an index."""
-    z = sample_z(2, SKETCH_Z_DIM, seed_of("drawn", seed, index))[index % 2][None]
-    return Face(*faces_from_z(z)[0].tolist())
+def content_of(kind: str, seed: int, index: int) -> Content:
+    """Return what the avatar shows that a kind of targets has at an index."""
+    if kind == "avataaars":
+        return tuple(face_at(seed, index))
+    style, options = avatar_at(kind, seed, index)
+    return shown(style, draw(style, options)[1])
 
 
-def visible_readings(extras: Extras, style: Style) -> Bool[Tensor, " outputs"]:
-    """Return which readings extras and style leave visible."""
-    hidden = set(BEHIND_A_MASK) if extras.mask else set()
-    if style.grey:
-        hidden |= set(STEPPED)
-    visible = [reading.name not in hidden for reading in READINGS for _ in range(reading.size)]
-    return torch.tensor(visible)
+def avatar_set(name: str, named: Sequence[tuple[str, str, int]], seed: int) -> EvalSet:
+    """Draw a set of avatars: the id, the kind of targets and the index of each.
 
-
-def drawn_set(
-    name: str,
-    origins: dict[str, str],
-    triples: Sequence[tuple[Face, Extras, Style]],
-    *,
-    hide: bool = True,
-) -> EvalSet:
-    """Draw a set of faces.
-
-    Args:
-        origins: their ids and origins, in order.
-        hide: leave readings out of `Truth.seen` that extras or a style hide.
+    Raises:
+        ValueError: the extra that draws avatars is missing.
     """
-    values, seen = zip(*(readings_of(face) for face, _, _ in triples), strict=True)
-    shown = torch.from_numpy(np.stack(seen))
-    if hide:
-        shown &= torch.stack([visible_readings(extras, style) for _, extras, style in triples])
+    check_dicebear(f"the set {name!r}")
     return EvalSet(
         name=name,
-        ids=tuple(origins),
-        origins=tuple(origins.values()),
-        pictures=tuple(draw(*triple) for triple in triples),
-        truth=Truth(
-            faces=tuple(face for face, _, _ in triples),
-            readings=torch.from_numpy(np.stack(values)).float(),
-            seen=shown,
-        ),
+        ids=tuple(known for known, _, _ in named),
+        origins=tuple(f"{kind}:{i}@{seed}" for _, kind, i in named),
+        pictures=tuple(draw_avatar(kind, seed, i) for _, kind, i in named),
+        truth=truth_of([content_of(kind, seed, i) for _, kind, i in named]),
     )
 
 
+def other_styles(kind: str) -> Iterator[int]:
+    """Yield the indices of a kind of targets whose style is not that of the generator."""
+    styles = HELD_OUT if kind == "held-out" else TRAINED
+    return (i for i in itertools.count() if styles[i % len(styles)] != STYLE)
+
+
+def avatars_of_tests(name: str, kind: str, indices: Iterable[int], count: int) -> EvalSet:
+    """Return the first avatars of a kind of targets that are of the test split."""
+    ids = held_out((kind, TEST_TARGETS), indices, count)
+    return avatar_set(name, [(known, kind, i) for i, known in ids.items()], TEST_TARGETS)
+
+
 def in_range(count: int) -> EvalSet:
-    """Return faces that the bundled generator can show: those of drawn:N@SEED."""
-    ids = held_out(("drawn", TEST_TARGETS), itertools.count(), count)
-    origins = {name: f"drawn:{i}@{TEST_TARGETS}" for i, name in ids.items()}
-    plain = [(drawn_face(TEST_TARGETS, i), Extras(), Style()) for i in ids]
-    return drawn_set(IN_RANGE, origins, plain)
+    """Return faces that the bundled generator can show: those of avataaars:N@SEED."""
+    return avatars_of_tests(IN_RANGE, "avataaars", itertools.count(), count)
 
 
-def outside_indices() -> Iterator[int]:
-    """Yield indices of wide:N@SEED that have both another style and something never drawn."""
-    for index in itertools.count():
-        _, extras, style = wide_face(TEST_TARGETS, index)
-        if extras != Extras() and style != Style():
-            yield index
+def trained_styles(count: int) -> EvalSet:
+    """Return avatars of the other styles that networks are trained on: those of styles:N@SEED."""
+    return avatars_of_tests(STYLES, "styles", other_styles("styles"), count)
 
 
-def out_of_range(count: int) -> EvalSet:
-    """Return faces beyond the bundled generator in style and content: those of wide:N@SEED."""
-    ids = held_out(("wide", TEST_TARGETS), outside_indices(), count)
-    origins = {name: f"wide:{i}@{TEST_TARGETS}" for i, name in ids.items()}
-    return drawn_set(OUT_OF_RANGE, origins, [wide_face(TEST_TARGETS, i) for i in ids])
+def held_out_styles(count: int) -> EvalSet:
+    """Return avatars of the styles that no network has seen: those of held-out:N@SEED."""
+    return avatars_of_tests(HELD_OUT_STYLES, "held-out", other_styles("held-out"), count)
 
 
 def samples(generator: Generator, truncation: float, count: int) -> EvalSet:
@@ -183,14 +164,16 @@ def samples(generator: Generator, truncation: float, count: int) -> EvalSet:
 
 
 def study_set(count: int) -> EvalSet:
-    """Return validation faces for studies, of which every second one is in the generator's range.
+    """Return validation targets for studies, of which every second one is in the generator's range.
 
-    The others have another style and something that the generator never draws. Readings that a
-    style hides count as well.
+    The others are of the other styles that networks are trained on.
     """
-    triples = [wide_face(STUDY_TARGETS, i, styled=i % 2, extra=i % 2) for i in range(count)]
-    names = [f"study:{i}@{STUDY_TARGETS}" for i in range(count)]
-    return drawn_set("study", dict(zip(names, names, strict=True)), triples, hide=False)
+    others = itertools.islice(other_styles("styles"), count // 2)
+    kinds = [("avataaars", i) for i in range((count + 1) // 2)], [("styles", i) for i in others]
+    named = [kinds[i % 2][i // 2] for i in range(count)]
+    ids = [digest_of(kind, STUDY_TARGETS, i)[:16] for kind, i in named]
+    rows = [(known, *pair) for known, pair in zip(ids, named, strict=True)]
+    return avatar_set("study", rows, STUDY_TARGETS)
 
 
 # Pictures that have no essence, or none that sources lack

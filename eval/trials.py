@@ -19,11 +19,10 @@ from eval.judging import (
     Judges,
     edited_images,
     goal_of,
-    judge,
     judge_edits,
     released_scores,
 )
-from eval.methods import METHODS, Answer, Bench, drawn_answer
+from eval.methods import METHODS, Answer, Bench, right_answer
 from eval.metrics import (
     essence_by_attribute,
     frechet_distance,
@@ -37,7 +36,7 @@ from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import TEST_SOURCES, seed_of
 
-DRAWN_ANSWER = "drawn-answer"
+RIGHT_ANSWER = "right-answer"
 REFERENCE = "mapper"  # compared with the others, where it was run
 RELEASED_SOURCES = 68
 STRENGTHS = (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)
@@ -125,25 +124,23 @@ class Comparison:
         """Judge edits [targets, sources, num_ws, w_dim] of the test sources."""
         return judge_edits(self.judges, goal, self.bench.sources, edits, strength)
 
-    def judge_drawn(self, targets: EvalSet) -> Judged | None:
-        """Judge the drawn answer; None where the content of targets is not known."""
-        if targets.truth is None:
+    def judge_right(self, targets: EvalSet) -> Judged | None:
+        """Judge the right answer; None where the content of targets is not known."""
+        if targets.truth is None or self.bench.scene.inverter is None:
             return None
-        sources, z_dim = self.bench.sources, self.bench.scene.generator.z_dim
-        before, edited = drawn_answer(targets.truth.faces, z_dim, len(sources))
-        goal, device = goal_of(self.judges, targets), sources.device
-        return judge(self.judges, goal, before.to(device), edited.to(device))
+        edits = right_answer(self.bench.scene, targets.truth, self.bench.sources)
+        return self.judge(edits, goal_of(self.judges, targets))
 
     def judge_all(
-        self, targets: EvalSet, answers: Mapping[str, Answer], drawn: bool
+        self, targets: EvalSet, answers: Mapping[str, Answer], right: bool
     ) -> dict[str, Judged]:
-        """Judge every method's answer to a set; the drawn answer too, if asked for and there."""
+        """Judge every method's answer to a set; the right answer too, if asked for and known."""
         trials: dict[str, Judged] = {}
         for name, answer in tqdm(answers.items(), f"judge {targets.name}", unit="method"):
             edits = answer.on(self.bench.sources)
             trials[name] = self.judge(edits, goal_of(self.judges, targets.part(0, len(edits))))
-        right = self.judge_drawn(targets) if drawn else None
-        return trials if right is None else {**trials, DRAWN_ANSWER: right}
+        known = self.judge_right(targets) if right else None
+        return trials if known is None else {**trials, RIGHT_ANSWER: known}
 
 
 def reference_features(judges: Judges, count: int) -> Float[Tensor, "images features"]:
@@ -159,7 +156,7 @@ def reference_features(judges: Judges, count: int) -> Float[Tensor, "images feat
 
 
 def method_report(trial: Judged, answer: Answer | None) -> dict[str, Any]:
-    """Return the report of one method on one set; the drawn answer has no seconds."""
+    """Return the report of one method on one set; the right answer has no seconds."""
     row: dict[str, Any] = {"count": len(trial)}
     if answer is not None:
         expected = None if answer.expected is None else answer.expected.tolist()
@@ -281,12 +278,12 @@ def grids(
     def edited(name: str, place: int) -> list[Image.Image]:
         if name in answers:
             edit = answers[name].on(sources)[place : place + 1]
-            (images,) = edited_images(scene, sources, edit)
         else:
             truth = targets.part(place, place + 1).truth
             if truth is None:
                 raise ValueError(f"expected edits of {name!r}, found none")
-            images = drawn_answer(truth.faces, scene.generator.z_dim, len(sources))[1][0]
+            edit = right_answer(scene, truth, sources)
+        (images,) = edited_images(scene, sources, edit)
         return tensor_to_pictures(images[:SHOWN])
 
     pictures = {}

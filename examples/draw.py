@@ -1,126 +1,72 @@
-"""Draw the example pictures of this folder: targets worth a try, and sources to edit.
+"""Draw the example pictures of this folder: targets in many styles, and sources to edit.
 
-python examples/draw.py
+    python examples/draw.py
+
+Targets are avatars by illustrators, named in README.md beside them; four of the styles no network
+here has seen. Sources are faces in the style of the bundled generator.
 """
 
 from pathlib import Path
 
-from data.drawn.sketch import NAMES, Extras, Face, Style, draw
+from PIL import Image
+
+from data.illustrated.avatars import draw, render
+from data.illustrated.codes import ATTRIBUTES, HAIR_COLOURS, STYLE, options_of
+from data.illustrated.shown import Wish, can_show, sample
 
 HERE = Path(__file__).parent
-SCALE = 4  # people look at them, and readers of pictures must cope with any size
+SIZE = 256  # px; readers of pictures cope with any size
+SEED = 21
 
-PLAIN: dict[str, float] = dict.fromkeys(NAMES, 0.5) | {
-    "hat": 0.0,
-    "beard": 0.0,
-    "glasses": 0.0,
-    "moustache": 0.0,
-    "lipstick": 0.0,
-    "blush": 0.0,
-    "face_paint": 0.0,
-    "mouth_open": 0.0,
-    "fringe": 0.2,
+# Style, index, what is there, and the colour of hair.
+TARGETS: dict[str, tuple[str, int, tuple[Wish, ...], str]] = {
+    "joker": ("dylan", 1, (), "green"),
+    "star": ("adventurer", 0, ("glasses",), "pink"),
+    "professor": ("personas", 1, ("glasses", "beard"), "white"),
+    "sailor": ("open-peeps", 1, ("hat",), "black"),
+    "rocker": ("micah", 1, ("glasses",), "red"),
+    "captain": ("lorelei", 0, ("beard",), "black"),
+    "poet": ("notionists", 0, ("glasses", "beard"), ""),
+    "gamer": ("pixel-art", 0, ("glasses",), "blue"),
+    "king": ("toon-head", 1, ("beard",), "orange"),
 }
-TARGETS: dict[str, dict[str, float]] = {
-    "joker": {
-        "hair_colour": 0.95,
-        "face_paint": 1.0,
-        "lipstick": 1.0,
-        "smile": 1.0,
-        "mouth_open": 1.0,
-        "hair_length": 0.35,
-        "hair_volume": 0.8,
-        "background": 0.9,
-        "clothes": 0.95,
-    },
-    "professor": {
-        "hair_colour": 0.5,
-        "beard": 0.95,
-        "moustache": 1.0,
-        "glasses": 1.0,
-        "lens": 0.0,
-        "glasses_shape": 0.0,
-        "glasses_colour": 0.1,
-        "hair_length": 0.2,
-        "skin": 0.15,
-    },
-    "star": {
-        "hair_colour": 0.6,
-        "hair_length": 0.9,
-        "hair_volume": 0.7,
-        "glasses": 1.0,
-        "lens": 1.0,
-        "glasses_shape": 1.0,
-        "glasses_colour": 0.9,
-        "lipstick": 1.0,
-        "skin": 0.7,
-    },
-    "magician": {
-        "hat": 1.0,
-        "hat_shape": 1.0,
-        "hat_colour": 0.3,
-        "moustache": 1.0,
-        "hair_colour": 0.05,
-        "smile": 0.9,
-        "background": 0.2,
-    },
-}
-SOURCES: dict[str, dict[str, float]] = {
+# Values of attributes; the first of each where none is given.
+SOURCES: dict[str, dict[str, str]] = {
     "ada": {
-        "hair_colour": 0.17,
-        "hair_length": 0.8,
-        "skin": 0.2,
-        "turn": 0.2,
-        "smile": 0.6,
-        "background": 0.0,
-        "clothes": 0.1,
-        "eye_size": 0.9,
+        "top": "straight02", "hairColor": HAIR_COLOURS["brown"], "skinColor": "#edb98a",
+        "clothes": "collarAndSweater", "clothesColor": "#5199e4", "backgroundColor": "#ffdfbf",
     },
     "bruno": {
-        "hair_colour": 0.05,
-        "hair_length": 0.05,
-        "skin": 0.75,
-        "face_width": 0.95,
-        "jaw": 0.95,
-        "background": 0.45,
-        "clothes": 0.6,
-        "brow_thickness": 1.0,
-        "nose": 0.9,
+        "top": "shortFlat", "hairColor": HAIR_COLOURS["black"], "skinColor": "#ae5d29",
+        "clothes": "hoodie", "clothesColor": "#48b98a", "backgroundColor": "#b6e3f4",
+        "facialHair": "beardLight", "mouth": "smile",
     },
     "chen": {
-        "hair_colour": 0.06,
-        "hair_length": 0.45,
-        "skin": 0.35,
-        "face_length": 0.1,
-        "turn": 0.85,
-        "background": 0.75,
-        "clothes": 0.85,
-        "fringe": 0.9,
-        "smile": 0.7,
+        "top": "bob", "hairColor": HAIR_COLOURS["black"], "skinColor": "#ffdbb4",
+        "clothes": "overall", "clothesColor": "#ff5c5c", "backgroundColor": "#cdeed6",
+        "eyes": "happy", "mouth": "twinkle",
     },
     "dora": {
-        "hair_colour": 0.28,
-        "hair_length": 0.7,
-        "skin": 0.0,
-        "face_width": 0.1,
-        "face_length": 0.9,
-        "background": 1.0,
-        "clothes": 0.35,
-        "eye_colour": 1.0,
+        "top": "curly", "hairColor": HAIR_COLOURS["blonde"], "skinColor": "#614335",
+        "clothes": "shirtVNeck", "clothesColor": "#8a56c9", "backgroundColor": "#c0aede",
+        "eyebrows": "raisedExcited", "mouth": "smile",
     },
-}
+}  # fmt: skip
 
 
 def main() -> None:
     """Write every example as PNG."""
-    faces = {**TARGETS, **SOURCES}
-    pictures = {name: draw(Face(**(PLAIN | changes))) for name, changes in faces.items()}
-    # A target that the bundled generator cannot draw: blue skin, cat ears, another style.
-    alien = Face(**(PLAIN | {"hair_colour": 0.95, "hair_volume": 0.7, "smile": 0.9}))
-    pictures["alien"] = draw(alien, Extras(tint="blue", cat_ears=True), Style(backdrop=3))
-    for name, picture in pictures.items():
-        large = picture.resize((picture.width * SCALE, picture.height * SCALE))
-        large.save(HERE / f"{name}.png", optimize=True)
+    drawn = {}
+    for name, (style, index, there, hair) in TARGETS.items():
+        kinds: tuple[Wish, ...] = ("glasses", "beard", "hat")
+        wishes = {kind: kind in there for kind in kinds if can_show(style, kind)}
+        drawn[name] = style, sample(style, SEED, index, wishes, hair)
+    for name, values in SOURCES.items():
+        face = [a.values.index(values.get(a.name, a.values[0])) for a in ATTRIBUTES]
+        drawn[name] = STYLE, options_of(face)
+    for name, (style, options) in drawn.items():
+        picture = Image.fromarray(render(draw(style, options)[0], SIZE))
+        picture.save(HERE / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -231,11 +231,12 @@ def looks_like_latent(vector: Float[Tensor, "num_ws w_dim"], generator: Generato
     """Tell whether a vector is an absolute latent: its layers are nearer to the mean w than to 0.
 
     The length tells less: latents have |w+| of 45 to 50 at 1024 px, directions 6 to 14, but both
-    depend on the generator.
+    depend on the generator. Where the mean w is short beside what latents differ in, as in the
+    world avatars, none looks like a latent: a latent is an offset there, which adds its picture.
     """
     mean_w = generator.mean_w.to(vector.device)
     w = vector.mean(dim=0)
-    return bool((w - mean_w).norm() < w.norm())
+    return bool((w - mean_w).norm() < min(w.norm(), 2 * mean_w.norm()))
 
 
 def warn_of_latent(

@@ -14,8 +14,8 @@ VALIDATION_SOURCES = 1  # of trainings, calibration and studies
 PAIR_SOURCES = 2  # every pair of a dataset is scored on them
 TEST_SOURCES = 3  # of the evaluation alone
 
-# Targets: drawn or generated pictures
-DEFAULT_TARGETS = 4_000_037  # of specs without @SEED, such as drawn:200
+# Targets: avatars or generated pictures
+DEFAULT_TARGETS = 4_000_037  # of specs without @SEED, such as styles:200
 TRAINING_TARGETS = 17  # specs ending in @17
 VALIDATION_TARGETS = 23  # specs ending in @23
 CALIBRATION_TARGETS = 29  # specs ending in @29
@@ -23,6 +23,7 @@ STUDY_TARGETS = 2_000_003  # validation targets of studies
 WORLD_TARGETS = 3_000_017  # faces that measure the bundled world
 TEST_TARGETS = 5_000_011  # of the evaluation alone
 TEXT_TARGETS = 6_000_011  # captioned faces of the study of texts
+STYLE_TARGETS = 7_000_003  # of the study of styles
 
 
 def seed_of(*parts: object) -> int:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from targetclip.scene import Scene
 
 BUNDLED = Path(__file__).parent / "worlds"
-DEFAULT_WORLD = "sketch64"  # where nobody names one
+DEFAULT_WORLD = "avatars"  # where nobody names one
 NEEDED = ("name", "generator", "embedder")
 OPTIONAL = ("makes", "pretrained", "inverter", "identity", "aligner", "mapper", "recipe")
 FILES = ("generator", "embedder", "inverter", "identity", "mapper")
@@ -230,7 +230,7 @@ def parse_world(content: Mapping[str, Any], path: Path) -> World:
 def load_any_inverter(
     path: Path, generator: "Generator", device: "torch.device"
 ) -> "LatentInverter":
-    """Read an inverter for a generator: `.safetensors` (train.drawn.inverter) or `.pt` (e4e)."""
+    """Read an inverter for a generator: `.safetensors` (train.world.inverter) or `.pt` (e4e)."""
     from targetclip.encoders.e4e import load_e4e
     from targetclip.encoders.inverter import load_inverter
 
@@ -239,13 +239,13 @@ def load_any_inverter(
     if path.suffix == ".pt":
         return load_e4e(path, generator.num_ws, generator.w_dim).to(device)
     raise ValueError(
-        f"{path}: expected an inverter ending in .safetensors (train.drawn.inverter) or .pt (e4e), "
+        f"{path}: expected an inverter ending in .safetensors (train.world.inverter) or .pt (e4e), "
         f"found {path.suffix or 'no suffix'}"
     )
 
 
 def load_any_identity(path: Path, device: "torch.device") -> "IdentityModel":
-    """Read an identity model: `.safetensors` (train.drawn.identity), `.pth` or `.pt` (ArcFace)."""
+    """Read an identity model: `.safetensors` (train.world.identity), `.pth` or `.pt` (ArcFace)."""
     from targetclip.encoders.arcface import load_arcface
     from targetclip.encoders.identity import load_identity
 
@@ -254,7 +254,7 @@ def load_any_identity(path: Path, device: "torch.device") -> "IdentityModel":
     if path.suffix in (".pth", ".pt"):
         return load_arcface(path).to(device)
     raise ValueError(
-        f"{path}: expected an identity model ending in .safetensors (train.drawn.identity), "
+        f"{path}: expected an identity model ending in .safetensors (train.world.identity), "
         f".pth or .pt (ArcFace), found {path.suffix or 'no suffix'}"
     )
 

@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
-from PIL import Image
 
 from data.build import Config
-from data.drawn.faces import draw_wide
+from data.targets import draw_avatar
 
 
 def config(world: Path, out: Path, **changes: Any) -> Config:
     """A build of five targets in three chunks that takes a second."""
     small: dict[str, Any] = {
-        "targets": ("drawn:5",),
+        "targets": ("avataaars:5",),
         "steps": 3,
         "batch_size": 2,
         "held_out": 2,
@@ -28,7 +27,7 @@ def pictures(folder: Path) -> Path:
     """Two pictures, one of them twice, and a file that is none."""
     folder.mkdir(parents=True)
     for name, index in (("a.png", 0), ("b.png", 1), ("copy-of-a.png", 0)):
-        Image.fromarray(draw_wide((7, index))).save(folder / name)
+        draw_avatar("avataaars", 7, index).save(folder / name)
     (folder / "broken.png").write_bytes(b"no picture")
     return folder
 

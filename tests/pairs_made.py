@@ -12,7 +12,7 @@ EMBED, NUM_WS, W_DIM = 8, 4, 6
 FEATURES = features(EMBED, NUM_WS, W_DIM)
 FAILED = [
     Failure("", "faces/empty.png", "decode", "'faces/empty.png' is an empty file"),
-    Failure("f" * 16, "drawn:3", "optimize", "the loss was NaN\nat step 3, naïve"),
+    Failure("f" * 16, "avataaars:3", "optimize", "the loss was NaN\nat step 3, naïve"),
 ]
 
 

@@ -22,7 +22,7 @@ MODULES = sorted(
 
 def least_options(kind: type, folder: Path) -> dict[str, Any]:
     """Return a value for each option that has no default."""
-    values = {"world": "sketch64", "mappers": (folder / "mapper",), "out": folder / "out"}
+    values = {"world": "avatars", "mappers": (folder / "mapper",), "out": folder / "out"}
     return {
         field.name: values.get(field.name, folder)
         for field in dataclasses.fields(kind)

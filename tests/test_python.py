@@ -37,14 +37,14 @@ import numpy as np
 from PIL import Image
 from targetclip import Direction, load_essence, mixed
 
-essence = load_essence("sketch64", "cpu")
+essence = load_essence("avatars", "cpu")
 glasses = essence.direction(text="round glasses", mode="instant")
 joker = Direction.load("joker.safetensors", essence)
 both = 0.5 * joker + 0.5 * glasses
 assert both.method == "mapper" and (both.vector == mixed([joker, glasses], [0.5, 0.5]).vector).all()
 print(joker)
 images = essence.edit(np.asarray(Image.open("examples/ada.png").convert("RGB")), both, [0, 0.5, 1])
-assert images.shape == (3, 1, 3, 64, 64)
+assert images.shape == (3, 1, 3, 128, 128)
 assert np.array_equal(np.float32(2) * np.ones(2), [2, 2])
 
 def message(ask):
@@ -69,7 +69,7 @@ message(lambda: joker + 1)
 """
 
 SAID = """\
-Direction(10 x 128, norm
+Direction(12 x
 FileNotFoundError: no picture at 'green hair': check the path, or give words as text='green hair'
 ValueError: mode: expected one of instant, auto, refine, optimize, found 'optimise': did you mean
 ValueError: recipe: expected one of release, paper, consistent, identity, found 'relaese': did you
@@ -111,7 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_readmes_lines_give_the_pictures_that_the_parts_give(folder: Path) -> None:
     run(README, folder)
-    essence = load_essence("sketch64")
+    essence = load_essence("avatars")
     direction = essence.predict(read_picture(ROOT / "examples/joker.png"))
     ws = essence.scene.invert([read_picture(ROOT / "examples/ada.png")])
     [expected] = tensor_to_pictures(essence.scene.edit(ws, direction.vector, 0.8))

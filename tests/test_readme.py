@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from data.illustrated.avatars import HELD_OUT, TRAINED, credit
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("targetclip", "predictor", "data", "train", "eval")
 FILES = (ROOT / "README.md").read_text("utf-8").partition("## Files\n")[2].partition("\n## ")[0]
@@ -35,3 +37,22 @@ def test_the_file_map_names_no_module_that_is_gone() -> None:
 def test_the_files_to_read_first_are_seven_and_there() -> None:
     assert len(FIRST) == 7
     assert all((ROOT / name).is_file() for name in FIRST)
+
+
+@pytest.mark.parametrize("page", ["README.md", "targetclip/worlds/avatars/README.md"])
+def test_every_illustrator_is_named_with_the_licence_of_the_style(page: str) -> None:
+    text = (ROOT / page).read_text("utf-8")
+    for style in TRAINED + HELD_OUT:
+        known = credit(style)
+        assert f"| [{style}]({known.source}) | {known.illustrator} | {known.licence} |" in text
+
+
+def test_every_example_is_credited_to_the_illustrator_of_its_style() -> None:
+    folder = ROOT / "examples"
+    rows = re.findall(
+        r"^\| (.+?) \| \[(.+?)\]\((.+?)\) \|", (folder / "README.md").read_text(), re.M
+    )
+    assert {n for names, _, _ in rows for n in names.split(", ")} == {
+        p.stem for p in folder.glob("*.png")
+    }
+    assert all(credit(style).source == source for _, style, source in rows)

@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.targets import default_targets, digest_of, open_targets
+from data.targets import check_trainable, default_targets, digest_of, open_targets
 from targetclip import command
 from targetclip.command import (
     Precision,
@@ -78,10 +78,10 @@ class Config:
     """Inverter to start from. Default: the world's."""
     targets: tuple[str, ...] | None = None
     """Target pictures, as data.build takes them; those of the train split are trained on. Default:
-    12,000 drawn faces for sketch64; 12,000 samples of its own generator for any other world."""
+    12,000 avatars for the bundled world; 12,000 samples of its own generator for any other."""
     validation: tuple[str, ...] | None = None
-    """Targets to judge by while training; none of them is trained on. Default: 64 drawn faces for
-    sketch64; 64 samples of its own generator for any other world."""
+    """Targets to judge by while training; none of them is trained on. Default: 64 avatars for
+    the bundled world; 64 samples of its own generator for any other world."""
     steps: int = 3000
     batch_size: int = 8
     """Targets a step; each edits as many sources as the recipe says."""
@@ -104,7 +104,7 @@ def check_config(config: Config) -> None:
     if config.recipe is not None:
         recipe_named(config.recipe)
     if config.targets == ():
-        raise ValueError("--targets: expected some such as drawn:6000@17, found none")
+        raise ValueError("--targets: expected some such as avataaars:6000@17, found none")
     if not 0 < config.learning_rate < 1:
         raise ValueError(
             f"--learning-rate: expected a number between 0 and 1, found {config.learning_rate}"
@@ -119,6 +119,7 @@ def targets_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
         trained = default_targets(world, TRAINING_TARGETS, 6000)
     if judged is None:
         judged = default_targets(world, VALIDATION_TARGETS, 32)
+    check_trainable(trained)
     return trained, judged
 
 
@@ -140,7 +141,7 @@ def make_parts(config: Config) -> tuple[Scene, Recipe, Inverter]:
     if encoder is None:
         raise ValueError(
             f"--start: expected an inverter's file, for world {world.name!r} names none of ours; "
-            "make one with python -m train.drawn.inverter"
+            "make one with python -m train.world.inverter"
         )
     return scene, recipe, encoder.to(scene.device).train().requires_grad_(True)
 

@@ -33,7 +33,7 @@ from jaxtyping import Float32
 from numpy import ndarray
 from torch import Tensor
 
-from data.targets import default_targets, digest_of
+from data.targets import check_trainable, default_targets, digest_of
 from predictor.mapper import Mapper, load_mapper, save_mapper
 from predictor.mapper_file import CorrectionConfig, MapperConfig, MapperRecord
 from targetclip import command
@@ -87,15 +87,15 @@ class Data:
 
     targets: tuple[str, ...] | None = None
     """Target pictures of the transfer term, as data.build takes them; those of the pairs are used
-    as well. Default: for sketch64 40,000 drawn faces and 10,000 samples of its generator; for any
-    other world 50,000 samples of its own generator."""
+    as well. Default: for the bundled world 40,000 avatars and 10,000 samples of its generator; for
+    any other world 50,000 samples of its own generator."""
     pairs: Path | None = None
     """Dataset made by data.build; only its train split is read."""
     num_pairs: int | None = None
     """Number of pairs to use, the first by their ids. Default: all."""
     validation: tuple[str, ...] | None = None
-    """Targets to judge by while training; none of them is trained on. Default: 64 drawn faces for
-    sketch64; 64 samples of its own generator for any other world."""
+    """Targets to judge by while training; none of them is trained on. Default: 64 avatars for the
+    bundled world; 64 samples of its own generator for any other world."""
     start: Path | None = None
     """Mapper's file to start from, whose sizes and units are kept. Default: a fresh mapper."""
     bank: Path | None = None
@@ -234,6 +234,7 @@ def with_targets(config: Config) -> Config:
         targets = default_targets(world, TRAINING_TARGETS, 20_000, samples=5000)
     if validation is None:
         validation = default_targets(world, VALIDATION_TARGETS, 32)
+    check_trainable(targets)
     return replace(config, data=replace(data, targets=targets, validation=validation))
 
 

@@ -55,7 +55,7 @@ EIGEN_FLOOR = 0.01  # of the mean variance: what hardly varies is noise
 FLOOR = 0.05  # of the mean deviation: what hardly varies must not become the loudest coordinate
 SOURCES = 16  # to validate on
 SHOWN = 8  # targets in the picture, of each kind, and sources + 1
-IN_RANGE = ("drawn:", "generated:", "mixed:")  # what the bundled generator can show
+IN_RANGE = ("avataaars:", "generated:", "mixed:")  # what the bundled generator can show
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,4 +99,5 @@ def caption(shown: Shown, rng: np.random.Generator, complete: bool = False) -> s
     if not phrases:
         return "a face"
     listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
-    return listed if speaker.chance(0.2) else f"{speaker.choose(OPENINGS)} {listed}"
+    whole = listed if speaker.chance(0.2) else f"{speaker.choose(OPENINGS)} {listed}"
+    return whole.replace("with without", "without")

@@ -65,7 +65,7 @@ class Config:
     only: Measure | None = None
     """Measure this alone. Default: all four."""
     targets: int = 16
-    """Targets of each timed build, drawn faces."""
+    """Targets of each timed build, avatars."""
     batch_size: int = 8
     steps: int | None = None
     """Steps of the teacher where time is measured. Default: the recipe's."""
@@ -132,7 +132,7 @@ def new_folder(config: Config, name: str) -> Path:
 
 def measure_overhead(config: Config) -> dict[str, float]:
     """Time the bare optimizer, a build of the same chunks, and the stages of that build."""
-    world, targets = load_world(config.world), open_targets(f"drawn:{config.targets}")
+    world, targets = load_world(config.world), open_targets(f"avataaars:{config.targets}")
     recipe = RECIPES[world.recipe]
     recipe = replace(recipe, steps=config.steps or recipe.steps)
     precision = choose_precision(config.precision)
@@ -179,7 +179,7 @@ def build_rate(
     if config.steps is not None:
         words += ["--steps", str(config.steps)]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    targets = ["--targets", f"drawn:{config.targets * processes}"]
+    targets = ["--targets", f"avataaars:{config.targets * processes}"]
     run([*words, *targets, "--only", "plan"], env=one_thread, check=True)
     workers = [start([*words, "--only", "run"], env=one_thread) for _ in range(processes)]
     codes = [worker.wait() for worker in workers]

@@ -1,7 +1,7 @@
 """Compare settings of the optimizer on the bundled world, on sources that none of them edited.
 
-Targets are drawn faces that no network was trained on; half of them have attributes and styles the
-generator cannot draw. Every setting runs twice, with other sources and other random starts, to
+Targets are avatars that no network was trained on; half of them are of other styles than the
+generator's. Every setting runs twice, with other sources and other random starts, to
 measure chance. Writes report.json, report.md, a sheet of pictures a setting, and charts of settings
 that change the same thing.
 
@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.answers import earlier_report
-from eval.judging import Goal, Judges, face_judges, goal_of, judge, judge_edits, study_means
-from eval.methods import drawn_answer
+from eval.judging import Goal, Judges, face_judges, goal_of, judge_edits, study_means
+from eval.methods import right_answer
 from eval.report import Series, check_charts, line_chart, table
 from eval.sets import Directions, EvalSet, Sources, study_set
 from eval.trials import sheet
@@ -42,7 +42,7 @@ from targetclip.seeds import BANK, VALIDATION_SOURCES, seed_of
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 
 MAX_IMAGES = 512  # rendered at once: all targets of a step
-DRAWN_ANSWER = "drawn answer"
+RIGHT_ANSWER = "right answer"
 BASE = "consistent"
 
 # Changes of the `consistent` recipe, each tried alone
@@ -164,13 +164,13 @@ def direction_scores(
     return study_means(judge_edits(judges, goal, sources, directions, strength).scores)
 
 
-def drawn_scores(judges: Judges, targets: EvalSet, count: int) -> dict[str, float]:
-    """Judge the right answer, which no direction can reach, on so many drawn sources."""
+def right_scores(judges: Judges, targets: EvalSet, count: int) -> dict[str, float]:
+    """Judge the right answer, which no direction can reach, on so many sources."""
     if targets.truth is None:
-        raise ValueError("expected targets whose faces are known, found others")
-    z_dim = judges.scene.generator.z_dim
-    before, edited = drawn_answer(targets.truth.faces, z_dim, count, VALIDATION_SOURCES)
-    return study_means(judge(judges, goal_of(judges, targets), before, edited).scores)
+        raise ValueError("expected targets whose content is known, found others")
+    sources = judges.scene.sources(count, VALIDATION_SOURCES)
+    edits = right_answer(judges.scene, targets.truth, sources, VALIDATION_SOURCES)
+    return study_means(judge_edits(judges, goal_of(judges, targets), sources, edits).scores)
 
 
 def run_recipe(
@@ -280,8 +280,8 @@ def run(config: Config) -> dict[str, Any]:
             del recipes[name]
             print(f"left out: {name}: the world has no identity model", flush=True)
     command.make_folder(config.out)
-    if DRAWN_ANSWER not in report:
-        report[DRAWN_ANSWER] = drawn_scores(judges, targets, config.held_out)
+    if RIGHT_ANSWER not in report and scene.inverter is not None:
+        report[RIGHT_ANSWER] = right_scores(judges, targets, config.held_out)
         command.write_json(path, report)
     for name, recipe in recipes.items():
         # A recipe that has changed since is run again.

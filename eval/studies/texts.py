@@ -2,7 +2,7 @@
 
     python -m eval.studies.texts --out runs/texts
 
-Faces that nothing was trained on are given to the mapper as pictures and as captions, single
+Avatars that nothing was trained on are given to the mapper as pictures and as captions, single
 phrases as texts alone. Texts are embedded twice: as the product does it (`predictor.text`), and
 raw, which shows what the gap between texts and pictures costs. The attribute reader judges. Writes
 report.json, report.md and grid.png, and prints the tables. Knows targets and how they are scored;
@@ -26,14 +26,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.drawn.captions import caption
-from data.drawn.faces import wide_face
-from data.drawn.readings import READINGS, readings_of
-from data.drawn.sketch import GLASSES_COLOURS, HAIR_COLOURS, HAT_COLOURS, NAMES, Colour, Face, draw
+from data.illustrated.avatars import draw
+from data.illustrated.captions import caption
+from data.illustrated.codes import ATTRIBUTES, HAIR_COLOURS, HAT_COLOURS, STYLE, options_of
+from data.illustrated.shown import shown
+from data.targets import draw_avatar, face_at
 from eval.judging import Goal, Judges, face_judges, judge_edits
 from eval.metrics import interval
+from eval.reader import NAMES, OUTPUTS, PRESENT, SPANS
 from eval.report import number, table, with_bounds
-from eval.sets import Truth
+from eval.truth import Truth, truth_of
 from predictor.inputs import Text
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer, load_essence
@@ -60,7 +62,7 @@ does it, measured from neutral texts; a raw text is its embedding alone, as if i
 
 - essence acquired: the part of the way from source to target that edits went, by the attribute
   reader. Of pictures and captions all the essence of the face counts: a complete caption names what
-  is there, but not how much of it, and a brief one leaves some of it out. Of single phrases only
+  is there, but not which kind of it, and a brief one leaves some of it out. Of single phrases only
   what they name counts.
 - identity kept: 1 is all of it, 0 as little as between two sources.
 - transfer score: cosine of edited sources to the picture of the face.
@@ -68,29 +70,24 @@ does it, measured from neutral texts; a raw text is its embedding alone, as if i
 """
 
 
-def middle(palette: dict[str, Colour], name: str) -> float:
-    """Return the parameter of a face in the middle of a colour."""
-    return (list(palette).index(name) + 0.5) / len(palette)
-
-
-# What each phrase names, as parameters of a face: the middle of what captions call so.
-PHRASES: dict[str, dict[str, float]] = {
-    "green hair": {"hair_colour": middle(HAIR_COLOURS, "green")},
-    "long blonde hair": {"hair_length": 0.8, "hair_colour": middle(HAIR_COLOURS, "blonde")},
-    "a red hat": {"hat": 1, "hat_colour": middle(HAT_COLOURS, "red")},
-    "a blue top hat": {"hat": 1, "hat_shape": 0.75, "hat_colour": middle(HAT_COLOURS, "blue")},
-    "round glasses": {"glasses": 1, "glasses_shape": 0.25},
-    "square gold glasses": {
-        "glasses": 1,
-        "glasses_shape": 0.75,
-        "glasses_colour": middle(GLASSES_COLOURS, "gold"),
-    },
-    "sunglasses": {"glasses": 1, "lens": 1},
-    "a long beard": {"beard": 0.915},
-    "a moustache": {"moustache": 1},
-    "a big open smile": {"smile": 0.81, "mouth_open": 0.835},
-    "white face paint": {"face_paint": 1},
-    "pink hair and a smile": {"hair_colour": middle(HAIR_COLOURS, "pink"), "smile": 0.81},
+GREEN, PINK, BLUE = (HAIR_COLOURS[name] for name in ("green", "pink", "blue"))
+THERE = "there"
+# What each phrase names: values of attributes, or kinds of things that are there.
+PHRASES: dict[str, dict[str, str]] = {
+    "green hair": {"hairColor": GREEN},
+    "pink hair": {"hairColor": PINK},
+    "short blue hair": {"hairColor": BLUE},
+    "a hat": {"hat": THERE},
+    "a red hat": {"hat": THERE, "hatColor": HAT_COLOURS["red"]},
+    "a turban": {"top": "turban"},
+    "a big afro": {"top": "fro"},
+    "dreadlocks": {"top": "dreads"},
+    "glasses": {"glasses": THERE},
+    "round glasses": {"accessories": "round"},
+    "a beard": {"beard": THERE},
+    "a long beard": {"facialHair": "beardMajestic"},
+    "an open mouth": {"mouth": "screamOpen"},
+    "pink hair and glasses": {"hairColor": PINK, "glasses": THERE},
 }
 
 
@@ -123,25 +120,21 @@ def check_config(config: Config, world: World) -> None:
 # Targets
 
 
-def truth_of(faces: Sequence[Face], named: Sequence[Sequence[str]] | None = None) -> Truth:
-    """Return the readings of faces; of each face only the named parameters count, if given."""
-    values, counted = zip(*(readings_of(face) for face in faces), strict=True)
-    if named is not None:
-        columns = [reading.name for reading in READINGS for _ in range(reading.size)]
-        counted = tuple(np.array([column in names for column in columns]) for names in named)
-    readings = torch.from_numpy(np.stack(values)).float()
-    return Truth(faces=tuple(faces), readings=readings, seen=torch.from_numpy(np.stack(counted)))
-
-
 def truth_of_phrases() -> Truth:
     """Return what each of PHRASES names, and nothing else."""
-    faces = [Face(**{**dict.fromkeys(NAMES, 0.5), **named}) for named in PHRASES.values()]
-    return truth_of(faces, [list(named) for named in PHRASES.values()])
+    readings = torch.zeros(len(PHRASES), OUTPUTS)
+    seen = torch.zeros(len(PHRASES), OUTPUTS, dtype=torch.bool)
+    for row, named in enumerate(PHRASES.values()):
+        for name, value in named.items():
+            place = 1 if name in PRESENT else ATTRIBUTES[NAMES.index(name)].values.index(value)
+            readings[row, SPANS[name].start + place] = 1
+            seen[row, SPANS[name]] = True
+    return Truth((), readings, seen)
 
 
 @dataclass(frozen=True)
 class DescribedFaces:
-    """Plain faces that nothing was trained on, in pictures and in words."""
+    """Faces that nothing was trained on, in pictures and in words."""
 
     pictures: list[Image.Image]
     captions: dict[str, list[str]]
@@ -151,16 +144,17 @@ class DescribedFaces:
 
 def describe_faces(count: int, seed: int) -> DescribedFaces:
     """Draw the first faces; the seed decides the wording of their captions."""
-    triples = [wide_face(TEXT_TARGETS, i, styled=0, extra=0) for i in range(count)]
+    faces = [face_at(TEXT_TARGETS, i) for i in range(count)]
+    said = [shown(STYLE, draw(STYLE, options_of(face))[1]) for face in faces]
 
     def worded(kind: str, i: int) -> str:
         random = np.random.default_rng(seed_of("caption", seed, kind, i))
-        return caption(*triples[i][:2], random, complete=kind == COMPLETE)
+        return caption(said[i], random, complete=kind == COMPLETE)
 
     return DescribedFaces(
-        pictures=[draw(*triple) for triple in triples],
+        pictures=[draw_avatar("avataaars", TEXT_TARGETS, i) for i in range(count)],
         captions={kind: [worded(kind, i) for i in range(count)] for kind in (COMPLETE, BRIEF)},
-        truth=truth_of([face for face, _, _ in triples]),
+        truth=truth_of([tuple(face) for face in faces]),
     )
 
 

@@ -1,6 +1,6 @@
 """Identity: embeddings whose cosine tells whether two images show the same person.
 
-Knows the interface of an identity model, one small network for drawn faces, and its file. For
+Knows the interface of an identity model, one small network for avatars, and its file. For
 photographs ArcFace has the same interface. Knows nothing of generators, edits or faces.
 """
 
@@ -21,7 +21,7 @@ from targetclip.recipes import Preprocess
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, save_half
 
 FORMAT = "targetclip-identity/1"
-MAKE = "make one with python -m train.drawn.identity"
+MAKE = "make one with python -m train.world.identity"
 
 
 @runtime_checkable
@@ -99,7 +99,7 @@ class IdentityConfig:
 
 
 class SketchIdentity(nn.Module):
-    """Images of drawn faces to features of mean 0 that tell people apart by their cosine."""
+    """Images of avatars to features of mean 0 that tell people apart by their cosine."""
 
     def __init__(self, config: IdentityConfig) -> None:
         super().__init__()

@@ -20,15 +20,13 @@ import pytest
 import slurm_jobs
 import torch
 from builds_made import config, ids, leftovers, long_ago, pictures, rows
-from PIL import Image
 
 from data import build
 from data.build import Config, run
 from data.card import SUMS
 from data.claims import create
 from data.dataset import verify
-from data.drawn.faces import draw_wide
-from data.targets import open_targets, split_of
+from data.targets import draw_avatar, open_targets, split_of
 from targetclip.command import SIGNALS, Stopped, main
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
 from targetclip.optimize import optimize_directions
@@ -130,7 +128,7 @@ def test_the_report_says_what_is_in_the_dataset_and_what_it_is_made_with(built: 
         assert scores["held_out_transfer"] == pytest.approx(mean)
     assert report["failures"] == 0 and report["batch_size"] == 2
     assert report["settings"]["recipe"]["steps"] == 3
-    assert report["settings"]["targets"][0]["spec"] == "drawn:5"
+    assert report["settings"]["targets"][0]["spec"] == "avataaars:5"
     assert report["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
@@ -162,7 +160,7 @@ def test_directions_are_those_of_the_optimizer_and_their_ids_decide_the_split(
     world = load_world(str(tiny_world))
     scene = load_scene(world, torch.device("cpu"))
     by_id = {row["id"]: row for split in rows(built).values() for row in split}
-    targets = list(open_targets("drawn:5"))
+    targets = list(open_targets("avataaars:5"))
     order = [by_id[target.id] for target in targets]  # type: ignore[union-attr]
     alone = optimize_directions(
         scene.generator,
@@ -185,17 +183,17 @@ def test_bad_pictures_and_duplicates_are_listed_and_everything_is_there_once(
     tiny_world: Path, tmp_path: Path
 ) -> None:
     out, folder = tmp_path / "pairs", str(pictures(tmp_path / "faces"))
-    targets = ("drawn:2", folder, "drawn:1")
+    targets = ("avataaars:2", folder, "avataaars:1")
     assert run(config(tiny_world, out, targets=targets, steps=1)) == 0
     found = [json.loads(line) for line in (out / "failures.jsonl").read_text().splitlines()]
     assert [(failure["origin"], failure["stage"]) for failure in found] == [
         ("faces/broken.png", "decode"),
         ("faces/copy-of-a.png", "decode"),
-        ("drawn:0", "decode"),
+        ("avataaars:0", "decode"),
     ]
     assert "not a picture" in found[0]["reason"]
     assert found[1]["reason"] == "duplicate of faces/a.png"
-    assert found[2]["reason"] == "duplicate of drawn:0"
+    assert found[2]["reason"] == "duplicate of avataaars:0"
     assert len(ids(out)) == len(set(ids(out))) == 4
     assert json.loads((out / "report.json").read_text())["failures"] == 3
     assert run(Config(out=out, only="verify")) == 0
@@ -204,10 +202,10 @@ def test_bad_pictures_and_duplicates_are_listed_and_everything_is_there_once(
     # A touched file is read again and found to be the same; a changed one is not.
     os.utime(tmp_path / "faces" / "a.png", (1, 1))
     assert run(config(tiny_world, out, targets=targets, steps=1)) == 0
-    Image.fromarray(draw_wide((8, 0))).save(tmp_path / "faces" / "b.png")
+    draw_avatar("avataaars", 8, 0).save(tmp_path / "faces" / "b.png")
     with pytest.raises(ValueError, match=r"target set 1.identity"):
         run(config(tiny_world, out, targets=targets, steps=1))
-    Image.fromarray(draw_wide((8, 1))).save(tmp_path / "faces" / "c.png")
+    draw_avatar("avataaars", 8, 1).save(tmp_path / "faces" / "c.png")
     with pytest.raises(ValueError, match=r"target set 1.count: planned 4, found 5"):
         run(config(tiny_world, out, targets=targets, steps=1))
 
@@ -284,7 +282,9 @@ def test_the_bar_counts_a_target_only_once_it_is_done_and_ends_full(
 
 
 def test_a_folder_is_one_identity_models(who_world: Path, tmp_path: Path) -> None:
-    made = config(who_world, tmp_path / "pairs", recipe="identity", steps=2, targets=("drawn:2",))
+    made = config(
+        who_world, tmp_path / "pairs", recipe="identity", steps=2, targets=("avataaars:2",)
+    )
     assert run(made) == 0
     other = SketchIdentity(IdentityConfig(16, (8, 8), 16, 5))
     folder = tmp_path / "other"
@@ -322,8 +322,14 @@ def test_a_plan_from_before_the_identity_loss_is_gone_on_with(
         ({"initial": "random"}, "recipe.initial: planned 'zero', found 'random'"),
         ({"held_out": 3}, "held_out: planned 2, found 3"),
         ({"batch_size": 3}, "batch_size: planned 2, found 3"),
-        ({"targets": ("drawn:6",)}, "target set 0.spec: planned 'drawn:5', found 'drawn:6'"),
-        ({"targets": ("drawn:5@1",)}, "target set 0.spec: planned 'drawn:5', found 'drawn:5@1'"),
+        (
+            {"targets": ("avataaars:6",)},
+            "target set 0.spec: planned 'avataaars:5', found 'avataaars:6'",
+        ),
+        (
+            {"targets": ("avataaars:5@1",)},
+            "target set 0.spec: planned 'avataaars:5', found 'avataaars:5@1'",
+        ),
     ],
 )
 def test_other_settings_are_refused_by_name_and_touch_nothing(
@@ -375,7 +381,7 @@ def test_a_worker_without_targets_joins_a_plan(
 def test_a_worker_without_targets_and_without_a_plan_is_told_so(
     tiny_world: Path, tmp_path: Path, command: Command, only: str | None
 ) -> None:
-    targets = () if only is None else ("drawn:5",)
+    targets = () if only is None else ("avataaars:5",)
     # What a planner left that was killed is not waited for.
     (tmp_path / ".build" / "draft.killed").mkdir(parents=True)
     code, error = command(arguments(config(tiny_world, tmp_path, targets=targets, only=only)))
@@ -430,6 +436,7 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
         ),
         ("--batch-size 0", "--batch-size: expected 1 or more, found 0"),
         ("--held-out 1", "--held-out: expected 2 or more"),
+        ("--targets held-out:5", "--targets: expected targets to learn from"),
         ("--lease nan", "--lease: expected seconds above 0, found nan"),
         ("--world nope", "unknown world 'nope'"),
         ("--targets nope", "expected targets as a folder of pictures"),
@@ -465,15 +472,15 @@ def test_half_precision_is_recorded_and_not_mixed_with_another(
     built: Path, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "pairs"
-    assert run(config(tiny_world, out, precision="bf16", targets=("drawn:2",))) == 0
+    assert run(config(tiny_world, out, precision="bf16", targets=("avataaars:2",))) == 0
     settings = json.loads((out / "report.json").read_text())["settings"]
     assert settings["precision"] == "bf16"
     assert json.loads((built / "report.json").read_text())["settings"]["precision"] == "no"
     # The launcher's variable says the same, and the flag is stronger.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert run(config(tiny_world, out, targets=("drawn:2",))) == 0
+    assert run(config(tiny_world, out, targets=("avataaars:2",))) == 0
     with pytest.raises(ValueError, match="precision: planned 'bf16', found 'no'"):
-        run(config(tiny_world, out, precision="fp32", targets=("drawn:2",)))
+        run(config(tiny_world, out, precision="fp32", targets=("avataaars:2",)))
     half = {row["id"]: row for split in rows(out).values() for row in split}
     whole = {row["id"]: row for split in rows(built).values() for row in split}
     for name, row in half.items():

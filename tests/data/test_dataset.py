@@ -51,12 +51,12 @@ INFO = DatasetInfo(
     truncation=0.7,
     precision="bf16",
     seed=5,
-    targets=("faces", "drawn:8"),
+    targets=("faces", "avataaars:8"),
     sources="16 generated ones, seeds 100 to 115",
     held_out="4 generated ones, seeds 900 to 903",
     licence="cc-by-nc-4.0",
     licence_text="The generator's weights are for non-commercial use.",
-    command="python -m data.build --out pairs --targets faces drawn:8",
+    command="python -m data.build --out pairs --targets faces avataaars:8",
 )
 
 
@@ -345,7 +345,7 @@ def test_the_card_says_how_and_how_good(dataset: Path) -> None:
         INFO.embedder_fingerprint,
         INFO.licence_text,
         '"weight_decay": 0.003',
-        "`faces`, `drawn:8`",
+        "`faces`, `avataaars:8`",
         "license: cc-by-nc-4.0",
         f"float32 [{NUM_WS}, {W_DIM}]",
         *(f"`{name}`" for name in COLUMNS),

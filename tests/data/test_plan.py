@@ -14,13 +14,11 @@ import numpy as np
 import pytest
 import torch
 from builds_made import pictures
-from PIL import Image
 from torch import Tensor
 
 from data import plan as module
-from data.drawn.faces import draw_wide
 from data.plan import Plan, PlanTaken, check_plan, check_settings, check_targets, load_plan
-from data.targets import BadTarget, Target, TargetSet, open_targets, split_of
+from data.targets import BadTarget, Target, TargetSet, draw_avatar, open_targets, split_of
 from targetclip.seeds import seed_of
 
 SETTINGS = {"recipe_name": "consistent", "recipe": {"steps": 3, "initial": "zero"}, "seed": 4}
@@ -69,7 +67,7 @@ class Counted:
     """Drawn targets that count how often each is drawn."""
 
     def __init__(self, count: int) -> None:
-        self.inner = open_targets(f"drawn:{count}")
+        self.inner = open_targets(f"avataaars:{count}")
         self.spec = self.inner.spec
         self.drawn: list[str] = []
 
@@ -92,11 +90,11 @@ class Counted:
 
 
 def test_a_plan_holds_every_target_once_in_order_with_what_a_worker_needs(tmp_path: Path) -> None:
-    sets = [open_targets("drawn:3"), open_targets(str(pictures(tmp_path / "faces")))]
+    sets = [open_targets("avataaars:3"), open_targets(str(pictures(tmp_path / "faces")))]
     plan = planned(tmp_path / "work", sets)
     rows = plan.targets.to_pylist()
     assert [row["origin"] for row in rows] == [
-        *("drawn:0", "drawn:1", "drawn:2"),
+        *("avataaars:0", "avataaars:1", "avataaars:2"),
         *("faces/a.png", "faces/b.png"),
     ]
     targets = [found for found in sets[0] if isinstance(found, Target)]
@@ -133,16 +131,16 @@ def test_starts_of_directions_are_kept_where_a_recipe_has_them(tmp_path: Path) -
         starts = [torch.full((2, 3), float(seed % 97)) for seed in seeds]
         return embed(targets, seeds)[0], torch.stack(starts)
 
-    plan = planned(tmp_path, [open_targets("drawn:3")], prepare=prepare)
+    plan = planned(tmp_path, [open_targets("avataaars:3")], prepare=prepare)
     assert plan.initial is not None and plan.initial.shape == (3, 2, 3)
     seeds = plan.targets["seed"].to_pylist()
     assert plan.initial[:, 0, 0].tolist() == [float(seed % 97) for seed in seeds]
 
 
 def test_a_plan_does_not_tell_where_on_this_machine_a_folder_is(tmp_path: Path) -> None:
-    sets = [open_targets(f"{pictures(tmp_path / 'faces')}/"), open_targets("drawn:1")]
+    sets = [open_targets(f"{pictures(tmp_path / 'faces')}/"), open_targets("avataaars:1")]
     plan = planned(tmp_path / "work", sets)
-    assert [targets["spec"] for targets in plan.settings["targets"]] == ["faces", "drawn:1"]
+    assert [targets["spec"] for targets in plan.settings["targets"]] == ["faces", "avataaars:1"]
     for name, text in content(plan.folder).items():
         assert str(tmp_path).encode() not in text, name
 
@@ -177,7 +175,7 @@ def test_a_stopped_plan_goes_on_without_decoding_again(tmp_path: Path) -> None:
     plan = planned(
         tmp_path / "work", [targets], "second", on_batch=lambda done, total: taken.append(done)
     )
-    assert targets.drawn == [f"drawn:{i}" for i in range(7)]
+    assert targets.drawn == [f"avataaars:{i}" for i in range(7)]
     assert taken == [6, 7]
     undisturbed = planned(tmp_path / "other", [Counted(7)])
     assert content(plan.folder) == content(undisturbed.folder)
@@ -198,7 +196,7 @@ def test_a_killed_plan_goes_on_from_what_was_saved_and_forgets_what_came_after(
     record = json.loads((tmp_path / "work" / "draft.first" / "draft.json").read_text())
     assert (len(lines), record["taken"]) == (6, 4)
     plan = planned(tmp_path / "work", [targets], "second")
-    assert targets.drawn == [f"drawn:{i}" for i in (0, 1, 2, 3, 4, 5, 4, 5, 6)]
+    assert targets.drawn == [f"avataaars:{i}" for i in (0, 1, 2, 3, 4, 5, 4, 5, 6)]
     undisturbed = planned(tmp_path / "other", [Counted(7)])
     assert content(plan.folder) == content(undisturbed.folder)
 
@@ -225,10 +223,10 @@ def test_a_draft_of_other_settings_is_not_gone_on_with_and_does_not_stay(tmp_pat
             settings = {**SETTINGS, "seed": seed}
             planned(tmp_path, [targets], owner, on_batch=stop, settings=settings)
         assert drafts(tmp_path) == [f"draft.{owner}"]
-    assert targets.drawn == ["drawn:0", "drawn:1"] * 3
+    assert targets.drawn == ["avataaars:0", "avataaars:1"] * 3
     plan = planned(tmp_path, [targets], "fourth")
     assert plan.settings["seed"] == 4 and plan.targets["origin"].to_pylist() == [
-        *("drawn:0", "drawn:1", "drawn:2", "drawn:3")
+        *("avataaars:0", "avataaars:1", "avataaars:2", "avataaars:3")
     ]
     assert drafts(tmp_path) == []
 
@@ -298,26 +296,28 @@ def test_the_first_settings_that_are_not_as_planned_are_named() -> None:
 
 
 def changed(path: Path) -> None:
-    Image.fromarray(draw_wide((8, 0))).save(path)
+    draw_avatar("avataaars", 8, 0).save(path)
 
 
 def test_other_targets_are_refused_and_named(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "faces")
-    plan = planned(tmp_path / "work", [open_targets("drawn:2"), open_targets(str(folder))])
+    plan = planned(tmp_path / "work", [open_targets("avataaars:2"), open_targets(str(folder))])
 
     def check(*specs: str) -> None:
         check_targets(plan, [open_targets(spec) for spec in specs])
 
-    check("drawn:2", str(folder))
-    with pytest.raises(ValueError, match=r"target set 0.spec: planned 'drawn:2', found 'drawn:3'"):
-        check("drawn:3", str(folder))
+    check("avataaars:2", str(folder))
+    with pytest.raises(
+        ValueError, match=r"target set 0.spec: planned 'avataaars:2', found 'avataaars:3'"
+    ):
+        check("avataaars:3", str(folder))
     with pytest.raises(ValueError, match=r"target set 1.spec: planned 'faces', found None"):
-        check("drawn:2")
-    with pytest.raises(ValueError, match=r"target set 2.spec: planned None, found 'wide:1'"):
-        check("drawn:2", str(folder), "wide:1")
+        check("avataaars:2")
+    with pytest.raises(ValueError, match=r"target set 2.spec: planned None, found 'styles:1'"):
+        check("avataaars:2", str(folder), "styles:1")
     changed(folder / "b.png")
     with pytest.raises(ValueError, match=r"\(target set 1.identity: planned '\w+', found '\w+'\)"):
-        check("drawn:2", str(folder))
+        check("avataaars:2", str(folder))
 
 
 def test_an_added_picture_is_refused(tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_a_picture_that_changes_while_it_is_planned_is_noticed_later(tmp_path: P
 def test_a_missing_or_truncated_plan_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no plan at '.*plan'"):
         load_plan(tmp_path / "plan")
-    plan = planned(tmp_path, [open_targets("drawn:2")])
+    plan = planned(tmp_path, [open_targets("avataaars:2")])
     os.truncate(plan.folder / module.EMBEDDINGS, 20)
     with pytest.raises(ValueError, match=r"embeddings.f32': expected 24 bytes, found 20"):
         load_plan(plan.folder)
@@ -381,7 +381,7 @@ def test_a_missing_or_truncated_plan_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_altered_plan_is_found_by_its_hash(tmp_path: Path) -> None:
-    plan = planned(tmp_path, [open_targets("drawn:2")])
+    plan = planned(tmp_path, [open_targets("avataaars:2")])
     damaged = bytearray((plan.folder / module.EMBEDDINGS).read_bytes())
     damaged[5] ^= 1
     (plan.folder / module.EMBEDDINGS).write_bytes(damaged)
@@ -396,7 +396,7 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
     try:
         with pytest.raises(OSError, match="free some space and run the same command again"):
-            planned(tmp_path, [open_targets("drawn:2")], prepare=prepare)
+            planned(tmp_path, [open_targets("avataaars:2")], prepare=prepare)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert planned(tmp_path, [open_targets("drawn:2")], "second").targets.num_rows == 2
+    assert planned(tmp_path, [open_targets("avataaars:2")], "second").targets.num_rows == 2

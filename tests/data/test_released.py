@@ -18,10 +18,9 @@ from data.build import Config as BuildConfig
 from data.build import run as build_run
 from data.build import verify_build
 from data.dataset import load_pairs, networks_of, verify
-from data.drawn.faces import draw_wide
 from data.pairs import SPLITS
 from data.released import Config, import_released
-from data.targets import picture_id, split_of
+from data.targets import draw_avatar, picture_id, split_of
 from targetclip.command import main
 from targetclip.recipes import RECIPES
 from targetclip.seeds import PAIR_SOURCES
@@ -38,7 +37,7 @@ def vector(seed: int) -> np.ndarray:
 
 
 def picture(index: int) -> Image.Image:
-    return Image.fromarray(draw_wide((11, index)))
+    return draw_avatar("avataaars", 11, index)
 
 
 def released_files(folder: Path) -> Config:

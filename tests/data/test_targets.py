@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,14 +15,16 @@ import pytest
 from PIL import Image
 
 import data.targets
-from data.drawn.faces import GROUP_OF_LAYER, draw_wide, wide_face
-from data.drawn.sketch import Extras, Style
+from data.illustrated.avatars import HELD_OUT, TRAINED
 from data.targets import (
+    DRAWN,
     BadTarget,
     DatasetTargets,
     FolderTargets,
     Target,
     TargetSet,
+    avatar_at,
+    check_trainable,
     default_targets,
     layer_thirds,
     of_split,
@@ -111,7 +114,7 @@ def test_the_id_alone_decides_the_split() -> None:
 
 
 def test_the_first_targets_of_a_split_are_taken_and_bad_ones_left_out(faces: Path) -> None:
-    drawn = open_targets("drawn:60@29")
+    drawn = open_targets("avataaars:60@29")
     for split in ("train", "validation", "test"):
         every = [each.id for each in good(drawn) if split_of(each.id) == split]
         assert every and ids(of_split(drawn, split, 100)) == every
@@ -211,11 +214,11 @@ def test_the_identity_of_a_folder_is_that_of_older_plans(faces: Path) -> None:
 
 
 def test_the_default_targets_are_those_of_the_world(tiny_world: Path) -> None:
-    own, other = load_world("sketch64"), load_world(str(tiny_world))
+    own, other = load_world("avatars"), load_world(str(tiny_world))
     assert default_targets(own, 17, 20, 5) == (
-        "drawn:20@17", "wide:20@17", "generated:5@17", "mixed:5@17",
+        "avataaars:20@17", "styles:20@17", "generated:5@17", "mixed:5@17",
     )  # fmt: skip
-    assert default_targets(own, 23, 32) == ("drawn:32@23", "wide:32@23")
+    assert default_targets(own, 23, 32) == ("avataaars:32@23", "styles:32@23")
     assert default_targets(other, 17, 20, 5) == ("generated:25@17", "mixed:25@17")
     assert default_targets(other, 23, 32) == ("generated:32@23", "mixed:32@23")
 
@@ -360,7 +363,7 @@ def test_a_mixed_sample_has_three_latents(
 
 
 def test_layers_are_parted_as_the_bundled_generator_was_trained() -> None:
-    assert tuple(layer_thirds(10)) == GROUP_OF_LAYER
+    assert layer_thirds(12) == [0] * 4 + [1] * 4 + [2] * 4
     assert layer_thirds(18) == [0] * 6 + [1] * 6 + [2] * 6
 
 
@@ -370,39 +373,44 @@ def test_a_sample_that_is_not_finite_is_a_bad_target(generator: Generator) -> No
     assert "NaN" in bad(open_targets("generated:1", other))["generated:0"]
 
 
-# Drawn faces
+# Avatars
 
 
-def test_ids_of_drawn_faces_are_the_same_for_ever() -> None:
-    assert ids(open_targets("drawn:2")) == ["f20e502af024571f", "7acad87f3bc2dc9e"]
-    assert ids(open_targets("drawn:1@7")) == ["577775bc6cbeb4d4"]
-    assert ids(open_targets("wide:2")) == ["cdac3e68ef12e95f", "5d4cc59b74997cfe"]
-
-
-@pytest.mark.parametrize("kind", ["drawn", "wide"])
-def test_a_face_does_not_depend_on_how_many_there_are(kind: str) -> None:
+@pytest.mark.parametrize("kind", DRAWN)
+def test_an_avatar_does_not_depend_on_how_many_there_are(kind: str) -> None:
     three, five = (good(open_targets(f"{kind}:{n}")) for n in (3, 5))
     assert [(t.id, t.origin, pixels(t)) for t in three] == [
         (t.id, t.origin, pixels(t)) for t in five[:3]
     ]
     assert len({pixels(target) for target in five}) == 5
-    assert three[0].picture.size == (64, 64) and three[0].picture.mode == "RGB"
+    assert three[0].picture.size == (128, 128) and three[0].picture.mode == "RGB"
     seven = good(open_targets(f"{kind}:3@7"))
     assert not {pixels(target) for target in three} & {pixels(target) for target in seven}
     identities = {open_targets(f"{kind}:{n}").identity() for n in ("3", "5", "3@7")}
     assert len(identities) == 3
 
 
-def test_a_wide_face_is_never_plain_and_named_by_its_number() -> None:
-    found = good(open_targets("wide:30@7"))
-    indices = [int(target.origin.removeprefix("wide:").removesuffix("@7")) for target in found]
-    assert indices == sorted(set(indices)) and indices[-1] > 29  # some were plain
-    for index in indices:
-        _, extras, style = wide_face(7, index)
-        assert extras != Extras() or style != Style()
-    left_out = set(range(indices[-1])) - set(indices)
-    assert all(wide_face(7, index)[1:] == (Extras(), Style()) for index in left_out)
-    np.testing.assert_array_equal(np.asarray(found[-1].picture), draw_wide((7, indices[-1])))
+def test_ids_of_avatars_are_the_same_for_ever() -> None:
+    assert ids(open_targets("avataaars:1")) == ["f341389c94e3b5ab"]
+    assert ids(open_targets("styles:1@7")) == ["a92b2d236a949dcd"]
+    assert ids(open_targets("held-out:1")) == ["a798d27594071ca6"]
+
+
+def test_styles_that_are_held_out_are_of_their_own_kind_alone() -> None:
+    shown = {kind: {avatar_at(kind, 0, i)[0] for i in range(40)} for kind in DRAWN[1:]}
+    assert shown == {"styles": set(TRAINED), "held-out": set(HELD_OUT)}
+    assert not set(TRAINED) & set(HELD_OUT)
+
+
+def test_nothing_is_learned_from_styles_that_are_held_out() -> None:
+    check_trainable([*default_targets(load_world("avatars"), 17, 20, 5), "faces/held-out"])
+    with pytest.raises(ValueError, match=r"found 'held-out:5@1', .* give 'styles:5@1'"):
+        check_trainable(["styles:2", "held-out:5@1"])
+    # Of the trainings that draw avatars themselves one names these styles, to measure itself by.
+    trainings = Path(__file__).parents[2].joinpath("train").rglob("*.py")
+    naming = {p.stem: p.read_text() for p in trainings if re.search(r"HELD_OUT\b", p.read_text())}
+    assert set(naming) == {"clip"}
+    assert "avatars(folder, TRAINED, config.pictures, config.seed)" in naming["clip"]
 
 
 # Datasets
@@ -550,7 +558,7 @@ def test_a_dataset_that_cannot_be_had_is_one_clear_line(tmp_path: Path) -> None:
 # Specs
 
 
-@pytest.mark.parametrize("kind", ["folder", "dataset", "generated", "drawn", "wide"])
+@pytest.mark.parametrize("kind", ["folder", "dataset", "generated", "avataaars", "styles"])
 def test_an_iteration_can_start_later_without_decoding_what_is_before(
     kind: str, faces: Path, generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -559,7 +567,7 @@ def test_an_iteration_can_start_later_without_decoding_what_is_before(
     targets = open_targets(specs.get(kind, f"{kind}:5"), generator)
     found = list(targets)
     decoded = []
-    for name in ("decode_picture", "read_picture", "render_sample", "draw_face"):
+    for name in ("decode_picture", "read_picture", "render_sample", "draw_avatar"):
         whole = getattr(data.targets, name)
         monkeypatch.setattr(
             data.targets, name, lambda *a, whole=whole: (decoded.append(a), whole(*a))[1]
@@ -575,14 +583,21 @@ def test_an_iteration_can_start_later_without_decoding_what_is_before(
 
 @pytest.mark.parametrize(
     "spec",
-    ["", "nowhere", "drawn", "drawn:", "drawn:0", "drawn:-1", "drawn:1.5", "drawn:1_000",
-     "drawn:٣", "wide:2@", "wide:2@-1", "wide:2@x", "Generated:1", "generated:1 ",
+    ["", "nowhere", "drawn", "styles:", "styles:0", "styles:-1", "styles:1.5", "styles:1_000",
+     "avataaars:٣", "styles:2@", "styles:2@-1", "styles:2@x", "Generated:1", "generated:1 ",
      "mixed:" + 20 * "9", "painted:3", "a\0b"],
 )  # fmt: skip
 def test_anything_else_is_refused_with_what_there_is(spec: str) -> None:
     message = error_of(spec)
     assert repr(spec) in message
-    for form in ("a folder", "dataset:", "generated:N[@SEED]", "mixed:N", "drawn:N", "wide:N"):
+    for form in (
+        "a folder",
+        "dataset:",
+        "generated:N[@SEED]",
+        "mixed:N",
+        "avataaars:N",
+        "held-out:N",
+    ):
         assert form in message
 
 
@@ -593,7 +608,7 @@ def test_samples_need_a_generator(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "meant"),
-    [("draw:5", "drawn:5"), ("generate:7@3", "generated:7@3"), ("datasets:a/b", "dataset:a/b")],
+    [("style:5", "styles:5"), ("generate:7@3", "generated:7@3"), ("datasets:a/b", "dataset:a/b")],
 )
 def test_a_misspelt_kind_of_targets_gets_its_nearest_name(spec: str, meant: str) -> None:
     with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
@@ -602,4 +617,4 @@ def test_a_misspelt_kind_of_targets_gets_its_nearest_name(spec: str, meant: str)
 
 def test_a_kind_that_is_right_is_not_corrected() -> None:
     with pytest.raises(ValueError, match=r"none of these$"):
-        open_targets("drawn:many")
+        open_targets("avataaars:many")

@@ -62,7 +62,7 @@ def in_scene(teacher: Teacher, kind: type[Scene], **changes: Any) -> Teacher:
 
 def planned(work: Path, teacher: Teacher) -> Plan:
     """Five targets in three chunks; the work folder is the plan's parent."""
-    sets = [open_targets("drawn:5")]
+    sets = [open_targets("avataaars:5")]
     return make_plan(work, "planner", sets, {"seed": 0}, 2, teacher.prepare, lambda n, of: None)
 
 
@@ -122,7 +122,7 @@ def undisturbed(
 def test_directions_are_what_the_optimizer_gives_for_the_same_targets_seeds_and_sources(
     teacher: Teacher, plan: Plan, undisturbed: list[list[dict[str, Any]]]
 ) -> None:
-    targets = [target.picture for target in open_targets("drawn:5")]  # type: ignore[union-attr]
+    targets = [target.picture for target in open_targets("avataaars:5")]  # type: ignore[union-attr]
     scene = teacher.scene
     embeddings = scene.embedder.embed_pictures(targets)
     for chunk, rows in enumerate(undisturbed):
@@ -192,7 +192,7 @@ def test_a_target_that_is_not_finite_is_a_failure_and_its_neighbour_is_as_it_was
     assert worker(broken, teacher).run(wait=True)
     rows = plan.targets.to_pylist()
     assert failures_of(plan, 0) == [
-        Failure(rows[0]["id"], "drawn:0", "optimize", "the loss of step 0 is not finite")
+        Failure(rows[0]["id"], "avataaars:0", "optimize", "the loss of step 0 is not finite")
     ]
     assert [failure.id for failure in failures_of(plan, 1)] == [rows[3]["id"]]
     assert "embedding is zero" in failures_of(plan, 1)[0].reason
@@ -213,8 +213,8 @@ def test_scores_that_are_not_finite_make_a_failure_of_that_target_alone(
             return result
 
     assert worker(plan, in_scene(teacher, Overflowing)).try_chunk(0)
-    assert [row["origin"] for row in chunk_rows(plan, 0)] == ["drawn:0"]
-    assert [failure.origin for failure in failures_of(plan, 0)] == ["drawn:1"]
+    assert [row["origin"] for row in chunk_rows(plan, 0)] == ["avataaars:0"]
+    assert [failure.origin for failure in failures_of(plan, 0)] == ["avataaars:1"]
 
 
 @pytest.mark.parametrize("initial", ["random", "inversion"])

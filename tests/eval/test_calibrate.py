@@ -91,7 +91,7 @@ QUICK = replace(RECIPES["consistent"], steps=2, sources=2, fresh_sources=False)
 
 def config_of(world: Path, mapper: Path, out: Path, **changes: Any) -> Config:
     small: dict[str, Any] = {
-        "targets": ("drawn:60@29", "generated:60@29"),
+        "targets": ("avataaars:60@29", "generated:60@29"),
         "count": 2,
         "fitted": 6,
         "sources": 2,
@@ -140,9 +140,9 @@ def test_the_file_written_passes_the_gate_and_is_the_same_mapper(
     targets = report["each"]
     assert {split_of(name) for name in targets["id"]} == {"validation"}
     assert sum(targets["mapper_loss"]) / 4 == pytest.approx(by_stretch[stretch], rel=1e-4)
-    assert targets["set"] == ["drawn:60@29"] * 2 + ["generated:60@29"] * 2
+    assert targets["set"] == ["avataaars:60@29"] * 2 + ["generated:60@29"] * 2
     passing = [score >= gate.threshold for score in targets["mapper_probe"]]
-    assert report["passing"]["drawn:60@29"] == pytest.approx(sum(passing[:2]) / 2)
+    assert report["passing"]["avataaars:60@29"] == pytest.approx(sum(passing[:2]) / 2)
     losses = report["loss_by_rate_and_steps"]
     assert set(losses["loss"]["0.01"]) == {"0", "1", "2"}
     assert losses["loss"] == losses["teacher_loss"]  # of a mapper trained without identity loss
@@ -158,7 +158,7 @@ def test_a_mapper_that_reads_its_sources_is_calibrated_by_corrected_edits(
     scene, each = essence.scene, report["each"]
     targets = {
         target.id: target.picture
-        for spec in ("drawn:60@29", "generated:60@29")
+        for spec in ("avataaars:60@29", "generated:60@29")
         for target in of_split(open_targets(spec, scene.generator, 1.0), "validation", 2)
     }
     ws = scene.sources(2, VALIDATION_SOURCES)
@@ -227,7 +227,7 @@ def test_the_expected_score_stays_as_training_left_it_if_asked(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"targets": ("drawn:1@29",)}, "validation split"),
+        ({"targets": ("avataaars:1@29",)}, "validation split"),
         ({"mapper": Path("none.safetensors")}, "no such mapper"),
         ({"count": 0}, "--count: expected 1 or more, found 0"),
         ({"sources": 1}, "--sources: expected 2 or more, found 1"),

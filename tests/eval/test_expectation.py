@@ -22,7 +22,7 @@ from targetclip.scene import Scene
 from targetclip.seeds import seed_of
 from targetclip.world import load_scene, load_world
 
-SPECS = ("drawn:40@29", "generated:40@29")
+SPECS = ("avataaars:40@29", "generated:40@29")
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +123,10 @@ def test_the_scores_reached_are_those_of_corrected_edits(
 def test_the_head_expects_what_other_targets_reach_and_directions_stay(
     scene: Scene, mapper: Mapper
 ) -> None:
-    others = training_targets(("drawn:40@31", "generated:40@31"), 30, scene)
+    others = training_targets(("avataaars:40@31", "generated:40@31"), 30, scene)
     inputs, reached = scores_reached(scene, mapper, others, 0)
     before = mapper(inputs)
-    assert fit_expectation(scene, mapper, ("drawn:100@29", "generated:100@29"), 80, 0) == 160
+    assert fit_expectation(scene, mapper, ("avataaars:100@29", "generated:100@29"), 80, 0) == 160
     after = mapper(inputs)
     assert torch.equal(after.directions, before.directions)
     error = float((after.expected - reached).abs().mean())
@@ -138,7 +138,7 @@ def test_without_a_count_or_targets_nothing_changes(scene: Scene, mapper: Mapper
     before = {name: tensor.clone() for name, tensor in mapper.state_dict().items()}
     assert fit_expectation(scene, mapper, SPECS, 0, 0) == 0
     with pytest.raises(ValueError, match="--fitted: expected 2 or more"):
-        fit_expectation(scene, mapper, ("drawn:1@29",), 10, 0)
+        fit_expectation(scene, mapper, ("avataaars:1@29",), 10, 0)
     assert all(torch.equal(before[k], v) for k, v in mapper.state_dict().items())
 
 

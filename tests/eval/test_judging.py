@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.drawn.sketch import SIZE
+from data.illustrated.codes import SIZE
 from eval.judging import Judges, face_judges, goal_of, judge_edits, released_scores
 from eval.metrics import released_score
-from eval.reader import load_reader
+from eval.reader import AvatarReader
 from eval.sets import samples
 from targetclip.scene import Scene
 from targetclip.world import load_scene, load_world
@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_scene(bright: Scene) -> None:
 
 
 def test_judges_of_faces_want_faces(scene: Scene) -> None:
-    with pytest.raises(ValueError, match="a world of drawn faces of 64 px"):
+    with pytest.raises(ValueError, match="a world of avatars of 128 px"):
         face_judges(scene)
 
 
@@ -88,15 +88,15 @@ def test_judges_of_faces_want_faces(scene: Scene) -> None:
 
 
 def test_only_what_an_edit_does_outside_is_perceived(scene: Scene) -> None:
-    judges = Judges(scene=scene, reader=load_reader())
+    judges = Judges(scene=scene, reader=AvatarReader().requires_grad_(False))
     before, inside = images(0), images(0)
-    inside[..., 4:-4] = images(1)[..., 4:-4]
+    inside[..., 8:-8] = images(1)[..., 8:-8]
     found = judges.perceived(before, inside)
     assert found is not None and torch.equal(found, torch.zeros(2))
     outside = before.clone()
-    outside[1, ..., :4] = -outside[1, ..., :4]
+    outside[1, ..., :8] = -outside[1, ..., :8]
     found = judges.perceived(before, outside)
-    assert found is not None and found[0] == 0 and found[1] > 1e-3
+    assert found is not None and found[0] == 0 and found[1] > 1e-4
 
 
 def test_without_a_reader_nothing_is_perceived(scene: Scene) -> None:

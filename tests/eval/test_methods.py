@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from data.card import REPORT, DatasetInfo
 from data.dataset import merge
-from data.drawn.faces import faces_from_z
-from data.drawn.sketch import Face
+from data.illustrated.codes import VALUES, draw_face, indices_from_z
 from data.pairs import Pair, chunk_bytes, features
 from data.teacher import search_in_batches
 from eval.answers import find, keep, kept, settings_of
@@ -33,16 +32,18 @@ from eval.methods import (
     PairTable,
     by_clip_blending,
     by_own_mapper,
-    drawn_answer,
     needs_of,
     open_pair_table,
+    right_answer,
     stacked_corrections,
 )
 from eval.sets import EvalSet, in_range
+from eval.truth import truth_of
 from predictor.mapper import Mapper, load_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from predictor.transfer import EssenceTransfer
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
 from targetclip.seeds import TEST_SOURCES, seed_of, source_seeds
@@ -396,7 +397,7 @@ def info(scene: Scene) -> DatasetInfo:
         name="tiny", generator=scene.generator.fingerprint, resolution=16, num_ws=6, w_dim=8,
         embedder="tiny", embedder_fingerprint=scene.embedder.fingerprint, preprocess="consistent",
         recipe="consistent", settings={}, truncation=1.0, precision="no", seed=0,
-        targets=("drawn:80",), sources="none", held_out="none", licence="mit",
+        targets=("avataaars:80",), sources="none", held_out="none", licence="mit",
         licence_text="", command="none",
     )  # fmt: skip
 
@@ -464,20 +465,31 @@ def test_pairs_of_another_network_are_refused(
         open_pair_table(write_pairs(tmp_path / "other", other), scene)
 
 
-# The drawn answer
+# The right answer
 
 
-def test_the_drawn_answer_keeps_who_it_is_and_brings_the_essence() -> None:
+class Pixels(torch.nn.Module):
+    """An inverter whose latents are the pictures themselves."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(2)
+
+
+def test_the_right_answer_keeps_who_it_is_and_brings_the_essence(scene: Scene) -> None:
     truth = in_range(1).truth
     assert truth is not None
-    before, edited = drawn_answer(truth.faces, 128, 2)
-    assert before.shape == (2, 3, 64, 64) and edited.shape == (1, 2, 3, 64, 64)
-    background = (slice(None), slice(None), 0, 0)
-    assert torch.equal(edited[0][background], before[background])
-    assert not torch.equal(edited[0], before)
-    # A source's own essence changes nothing; the latent is that of the generated source.
-    seed = source_seeds(TEST_SOURCES, 2)[1]
-    z = torch.randn(1, 1, 128, generator=torch.Generator().manual_seed(seed))
-    face = Face(*faces_from_z(z.expand(-1, 3, -1))[0].tolist())
-    _, edited = drawn_answer((face,), 128, 2)
-    assert torch.equal(edited[0, 1], before[1])
+    numbers = [torch.Generator().manual_seed(seed) for seed in source_seeds(TEST_SOURCES, 2)]
+    z = torch.stack([torch.randn(VALUES, generator=number) for number in numbers])
+    faces = [tuple(face) for face in indices_from_z(z).tolist()]
+    sizes = StyleGAN2Config(
+        resolution=128, w_dim=8, z_dim=VALUES, mapping_layers=1, channels=(8,) * 6
+    )
+    other = dataclasses.replace(scene, generator=StyleGAN2(sizes), inverter=Pixels())
+    drawn = torch.stack([other.images_of([Image.fromarray(draw_face(f)[0])])[0] for f in faces])
+    edits = right_answer(other, truth, drawn.flatten(2))
+    assert edits.shape == (1, 2, 3, 128 * 128)
+    changed = edits[0].unflatten(2, (128, 128)).abs().sum(dim=1) > 0.05
+    # The background stays; the source's own essence changes nothing.
+    assert changed.any() and not changed[:, 0, 0].any()
+    own = right_answer(other, truth_of(faces), drawn.flatten(2))
+    assert not own[0, 0].any() and not own[1, 1].any() and own[0, 1].any()

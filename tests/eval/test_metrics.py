@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.drawn.readings import OUTPUTS, READINGS
 from eval.metrics import (
     additivity,
     edit_scores,
     essence_acquired,
     essence_by_attribute,
+    essence_columns,
     frechet_distance,
     identity_by_attribute,
     identity_kept,
@@ -21,11 +21,11 @@ from eval.metrics import (
     outside_alone,
     outside_change,
     perceptual_distance,
-    reading_columns,
     released_score,
     sharpness,
     sharpness_kept,
 )
+from eval.reader import OUTPUTS, READINGS, SPANS, among
 from targetclip.losses import consistency_loss
 
 
@@ -35,6 +35,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def uniform(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unshaded(count: int, seed: int = 0) -> Tensor:
+    """Readings of people without shades, so that all of them is seen."""
+    readings = uniform(count, OUTPUTS, seed=seed)
+    readings[:, SPANS["accessories"]] /= 10
+    return readings
 
 
 # Additivity
@@ -101,8 +108,8 @@ def test_scores_are_cosines_to_the_target_and_to_the_source() -> None:
 
 @pytest.fixture
 def read() -> tuple[Tensor, Tensor, Tensor]:
-    """Readings of sources and of targets, and all of them seen."""
-    return uniform(4, OUTPUTS), uniform(2, OUTPUTS, seed=1), torch.ones(2, OUTPUTS).bool()
+    """Readings of sources and of targets, and all of them seen; nobody wears shades."""
+    return unshaded(4), unshaded(2, seed=1), torch.ones(2, OUTPUTS).bool()
 
 
 def test_an_essence_brought_wholly_is_one_and_none_is_nothing(
@@ -110,7 +117,7 @@ def test_an_essence_brought_wholly_is_one_and_none_is_nothing(
 ) -> None:
     source, target, seen = read
     untouched = source.expand(2, -1, -1)
-    essence = torch.where(reading_columns(True), target[:, None], source)
+    essence = torch.where(essence_columns(), target[:, None], source)
     assert essence_acquired(untouched, source, target, seen).abs().max() < 1e-6
     torch.testing.assert_close(essence_acquired(essence, source, target, seen), torch.ones(2))
     assert set(essence_by_attribute(essence, source, target, seen).values()) == {1.0}
@@ -119,30 +126,39 @@ def test_an_essence_brought_wholly_is_one_and_none_is_nothing(
 
 def test_each_attribute_is_judged_apart(read: tuple[Tensor, Tensor, Tensor]) -> None:
     source, target, seen = read
-    names = {reading.name: reading for reading in READINGS}
     edited = source.repeat(2, 1, 1)
-    edited[:, :, names["hair_colour"].span] = target[:, None, names["hair_colour"].span]
-    half = (source[:, names["beard"].span] + target[:, None, names["beard"].span]) / 2
-    edited[:, :, names["beard"].span] = half
-    edited[:, :, names["skin"].span] += 0.1
-    seen[:, names["fringe"].span] = False
+    edited[:, :, SPANS["hairColor"]] = target[:, None, SPANS["hairColor"]]
+    half = (source[:, SPANS["beard"]] + target[:, None, SPANS["beard"]]) / 2
+    edited[:, :, SPANS["beard"]] = half
+    edited[:, :, SPANS["skinColor"]] += 0.1
+    seen[:, SPANS["hat"]] = False
     found = essence_by_attribute(edited, source, target, seen)
-    assert set(found) == {r.name for r in READINGS if r.essence and r.name != "fringe"}
-    assert found.pop("hair_colour") == pytest.approx(1)
+    assert set(found) == {r.name for r in READINGS if r.essence and r.name != "hat"}
+    assert found.pop("hairColor") == pytest.approx(1)
     assert found.pop("beard") == pytest.approx(0.5)
     assert all(value == pytest.approx(0) for value in found.values())
     kept = identity_by_attribute(edited, source)
     assert set(kept) == {reading.name for reading in READINGS if not reading.essence}
-    assert kept.pop("skin") < 0.9
+    assert kept.pop("skinColor") < 0.9
     assert set(kept.values()) == {1.0}
 
 
 def test_the_identity_of_somebody_else_is_worth_nothing() -> None:
-    source = uniform(2, OUTPUTS)
+    source = unshaded(2)
     swapped = source.flip(0)[None]
     assert float(identity_kept(swapped, source)) == pytest.approx(0, abs=1e-6)
     found = identity_by_attribute(swapped, source)
     assert all(value == pytest.approx(0, abs=1e-6) for value in found.values())
+
+
+def test_what_shades_hide_is_no_loss_of_identity() -> None:
+    source = unshaded(3)
+    edited = source[None].clone()
+    edited[..., SPANS["eyes"]] += 0.3
+    assert float(identity_kept(edited, source)) < 0.95
+    edited[..., among("accessories", ("sunglasses",))] = 1.0
+    torch.testing.assert_close(identity_kept(edited, source), torch.ones(1))
+    assert identity_by_attribute(edited, source)["skinColor"] == 1
 
 
 # Pixels

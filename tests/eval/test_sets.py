@@ -1,6 +1,6 @@
 """Test sets: what is in them, what must not be, and that they never change."""
 
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.drawn.readings import READINGS, readings_of
-from data.drawn.sketch import NAMES, Extras, Face, Style
-from data.targets import Target, open_targets, picture_id, split_of, wide_indices
+from data.illustrated.avatars import HELD_OUT, TRAINED, draw
+from data.illustrated.shown import Shown, shown
+from data.targets import Target, avatar_at, face_at, open_targets, picture_id, split_of
 from eval.sets import (
     ADVERSARIES,
     FOLDER,
@@ -18,17 +18,19 @@ from eval.sets import (
     adversarial,
     check_sources,
     check_unseen,
-    drawn_set,
     folder_set,
+    held_out_styles,
     in_range,
-    out_of_range,
     samples,
     study_set,
+    trained_styles,
 )
 from targetclip.seeds import PAIR_SOURCES, TEST_SOURCES, TEST_TARGETS, VALIDATION_SOURCES
 from targetclip.world import load_scene, load_world
 
-FACE = Face(**dict.fromkeys(NAMES, 0.5) | {"glasses": 1.0, "lens": 0.0, "hat": 0.0})
+AVATARS: dict[str, Callable[[int], EvalSet]] = {
+    "avataaars": in_range, "styles": trained_styles, "held-out": held_out_styles,
+}  # fmt: skip
 
 
 def blotches(number: int) -> list[Image.Image]:
@@ -48,7 +50,7 @@ def same(a: EvalSet, b: EvalSet) -> bool:
 def index_of(origin: str) -> int:
     kind, _, rest = origin.partition(":")
     index, _, seed = rest.partition("@")
-    assert kind in ("drawn", "wide", "generated") and seed == str(TEST_TARGETS)
+    assert kind in (*AVATARS, "generated") and seed == str(TEST_TARGETS)
     return int(index)
 
 
@@ -59,55 +61,47 @@ def taken(spec: str, place: int) -> Target:
     return target
 
 
-# Drawn faces and samples
+# Avatars and samples
 
 
-def test_drawn_targets_are_of_the_test_split_as_every_trainer_would_name_them() -> None:
-    for spec, found in (("drawn", in_range(2)), ("wide", out_of_range(2))):
-        assert {split_of(name) for name in found.ids} == {"test"}
-        for i, origin in enumerate(found.origins):
-            index = index_of(origin)
-            # The builder counts wide faces without those that came out plain.
-            wide = list(islice(wide_indices(TEST_TARGETS), index + 1))
-            target = taken(spec, index if spec == "drawn" else wide.index(index))
-            assert (target.id, target.origin) == (found.ids[i], origin)
-            assert target.picture.tobytes() == found.pictures[i].tobytes()
+@pytest.mark.parametrize("kind", AVATARS)
+def test_avatars_are_of_the_test_split_as_every_trainer_would_name_them(kind: str) -> None:
+    found = AVATARS[kind](2)
+    assert {split_of(name) for name in found.ids} == {"test"}
+    for i, origin in enumerate(found.origins):
+        target = taken(kind, index_of(origin))
+        assert (target.id, target.origin) == (found.ids[i], origin)
+        assert target.picture.tobytes() == found.pictures[i].tobytes()
 
 
 def test_a_set_is_always_the_same_and_the_start_of_a_larger_one() -> None:
-    assert same(in_range(3).part(0, 2), in_range(2))
-    assert same(out_of_range(3).part(0, 2), out_of_range(2))
+    for make in AVATARS.values():
+        assert same(make(3).part(0, 2), make(2))
     whole = in_range(3)
     last = whole.part(2, 3)
     assert len(last) == 1 and last.ids == whole.ids[2:] and last.truth and whole.truth
     assert torch.equal(last.truth.readings, whole.truth.readings[2:])
-    assert last.truth.faces == whole.truth.faces[2:]
+    assert last.truth.contents == whole.truth.contents[2:]
+
+
+def test_sets_are_of_the_generators_style_of_others_and_of_held_out_ones() -> None:
+    def styles(kind: str, found: EvalSet) -> set[str]:
+        return {avatar_at(kind, TEST_TARGETS, index_of(origin))[0] for origin in found.origins}
+
+    assert styles("styles", trained_styles(12)) <= set(TRAINED) - {"avataaars"}
+    assert styles("held-out", held_out_styles(6)) <= set(HELD_OUT)
 
 
 def test_truth_says_what_a_picture_shows() -> None:
-    for found in (in_range(2), out_of_range(2)):
-        assert found.truth is not None
-        for i, face in enumerate(found.truth.faces):
-            values, seen = readings_of(face)
-            np.testing.assert_allclose(found.truth.readings[i], values, rtol=1e-6)
-            assert not (found.truth.seen[i].numpy() & ~seen).any()
-
-
-def test_what_a_mask_or_grey_hides_is_not_asked_for() -> None:
-    triples = [
-        (FACE, Extras(), Style()),
-        (FACE, Extras(mask=True), Style()),
-        (FACE, Extras(), Style(grey=True)),
-    ]
-    truth = drawn_set("drawn", {"a": "", "b": "", "c": ""}, triples).truth
-    assert truth is not None
-    plain, masked, grey = truth.seen
-
-    def hidden(seen: torch.Tensor) -> set[str]:
-        return {r.name for r in READINGS if plain[r.start] and not seen[r.start]}
-
-    assert hidden(masked) == {"glasses", "glasses_shape", "lens", "glasses_colour"}
-    assert hidden(grey) == {"hair_colour", "glasses_colour"}
+    found = in_range(2)
+    assert found.truth is not None
+    for content, origin in zip(found.truth.contents, found.origins, strict=True):
+        assert list(content) == face_at(TEST_TARGETS, index_of(origin))  # type: ignore[arg-type]
+    others = held_out_styles(2)
+    assert others.truth is not None
+    for content, origin in zip(others.truth.contents, others.origins, strict=True):
+        style, options = avatar_at("held-out", TEST_TARGETS, index_of(origin))
+        assert content == shown(style, draw(style, options)[1])
 
 
 def test_a_generators_own_samples_are_in_range_of_it(tiny_world: Path) -> None:
@@ -121,15 +115,12 @@ def test_a_generators_own_samples_are_in_range_of_it(tiny_world: Path) -> None:
     assert target.picture.tobytes() == found.pictures[1].tobytes()
 
 
-def test_every_second_face_of_the_study_is_out_of_range() -> None:
-    study = study_set(4)
+def test_every_second_target_of_the_study_is_of_another_style() -> None:
+    study = study_set(5)
     assert same(study.part(0, 2), study_set(2)) and study.truth is not None
-    # A style that hides readings changes the picture, not what counts.
-    plain = drawn_set("plain", {"a": ""}, [(study.truth.faces[0], Extras(), Style())])
-    assert pixels(plain) == pixels(study)[:1]
-    other = drawn_set("plain", {"a": ""}, [(study.truth.faces[1], Extras(), Style())])
-    assert pixels(other) != pixels(study)[1:2] and other.truth is not None
-    assert torch.equal(other.truth.seen[0], study.truth.seen[1])
+    kinds = [origin.partition(":")[0] for origin in study.origins]
+    assert kinds == ["avataaars", "styles"] * 2 + ["avataaars"]
+    assert [isinstance(c, Shown) for c in study.truth.contents] == [False, True, False, True, False]
 
 
 # Adversaries
@@ -197,12 +188,12 @@ def named(*names: str, kind: str = FOLDER) -> EvalSet:
 def test_a_target_that_may_have_been_trained_on_is_refused() -> None:
     test = next(str(i) for i in range(1000) if split_of(str(i)) == "test")
     train = next(str(i) for i in range(1000) if split_of(str(i)) == "train")
-    check_unseen([named(test, kind="drawn"), named(test)], {train}, trusted=False)
+    check_unseen([named(test, kind="avataaars"), named(test)], {train}, trusted=False)
     with pytest.raises(ValueError, match=f"{train} of train"):
         check_unseen([named(test, train)], set(), trusted=False)
     check_unseen([named(test, train)], set(), trusted=True)
     with pytest.raises(ValueError, match="test split alone"):
-        check_unseen([named(train, kind="drawn")], set(), trusted=True)
+        check_unseen([named(train, kind="avataaars")], set(), trusted=True)
     for trusted in (False, True):
         with pytest.raises(ValueError, match=f"{test} .* among the training pairs"):
             check_unseen([named(test)], {test}, trusted=trusted)

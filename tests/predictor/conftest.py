@@ -10,7 +10,7 @@ import torch
 from command_runs import exit_code
 from PIL import Image
 
-from data.drawn.faces import draw_wide
+from data.illustrated.avatars import draw, render
 from predictor.cli import sources
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip.directions import direction_bytes
@@ -26,7 +26,7 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("faces")
     paths = [folder / f"{name}.png" for name in ("target", "a", "b")]
     for i, path in enumerate(paths):
-        Image.fromarray(draw_wide((0, i))).save(path)
+        Image.fromarray(render(draw("avataaars", {"seed": f"0-{i}"})[0], 64)).save(path)
     return paths
 
 

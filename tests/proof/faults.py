@@ -89,8 +89,9 @@ class Config:
         """Return the arguments of the command that builds into a folder."""
         world = self.world or self.out / "world/world.toml"
         rest = (
-            f"--targets drawn:{self.targets} --steps {self.steps} --batch-size {self.batch_size} "
-            f"--lease {self.lease} --checkpoint-seconds {self.checkpoint_seconds} "
+            f"--targets avataaars:{self.targets} --steps {self.steps} "
+            f"--batch-size {self.batch_size} --lease {self.lease} "
+            f"--checkpoint-seconds {self.checkpoint_seconds} "
             "--initial zero --held-out 4 --max-attempts 1000000"
         )
         return ["--out", str(out), "--world", str(world), *rest.split()]

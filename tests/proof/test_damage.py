@@ -39,7 +39,7 @@ def made(tmp_path: Path) -> Path:
         truncation=1.0,
         precision="bf16",
         seed=0,
-        targets=("drawn:20",),
+        targets=("avataaars:20",),
         sources="sources",
         held_out="other sources",
         licence="mit",

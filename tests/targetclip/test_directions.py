@@ -5,6 +5,7 @@ import json
 import logging
 import pickle
 from collections import OrderedDict
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from targetclip.directions import (
     released_latents,
     warn_of_latent,
 )
-from targetclip.generators import load_generator
-from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.generators.stylegan2 import (
+    MAPPING_LR_MULTIPLIER,
+    StyleGAN2,
+    StyleGAN2Config,
+)
 from targetclip.scene import random_latents
-from targetclip.world import load_world
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 NUM_WS, W_DIM = 6, 8
@@ -375,27 +378,44 @@ def test_any_damage_gives_finite_items_or_one_clear_line(
 
 
 @cache
-def bundled() -> StyleGAN2:
-    return load_generator(load_world("sketch64").generator)
+def off_centre() -> StyleGAN2:
+    """A generator of random weights, whose mean w is far from 0."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        sizes = StyleGAN2Config(
+            resolution=16, w_dim=64, z_dim=64, mapping_layers=1, channels=(8, 8, 8)
+        )
+        network = StyleGAN2(sizes)
+        network.mapping_network.layers[0].get_parameter("bias").fill_(4 / MAPPING_LR_MULTIPLIER)
+        many = network.mapping_network(torch.randn(4000, 64))
+        network.mapping_network.w_avg.copy_(many.mean(dim=0))
+    return network
 
 
 @pytest.mark.parametrize("truncation", [0.3, 0.7, 1.0])
 def test_a_latent_is_told_from_a_direction(truncation: float) -> None:
-    latents = random_latents(bundled(), range(50), truncation)
-    assert all(looks_like_latent(latent, bundled()) for latent in latents)
-    others = random_latents(bundled(), range(50, 100), truncation)
+    latents = random_latents(off_centre(), range(50), truncation)
+    assert all(looks_like_latent(latent, off_centre()) for latent in latents)
+    others = random_latents(off_centre(), range(50, 100), truncation)
     for factor in (0.2, 1.0, 1.5):
-        assert not any(looks_like_latent(factor * d, bundled()) for d in latents - others)
+        assert not any(looks_like_latent(factor * d, off_centre()) for d in latents - others)
+
+
+def test_where_the_mean_is_nothing_no_latent_is_told_from_a_direction() -> None:
+    latents = random_latents(off_centre(), range(50), 1.0) - off_centre().mean_w
+    centred = deepcopy(off_centre())
+    centred.mapping_network.w_avg.zero_()
+    assert not any(looks_like_latent(latent, centred) for latent in latents)
 
 
 def test_a_file_of_a_latent_given_as_a_direction_is_warned_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first, second = random_latents(bundled(), range(2), 0.7)
+    first, second = random_latents(off_centre(), range(2), 0.7)
     with caplog.at_level(logging.WARNING):
-        warn_of_latent(tmp_path / "joker.npy", first - second, bundled())
+        warn_of_latent(tmp_path / "joker.npy", first - second, off_centre())
         assert not caplog.records
-        warn_of_latent(tmp_path / "me.pt", first, bundled())
+        warn_of_latent(tmp_path / "me.pt", first, off_centre())
     assert "me.pt" in caplog.text and "looks like a latent" in caplog.text
 
 

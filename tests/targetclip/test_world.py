@@ -45,11 +45,11 @@ def error_of(name: str) -> str:
 
 
 def test_the_bundled_world_is_found_by_name_and_names_files_beside_it() -> None:
-    assert "sketch64" in world_names()
-    world = load_world("sketch64")
-    assert world.name == "sketch64"
-    assert world.generator.parent == BUNDLED / "sketch64"
-    assert world.inverter is not None and world.inverter.parent == BUNDLED / "sketch64"
+    assert "avatars" in world_names()
+    world = load_world("avatars")
+    assert world.name == "avatars"
+    assert world.generator.parent == BUNDLED / "avatars"
+    assert world.inverter is not None and world.inverter.parent == BUNDLED / "avatars"
 
 
 def test_paths_are_relative_to_the_file_and_not_to_the_caller(
@@ -101,10 +101,10 @@ def test_without_a_home_folder_a_path_in_it_is_refused_and_others_work(
         written(tmp_path, LEAST + 'mapper = "~no_such_user/m"\n')
     )
     monkeypatch.setenv("HOME", "")
-    assert load_world("sketch64").name == "sketch64"
+    assert load_world("avatars").name == "avatars"
 
 
-@pytest.mark.parametrize(("name", "meant"), [("sketch46", "sketch64"), ("FFHQ", "ffhq1024")])
+@pytest.mark.parametrize(("name", "meant"), [("avatras", "avatars"), ("FFHQ", "ffhq1024")])
 def test_a_misspelt_world_gets_its_nearest_neighbour(name: str, meant: str) -> None:
     assert error_of(name).endswith(f"did you mean {meant!r}?")
 
@@ -129,9 +129,9 @@ def test_a_world_says_which_mapper_it_has_and_how_texts_are_read(tmp_path: Path)
     assert world.neutral == ("a face", "a drawing")
 
 
-@pytest.mark.parametrize("name", ["sketch", "", "..", "sketch64/", "/etc", "a b"])
+@pytest.mark.parametrize("name", ["sketch", "", "..", "avatars/", "/etc", "a b"])
 def test_an_unknown_world_is_refused_with_the_names_of_known_ones(name: str) -> None:
-    assert "sketch64" in error_of(name) and repr(name) in error_of(name)
+    assert "avatars" in error_of(name) and repr(name) in error_of(name)
 
 
 def test_a_world_file_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -256,8 +256,8 @@ def test_what_does_not_ship_with_a_bundled_world_belongs_at_home(
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"{world.generator}: no such file")
     assert message.endswith("see targetclip world check ffhq1024 --download")
-    shipped = load_world("sketch64")
-    assert shipped.generator == BUNDLED / "sketch64" / "generator.safetensors"
+    shipped = load_world("avatars")
+    assert shipped.generator == BUNDLED / "avatars" / "generator.safetensors"
 
 
 def test_ten_lines_make_a_world(tiny_world: Path, clip_dir: Path, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_public_checkpoints_are_known_by_their_suffix(tiny_world: Path, tmp_path
 
 
 def test_a_world_is_read_without_torch() -> None:
-    code = "import sys, targetclip.world as w; w.load_world('sketch64')"
+    code = "import sys, targetclip.world as w; w.load_world('avatars')"
     code += "; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=BUNDLED.parents[1])
 

@@ -37,8 +37,8 @@ from train.mapper_data import Validation
 def configured(world: Path, out: Path, **changes: Any) -> Config:
     """A training that takes a second."""
     usual: dict[str, Any] = {
-        "targets": ("drawn:8@17", "wide:4@17"),
-        "validation": ("drawn:2@23", "wide:1@23"),
+        "targets": ("styles:8@17", "avataaars:4@17"),
+        "validation": ("avataaars:2@23", "styles:1@23"),
         "steps": 3,
         "batch_size": 2,
         "learning_rate": 0.05,
@@ -83,8 +83,8 @@ def test_the_default_targets_are_the_worlds_own(tiny_world: Path, tmp_path: Path
         ("generated:32@23", "mixed:32@23"),
     )
     assert targets_of(Config(out=tmp_path)) == (
-        ("drawn:6000@17", "wide:6000@17"),
-        ("drawn:32@23", "wide:32@23"),
+        ("avataaars:6000@17", "styles:6000@17"),
+        ("avataaars:32@23", "styles:32@23"),
     )
 
 
@@ -187,7 +187,7 @@ def test_the_log_tells_scores_on_targets_and_sources_that_are_held_out(
     # Two targets are in range, one is not
     inside, outside = found["transfer_score_in_range"], found["transfer_score_out_of_range"]
     assert found["transfer_score"] == pytest.approx((2 * inside + outside) / 3, abs=1e-6)
-    one = figures(average, Validation.open(("drawn:1@23",), scene, recipe))
+    one = figures(average, Validation.open(("avataaars:1@23",), scene, recipe))
     assert "transfer_score_out_of_range" not in one and one["length"] != found["length"]
 
 
@@ -223,7 +223,7 @@ def test_a_run_that_ended_early_goes_on_as_if_nothing_had_been(
     with pytest.raises(ValueError, match=r"of other settings: learning_rate 0\.05 not 0\.04"):
         run(replace(config, learning_rate=0.04))
     with pytest.raises(ValueError, match="of other settings: targets pictures-"):
-        run(replace(config, targets=("drawn:7@17",)))
+        run(replace(config, targets=("avataaars:7@17",)))
     assert same(run(config).state_dict(), expected.state_dict())
 
 
@@ -234,7 +234,7 @@ def test_only_the_train_split_is_trained_on_and_decoded_once(
     small: Callable[..., Config], tmp_path: Path
 ) -> None:
     scene, _, _ = make_parts(small())
-    specs = ("drawn:40@5", "wide:10@5")
+    specs = ("avataaars:40@5", "styles:10@5")
     training = training_targets(specs)
     assert 0 < len(training) < 50
     left_out = frozenset({training[0].id})
@@ -260,17 +260,17 @@ def test_folders_and_targets_to_validate_on_are_kept_apart(
     _, found = target_pictures(tmp_path, (str(faces),), scene, frozenset())
     assert len(found) == len(training_targets((str(faces),))) > 0
     with pytest.raises(ValueError, match=r"--targets: expected pictures to train on.*held out"):
-        run(small(targets=("drawn:4@23",), validation=("drawn:4@23",)))
+        run(small(targets=("avataaars:4@23",), validation=("avataaars:4@23",)))
 
 
 def test_a_damaged_file_of_pictures_is_named(small: Callable[..., Config], tmp_path: Path) -> None:
     scene, _, _ = make_parts(small())
-    target_pictures(tmp_path, ("drawn:3@5",), scene, frozenset())
+    target_pictures(tmp_path, ("avataaars:3@5",), scene, frozenset())
     [path] = tmp_path.glob("*.npy")
     for content in (b"", path.read_bytes()[:-10]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"{path.name}.*damaged.*delete it"):
-            target_pictures(tmp_path, ("drawn:3@5",), scene, frozenset())
+            target_pictures(tmp_path, ("avataaars:3@5",), scene, frozenset())
 
 
 # The command

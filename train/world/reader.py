@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.illustrated.codes import ATTRIBUTES, COUNTS, HATS, one_hot, visible
-from eval.avatar_reader import AvatarReader, save_reader
+from eval.reader import AvatarReader, save_reader
 from targetclip import command
 from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2
@@ -147,7 +147,7 @@ def run(config: Config) -> None:
     )
     average = train(reader, loss_at, config.out, schedule, evaluate, plain_settings(config))
     save_reader(average, config.out / "reader.safetensors")
-    command.say_next(config.out, "reader.safetensors", "give it to eval.avatar_reader.load_reader")
+    command.say_next(config.out, "reader.safetensors", "give it to eval.reader.load_reader")
 
 
 def main() -> None:

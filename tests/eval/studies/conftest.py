@@ -1,4 +1,4 @@
-"""A small world of drawn faces, which the attribute reader knows."""
+"""A small world of avatars' size, whose pictures the attribute reader takes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.drawn.sketch import SIZE
+from data.illustrated.codes import SIZE, VALUES, W_DIM
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
@@ -19,20 +19,20 @@ from targetclip.world import load_scene, load_world
 
 NEUTRAL = 'neutral = ["a face", "a person"]\n'
 IDENTITY = 'identity = "identity.safetensors"\n'
-WIDTHS = (8, 8, 8, 8)
+WIDTHS = (8, 8, 8, 8, 8)
 
 
 @pytest.fixture(scope="session")
 def face_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the tiny world, of 64 px and with a coordinate of z for each parameter of a face."""
-    folder, z_dim = tmp_path_factory.mktemp("faces"), 32  # more than the parameters
+    """As the tiny world, of 128 px and with a coordinate of z for each value of a face."""
+    folder = tmp_path_factory.mktemp("faces")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         generator = StyleGAN2(
             StyleGAN2Config(
                 resolution=SIZE,
-                w_dim=z_dim,
-                z_dim=z_dim,
+                w_dim=W_DIM,
+                z_dim=VALUES,
                 mapping_layers=2,
                 channels=(8, *WIDTHS),
             )
@@ -40,7 +40,7 @@ def face_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         config = InverterConfig(
             resolution=SIZE,
             num_ws=generator.num_ws,
-            w_dim=z_dim,
+            w_dim=W_DIM,
             generator=generator.fingerprint,
             channels=WIDTHS,
             hidden=16,

@@ -296,7 +296,7 @@ def test_a_record_that_is_not_understood_names_its_file(
 def test_a_world_whose_pictures_the_reader_does_not_know_is_refused(
     tiny_world: Path, tiny_mapper: Path, config: Configured
 ) -> None:
-    with pytest.raises(ValueError, match=r"--world: expected .* of 64 px.*, found one of 16 px"):
+    with pytest.raises(ValueError, match=r"--world: expected .* of 128 px.*, found one of 16 px"):
         run(config(tiny_mapper, world=str(tiny_world)))
 
 

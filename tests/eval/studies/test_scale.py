@@ -113,7 +113,7 @@ def test_throughput_is_the_rate_from_the_first_chunk_to_the_last(small: Config) 
     assert rates == pytest.approx(expected)
     plans = [command for command in workers.commands if command[-1] == "plan"]
     runs = [command for command in workers.commands if command[-1] == "run"]
-    assert [("drawn:2" in plan, "drawn:4" in plan) for plan in plans] == [(1, 0), (0, 1)]
+    assert [("avataaars:2" in plan, "avataaars:4" in plan) for plan in plans] == [(1, 0), (0, 1)]
     assert len(runs) == 3 and all("--steps" in command for command in workers.commands)
 
 

@@ -10,7 +10,7 @@ import torch
 from command_runs import one_line, report_of
 from PIL import Image
 
-from data.drawn.faces import draw_wide
+from data.illustrated.avatars import draw, render
 from predictor.direction import Direction
 from predictor.transfer import EssenceTransfer
 from targetclip.directions import load_direction
@@ -25,7 +25,7 @@ def photographs(tmp_path: Path) -> Path:
     folder = tmp_path / "people"
     folder.mkdir()
     for i, name in enumerate(("ada.png", "bruno 10.jpg", "bruno 9.jpg", "dora.webp")):
-        Image.fromarray(draw_wide((5, i))).save(folder / name)
+        Image.fromarray(render(draw("avataaars", {"seed": f"5-{i}"})[0], 64)).save(folder / name)
     (folder / "notes.txt").write_text("no picture")
     (folder / ".hidden.png").write_text("no picture")
     return folder

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load
 
-from data.drawn.faces import draw_wide
+from data.illustrated.avatars import draw, render
 from predictor.direction import Direction
 from predictor.inputs import Text
 from predictor.mapper import load_mapper, save_mapper
@@ -534,7 +534,7 @@ def test_ctrl_c_before_the_first_step_ends_in_one_line(
 
 def awkward(kind: str, path: Path) -> None:
     """A picture of the kind, from a phone, a printer, a scanner or the web."""
-    picture = Image.fromarray(draw_wide((1, 0)))
+    picture = Image.fromarray(render(draw("avataaars", {"seed": "1"})[0], 64))
     if kind == "cmyk":
         picture.convert("CMYK").save(path, "JPEG")
     elif kind == "16-bit":

@@ -1,5 +1,6 @@
 """Results that come with a warning: on standard error, and in report.json."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from command_runs import report_of
 from PIL import Image
 
+from targetclip.generators.rosinality import save_safetensors
+from targetclip.generators.stylegan2 import MAPPING_LR_MULTIPLIER, StyleGAN2
 from targetclip.world import load_scene, load_world
 
 Run = Callable[..., int]
@@ -92,12 +95,23 @@ def test_a_target_out_of_place_by_the_mappers_calibration(
         assert any(out_of_place.values())
 
 
-def test_a_latent_in_the_place_of_a_direction(warned: Warned, tmp_path: Path) -> None:
-    scene = load_scene(load_world("sketch64"))
-    one, other = scene.sources(2)
+def test_a_latent_in_the_place_of_a_direction(
+    warned: Warned, tiny_world: Path, tmp_path: Path
+) -> None:
+    generator = load_scene(load_world(str(tiny_world))).generator
+    assert isinstance(generator, StyleGAN2)
+    mapping = generator.mapping_network
+    mapping.layers[-1].get_parameter("bias").fill_(4 / MAPPING_LR_MULTIPLIER)
+    mapping.w_avg.fill_(4 * 2**0.5)
+    save_safetensors(generator, tmp_path / "generator.safetensors")
+    world, clip = tmp_path / "world.toml", load_world(str(tiny_world)).embedder
+    world.write_text(
+        f'name = "off"\ngenerator = "generator.safetensors"\nembedder = {json.dumps(clip)}\n'
+    )
+    one, other = load_scene(load_world(str(world))).sources(2)
     np.save(tmp_path / "me.npy", one.numpy())
     np.save(tmp_path / "offset.npy", (one - other).numpy())
-    given = ("--world", "sketch64", "--num-sources", 1)
+    given = ("--world", world, "--num-sources", 1)
     [warning] = warned(*given, "--direction", tmp_path / "me.npy")
     assert "looks like a latent" in warning
     assert warned(*given, "--direction", tmp_path / "offset.npy") == []

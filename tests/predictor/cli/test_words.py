@@ -34,7 +34,7 @@ GIVEN = ("--target", JOKER, "--out", "out")
         (["transfer", *GIVEN, "--strength", "much"], "--strength: expected a number, found 'much'"),
         (["transfer", *GIVEN, "--mode", "optimise"], "found 'optimise': did you mean 'optimize'?"),
         (["transfer", *GIVEN, "--recipe", "relase"], "found 'relase': did you mean 'release'?"),
-        (["transfer", *GIVEN, "--world", "sketch46"], "did you mean 'sketch64'"),
+        (["transfer", *GIVEN, "--world", "avatras"], "did you mean 'avatars'"),
         (["transfer", *GIVEN, "--device", "gpu"], "--device: expected cpu"),
         (["transfer", *GIVEN, "--mapper", JOKER], "expected a mapper file, found the picture"),
         (["transfer", *GIVEN, "--direction", JOKER], "expected a direction file, found the pic"),
@@ -172,4 +172,4 @@ cli.main({line})
         ended = started("-c", program, HOME=None, USER=None, LOGNAME=None, TARGETCLIP_HOME=None)
         assert ended.returncode == 0, ended.stderr
         if line == lines[0]:
-            assert b"sketch64" in ended.stdout and b"set HOME" in ended.stdout
+            assert b"avatars" in ended.stdout and b"set HOME" in ended.stdout

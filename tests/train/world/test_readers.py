@@ -10,7 +10,7 @@ pytest.importorskip("dicebear", reason="needs the extra avatars")
 pytest.importorskip("resvg_py", reason="needs the extra avatars")
 
 from data.illustrated.codes import ATTRIBUTES, COUNTS, HATS, W_DIM, visible
-from eval.avatar_reader import HAIR_COLOURS, AvatarReader, load_reader
+from eval.reader import HAIR_COLOURS, AvatarReader, load_reader
 from targetclip.encoders.identity import load_identity
 from targetclip.encoders.inverter import load_inverter
 from targetclip.generators import load_generator

@@ -1,1 +1,0 @@
-"""The bundled world's networks: the jobs that train them."""
