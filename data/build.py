@@ -83,6 +83,9 @@ class Config:
     """Start of the directions. Default: the recipe's."""
     steps: int | None = None
     """Steps of the teacher. Default: the recipe's."""
+    render_size: int | None = None
+    """Size in px of the images that the teacher renders, without the generator's finest levels;
+    scores are of full images. Default: the generator's own."""
     batch_size: int | Literal["auto"] = "auto"
     """Targets optimized together, which are a chunk; auto: as many as fit and are fast."""
     max_images: int | None = None
@@ -132,7 +135,8 @@ def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
     """Return the name of the teacher's recipe, and the recipe with the changes of the options.
     ValueError: the world has no network that the recipe needs."""
     name = config.recipe or world.recipe
-    changes = {"initial": config.initial, "steps": config.steps}
+    changes: dict[str, object] = {"initial": config.initial, "steps": config.steps}
+    changes["render_size"] = config.render_size
     changes = {key: value for key, value in changes.items() if value is not None}
     recipe = dataclasses.replace(RECIPES[name], **changes)  # type: ignore[arg-type]
     if recipe.initial == "inversion" and world.inverter is None:

@@ -63,7 +63,7 @@ class EssenceTransfer(Editing):
     ) -> None:
         super().__init__(scene, aligner)
         self.mapper, self.texts, self.recipe = mapper, texts, recipe
-        self.bank_features: dict[tuple[Preprocess, bool], Tensor] = {}
+        self.bank_features: dict[tuple[Preprocess, bool, int | None], Tensor] = {}
         if mapper is not None:
             fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
             check_made_for(mapper.config, *fingerprints, "the mapper")
@@ -90,13 +90,15 @@ class EssenceTransfer(Editing):
     # Targets
 
     def source_features(
-        self, preprocess: Preprocess, identity_weight: float
+        self, preprocess: Preprocess, identity_weight: float, render_size: int | None = None
     ) -> Float[Tensor, "bank features"]:
         """Return the features of the bank's sources (see `Scene.features`), computed once."""
-        key, scene = (preprocess, bool(identity_weight)), self.scene
+        key, scene = (preprocess, bool(identity_weight), render_size), self.scene
         if key not in self.bank_features:
             with torch.no_grad():
-                self.bank_features[key] = scene.features(scene.bank(), preprocess, identity_weight)
+                self.bank_features[key] = scene.features(
+                    scene.bank(), preprocess, identity_weight, render_size
+                )
         return self.bank_features[key]
 
     def embed_target(self, target: Target, recipe: Recipe | None = None) -> Float[Tensor, " embed"]:
@@ -255,7 +257,9 @@ class EssenceTransfer(Editing):
         if correction is not None:
             held = correction(self.scene.bank_of(recipe))[None]
         if recipe.fresh_sources:
-            features = self.source_features(recipe.preprocess, recipe.identity_weight)
+            features = self.source_features(
+                recipe.preprocess, recipe.identity_weight, recipe.render_size
+            )
         embedding, seeds = self.embed_target(target, recipe)[None], [seed_of("target", seed)]
         search = partial(self.scene.search, embedding, recipe, start[None], seeds)
         search = partial(search, bank_features=features, held=held)

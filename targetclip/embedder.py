@@ -427,6 +427,8 @@ class ClipEmbedder(nn.Module):
         """Embed square images in [-1, 1] of any size, differentiably.
         ValueError: the images are not square, or `preprocess` is unknown."""
         inputs = preprocess_images(images.float(), preprocess, self.input)
+        # Convolutions of bfloat16 take two thirds of the time in this layout on a CPU.
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
         embeddings: Tensor = self.clip.encode_image(inputs, normalize=False)
         return embeddings
 

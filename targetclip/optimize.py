@@ -107,15 +107,17 @@ def embed_latents(
     ws: Float[Tensor, "images num_ws w_dim"],
     preprocess: Preprocess,
     max_images: int,
+    render_size: int | None = None,
 ) -> Float[Tensor, "images embed"]:
-    """Render latents and embed the images, at most `max_images` at a time.
+    """Render latents and embed the images, at most `max_images` at a time (see
+    `Recipe.render_size`).
 
     With gradients, each of several chunks is rendered again in the backward pass, so that memory
     holds one chunk.
     """
 
     def embed(part: Tensor) -> Tensor:
-        return embedder.embed_images(generator.synthesis(part), preprocess)
+        return embedder.embed_images(generator.synthesis(part, render_size), preprocess)
 
     chunks = ws.split(max_images)
     if len(chunks) == 1 or not ws.requires_grad:
@@ -320,8 +322,8 @@ def optimize_directions(
         max_images: images rendered at once; bounds memory.
         resume: `Progress.snapshot()` of an earlier run with the same arguments. The search goes on
             after it, to the same bits as one that was never stopped.
-        bank_features: features of the unedited bank, by the recipe's `feature_model` and
-            preprocessing, to share between searches. None: computed here.
+        bank_features: features of the unedited bank, by the recipe's `feature_model`, preprocessing
+            and `render_size`, to share between searches. None: computed here.
         identity: the model of the identity loss.
         held: [batch, bank, num_ws, w_dim]: what is added to each source beside the direction, and
             is not searched for: the images are then G(w_i) and G(w_i + h_i + a_i b).
@@ -347,9 +349,10 @@ def optimize_directions(
         )
     bank = source_ws if recipe.fresh_sources else source_ws[:count]
     model = feature_model(embedder, identity, recipe.identity_weight)
+    rendering = recipe.preprocess, max_images, recipe.render_size
     if bank_features is None:
         with torch.no_grad():
-            before = embed_latents(generator, model, bank, recipe.preprocess, max_images)
+            before = embed_latents(generator, model, bank, *rendering)
     elif len(bank_features) != len(source_ws):
         raise ValueError(
             f"expected features of the bank's {len(source_ws)} sources, found {len(bank_features)}"
@@ -368,7 +371,7 @@ def optimize_directions(
         edits = search.coefficients[rows, :, None, None] * search.vectors[rows, None]
         unsearched = bank[chosen] if held is None else bank[chosen] + held[rows[:, None], chosen]
         ws = (unsearched + edits).flatten(0, 1)
-        after = embed_latents(generator, model, ws, recipe.preprocess, max_images)
+        after = embed_latents(generator, model, ws, *rendering)
         after = after.unflatten(0, (len(rows), count))
         parts = losses_of(recipe, before[chosen], after, target_embeddings[rows])
 

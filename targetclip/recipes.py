@@ -47,6 +47,9 @@ class Recipe:
     """Of the identity loss, which is not in the paper and needs an identity model."""
     tied_layers: bool = False
     """Search one w_dim vector for all layers (a direction in W) instead of one for each (W+)."""
+    render_size: int | None = None
+    """Size in px of the images that a search renders, by a generator that can end at a coarser
+    level. None: the generator's own."""
     patience: int | None = None
     """Stop a target whose smoothed loss has not improved by 0.001 for this number of steps."""
 

@@ -177,12 +177,13 @@ class Scene:
         ws: Float[Tensor, "images num_ws w_dim"],
         preprocess: Preprocess = "consistent",
         identity_weight: float = 0.0,
+        render_size: int | None = None,
     ) -> Float[Tensor, "images features"]:
         """Return what `feature_model` makes of renderings; differentiable.
-        ValueError: as `feature_model`."""
+        ValueError: as `feature_model`; the generator has no such `render_size`."""
         at_once = self.max_images or (len(ws) if ws.requires_grad else MAX_IMAGES)
         model = self.feature_model(identity_weight)
-        return embed_latents(self.generator, model, ws, preprocess, at_once)
+        return embed_latents(self.generator, model, ws, preprocess, at_once, render_size)
 
     # Searching
 

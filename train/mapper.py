@@ -114,6 +114,9 @@ class TransferTerm:
     """Weight of the identity loss. Default: the recipe's."""
     sources: int | None = None
     """Sources edited for each target. Default: the recipe's."""
+    render_size: int | None = None
+    """Size in px of the images rendered for it, without the generator's finest levels. Default: the
+    generator's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +191,7 @@ class Config:
 
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
-FREE |= {"evaluate_every", "checkpoint_layers", "start"}
+FREE |= {"evaluate_every", "checkpoint_layers", "start", "render_size"}
 FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
 
 
@@ -267,6 +270,7 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene
         "sources": term.sources,
         "weight_decay": term.direction_decay,
         "identity_weight": term.identity_weight,
+        "render_size": term.render_size,
     }
     recipe = replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
     scene = load_scene(

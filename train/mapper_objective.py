@@ -133,11 +133,12 @@ class Objective(nn.Module):
         embeddings = noisy(targets, self.sizes.noise, random)
         prediction = self.predict(embeddings)
         directions = prediction.directions
+        rendering = recipe.preprocess, recipe.identity_weight, recipe.render_size
         count = max(POOL, recipe.sources)
         seeds = [seed_of("mapper source", seed, i) for i in range(count)]
         pool = training_sources(scene, seeds, reading.kinds)
         with torch.no_grad():
-            before = scene.features(pool, recipe.preprocess, recipe.identity_weight)
+            before = scene.features(pool, *rendering)
         chosen = draw_sources(count, recipe.sources, True, [random] * len(targets)).to(scene.device)
         sources, edits = pool[chosen], directions[:, None]
         decay = recipe.weight_decay / 2 * directions.square().sum(dim=(1, 2))
@@ -154,7 +155,7 @@ class Objective(nn.Module):
             # ways to share an edit, the cheapest has the mean of all edits in the direction.
             decay = (recipe.weight_decay * squares[0] + reading.decay * squares[1]).mean(dim=1) / 2
         edited = (sources + edits).flatten(0, 1)
-        after = scene.features(edited, recipe.preprocess, recipe.identity_weight)
+        after = scene.features(edited, *rendering)
         losses = losses_of(recipe, before[chosen], after.unflatten(0, chosen.shape), targets)
         reached = (1 - losses.transfer).detach()
         errors = (prediction.expected - reached)[corrected].square()

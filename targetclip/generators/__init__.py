@@ -55,9 +55,12 @@ class Generator(Protocol):
         """Map z ~ N(0, I) to W+; `truncation` 1 leaves w as it is, 0 gives the average."""
 
     def synthesis(
-        self, ws: Float[Tensor, "batch num_ws w_dim"]
+        self, ws: Float[Tensor, "batch num_ws w_dim"], resolution: int | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Render W+ latents to images in [-1, 1]; deterministic, differentiable in `ws`."""
+        """Render W+ latents to images in [-1, 1]; deterministic, differentiable in `ws`.
+
+        `resolution` ends early, with smaller images without the finest details; None: all levels.
+        """
 
 
 def load_generator(path: str | Path) -> StyleGAN2:
