@@ -19,7 +19,7 @@ import torch
 
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import CorrectionConfig, MapperConfig, MapperRecord
-from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
+from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
@@ -98,7 +98,7 @@ def who_world(tiny_world: Path) -> Path:
     """The tiny world with an identity model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        identity = SketchIdentity(
+        identity = AvatarIdentity(
             IdentityConfig(resolution=16, channels=(8, 8), hidden=16, features=5)
         )
     save_identity(identity, tiny_world.with_name("who.safetensors"))

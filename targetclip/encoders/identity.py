@@ -98,7 +98,7 @@ class IdentityConfig:
     features: int = 39
 
 
-class SketchIdentity(nn.Module):
+class AvatarIdentity(nn.Module):
     """Images of avatars to features of mean 0 that tell people apart by their cosine."""
 
     def __init__(self, config: IdentityConfig) -> None:
@@ -131,16 +131,16 @@ class SketchIdentity(nn.Module):
         return F.normalize(self(resized), dim=1)
 
 
-def save_identity(identity: SketchIdentity, path: Path) -> None:
+def save_identity(identity: AvatarIdentity, path: Path) -> None:
     """Write a model as one safetensors file, weights in half precision, config in metadata."""
     save_half(path, identity, {"format": FORMAT, "config": json.dumps(asdict(identity.config))})
 
 
-def load_identity(path: str | Path) -> SketchIdentity:
+def load_identity(path: str | Path) -> AvatarIdentity:
     """Read an identity model, frozen and in float32.
     FileNotFoundError: no such file. ValueError: not an identity file, or a damaged one."""
     path = Path(path)
     metadata, state = read_tensors(path, "identity", [FORMAT], MAKE)
-    identity = SketchIdentity(stored_config(IdentityConfig, metadata, path))
+    identity = AvatarIdentity(stored_config(IdentityConfig, metadata, path))
     load_weights(identity, state, path)
     return identity.eval().requires_grad_(False)

@@ -28,7 +28,7 @@ from data.claims import create
 from data.dataset import verify
 from data.targets import draw_avatar, open_targets, split_of
 from targetclip.command import SIGNALS, Stopped, main
-from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
+from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from targetclip.optimize import optimize_directions
 from targetclip.world import load_scene, load_world
 
@@ -286,7 +286,7 @@ def test_a_folder_is_one_identity_models(who_world: Path, tmp_path: Path) -> Non
         who_world, tmp_path / "pairs", recipe="identity", steps=2, targets=("avataaars:2",)
     )
     assert run(made) == 0
-    other = SketchIdentity(IdentityConfig(16, (8, 8), 16, 5))
+    other = AvatarIdentity(IdentityConfig(16, (8, 8), 16, 5))
     folder = tmp_path / "other"
     shutil.copytree(who_world.parent, folder)
     save_identity(other, folder / "who.safetensors")

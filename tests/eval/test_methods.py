@@ -42,7 +42,7 @@ from eval.truth import truth_of
 from predictor.mapper import Mapper, load_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from predictor.transfer import EssenceTransfer
-from targetclip.encoders.identity import IdentityConfig, SketchIdentity
+from targetclip.encoders.identity import AvatarIdentity, IdentityConfig
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene
@@ -101,7 +101,7 @@ def bench(scene: Scene) -> Make:
     def make(
         mapper: Mapper | None = None,
         max_images: int = 8,
-        identity: SketchIdentity | None = None,
+        identity: AvatarIdentity | None = None,
         **changes: Any,
     ) -> Bench:
         own = dataclasses.replace(scene, max_images=max_images, identity=identity)
@@ -285,7 +285,7 @@ def test_the_teacher_of_identity_uses_the_model(bench: Make, targets: EvalSet) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = IdentityConfig(resolution=16, channels=(8, 8), hidden=16, features=5)
-        model = SketchIdentity(config).requires_grad_(False)
+        model = AvatarIdentity(config).requires_grad_(False)
     made = bench(identity=model)
     found = answer("identity", made, targets)
     assert found.edits.shape == (3, 6, 8) and found.notes == ("",) * 3

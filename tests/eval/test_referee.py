@@ -13,7 +13,7 @@ from torch import Tensor
 from eval import referee
 from eval.referee import Config, run
 from eval.report import REFEREE, referee_text
-from targetclip.encoders.identity import SketchIdentity
+from targetclip.encoders.identity import AvatarIdentity
 
 SIZE = 32
 SOURCES = {"ann": "navy", "bob": "olive", "cy": "maroon"}  # colours of the ground
@@ -213,16 +213,16 @@ def test_an_interrupted_run_goes_on_where_it_was(
     faces: Path, who_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    embed = SketchIdentity.embed_images
+    embed = AvatarIdentity.embed_images
 
-    def watched(self: SketchIdentity, images: Tensor) -> Tensor:
+    def watched(self: AvatarIdentity, images: Tensor) -> Tensor:
         if sum(seen) >= 6 and len(seen) < 100:
             seen.extend([0] * 100)
             raise KeyboardInterrupt
         seen.append(len(images))
         return embed(self, images)
 
-    monkeypatch.setattr(SketchIdentity, "embed_images", watched)
+    monkeypatch.setattr(AvatarIdentity, "embed_images", watched)
     monkeypatch.setattr(referee, "AT_ONCE", 2)
     made = config(faces, who_world)
     with pytest.raises(KeyboardInterrupt):

@@ -20,7 +20,7 @@ from predictor.mapper import Mapper, load_mapper
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip.embedder import ClipEmbedder
-from targetclip.encoders.identity import IdentityConfig, SketchIdentity, identity_similarity
+from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, identity_similarity
 from targetclip.media.images import picture_to_tensor
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe
@@ -83,7 +83,7 @@ def knowing(scene: Scene) -> Scene:
     """The scene with a small identity model of random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = SketchIdentity(IdentityConfig(16, (8, 8), 16, 5)).requires_grad_(False)
+        model = AvatarIdentity(IdentityConfig(16, (8, 8), 16, 5)).requires_grad_(False)
     return dataclasses.replace(scene, identity=model)
 
 

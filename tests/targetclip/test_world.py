@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from targetclip.encoders.identity import (
+    AvatarIdentity,
     IdentityConfig,
     IdentityModel,
-    SketchIdentity,
     save_identity,
 )
 from targetclip.generators import load_generator
@@ -209,7 +209,7 @@ def test_a_world_has_an_identity_model_if_its_file_names_one(
     assert world.identity == folder / "one.safetensors"
     with pytest.raises(FileNotFoundError, match=r"one\.safetensors"):
         load_scene(world, CPU)
-    save_identity(SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)), world.identity)
+    save_identity(AvatarIdentity(IdentityConfig(16, (8, 8), 8, 5)), world.identity)
     identity = load_scene(world, CPU).identity
     assert isinstance(identity, IdentityModel)
     assert identity.embed_images(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
@@ -264,7 +264,7 @@ def test_ten_lines_make_a_world(tiny_world: Path, clip_dir: Path, tmp_path: Path
     for name in ("generator", "inverter"):
         shutil.copy(tiny_world.with_name(f"{name}.safetensors"), tmp_path)
     shutil.copytree(clip_dir, tmp_path / "clip")
-    save_identity(SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)), tmp_path / "who.safetensors")
+    save_identity(AvatarIdentity(IdentityConfig(16, (8, 8), 8, 5)), tmp_path / "who.safetensors")
     text = """name = "mine"
 makes = "my pictures"
 generator = "generator.safetensors"

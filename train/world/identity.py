@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE, codes, one_hot
 from targetclip import command
-from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
+from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from targetclip.generators import load_generator
 from train.loop import Schedule, plain_settings, train
 from train.world.generator import HELD_OUT_SEED, Faces, best_device, random_at
@@ -76,7 +76,7 @@ def with_essence_of(
 
 
 def figures_of(
-    model: SketchIdentity,
+    model: AvatarIdentity,
     first: Float[Tensor, "people 3 height width"],
     second: Float[Tensor, "people 3 height width"],
 ) -> dict[str, float]:
@@ -103,7 +103,7 @@ def run(config: Config) -> None:
     device = best_device()
     generator = load_generator(config.generator).to(device)
     sizes = IdentityConfig(SIZE, (24, 32, 48, 64, 96), 128, FEATURES)
-    identity = SketchIdentity(sizes).to(device)
+    identity = AvatarIdentity(sizes).to(device)
     faces = Faces(config.out.parent, config.faces, config.seed, device)
     known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)
     sight = Sight(generator, faces, config.noise)
@@ -130,7 +130,7 @@ def run(config: Config) -> None:
         return loss
 
     @torch.no_grad()
-    def evaluate(average: SketchIdentity) -> dict[str, float]:
+    def evaluate(average: AvatarIdentity) -> dict[str, float]:
         average.eval()
         return {
             f"{kind}_{name}": value

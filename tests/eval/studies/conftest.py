@@ -10,7 +10,7 @@ import torch
 from data.illustrated.codes import SIZE, VALUES, W_DIM
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
-from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
+from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
@@ -46,7 +46,7 @@ def face_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
             hidden=16,
         )
         save_inverter(Inverter(config), folder / "inverter.safetensors")
-        identity = SketchIdentity(
+        identity = AvatarIdentity(
             IdentityConfig(resolution=SIZE, channels=WIDTHS, hidden=16, features=5)
         )
         save_identity(identity, folder / "identity.safetensors")

@@ -29,7 +29,7 @@ from predictor.mapper import load_mapper, save_mapper
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip.command import STOPPED
 from targetclip.directions import direction_bytes, load_direction
-from targetclip.encoders.identity import IdentityConfig, SketchIdentity, save_identity
+from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.media.images import read_picture, tensor_to_pictures
 from targetclip.optimize import Progress
@@ -252,7 +252,7 @@ def rich_world(
     identity = tmp_path_factory.mktemp("identity") / "identity.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        save_identity(SketchIdentity(IdentityConfig(16, (8, 8), 8, 5)), identity)
+        save_identity(AvatarIdentity(IdentityConfig(16, (8, 8), 8, 5)), identity)
     world = tiny_world.with_name("rich.toml")
     parts = f'mapper = "{tiny_mapper}"\nidentity = "{identity}"\nneutral = ["a face"]\n'
     world.write_text(tiny_world.read_text() + parts)

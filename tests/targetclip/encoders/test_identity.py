@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from targetclip.encoders.identity import (
     FORMAT,
+    AvatarIdentity,
     EmbedderWithIdentity,
     IdentityConfig,
     IdentityModel,
-    SketchIdentity,
     feature_model,
     identity_similarity,
     load_identity,
@@ -38,10 +38,10 @@ class MeanColour:
 
 
 @pytest.fixture
-def identity() -> SketchIdentity:
+def identity() -> AvatarIdentity:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return SketchIdentity(CONFIG).requires_grad_(False)
+        return AvatarIdentity(CONFIG).requires_grad_(False)
 
 
 def images(count: int = 3, size: int = 16, seed: int = 1) -> Tensor:
@@ -57,25 +57,25 @@ def error_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("size", [16, 8, 40])
-def test_images_of_any_square_size_become_unit_vectors(identity: SketchIdentity, size: int) -> None:
+def test_images_of_any_square_size_become_unit_vectors(identity: AvatarIdentity, size: int) -> None:
     features = identity.embed_images(images(size=size))
     assert features.shape == (3, 5)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
 
 
-def test_a_picture_and_its_enlargement_show_the_same_person(identity: SketchIdentity) -> None:
+def test_a_picture_and_its_enlargement_show_the_same_person(identity: AvatarIdentity) -> None:
     smooth = F.interpolate(images(size=4), size=16, mode="bicubic")
     large = F.interpolate(smooth, size=64, mode="bicubic")
     assert (identity_similarity(identity, smooth, large) > 0.99).all()
     assert (identity_similarity(identity, smooth, smooth.flip(0))[[0, 2]] < 0.99).all()
 
 
-def test_images_that_are_not_square_are_refused(identity: SketchIdentity) -> None:
+def test_images_that_are_not_square_are_refused(identity: AvatarIdentity) -> None:
     with pytest.raises(ValueError, match="square"):
         identity.embed_images(torch.zeros(1, 3, 16, 8))
 
 
-def test_embeddings_pass_a_gradient_to_the_images(identity: SketchIdentity) -> None:
+def test_embeddings_pass_a_gradient_to_the_images(identity: AvatarIdentity) -> None:
     leaf = images(size=32).requires_grad_(True)
     identity.embed_images(leaf)[:, 0].sum().backward()
     assert leaf.grad is not None and leaf.grad.abs().sum() > 0
@@ -126,7 +126,7 @@ def test_a_search_looks_at_people_only_where_that_has_a_weight() -> None:
 
 
 def test_a_saved_model_is_the_same_but_for_half_precision(
-    identity: SketchIdentity, tmp_path: Path
+    identity: AvatarIdentity, tmp_path: Path
 ) -> None:
     path = tmp_path / "identity.safetensors"
     save_identity(identity, path)
@@ -152,7 +152,7 @@ def test_a_saved_model_is_the_same_but_for_half_precision(
     ],
 )
 def test_a_file_that_is_not_an_identity_model_is_refused(
-    identity: SketchIdentity, tmp_path: Path, metadata: dict[str, str | None], said: str
+    identity: AvatarIdentity, tmp_path: Path, metadata: dict[str, str | None], said: str
 ) -> None:
     path = tmp_path / "identity.safetensors"
     assert "no such" in error_of(path)
