@@ -314,6 +314,7 @@ def test_a_plan_from_before_the_identity_loss_is_gone_on_with(
     ("changes", "named"),
     [
         ({"steps": 4}, "recipe.steps: planned 3, found 4"),
+        ({"render_size": 8}, "recipe.render_size: planned None, found 8"),
         ({"seed": 1}, "seed: planned 0, found 1"),
         (
             {"recipe": "paper", "initial": "zero"},

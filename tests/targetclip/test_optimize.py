@@ -196,6 +196,23 @@ def test_a_batch_of_targets_equals_each_target_alone(embedder: ProjectionEmbedde
             torch.testing.assert_close(together.loss[[row]], alone.loss)
 
 
+def test_a_search_at_a_coarser_size_is_the_search_of_the_coarse_levels(
+    generator: StyleGAN2, embedder: ProjectionEmbedder
+) -> None:
+    coarse = StyleGAN2(
+        StyleGAN2Config(resolution=8, w_dim=8, z_dim=8, mapping_layers=2, channels=(8, 8))
+    ).requires_grad_(False)
+    coarse.load_state_dict(generator.state_dict(), strict=False)
+    found = run(generator, embedder, quick(render_size=8), [0, 2]).directions
+    targets = embedder.embed_images(generator.synthesis(random_latents(generator, range(100, 104))))
+    zero = torch.zeros(4, coarse.num_ws, 8)
+    expected = run(coarse, embedder, quick(), [0, 2], zero, targets).directions
+    assert torch.equal(found[:, : coarse.num_ws], expected)
+    assert not found[:, coarse.num_ws :].any()  # nothing on these images depends on them
+    with pytest.raises(ValueError, match=r"size in px of \[4, 8, 16\], found 12"):
+        run(generator, embedder, quick(render_size=12), [0])
+
+
 def test_chunks_of_images_change_nothing(
     generator: StyleGAN2, embedder: ProjectionEmbedder
 ) -> None:

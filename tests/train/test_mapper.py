@@ -22,6 +22,7 @@ from data.dataset import load_pairs
 from data.targets import Target, open_targets, split_of
 from predictor.mapper import load_mapper
 from targetclip.command import Stop, Stopped, guarded, parse
+from targetclip.generators.stylegan2 import StyleGAN2
 from train.loop import CHECKPOINT, LOG
 from train.mapper import (
     MAPPER,
@@ -288,6 +289,23 @@ def test_an_identity_loss_needs_a_world_with_the_model_and_a_stage_that_has_it(
         run(small(recipe="identity"))
     with pytest.raises(ValueError, match="--identity-weight: it is of the transfer term"):
         run(small(identity_weight=0.1, schedule=("differences:2",)))
+
+
+def test_the_transfer_term_renders_at_the_size_that_is_asked_for(
+    small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = prepared(small(schedule=("transfer:1",), render_size=8))
+    assert training.trainer.settings["recipe"]["render_size"] == 8
+    sizes: list[int | None] = []
+    synthesis = StyleGAN2.synthesis
+
+    def watched(self: StyleGAN2, ws: Tensor, resolution: int | None = None) -> Tensor:
+        sizes.append(resolution)
+        return synthesis(self, ws, resolution)
+
+    monkeypatch.setattr(StyleGAN2, "synthesis", watched)
+    assert training.losses_at(0, 0)["transfer"].isfinite()
+    assert sizes and set(sizes) == {8}
 
 
 def test_layers_computed_again_are_no_other_training(
