@@ -114,9 +114,6 @@ class TransferTerm:
     """Weight of the identity loss. Default: the recipe's."""
     sources: int | None = None
     """Sources edited for each target. Default: the recipe's."""
-    render_size: int | None = None
-    """Size in px of the images rendered for it, without the generator's finest levels. Default: the
-    generator's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +161,9 @@ class Config:
     world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     schedule: tuple[str, ...] = ("differences:1000", "transfer:4000")
-    """Stages NAME[+NAME...]:STEPS, one after the other: transfer is the teacher's own objective,
-    pairs its directions, differences those between random latents."""
+    """Stages NAME[+NAME...][@SIZE]:STEPS, one after the other: transfer is the teacher's own
+    objective, pairs its directions, differences those between random latents. SIZE renders smaller
+    images for transfer, in px, without the generator's finest levels."""
     data: Data = field(default_factory=Data)
     transfer: TransferTerm = field(default_factory=TransferTerm)
     batches: BatchSizes = field(default_factory=BatchSizes)
@@ -191,7 +189,7 @@ class Config:
 
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
-FREE |= {"evaluate_every", "checkpoint_layers", "start", "render_size"}
+FREE |= {"evaluate_every", "checkpoint_layers", "start"}
 FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
 
 
@@ -270,7 +268,6 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene
         "sources": term.sources,
         "weight_decay": term.direction_decay,
         "identity_weight": term.identity_weight,
-        "render_size": term.render_size,
     }
     recipe = replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
     scene = load_scene(
@@ -467,9 +464,9 @@ class MapperTraining:
     def losses_at(self, step: int, shard: int) -> dict[str, Tensor]:
         """Return the losses of a batch of a step."""
         seed = seed_of("mapper step", self.config.seed, step, shard)
-        terms = stage_at(self.stages, step).terms
+        stage = stage_at(self.stages, step)
         with in_precision(self.objective.scene.device, self.precision):
-            losses: dict[str, Tensor] = self.model(terms, seed)
+            losses: dict[str, Tensor] = self.model(stage.terms, seed, stage.render_size)
         return losses
 
     @torch.no_grad()
@@ -488,6 +485,8 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
     stages, data = stages_of(config), config.data
     recipe_name, recipe, scene = make_scene(config, accelerator.device)
     precision, start = choose_precision(config.precision), open_start(config, scene)
+    for size in {stage.render_size for stage in stages} - {None}:  # can it? before hours are spent
+        scene.features(scene.latents([0]), recipe.preprocess, render_size=size)
     validation = Validation.open(data.validation or (), scene, recipe)
     pairs = None
     if data.pairs is not None:

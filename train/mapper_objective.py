@@ -28,7 +28,7 @@ from targetclip.seeds import seed_of
 from train.mapper_data import BatchSizes, Pairs, SourceReading, training_sources
 
 TERMS = ("transfer", "pairs", "differences")
-STAGE = re.compile(r"([a-z]+(?:\+[a-z]+)*):([1-9][0-9]{0,8})")
+STAGE = re.compile(r"([a-z]+(?:\+[a-z]+)*)(?:@([1-9][0-9]{0,4}))?:([1-9][0-9]{0,8})")
 POOL = 32  # fresh sources a batch; each target edits some of them
 
 
@@ -41,11 +41,14 @@ class TrainingStage:
 
     terms: tuple[str, ...]
     steps: int
+    render_size: int | None = None
+    """Size in px of the images of the transfer term; None: the generator's own."""
 
 
 def parse_schedule(texts: Sequence[str]) -> tuple[TrainingStage, ...]:
-    """Return the stages of texts NAME[+NAME...]:STEPS.
-    ValueError: no stage, a text of another form, or unknown or repeated terms."""
+    """Return the stages of texts NAME[+NAME...][@SIZE]:STEPS.
+    ValueError: no stage, a text of another form, unknown or repeated terms, or a size where nothing
+    is rendered."""
     if not texts:
         raise ValueError("--schedule: expected stages such as pairs:1000 transfer:4000, found none")
     stages = []
@@ -56,11 +59,14 @@ def parse_schedule(texts: Sequence[str]) -> tuple[TrainingStage, ...]:
         if not parts or unknown or len(set(names)) < len(names):
             hint = did_you_mean(unknown[0], TERMS) if unknown else ""
             raise ValueError(
-                f"--schedule: expected NAME[+NAME...]:STEPS with different names of "
+                f"--schedule: expected NAME[+NAME...][@SIZE]:STEPS with different names of "
                 f"{', '.join(TERMS)} and 1 step or more, found {text!r}{hint}"
             )
         terms = tuple(name for name in TERMS if name in names)
-        stages.append(TrainingStage(terms, int(parts[2])))
+        size = int(parts[2]) if parts[2] else None
+        if size is not None and "transfer" not in terms:
+            raise ValueError(f"--schedule: @{size} is of transfer, which is not in {text!r}")
+        stages.append(TrainingStage(terms, int(parts[3]), size))
     return tuple(stages)
 
 
@@ -125,7 +131,9 @@ class Objective(nn.Module):
             embeddings[~of_bank] = pairs.embeddings[chosen[~of_bank] - banked]
         return embeddings.to(self.scene.device)
 
-    def transfer(self, random: torch.Generator, seed: int) -> dict[str, Tensor]:
+    def transfer(
+        self, random: torch.Generator, seed: int, render_size: int | None = None
+    ) -> dict[str, Tensor]:
         """Return the recipe's objective for random targets on fresh sources, and the squared error
         of the expected score."""
         scene, recipe, reading = self.scene, self.recipe, self.reading
@@ -133,7 +141,7 @@ class Objective(nn.Module):
         embeddings = noisy(targets, self.sizes.noise, random)
         prediction = self.predict(embeddings)
         directions = prediction.directions
-        rendering = recipe.preprocess, recipe.identity_weight, recipe.render_size
+        rendering = recipe.preprocess, recipe.identity_weight, render_size
         count = max(POOL, recipe.sources)
         seeds = [seed_of("mapper source", seed, i) for i in range(count)]
         pool = training_sources(scene, seeds, reading.kinds)
@@ -194,12 +202,14 @@ class Objective(nn.Module):
             prediction: Prediction = self.mapper(embeddings)
         return prediction
 
-    def forward(self, terms: Sequence[str], seed: int) -> dict[str, Tensor]:
+    def forward(
+        self, terms: Sequence[str], seed: int, render_size: int | None = None
+    ) -> dict[str, Tensor]:
         """Return `loss`, the sum of the terms, and each term, as means over the batch."""
         random = torch.Generator().manual_seed(seed)
         losses: dict[str, Tensor] = {}
         if "transfer" in terms:
-            losses |= self.transfer(random, seed)
+            losses |= self.transfer(random, seed, render_size)
         if "pairs" in terms:
             losses |= self.pairs(random)
         if "differences" in terms:

@@ -184,7 +184,8 @@ def images_of(
     rows: Float[Tensor, "batch height row"], width: int
 ) -> Float[Tensor, "batch channels height width"]:
     """Undo `rows_of`."""
-    return rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
+    images: Tensor = rows.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
+    return images
 
 
 def row_of(

@@ -294,8 +294,7 @@ def test_an_identity_loss_needs_a_world_with_the_model_and_a_stage_that_has_it(
 def test_the_transfer_term_renders_at_the_size_that_is_asked_for(
     small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = prepared(small(schedule=("transfer:1",), render_size=8))
-    assert training.trainer.settings["recipe"]["render_size"] == 8
+    training = prepared(small(schedule=("transfer@8:1", "transfer:1")))
     sizes: list[int | None] = []
     synthesis = StyleGAN2.synthesis
 
@@ -304,8 +303,10 @@ def test_the_transfer_term_renders_at_the_size_that_is_asked_for(
         return synthesis(self, ws, resolution)
 
     monkeypatch.setattr(StyleGAN2, "synthesis", watched)
-    assert training.losses_at(0, 0)["transfer"].isfinite()
-    assert sizes and set(sizes) == {8}
+    for step, size in enumerate((8, None)):
+        sizes.clear()
+        assert training.losses_at(step, 0)["transfer"].isfinite()
+        assert sizes and set(sizes) == {size}
 
 
 def test_layers_computed_again_are_no_other_training(
@@ -561,8 +562,8 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(
 
 
 def test_a_schedule_is_stages_one_after_the_other() -> None:
-    stages = parse_schedule(("pairs:3", "differences+transfer:2"))
-    second = TrainingStage(("transfer", "differences"), 2)
+    stages = parse_schedule(("pairs:3", "differences+transfer@8:2"))
+    second = TrainingStage(("transfer", "differences"), 2, render_size=8)
     assert stages == (TrainingStage(("pairs",), 3), second)
     assert [stage_at(stages, step) for step in (0, 2, 3, 4)] == [stages[i] for i in (0, 0, 1, 1)]
     with pytest.raises(ValueError, match="expected a step before the end"):
@@ -582,6 +583,8 @@ def test_a_stage_written_otherwise_is_refused(text: str) -> None:
     [
         ({"schedule": ()}, "--schedule: expected stages"),
         ({"schedule": ("pairs:2",)}, "needs --pairs"),
+        ({"schedule": ("differences@8:2",)}, "--schedule: @8 is of transfer"),
+        ({"schedule": ("transfer@12:2",)}, "expected a size in px of [4, 8, 16], found 12"),
         ({"learning_rate": 0.0}, "--learning-rate: expected a number above 0"),
         ({"targets": ()}, "--targets: expected some"),
         ({"num_pairs": 3}, "--num-pairs: expected a dataset"),
