@@ -84,8 +84,8 @@ class Config:
     steps: int | None = None
     """Steps of the teacher. Default: the recipe's."""
     render_size: int | None = None
-    """Size in px of the images that the teacher renders, without the generator's finest levels;
-    scores are of full images. Default: the generator's own."""
+    """Size in px of the images that the teacher renders, without the generator's finest levels.
+    Scores on held-out sources are of full images, others of these. Default: the generator's own."""
     batch_size: int | Literal["auto"] = "auto"
     """Targets optimized together, which are a chunk; auto: as many as fit and are fast."""
     max_images: int | None = None
@@ -361,6 +361,8 @@ def command_line(config: Config, plan: Plan) -> list[str]:
     flags = ["--out", "pairs", "--targets", *specs, "--world", Path(config.world).name]
     flags += ["--recipe", plan.settings["recipe_name"], "--initial", recipe["initial"]]
     flags += ["--steps", str(recipe["steps"]), "--batch-size", str(plan.batch_size)]
+    if recipe.get("render_size") is not None:
+        flags += ["--render-size", str(recipe["render_size"])]
     return [*flags, "--held-out", str(plan.settings["held_out"]), "--seed", str(config.seed)]
 
 
@@ -456,6 +458,7 @@ def run(config: Config, at: At = go_on) -> int:
         max_images=config.max_images,
         checkpoint_layers=config.checkpoint_layers,
     )
+    scene.check_render_size(config.render_size, "--render-size")
     teacher = make_teacher(scene, *chosen_recipe(config, world), config.held_out, precision)
     build = Build(
         config=config,

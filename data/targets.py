@@ -7,7 +7,6 @@ machine to the next.
 """
 
 import hashlib
-import importlib.util
 import itertools
 import json
 import logging
@@ -24,7 +23,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
-from data.illustrated.avatars import HELD_OUT, TRAINED, Options, draw, render
+from data.illustrated.avatars import HELD_OUT, TRAINED, Options, check_dicebear, draw, render
 from data.illustrated.codes import SIZE, VALUES, draw_face, indices_from_z
 from data.illustrated.shown import sample
 from data.pairs import such_as
@@ -45,7 +44,6 @@ from targetclip.world import DEFAULT_WORLD, World
 logger = logging.getLogger(__name__)
 
 DRAWN = ("avataaars", "styles", "held-out")
-INSTALL = 'pip install "targetclip[avatars]"'
 KINDS = ("generated", "mixed", *DRAWN, "dataset")
 SEEDED = re.compile(
     r"(generated|mixed|avataaars|styles|held-out):([1-9][0-9]{0,14})(?:@([0-9]{1,15}))?"
@@ -349,12 +347,6 @@ def render_sample(
         return tensor_to_pictures(generator.synthesis(ws))[0]
 
 
-def check_dicebear(what: str) -> None:
-    """Raise a ValueError where the packages that draw avatars are missing."""
-    if not all(map(importlib.util.find_spec, ("dicebear", "dicebear_styles", "resvg_py"))):
-        raise ValueError(f"{what} is drawn by DiceBear, which is not installed: {INSTALL}")
-
-
 def face_at(seed: int, index: int) -> list[int]:
     """Return the values of the face that avataaars:N@SEED shows at an index (see `codes`)."""
     numbers = torch.Generator().manual_seed(seed_of("avataaars", seed, index))
@@ -478,14 +470,14 @@ def default_targets(world: World, seed: int, count: int, samples: int = 0) -> tu
     return tuple(f"{kind}:{number}@{seed}" for kind, number in counts.items() if number)
 
 
-def check_trainable(specs: Iterable[str]) -> None:
-    """Raise a ValueError for targets of the styles that are kept for tests.
+def check_trainable(specs: Iterable[str], flag: str = "--targets") -> None:
+    """Raise a ValueError that begins with `flag` for targets of the styles that are kept for tests.
 
-    Called wherever something is learned from targets.
+    Called wherever something is learned or chosen by targets.
     """
     for spec in specs:
         if spec.startswith("held-out:"):
             raise ValueError(
-                f"--targets: expected targets to learn from, found {spec!r}, of the styles that "
+                f"{flag}: expected targets to learn from, found {spec!r}, of the styles that "
                 f"are kept for tests; give {spec.replace('held-out', 'styles')!r}"
             )

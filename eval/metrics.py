@@ -123,9 +123,12 @@ def essence_by_attribute(
 
 
 def distance_apart(source: Float[Tensor, "sources readings"]) -> Float[Tensor, " readings"]:
-    """Return the mean absolute difference of two different sources, for each reading."""
-    count = len(source)
-    return (source[:, None] - source[None]).abs().sum(dim=(0, 1)) / (count * (count - 1))
+    """Return the mean absolute difference of two sources that both show a reading; 0 if none do."""
+    seen = seen_identity(source)
+    others = ~torch.eye(len(source), dtype=torch.bool, device=source.device)[..., None]
+    both = seen[:, None] & seen[None] & others
+    differences = (source[:, None] - source[None]).abs() * both
+    return differences.sum(dim=(0, 1)) / both.sum(dim=(0, 1)).clamp(min=1)
 
 
 def identity_kept(
@@ -144,14 +147,14 @@ def identity_kept(
 def identity_by_attribute(
     edited: Float[Tensor, "targets sources outputs"], source: Float[Tensor, "sources outputs"]
 ) -> dict[str, float]:
-    """Return `identity_kept` of each identity attribute, over all targets."""
+    """Return `identity_kept` of each identity attribute that shows, over all targets."""
     seen = seen_identity(edited) & seen_identity(source)
     changed = ((edited - source).abs() * seen).sum(dim=(0, 1))
     apart = (distance_apart(source) * seen).sum(dim=(0, 1))
     return {
         reading.name: 1 - float(changed[reading.span].sum() / apart[reading.span].sum())
         for reading in READINGS
-        if not reading.essence
+        if not reading.essence and apart[reading.span].any()
     }
 
 

@@ -14,13 +14,12 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data.illustrated.avatars import HELD_OUT, TRAINED, draw
+from data.illustrated.avatars import HELD_OUT, TRAINED, check_dicebear, draw
 from data.illustrated.codes import STYLE
 from data.illustrated.shown import shown
 from data.targets import (
     Target,
     avatar_at,
-    check_dicebear,
     digest_of,
     draw_avatar,
     face_at,

@@ -117,7 +117,9 @@ def embed_latents(
     """
 
     def embed(part: Tensor) -> Tensor:
-        return embedder.embed_images(generator.synthesis(part, render_size), preprocess)
+        # A generator of your own need not be able to end early.
+        end = {} if render_size is None else {"resolution": render_size}
+        return embedder.embed_images(generator.synthesis(part, **end), preprocess)
 
     chunks = ws.split(max_images)
     if len(chunks) == 1 or not ws.requires_grad:

@@ -120,6 +120,7 @@ def targets_of(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if judged is None:
         judged = default_targets(world, VALIDATION_TARGETS, 32)
     check_trainable(trained)
+    check_trainable(judged, "--validation")
     return trained, judged
 
 
@@ -141,7 +142,7 @@ def make_parts(config: Config) -> tuple[Scene, Recipe, Inverter]:
     if encoder is None:
         raise ValueError(
             f"--start: expected an inverter's file, for world {world.name!r} names none of ours; "
-            "make one with python -m train.world.inverter"
+            "for the bundled world make one with python -m train.world.inverter"
         )
     return scene, recipe, encoder.to(scene.device).train().requires_grad_(True)
 

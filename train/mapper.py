@@ -162,8 +162,9 @@ class Config:
     """Name of a bundled world, or the path of a world's .toml file."""
     schedule: tuple[str, ...] = ("differences:1000", "transfer:4000")
     """Stages NAME[+NAME...][@SIZE]:STEPS, one after the other: transfer is the teacher's own
-    objective, pairs its directions, differences those between random latents. SIZE renders smaller
-    images for transfer, in px, without the generator's finest levels."""
+    objective, pairs its directions, differences those between random latents. With @SIZE
+    the transfer term renders images of SIZE px, skipping the generator's finest levels. Let the
+    last stage have none, for the expected score is of full images."""
     data: Data = field(default_factory=Data)
     transfer: TransferTerm = field(default_factory=TransferTerm)
     batches: BatchSizes = field(default_factory=BatchSizes)
@@ -236,6 +237,7 @@ def with_targets(config: Config) -> Config:
     if validation is None:
         validation = default_targets(world, VALIDATION_TARGETS, 32)
     check_trainable(targets)
+    check_trainable(validation, "--validation")
     return replace(config, data=replace(data, targets=targets, validation=validation))
 
 
@@ -475,7 +477,9 @@ class MapperTraining:
         validation, stage = self.validation, stage_at(self.stages, self.trainer.step - 1)
         edits = average.edits(validation.embeddings, validation.sources)
         write_picture(validation.grid(edits), self.config.out / "grid.png")
-        return {"stage": "+".join(stage.terms), **validation.figures_of(average)}
+        size = "" if stage.render_size is None else f"@{stage.render_size}"
+        name = "+".join(stage.terms) + size
+        return {"stage": name, **validation.figures_of(average)}
 
 
 def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTraining:
@@ -485,8 +489,8 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
     stages, data = stages_of(config), config.data
     recipe_name, recipe, scene = make_scene(config, accelerator.device)
     precision, start = choose_precision(config.precision), open_start(config, scene)
-    for size in {stage.render_size for stage in stages} - {None}:  # can it? before hours are spent
-        scene.features(scene.latents([0]), recipe.preprocess, render_size=size)
+    for stage in stages:
+        scene.check_render_size(stage.render_size, "--schedule")
     validation = Validation.open(data.validation or (), scene, recipe)
     pairs = None
     if data.pairs is not None:

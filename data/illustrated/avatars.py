@@ -4,6 +4,7 @@ Knows the DiceBear styles that show human faces, which of them no network may be
 how to render one at any size. Needs the extra `avatars`.
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -36,6 +37,7 @@ TRAINED = (
 )  # fmt: skip
 # Whole styles that no network is ever trained on.
 HELD_OUT = ("personas", "micah", "open-peeps", "lorelei")
+INSTALL = 'pip install "targetclip[avatars]"'
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,22 @@ class Credit:
     source: str
 
 
+def check_dicebear(what: str) -> None:
+    """Raise a ValueError where the packages that draw avatars are missing."""
+    if not all(map(importlib.util.find_spec, ("dicebear", "dicebear_styles", "resvg_py"))):
+        raise ValueError(f"{what} is drawn by DiceBear, which is not installed: {INSTALL}")
+
+
 @cache
 def definition(style: str) -> dict[str, Any]:
     """Return a style's definition: components, variants, colours and credits.
 
     Raises:
-        ImportError: the extra `avatars` is not installed.
-        ValueError: not one of the human styles.
+        ValueError: not one of the human styles; the extra `avatars` is not installed.
     """
     if style not in TRAINED + HELD_OUT:
         raise ValueError(f"unknown style {style!r}: expected {', '.join(TRAINED + HELD_OUT)}")
+    check_dicebear(f"style {style!r}")
     text = files("dicebear_styles").joinpath(f"{style}.json").read_text("utf-8")
     loaded: dict[str, Any] = json.loads(text)
     return loaded

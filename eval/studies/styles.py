@@ -26,11 +26,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.illustrated.avatars import HELD_OUT, TRAINED, draw, render
+from data.illustrated.avatars import HELD_OUT, TRAINED, check_dicebear, draw, render
 from data.illustrated.codes import SIZE
 from data.illustrated.shown import Shown, Wish, can_show, colours, sample, shown
 from data.publish import sha256_of
-from data.targets import check_dicebear
 from eval.answers import earlier_report
 from eval.judging import face_reader
 from eval.methods import mapped
@@ -104,7 +103,9 @@ def style_target(style: str, seed: int, index: int) -> StyleTarget:
     """Draw a target; glasses, beard and hat are on by the bits of its index, hair in turn."""
     wishes = {k: bool(index >> bit & 1) for bit, k in enumerate(KINDS) if can_show(style, k)}
     names = list(colours())
-    svg, drawn = draw(style, sample(style, seed, index, wishes, names[index % len(names)]))
+    # One further at every turn of the bits, so that no colour goes with glasses or beard.
+    colour = names[(index + index // 8) % len(names)]
+    svg, drawn = draw(style, sample(style, seed, index, wishes, colour))
     return StyleTarget(Image.fromarray(render(svg, SIZE)), shown(style, drawn))
 
 
@@ -146,15 +147,18 @@ def found_on(
 
 def row_of(targets: Sequence[Shown], found: Found) -> dict[str, Any]:
     """Return how often each attribute arrives with and without it, and how often the colour is
-    right; None where no target tells."""
+    right; None where targets do not tell, as those of a style that does not draw it."""
     row: dict[str, Any] = {"targets": len(targets)}
     for kind in KINDS:
-        for name, there in (("with", True), ("without", False)):
-            chosen = torch.tensor([has(target, kind) is there for target in targets])
-            arrived = found[kind][chosen].float()
-            row[f"{kind}_{name}"] = float(arrived.mean()) if chosen.any() else None
-        both = row[f"{kind}_with"], row[f"{kind}_without"]
-        row[f"{kind}_difference"] = None if None in both else both[0] - both[1]
+        there = [has(target, kind) for target in targets]
+        names = [f"{kind}_{name}" for name in ("with", "without", "difference")]
+        row |= dict.fromkeys(names)
+        if True in there and False in there:
+            having, lacking = (
+                float(found[kind][[i for i, t in enumerate(there) if t is side]].float().mean())
+                for side in (True, False)
+            )
+            row |= dict(zip(names, (having, lacking, having - lacking), strict=True))
     told = [i for i, target in enumerate(targets) if target.hair_colour]
     wanted = torch.tensor([[HAIR_COLOURS.index(targets[i].hair_colour)] for i in told])
     right = (found["hair_colour"][told] == wanted).float() if told else None

@@ -22,9 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from data.illustrated.avatars import to_images
+from data.illustrated.avatars import check_dicebear, to_images
 from data.illustrated.codes import W_DIM, codes, draw_face, indices_from_z, one_hot
-from data.targets import check_dicebear
 from eval.judging import face_reader
 from eval.reader import PRESENT, READINGS, AvatarReader
 from eval.report import number, table

@@ -21,7 +21,7 @@ from targetclip.recipes import Preprocess
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, save_half
 
 FORMAT = "targetclip-identity/1"
-MAKE = "make one with python -m train.world.identity"
+MAKE = "for the bundled world make one with python -m train.world.identity"
 
 
 @runtime_checkable
@@ -91,11 +91,11 @@ def feature_model(
 class IdentityConfig:
     """Sizes of an identity network."""
 
-    resolution: int = 64
-    channels: tuple[int, ...] = (32, 48, 64, 96)
+    resolution: int
+    channels: tuple[int, ...]
     """Widths after each halving of the resolution."""
-    hidden: int = 128
-    features: int = 39
+    hidden: int
+    features: int
 
 
 class AvatarIdentity(nn.Module):

@@ -23,7 +23,7 @@ from targetclip.generators import Generator
 from targetclip.weights import load_weights, read_tensors, save_half
 
 FORMAT = "targetclip-inverter/1"
-MAKE = "make one with python -m train.world.inverter"
+MAKE = "for the bundled world make one with python -m train.world.inverter"
 COARSEST = 16  # px of the smallest pictures that the search compares
 
 Config = TypeVar("Config")
@@ -135,7 +135,7 @@ def load_inverter(path: str | Path, generator: str) -> Inverter:
     if config.generator != generator:
         raise ValueError(
             f"{path} inverts generator {config.generator[:12]}, but the generator loaded is "
-            f"{generator[:12]}: train one for it with python -m train.world.inverter"
+            f"{generator[:12]}: name one made for it, or none, and pictures are inverted by a search"
         )
     inverter = Inverter(config)
     load_weights(inverter, state, path)

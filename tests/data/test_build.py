@@ -438,6 +438,7 @@ def test_a_plan_that_another_made_meanwhile_is_checked_too(
         ("--batch-size 0", "--batch-size: expected 1 or more, found 0"),
         ("--held-out 1", "--held-out: expected 2 or more"),
         ("--targets held-out:5", "--targets: expected targets to learn from"),
+        ("--render-size 12", "--render-size: expected a size in px of [4, 8, 16], found 12"),
         ("--lease nan", "--lease: expected seconds above 0, found nan"),
         ("--world nope", "unknown world 'nope'"),
         ("--targets nope", "expected targets as a folder of pictures"),

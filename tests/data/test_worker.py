@@ -242,9 +242,9 @@ def test_images_are_rendered_a_step_at_a_time_or_fewer_where_asked(
         def __getattr__(self, name: str) -> Any:
             return getattr(teacher.scene.generator, name)
 
-        def synthesis(self, ws: Tensor, resolution: int | None = None) -> Tensor:
+        def synthesis(self, ws: Tensor) -> Tensor:
             rendered.append(len(ws))
-            return teacher.scene.generator.synthesis(ws, resolution)
+            return teacher.scene.generator.synthesis(ws)
 
     for most in (None, 5):
         rendered.clear()

@@ -228,6 +228,7 @@ def test_the_expected_score_stays_as_training_left_it_if_asked(
     ("changes", "words"),
     [
         ({"targets": ("avataaars:1@29",)}, "validation split"),
+        ({"targets": ("held-out:3",)}, "--targets: expected targets to learn from"),
         ({"mapper": Path("none.safetensors")}, "no such mapper"),
         ({"count": 0}, "--count: expected 1 or more, found 0"),
         ({"sources": 1}, "--sources: expected 2 or more, found 1"),

@@ -283,6 +283,8 @@ def test_a_damaged_file_of_pictures_is_named(small: Callable[..., Config], tmp_p
         ({"learning_rate": float("nan")}, "--learning-rate"),
         ({"targets": ()}, "--targets: expected some"),
         ({"validation": ()}, "--validation: expected pictures"),
+        ({"targets": ("held-out:3",)}, "--targets: expected targets to learn from"),
+        ({"validation": ("held-out:3",)}, "--validation: expected targets to learn from"),
         ({"start": Path("nowhere.safetensors")}, "no such inverter file"),
     ],
 )

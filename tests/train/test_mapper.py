@@ -584,7 +584,10 @@ def test_a_stage_written_otherwise_is_refused(text: str) -> None:
         ({"schedule": ()}, "--schedule: expected stages"),
         ({"schedule": ("pairs:2",)}, "needs --pairs"),
         ({"schedule": ("differences@8:2",)}, "--schedule: @8 is of transfer"),
-        ({"schedule": ("transfer@12:2",)}, "expected a size in px of [4, 8, 16], found 12"),
+        (
+            {"schedule": ("transfer@12:2",)},
+            "--schedule: expected a size in px of [4, 8, 16], found 12",
+        ),
         ({"learning_rate": 0.0}, "--learning-rate: expected a number above 0"),
         ({"targets": ()}, "--targets: expected some"),
         ({"num_pairs": 3}, "--num-pairs: expected a dataset"),
@@ -592,6 +595,8 @@ def test_a_stage_written_otherwise_is_refused(text: str) -> None:
         ({"noise": float("nan")}, "--noise: expected a number"),
         ({"recipe": "best"}, "--recipe: expected one of release"),
         ({"targets": ("nowhere",)}, "expected targets as"),
+        ({"targets": ("held-out:3",)}, "--targets: expected targets to learn from"),
+        ({"validation": ("held-out:3",)}, "--validation: expected targets to learn from"),
         ({"validation": ()}, "--validation: expected pictures"),
     ],
 )

@@ -368,10 +368,6 @@ def run(config: Config) -> None:
     folder = config.out.parent
     pictures, truths = avatars(folder, TRAINED, config.pictures, config.seed)
     pictures = pictures.to(device)
-    tests = {
-        name: (avatars(folder, styles, config.tests * len(styles), HELD_OUT_SEED), styles)
-        for name, styles in {"trained": TRAINED, "held_out": HELD_OUT}.items()
-    }
     questions = Questions(truths, device)
     yes_or_no = tokenizer()(QUESTION_TEXTS).to(device)
     keys = [(item, config.seed, i) for i, item in enumerate(truths)]
@@ -404,14 +400,9 @@ def run(config: Config) -> None:
         said = questions.yes_or_no(scale * margins(image, sides), chosen)
         return contrast + answered + said
 
-    def evaluate(average: nn.Module) -> dict[str, float]:
-        reader = Reader(average.eval(), device)
-        report = {
-            name: figures_of(reader, *drawn, styles) for name, (drawn, styles) in tests.items()
-        }
-        text = json.dumps(report, indent=1) + "\n"
-        command.write_file(config.out / "report.json", text)
-        return {f"{name}_{k}": v for name, r in report.items() for k, v in r["all"].items()}
+    def judged(average: nn.Module, styles: tuple[str, ...]) -> dict[str, dict[str, float]]:
+        drawn = avatars(folder, styles, config.tests * len(styles), HELD_OUT_SEED)
+        return figures_of(Reader(average.eval(), device), *drawn, styles)
 
     schedule = Schedule(
         steps=config.steps,
@@ -420,7 +411,17 @@ def run(config: Config) -> None:
         ema=0.995,
         evaluate_every=config.evaluate_every,
     )
-    average = train(model, loss_at, config.out, schedule, evaluate, plain_settings(config))
+    average = train(
+        model,
+        loss_at,
+        config.out,
+        schedule,
+        lambda average: judged(average, TRAINED)["all"],
+        plain_settings(config),
+    )
+    # Once, at the end: nothing is chosen by styles that are held out.
+    report = {"trained": judged(average, TRAINED), "held_out": judged(average, HELD_OUT)}
+    command.write_json(config.out / "report.json", report)
     save_local_directory(average, config.out / "model")
     command.say_next(config.out, "model/, report.json", "read report.json")
 

@@ -105,6 +105,19 @@ def random_at(seed: int, step: int, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed * 1_000_000_007 + step)
 
 
+def load_bundled(path: Path, device: torch.device) -> StyleGAN2:
+    """Read a generator of avatars onto a device. ValueError: its latents or images are not those of
+    `data.illustrated.codes`, as those of every other generator."""
+    generator = load_generator(path)
+    if (generator.w_dim, generator.resolution) != (W_DIM, SIZE):
+        raise ValueError(
+            f"--generator: expected one made by train.world.generator, with w of {W_DIM} numbers "
+            f"and images of {SIZE} px, found {generator.w_dim} and {generator.resolution}; these "
+            "trainers know the bundled world's faces alone"
+        )
+    return generator.to(device)
+
+
 class Faces:
     """Training pictures, and codes to ask a generator for them with, on one device."""
 

@@ -25,9 +25,8 @@ from torch.nn import functional as F
 from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE, codes, one_hot
 from targetclip import command
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
-from targetclip.generators import load_generator
 from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, Faces, best_device, random_at
+from train.world.generator import HELD_OUT_SEED, Faces, best_device, load_bundled, random_at
 from train.world.reader import Sight
 
 IDENTITY = [i for i, attribute in enumerate(ATTRIBUTES) if not attribute.essence]
@@ -101,7 +100,7 @@ def figures_of(
 def run(config: Config) -> None:
     torch.manual_seed(config.seed)
     device = best_device()
-    generator = load_generator(config.generator).to(device)
+    generator = load_bundled(config.generator, device)
     sizes = IdentityConfig(SIZE, (24, 32, 48, 64, 96), 128, FEATURES)
     identity = AvatarIdentity(sizes).to(device)
     faces = Faces(config.out.parent, config.faces, config.seed, device)

@@ -22,9 +22,16 @@ from torch import Tensor
 from data.illustrated.codes import strongest
 from targetclip import command
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
-from targetclip.generators import load_generator
 from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, Faces, best_device, psnr, random_at, save_pairs
+from train.world.generator import (
+    HELD_OUT_SEED,
+    Faces,
+    best_device,
+    load_bundled,
+    psnr,
+    random_at,
+    save_pairs,
+)
 from train.world.reader import Sight
 
 
@@ -51,7 +58,7 @@ class Config:
 def run(config: Config) -> None:
     torch.manual_seed(config.seed)
     device = best_device()
-    generator = load_generator(config.generator).to(device)
+    generator = load_bundled(config.generator, device)
     layers = generator.num_ws
     sizes = InverterConfig(
         resolution=generator.resolution,

@@ -20,13 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.codes import ATTRIBUTES, COUNTS, HATS, one_hot, visible
-from eval.reader import AvatarReader, save_reader
+from data.illustrated.codes import ATTRIBUTES, COUNTS, one_hot, visible
+from eval.reader import NAMES, PRESENT, AvatarReader, save_reader
 from targetclip import command
-from targetclip.generators import load_generator
 from targetclip.generators.stylegan2 import StyleGAN2
 from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, Faces, best_device, pick, random_at
+from train.world.generator import HELD_OUT_SEED, Faces, best_device, load_bundled, pick, random_at
 
 
 @dataclass(frozen=True)
@@ -93,28 +92,25 @@ def agreements(
 ) -> dict[str, float]:
     """Return how often a reader is right about each attribute, where the picture shows it.
 
-    And about whether glasses, any facial hair and a hat are there at all.
+    And about whether each kind of `PRESENT` is there at all.
     """
     seen = visible(truth)
     figures = {
         attribute.name: float((found == truth)[seen[:, i], i].float().mean())
         for i, attribute in enumerate(ATTRIBUTES)
     }
-    names = list(figures)
-    first_hat = len(ATTRIBUTES[0].values) - len(HATS)
-    for kind, name, limit in (
-        ("glasses", "accessories", 1), ("beard", "facialHair", 1), ("hat", "top", first_hat),
-    ):  # fmt: skip
-        at = names.index(name)
-        there = (found[:, at] >= limit) == (truth[:, at] >= limit)
-        figures[f"{kind}_there"] = float(there.float().mean())
+    for kind, (name, values) in PRESENT.items():
+        at = NAMES.index(name)
+        known = torch.tensor([ATTRIBUTES[at].values.index(value) for value in values])
+        right = torch.isin(found[:, at], known) == torch.isin(truth[:, at], known)
+        figures[f"{kind}_there"] = float(right.float().mean())
     return figures
 
 
 def run(config: Config) -> None:
     torch.manual_seed(config.seed)
     device = best_device()
-    generator = load_generator(config.generator).to(device)
+    generator = load_bundled(config.generator, device)
     reader = AvatarReader().to(device)
     faces = Faces(config.out.parent, config.faces, config.seed, device)
     known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)

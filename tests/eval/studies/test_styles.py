@@ -39,6 +39,15 @@ def test_targets_have_each_thing_in_turn_as_far_as_their_style_draws_it() -> Non
     assert first.tobytes() == again.tobytes() != other.tobytes()
 
 
+def test_every_colour_of_hair_comes_with_and_without_glasses_and_beard() -> None:
+    seen: dict[str, set[tuple[bool, bool]]] = {}
+    for index in range(96):
+        shown = style_target("avataaars", 1, index).shown
+        if shown.hair_colour:
+            seen.setdefault(shown.hair_colour, set()).add((bool(shown.glasses), bool(shown.beard)))
+    assert len(seen) == len(HAIR_COLOURS) and min(map(len, seen.values())) >= 3
+
+
 def test_a_moustache_alone_leaves_open_if_it_is_a_beard() -> None:
     assert has(Shown(moustache="moustache"), "beard") is None
     assert has(Shown(moustache="moustache", beard="goatee"), "beard") is True
@@ -57,7 +66,7 @@ def test_a_row_counts_what_arrives_with_and_without() -> None:
     row = row_of(targets, found)
     assert (row["glasses_with"], row["glasses_without"]) == (1.0, 0.5)
     assert (row["glasses_difference"], row["hat_difference"]) == (0.5, 1.0)
-    assert row["beard_with"] is row["beard_difference"] is None and row["beard_without"] == 0
+    assert row["beard_with"] is row["beard_without"] is row["beard_difference"] is None
     assert row["hair_colour"] == 0.5  # of the one target that shows its hair
     assert row_of(targets[1:], {k: v[1:] for k, v in found.items()})["hair_colour"] is None
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from targetclip.encoders.identity import load_identity
 from targetclip.encoders.inverter import load_inverter
 from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
-from targetclip.generators.stylegan2 import StyleGAN2Config
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from train.loop import LOG
 from train.world import identity, inverter, reader
 from train.world.generator import new_network
@@ -40,6 +41,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         identity.run(identity.Config(path, out / "identity", 8, 2, 6))
         inverter.run(inverter.Config(path, out / "inverter", 8, 2, 2, 6))
     return out
+
+
+@pytest.mark.parametrize("trainer", [reader, identity, inverter])
+def test_generators_of_other_pictures_are_refused_before_any_is_drawn(
+    trainer: ModuleType, tmp_path: Path
+) -> None:
+    sizes = {"w_dim": 8, "z_dim": 8, "mapping_layers": 2}
+    save_safetensors(
+        StyleGAN2(StyleGAN2Config(resolution=16, channels=(8,) * 3, **sizes)),
+        tmp_path / "g.safetensors",
+    )
+    with pytest.raises(ValueError, match="--generator: expected one made by train.world.generator"):
+        trainer.run(trainer.Config(tmp_path / "g.safetensors", tmp_path / "out"))
+    assert not list(tmp_path.glob("faces*"))
 
 
 def faces(count: int) -> torch.Tensor:
