@@ -26,6 +26,7 @@ from data.build import Config, run
 from data.card import SUMS
 from data.claims import create
 from data.dataset import verify
+from data.plan import load_plan
 from data.targets import draw_avatar, open_targets, split_of
 from targetclip.command import SIGNALS, Stopped, main
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
@@ -308,6 +309,17 @@ def test_a_plan_from_before_the_identity_loss_is_gone_on_with(
         settings.pop("identity")
         path.write_text(json.dumps(plan))
     assert run(config(tiny_world, out)) == 0
+
+
+def test_the_cards_command_names_the_size_of_the_images_if_it_is_smaller(
+    built: Path, tiny_world: Path
+) -> None:
+    plan, asked = load_plan(built / ".build" / "plan"), config(tiny_world, built)
+    assert "--render-size" not in build.command_line(asked, plan)
+    recipe = plan.settings["recipe"] | {"render_size": 8}
+    smaller = replace(plan, settings=plan.settings | {"recipe": recipe})
+    flags = build.command_line(asked, smaller)
+    assert flags[flags.index("--render-size") + 1] == "8"
 
 
 @pytest.mark.parametrize(
