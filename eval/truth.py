@@ -36,7 +36,7 @@ class Truth:
     readings: Float[Tensor, "targets outputs"]
     """As the attribute reader would read them: ones and zeros."""
     seen: Bool[Tensor, "targets outputs"]
-    """Whether a picture shows a reading, and the readings have a value for it."""
+    """Which readings count: the picture shows them, and the reader has a value for them."""
 
     def part(self, span: slice) -> "Truth":
         """Return the truth of some of the targets."""

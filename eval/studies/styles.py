@@ -45,13 +45,13 @@ from targetclip.world import DEFAULT_WORLD, load_world
 
 KINDS: tuple[Wish, ...] = ("glasses", "beard", "hat")
 GROUPS = {"trained": TRAINED, "held-out": HELD_OUT}
-SHOWN_TARGETS, SHOWN_SOURCES, ENLARGED = 8, 6, 2  # on a sheet
+SHOWN_TARGETS, SHOWN_SOURCES = 8, 6  # on a sheet
 
 READING = """## How to read it
 
 Shares of edited sources that show an attribute, by the attribute reader: where the target has it,
 where it has not, and the difference. Hair colour is right where the reader names that of the
-target, among 12. Unedited sources show what they show whatever the target. Empty: the style does
+target, among 12. The row of unedited sources is the same for every target. Empty: the style does
 not draw it. Means are over styles.
 """
 
@@ -200,13 +200,10 @@ def sheet(
 ) -> Image.Image:
     """Return sources, then for each target a row: its picture, and the sources edited."""
 
-    def enlarged(pictures: Sequence[Image.Image]) -> list[Image.Image]:
-        return [p.resize((ENLARGED * p.width, ENLARGED * p.height)) for p in pictures]
-
     unedited = tensor_to_pictures(scene.render(sources))
-    rows = {"sources": enlarged([Image.new("RGB", unedited[0].size, "white"), *unedited])}
+    rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
     for (label, target), edit in zip(targets.items(), edits, strict=True):
-        rows[label] = enlarged([target.picture, *tensor_to_pictures(scene.edit(sources, edit))])
+        rows[label] = [target.picture, *tensor_to_pictures(scene.edit(sources, edit))]
     return labelled_grid(None, rows)
 
 

@@ -135,7 +135,7 @@ def load_inverter(path: str | Path, generator: str) -> Inverter:
     if config.generator != generator:
         raise ValueError(
             f"{path} inverts generator {config.generator[:12]}, but the generator loaded is "
-            f"{generator[:12]}: name one made for it, or none, and pictures are inverted by a search"
+            f"{generator[:12]}: name one made for it, or none: pictures are then inverted by search"
         )
     inverter = Inverter(config)
     load_weights(inverter, state, path)

@@ -47,7 +47,8 @@ MAX_TEXT_BYTES = 1_000_000  # of all text chunks of a PNG, unpacked; Pillow refu
 MAX_PROFILE_BYTES = 100_000  # of a profile that is kept
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 
-MIN_TILE = 128
+MIN_TILE, SMALL_TILE = 256, 128  # of usual sheets, and of those of more than MANY columns
+MANY = 30
 MAX_TILE = 512
 MARGIN = 12
 
@@ -417,8 +418,8 @@ def labelled_grid(
     """Return one picture with the target on the left and a labelled row for each entry.
 
     `labelled_grid(target, {"sources": sources, "results, strength 1.2": results})`. Every picture
-    is cut to its middle square and has the size of the largest, within 128 to 512 px. None: no
-    target.
+    is cut to its middle square and has the size of the largest, within 256 to 512 px, or from 128 px
+    on a sheet of more than 30 columns. None: no target.
 
     ValueError: no picture in the rows.
     """
@@ -426,7 +427,8 @@ def labelled_grid(
     if not pictures:
         raise ValueError(f"expected at least one picture in the rows, found none in {list(rows)}")
     side = max(min(picture.size) for picture in [*pictures, *([target] if target else [])])
-    tile = min(max(side, MIN_TILE), MAX_TILE)
+    columns = max(len(row) for row in rows.values())
+    tile = min(max(side, MIN_TILE if columns <= MANY else SMALL_TILE), MAX_TILE)
     font = ImageFont.load_default(size=max(16, tile // 12))
     labels = {row: " ".join(row.split()) for row in rows}
     target_label = " ".join(target_label.split())
@@ -437,7 +439,6 @@ def labelled_grid(
     if target is not None:
         left += MARGIN + max(tile, int(font.getlength(target_label)) + 1)
     longest = max(int(font.getlength(label)) + 1 for label in labels.values())
-    columns = max(len(row) for row in rows.values())
     width = left + max(columns * (tile + MARGIN), longest + MARGIN)
     row_height = MARGIN + label_height + tile
     canvas = Image.new("RGB", (width, len(rows) * row_height + MARGIN), "white")
