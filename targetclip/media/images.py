@@ -418,8 +418,8 @@ def labelled_grid(
     """Return one picture with the target on the left and a labelled row for each entry.
 
     `labelled_grid(target, {"sources": sources, "results, strength 1.2": results})`. Every picture
-    is cut to its middle square and has the size of the largest, within 256 to 512 px, or from 128 px
-    on a sheet of more than 30 columns. None: no target.
+    is cut to its middle square and has the size of the largest, within 256 to 512 px, or 128 to 512
+    px on a sheet of more than 30 columns. None: no target.
 
     ValueError: no picture in the rows.
     """

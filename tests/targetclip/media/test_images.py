@@ -555,7 +555,7 @@ def test_the_grid_shows_target_and_rows_at_a_visible_size(side: int) -> None:
     grid = labelled_grid(
         plain(RED), {"sources": [plain(blue)] * 3, "results": [plain(green), plain(gold)]}
     )
-    tile = min(max(side, 128), 512)
+    tile = min(max(side, 256), 512)
     counts = {color: count for count, color in grid.getcolors(grid.width * grid.height) or []}
     assert counts[RED] == tile**2 and counts[blue] == 3 * tile**2
     assert counts[green] == counts[gold] == tile**2
@@ -577,6 +577,12 @@ def test_a_long_label_is_not_cut() -> None:
     assert (
         darkest("results, strength 1.2, by the optimizer") > darkest("results, strength 1.2") + 50
     )
+
+
+def test_a_sheet_of_many_columns_has_smaller_tiles() -> None:
+    few, many = ([Image.new("RGB", (64, 64), RED)] * count for count in (30, 31))
+    assert labelled_grid(None, {"": few}).width > 30 * 256
+    assert labelled_grid(None, {"": many}).width < 31 * 145
 
 
 def test_a_grid_without_pictures_is_refused() -> None:
