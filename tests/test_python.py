@@ -114,7 +114,7 @@ def test_readmes_lines_give_the_pictures_that_the_parts_give(folder: Path) -> No
     essence = load_essence("avatars")
     direction = essence.predict(read_picture(ROOT / "examples/joker.png"))
     ws = essence.scene.invert([read_picture(ROOT / "examples/ada.png")])
-    [expected] = tensor_to_pictures(essence.scene.edit(ws, direction.vector, 0.8))
+    [expected] = tensor_to_pictures(essence.scene.edit(ws, direction.offsets(ws), 0.8))
     with_bruno = read_picture(folder / "ada.png")  # inverted beside another: rounding may differ
     pairs = zip(with_bruno.tobytes(), expected.tobytes(), strict=True)
     assert max(abs(one - other) for one, other in pairs) <= 1

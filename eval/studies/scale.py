@@ -53,7 +53,7 @@ FFHQ_CHANNELS = (512, 512, 512, 512, 512, 256, 128, 64, 32)
 WIDTHS = {256: FFHQ_CHANNELS[:7], 1024: FFHQ_CHANNELS}
 RATES = (22, 45, 100, 247)  # TFLOP/s that one GPU may reach: see docs/scale.md
 PRICE, SPOT_PRICE = 2.5, 1.25  # dollars an hour of one H100, assumed
-MAPPER_STEPS, MAPPER_IMAGES = 4500, 48 * 2  # of the bundled world's mapper, and images a step
+MAPPER_STEPS, MAPPER_IMAGES = 4500, 48 * 2  # of an earlier mapper, and images a step
 
 
 @dataclass(frozen=True, kw_only=True)
