@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -100,11 +101,10 @@ class StyleTarget:
 
 
 def style_target(style: str, seed: int, index: int) -> StyleTarget:
-    """Draw a target; glasses, beard and hat are on by the bits of its index, hair in turn."""
+    """Draw a target; glasses, beard and hat are on by the bits of its index, hair's colour is
+    random."""
     wishes = {k: bool(index >> bit & 1) for bit, k in enumerate(KINDS) if can_show(style, k)}
-    names = list(colours())
-    # One further at every turn of the bits, so that no colour goes with glasses or beard.
-    colour = names[(index + index // 8) % len(names)]
+    colour = str(np.random.default_rng([seed, index]).choice(list(colours())))
     svg, drawn = draw(style, sample(style, seed, index, wishes, colour))
     return StyleTarget(Image.fromarray(render(svg, SIZE)), shown(style, drawn))
 

@@ -220,7 +220,7 @@ def test_the_tables_have_the_numbers_of_the_report(finished: Finished) -> None:
 def test_the_grid_has_a_row_a_text(finished: Finished) -> None:
     with Image.open(finished.out / "grid.png") as grid:
         rows = 1 + 3 * 2 + len(PHRASES)  # sources, two faces three times, phrases
-        assert grid.height // rows > 128 and grid.height // (rows + 1) < 165
+        assert grid.height // rows > 256 and grid.height // (rows + 1) < 300
         assert len(grid.convert("RGB").getcolors(1 << 22) or ()) > 100
 
 
