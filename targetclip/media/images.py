@@ -48,7 +48,7 @@ MAX_PROFILE_BYTES = 100_000  # of a profile that is kept
 JPEG_END, JPEG_SCAN = b"\xff\xd9", b"\xff\xda"
 
 MIN_TILE, SMALL_TILE = 256, 128  # of usual sheets, and of those of more than MANY columns
-MANY = 30
+MANY = 12
 MAX_TILE = 512
 MARGIN = 12
 
@@ -419,7 +419,7 @@ def labelled_grid(
 
     `labelled_grid(target, {"sources": sources, "results, strength 1.2": results})`. Every picture
     is cut to its middle square and has the size of the largest, within 256 to 512 px, or 128 to 512
-    px on a sheet of more than 30 columns. None: no target.
+    px on a sheet of more than 12 columns. None: no target.
 
     ValueError: no picture in the rows.
     """

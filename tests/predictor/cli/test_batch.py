@@ -102,7 +102,7 @@ def test_several_targets_are_several_results(
     assert report["targets"][1]["scores"] == report_of(tmp_path / "out" / "a")["scores"]
     assert {"grid.png", "report.json", "a/edited_000.png"} <= {*report["files"]}
     with Image.open(tmp_path / "out" / "grid.png") as grid:  # targets by sources
-        assert 3 * 128 < grid.width < 4 * 140 and 3 * 128 < grid.height < 3 * 170
+        assert 3 * 256 < grid.width < 4 * 280 and 3 * 256 < grid.height < 3 * 310
 
 
 def test_a_folder_of_targets_is_that_many_and_a_second_run_replaces_them(

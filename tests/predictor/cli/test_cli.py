@@ -336,7 +336,7 @@ def test_several_targets_pictures_and_texts_are_mixed_by_their_weights(
     out = capsys.readouterr().out
     assert out.count("transfer score") == 3 and "green hair: transfer score" in out
     with Image.open(tmp_path / "out" / "grid.png") as grid:  # targets, sources, results
-        assert 3 * 128 < grid.height < 4 * 128
+        assert 3 * 256 < grid.height < 4 * 256
 
 
 def test_a_text_alone_is_a_target(run: Run, tmp_path: Path, rich_world: Path) -> None:

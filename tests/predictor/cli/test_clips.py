@@ -198,7 +198,7 @@ def test_a_video_comes_back_as_long_and_as_fast(
         assert report["rate"] == pytest.approx(float(RATE))
     assert report_of(tmp_path / "photo")["frames_without_face"] == []
     with Image.open(tmp_path / "photo" / "grid.png") as grid:  # target and 8 of 10 frames
-        assert 9 * 128 < grid.width < 10 * 160 and 3 * 128 < grid.height < 4 * 160
+        assert 9 * 256 < grid.width < 10 * 300 and 3 * 256 < grid.height < 4 * 300
 
 
 # Along time
