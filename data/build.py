@@ -48,6 +48,7 @@ from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
 from data.worker import Worker, merge_all, remove_leftovers
 from targetclip import command
 from targetclip.command import Precision, Stop, choose_precision, make_folder, say, say_next
+from targetclip.generators import check_render_size
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe, recipe_named
 from targetclip.scene import Scene
@@ -458,7 +459,7 @@ def run(config: Config, at: At = go_on) -> int:
         max_images=config.max_images,
         checkpoint_layers=config.checkpoint_layers,
     )
-    scene.check_render_size(config.render_size, "--render-size")
+    check_render_size(scene.generator, config.render_size, "--render-size")
     teacher = make_teacher(scene, *chosen_recipe(config, world), config.held_out, precision)
     build = Build(
         config=config,

@@ -165,16 +165,6 @@ class Scene:
         zero = torch.zeros_like(self.generator.mean_w)
         return zero.repeat(len(pictures), self.generator.num_ws, 1)
 
-    def check_render_size(self, size: int | None, flag: str) -> None:
-        """Raise a ValueError that begins with `flag` if the generator cannot end at this size."""
-        if size is None:
-            return
-        generator = self.generator
-        try:
-            generator.synthesis(generator.mean_w.expand(1, generator.num_ws, -1), size)
-        except ValueError as error:
-            raise ValueError(f"{flag}: {error}") from error
-
     # Embeddings of renderings
 
     def feature_model(self, identity_weight: float) -> EmbedsImages:

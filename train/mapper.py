@@ -48,6 +48,7 @@ from targetclip.command import (
     versions,
     write_json,
 )
+from targetclip.generators import check_render_size
 from targetclip.media.images import write_picture
 from targetclip.recipes import RECIPES, Recipe, recipe_named
 from targetclip.scene import Scene
@@ -490,7 +491,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
     recipe_name, recipe, scene = make_scene(config, accelerator.device)
     precision, start = choose_precision(config.precision), open_start(config, scene)
     for stage in stages:
-        scene.check_render_size(stage.render_size, "--schedule")
+        check_render_size(scene.generator, stage.render_size, "--schedule")
     validation = Validation.open(data.validation or (), scene, recipe)
     pairs = None
     if data.pairs is not None:

@@ -87,3 +87,13 @@ def load_generator(path: str | Path) -> StyleGAN2:
         return read(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def check_render_size(generator: Generator, size: int | None, flag: str) -> None:
+    """Raise a ValueError that begins with `flag` if a generator cannot end at a size in px."""
+    if size is None:
+        return
+    try:
+        generator.synthesis(generator.mean_w.expand(1, generator.num_ws, -1), size)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
