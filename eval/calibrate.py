@@ -98,14 +98,15 @@ def threshold_of(
     mapper: Float[Tensor, " targets"],
     teacher: Float[Tensor, " targets"],
     sets: Sequence[Bool[Tensor, " targets"]],
+    usual: Float[Tensor, " others"],
 ) -> float:
     """Return the lowest probe score that may pass.
 
     Targets below it are answered by the better of mapper and teacher. Then every set's mean score
     must reach the better mean of mapper and teacher, but for TOLERANCE. The threshold is at least
-    the probe score that all but RARE of the targets reach.
+    the score that all but RARE of `usual`, scores of the mapper on many other targets, reach.
     """
-    floor = float(torch.quantile(probe, RARE))
+    floor = float(torch.quantile(usual, RARE))
     best = torch.maximum(mapper, teacher)
 
     def holds(threshold: float) -> bool:
@@ -372,7 +373,7 @@ def run(
     scene, pictures = essence.scene, validation.pictures
     stretch, by_stretch = stretched(validation, mapped(scene, mapper, pictures))
     mapper.scale.mul_(stretch)
-    fitted = fit_expectation(scene, mapper, specs, config.fitted, seed)
+    reached = fit_expectation(scene, mapper, specs, config.fitted, seed).cpu()
 
     predicted = mapped(scene, mapper, pictures)
     assert predicted.expected is not None
@@ -384,11 +385,12 @@ def run(
     losses = refinements(validation, predicted, scores, refined_by)
     rate, steps = choose_refinement(losses["loss"])
     sets, transfer = list(validation.members().values()), scores["transfer"]
-    threshold = threshold_of(scores["probe"], transfer, teacher_scores["transfer"], sets)
+    usual = reached if len(reached) else scores["probe"]
+    threshold = threshold_of(scores["probe"], transfer, teacher_scores["transfer"], sets, usual)
     gate = Gate(threshold, config.probes, steps, rate)
     trust = reliability(expected, transfer)
-    figures = {**asdict(gate), **trust, "fitted": fitted, "stretch": stretch}
-    trained = {**mapper.record.recipe, "expects": True} if fitted else mapper.record.recipe
+    figures = {**asdict(gate), **trust, "fitted": len(reached), "stretch": stretch}
+    trained = {**mapper.record.recipe, "expects": True} if len(reached) else mapper.record.recipe
     record = replace(mapper.record, recipe=trained, calibration=figures)
     path = config.out / "mapper.safetensors"
     save_mapper(mapper, path, record, half=config.half)

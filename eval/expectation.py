@@ -107,7 +107,7 @@ def scores_reached(
 @torch.no_grad()
 def fit_expectation(
     scene: Scene, mapper: Mapper, specs: Sequence[str], count: int, seed: int
-) -> int:
+) -> Float[Tensor, " targets"]:
     """Fit the head of the mapper's expected score, in place.
 
     Args:
@@ -115,13 +115,13 @@ def fit_expectation(
         count: targets of each set, at most. 0 changes nothing.
 
     Returns:
-        The number of targets.
+        The transfer scores that the mapper's answers to these targets reach.
 
     Raises:
         ValueError: fewer than two targets of the training split.
     """
     if count == 0:
-        return 0
+        return torch.empty(0)
     targets = training_targets(specs, count, scene)
     inputs, reached = scores_reached(scene, mapper, targets, seed, count * len(specs))
     if len(reached) < 2:
@@ -136,4 +136,4 @@ def fit_expectation(
     mapper.score.weight.copy_(weights[None, : features.shape[1]])
     mapper.score_linear.weight.copy_(weights[None, features.shape[1] :])
     mapper.score.bias.fill_(offset)
-    return len(reached)
+    return reached

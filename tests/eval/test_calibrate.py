@@ -34,14 +34,19 @@ ALL = [torch.ones(4, dtype=torch.bool)]
 
 def test_a_mapper_as_good_as_its_teacher_passes_nearly_everywhere() -> None:
     probe = torch.tensor([0.8, 0.85, 0.9, 0.95])
-    threshold = threshold_of(probe, probe, probe - 0.1, ALL)
+    threshold = threshold_of(probe, probe, probe - 0.1, ALL, probe)
     assert threshold == pytest.approx(float(torch.quantile(probe, 0.01)))
     assert (probe >= threshold).sum() == 3  # only the very lowest is taken for unlike the others
 
 
+def test_many_other_targets_say_which_scores_are_unusual() -> None:
+    probe, usual = torch.tensor([0.6, 0.7, 0.8, 0.9]), torch.linspace(0.4, 0.9, 501)
+    assert threshold_of(probe, probe, probe - 0.1, ALL, usual) == pytest.approx(0.405)
+
+
 def test_answers_that_fall_short_of_the_teacher_do_not_pass() -> None:
     mapper = torch.tensor([0.3, 0.5, 0.9, 0.9])
-    threshold = threshold_of(mapper, mapper, torch.full((4,), 0.9), ALL)
+    threshold = threshold_of(mapper, mapper, torch.full((4,), 0.9), ALL, mapper)
     assert 0.5 < threshold <= 0.9
 
 
@@ -49,15 +54,15 @@ def test_every_set_must_hold_on_its_own() -> None:
     mapper = torch.tensor([0.95, 0.95, 0.6, 0.65])
     teacher = torch.tensor([0.7, 0.7, 0.9, 0.9])
     halves = [torch.tensor([True, True, False, False]), torch.tensor([False, False, True, True])]
-    together = threshold_of(mapper, mapper, teacher, ALL)
-    apart = threshold_of(mapper, mapper, teacher, halves)
+    together = threshold_of(mapper, mapper, teacher, ALL, mapper)
+    apart = threshold_of(mapper, mapper, teacher, halves, mapper)
     assert together < 0.65 < apart
 
 
 def test_where_no_answer_of_the_mapper_will_do_none_passes() -> None:
     # High on the probe and low on other sources: the probe says nothing here.
     probe, mapper = torch.full((4,), 0.99), torch.full((4,), 0.1)
-    assert threshold_of(probe, mapper, torch.full((4,), 0.9), ALL) == 1.0
+    assert threshold_of(probe, mapper, torch.full((4,), 0.9), ALL, probe) == 1.0
 
 
 def test_the_shortest_refinement_that_is_nearly_the_best_is_chosen() -> None:
