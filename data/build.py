@@ -136,10 +136,9 @@ def chosen_recipe(config: Config, world: World) -> tuple[str, Recipe]:
     """Return the name of the teacher's recipe, and the recipe with the changes of the options.
     ValueError: the world has no network that the recipe needs."""
     name = config.recipe or world.recipe
-    changes: dict[str, object] = {"initial": config.initial, "steps": config.steps}
-    changes["render_size"] = config.render_size
-    changes = {key: value for key, value in changes.items() if value is not None}
-    recipe = dataclasses.replace(RECIPES[name], **changes)  # type: ignore[arg-type]
+    names = ("initial", "steps", "render_size")
+    changes = {name: value for name in names if (value := getattr(config, name)) is not None}
+    recipe = dataclasses.replace(RECIPES[name], **changes)
     if recipe.initial == "inversion" and world.inverter is None:
         raise ValueError(
             f"recipe {name!r} starts from the target's inversion, and world {world.name!r} has no "
