@@ -8,15 +8,20 @@ Examples:
     targetclip transfer --target t.png --sources clip.mp4 --out out
     targetclip optimize --target t.png --out out
     targetclip transfer --target t.png --direction out/direction.safetensors --out other
+    targetclip studio
     targetclip world check ffhq1024
 """
 
 import shlex
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 from targetclip import __version__
 from targetclip.command import guarded, one_line, parse, say, signals_as_ctrl_c
+
+if TYPE_CHECKING:
+    from predictor.cli.flags import Studio
 
 PROG = "targetclip"
 
@@ -45,13 +50,15 @@ def run(args: list[str]) -> int:
         return 0
     if "" in args:
         raise ValueError(f"expected no empty argument, found one in {shlex.join(args)}")
-    from predictor.cli.flags import Asked, Command, WorldCheck, WorldList
+    from predictor.cli.flags import Asked, Command, Studio, WorldCheck, WorldList
 
     asked: Asked = parse(Command, PROG, __doc__, args)
     if isinstance(asked, WorldList):
         return list_worlds()
     if isinstance(asked, WorldCheck):
         return check_world(asked.world, asked.download)
+    if isinstance(asked, Studio):
+        return open_studio(asked)
     from predictor.cli.options import resolve
     from predictor.cli.output import Console
 
@@ -61,6 +68,21 @@ def run(args: list[str]) -> int:
     from predictor.cli.commands import run as run_request
 
     return run_request(request, console)
+
+
+def open_studio(asked: "Studio") -> int:
+    """Serve the studio until Ctrl-C."""
+    from predictor.cli.options import check_weights
+    from targetclip.world import load_world
+
+    check_weights("--mapper", asked.mapper, "mapper")
+    worlds = [load_world(name) for name in asked.world]
+    say(f"loading {worlds[0].name}", error=True)
+    from predictor.studio.server import serve
+
+    opens = not asked.no_browser
+    serve(worlds, asked.host, asked.port, asked.device, asked.mapper, opens)
+    return 0
 
 
 def list_worlds() -> int:

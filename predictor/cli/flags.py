@@ -245,6 +245,30 @@ class Optimize:
     machine: Annotated[MachineFlags, group("machine")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Studio:
+    """Open a page in the browser: targets, sources, sliders, results (extra studio)."""
+
+    world: Annotated[tuple[str, ...], listed("WORLD")] = (DEFAULT_WORLD,)
+    """Worlds to choose from, the first by default: names of bundled ones, paths of .toml files."""
+    host: str = "127.0.0.1"
+    """Address to listen on. At 0.0.0.0 the network can open the page, without a password."""
+    port: int = 7860
+    """Port to listen on; 0: any that is free."""
+    mapper: Optional[Path] = None
+    """Mapper file of the first world. Default: the world's."""
+    device: Optional[str] = None
+    """Device by torch's name. Default: an accelerator if there is one."""
+    no_browser: Switch = False
+    """Only serve: open no browser."""
+
+    def __post_init__(self) -> None:
+        if not self.world:
+            raise ValueError("--world: expected one world or more, found none")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port: expected 0 to {2**16 - 1}, found {self.port}")
+
+
 @dataclass(frozen=True)
 class WorldList:
     """List the bundled worlds: what they make, and whether their files are there."""
@@ -260,7 +284,7 @@ class WorldCheck:
     """Fetch missing files that have a copy on the Hugging Face hub."""
 
 
-Asked = Transfer | Optimize | WorldList | WorldCheck
+Asked = Transfer | Optimize | Studio | WorldList | WorldCheck
 Worlds = (
     Annotated[WorldList, tyro.conf.subcommand("list")]
     | Annotated[WorldCheck, tyro.conf.subcommand("check")]
@@ -268,6 +292,7 @@ Worlds = (
 Command = (
     Annotated[Transfer, tyro.conf.subcommand("transfer")]
     | Annotated[Optimize, tyro.conf.subcommand("optimize")]
+    | Annotated[Studio, tyro.conf.subcommand("studio")]
     | Annotated[Worlds, tyro.conf.subcommand("world", description="See which worlds there are.")]
 )
 

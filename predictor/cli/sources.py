@@ -23,7 +23,7 @@ from predictor.cli.options import WINDOW, Request
 from predictor.cli.output import FRAMES, VIDEO, Console, OutputFolder, unique_names
 from predictor.cli.report import NamedTarget
 from targetclip.encoders.inverter import InversionConfig, LatentInverter, OptimizingInverter
-from targetclip.media.alignment import Face, FaceFinder, align, check_quad, paste_back, quad_of
+from targetclip.media.alignment import Face, FaceFinder, align, face_quad, paste_back, quad_in
 from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
 from targetclip.scene import MAX_IMAGES, Scene
@@ -89,25 +89,6 @@ def check_shows(picture: Image.Image, name: str, console: Console) -> None:
 
 
 # Faces in pictures
-
-
-def quad_in(face: Face, picture: Image.Image) -> Float[ndarray, "4 2"]:
-    """Return a face's square in a picture; ValueError if its middle is beyond the picture."""
-    quad = quad_of(face.landmarks)
-    check_quad(quad, picture)
-    return quad
-
-
-def face_quad(
-    finder: FaceFinder, picture: Image.Image, index: int, origin: str
-) -> Float[ndarray, "4 2"]:
-    """Return the square of a face in a photo; errors name the photo as `origin`.
-    ValueError: no face, none of that number, or one whose middle is not in the photo."""
-    face = finder.face_of(picture, index, origin)
-    try:
-        return quad_in(face, picture)
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from error
 
 
 def find_faces(request: Request, targets: Sequence[NamedTarget]) -> FaceFinder | None:

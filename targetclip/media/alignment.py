@@ -186,6 +186,25 @@ def check_quad(quad: Float[ndarray, "4 2"], picture: Image.Image) -> None:
         )
 
 
+def quad_in(face: Face, picture: Image.Image) -> Float[ndarray, "4 2"]:
+    """Return a face's square in a picture; ValueError if its middle is beyond the picture."""
+    quad = quad_of(face.landmarks)
+    check_quad(quad, picture)
+    return quad
+
+
+def face_quad(
+    finder: FaceFinder, picture: Image.Image, index: int, origin: str
+) -> Float[ndarray, "4 2"]:
+    """Return the square of a face in a photo; errors name the photo as `origin`.
+    ValueError: no face, none of that number, or one whose middle is not in the photo."""
+    face = finder.face_of(picture, index, origin)
+    try:
+        return quad_in(face, picture)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
+
+
 def perspective(corners: Float[ndarray, "4 2"], others: Float[ndarray, "4 2"]) -> tuple[float, ...]:
     """Return Pillow's eight numbers of the perspective map that takes `corners` to `others`."""
     rows = []

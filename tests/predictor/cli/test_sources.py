@@ -13,7 +13,7 @@ from PIL import Image
 
 from predictor.cli.options import resolve
 from predictor.cli.output import Console
-from predictor.cli.sources import Photos, face_quad, searching_inverter
+from predictor.cli.sources import Photos, searching_inverter
 from predictor.transfer import EssenceTransfer
 from targetclip.command import STOPPED
 from targetclip.directions import load_direction
