@@ -4,7 +4,7 @@ Knows Gradio and a visitor's session; nothing of the server. What a visitor type
 escaped, and never as the name of a file.
 """
 
-import os
+import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -30,12 +30,12 @@ from predictor.studio.session import (
     direction_of,
     edit,
     find_targets,
+    for_people,
     generate_sources,
     in_words,
     open_world,
     read_sources,
     render,
-    shown,
     strength_within,
     write_files,
 )
@@ -93,8 +93,10 @@ class Kept:
     limit_key: tuple[Any, ...]
     limit: float
     """The largest strength that keeps the identity asked for."""
-    chosen: int = 0
+    chosen: int
     """The source that is shown large."""
+    shown: str
+    """Its file."""
 
 
 def explained(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,13 +128,18 @@ class Page:
 
     Args:
         worlds: to choose from, the first by default.
+        folder: for files that are shown; Gradio serves it, and removes what is old.
         targets, sources: examples for the bundled world; of other worlds' generators they are not.
     """
 
     def __init__(
-        self, worlds: Worlds, targets: Sequence[Path] = (), sources: Sequence[Path] = ()
+        self,
+        worlds: Worlds,
+        folder: Path,
+        targets: Sequence[Path] = (),
+        sources: Sequence[Path] = (),
     ) -> None:
-        self.worlds = worlds
+        self.worlds, self.folder = worlds, folder
         self.examples = [str(path) for path in targets]
         self.example_sources = [str(path) for path in sources]
         self.stops: dict[str, threading.Event] = {}
@@ -309,6 +316,12 @@ class Page:
             self.show_transfer, self.inputs, results, **work
         )
         moving = {"trigger_mode": "always_last", "show_progress": "hidden", **work}
+        sliding = {
+            "trigger_mode": "always_last",
+            "show_progress": "hidden",
+            "queue": False,
+            **private,
+        }
         # While a slider moves, the large picture follows; the others when it is let go.
         moves = [self.strength, self.coarse, self.middle, self.fine, *self.weights]
         gr.on(
@@ -316,7 +329,7 @@ class Page:
             self.render_one,
             sliders | {self.kept},
             [self.large],
-            **moving,
+            **sliding,
         )
         gr.on(
             [*(slider.release for slider in [*moves, self.floor]), self.one_direction.input],
@@ -395,6 +408,7 @@ class Page:
         else:
             found = self.find(opened, pictures, text, mode, request, progress)
         chosen = 0 if kept is None or kept.source_key != source_key else kept.chosen
+        shown = self.file_of(sources.pictures[chosen])
         kept = Kept(
             world=opened.world.name,
             target_key=target_key,
@@ -404,6 +418,7 @@ class Page:
             limit_key=(),
             limit=MAX_FACTOR,
             chosen=chosen,
+            shown=shown,
         )
         return self.results(kept, self.settings(data))
 
@@ -449,12 +464,21 @@ class Page:
             kept = replace(kept, limit_key=limit_key, limit=limit)
         edited = edit(opened, kept.found, kept.sources, settings, kept.limit)
         facts = facts_html(in_words(kept.found, edited, settings))
-        pictures = [shown(picture) for picture in edited.pictures]
+        pictures = [for_people(picture) for picture in edited.pictures]
         return self.pair(kept, edited.pictures[kept.chosen]), pictures, facts, kept
 
-    def pair(self, kept: Kept, edited: Image.Image) -> tuple[Image.Image, Image.Image]:
-        """Return the chosen source beside its edit."""
-        return shown(kept.sources.pictures[kept.chosen]), shown(edited)
+    def file_of(self, picture: Image.Image, path: str | None = None) -> str:
+        """Write a picture to show, under a name that nobody can guess. Quickly: a moving slider
+        waits for it."""
+        path = path or str(self.folder / f"{secrets.token_hex(16)}.png")
+        for_people(picture).save(path, compress_level=1)
+        return path
+
+    def pair(self, kept: Kept, edited: Image.Image) -> tuple[str, str]:
+        """Return the files of the chosen source, written again if it was removed, and its edit."""
+        if not Path(kept.shown).exists():
+            self.file_of(kept.sources.pictures[kept.chosen], kept.shown)
+        return kept.shown, self.file_of(edited)
 
     @explained
     def render_one(self, data: dict[Any, Any]) -> Any:
@@ -485,7 +509,7 @@ class Page:
         place = int(event.index)
         if not 0 <= place < len(kept.sources.names):
             raise ValueError(f"expected the number of a source, found {place}")
-        kept = replace(kept, chosen=place)
+        kept = replace(kept, chosen=place, shown=self.file_of(kept.sources.pictures[place]))
         return self.render_one({**data, self.kept: kept}), kept
 
     @explained
@@ -535,7 +559,7 @@ class Page:
         if kept is None:
             raise ValueError("there is no result yet: choose a target and transfer its essence")
         opened, settings = self.worlds.open(kept.world), self.settings(data)
-        folder = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"]))
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
         paths = write_files(folder, opened, kept.found, kept.sources, settings, kept.limit)
         return gr.update(value=[str(path) for path in paths], visible=True)
 

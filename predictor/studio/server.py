@@ -113,6 +113,7 @@ def serving(
         bundled = any(world.name == DEFAULT_WORLD for world in worlds)
         page = Page(
             Worlds({world.name: world for world in worlds}, device, mapper),
+            folder,
             example_pictures(TARGETS, folder) if bundled else (),
             example_pictures(SOURCES, folder) if bundled else (),
         )

@@ -312,7 +312,7 @@ def edit(
     return Edited(pictures=tuple(pictures), scores=scores, strength=strength)
 
 
-def shown(picture: Image.Image) -> Image.Image:
+def for_people(picture: Image.Image) -> Image.Image:
     """Return a picture at a size that people can see, and that travels quickly."""
     side = max(picture.size)
     if SMALL <= side <= LARGE:

@@ -17,7 +17,7 @@ from predictor.cli.sources import Photos, searching_inverter
 from predictor.transfer import EssenceTransfer
 from targetclip.command import STOPPED
 from targetclip.directions import load_direction
-from targetclip.media.alignment import FaceFinder, align, paste_back
+from targetclip.media.alignment import FaceFinder, align, face_quad, paste_back
 from targetclip.media.images import picture_to_tensor, read_picture, tensor_to_pictures
 from targetclip.recipes import RECIPES
 from targetclip.scene import Scene

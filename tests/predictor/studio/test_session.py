@@ -18,12 +18,12 @@ from predictor.studio.session import (
     direction_of,
     edit,
     find_targets,
+    for_people,
     generate_sources,
     in_words,
     open_world,
     read_pictures,
     read_sources,
-    shown,
     strength_within,
     write_files,
 )
@@ -155,9 +155,9 @@ def test_pictures_are_kept_and_shown_at_sizes_within_bounds(tmp_path: Path) -> N
     Image.new("RGB", (3 * LARGEST, LARGEST)).save(tmp_path / "wide.png")
     [(name, picture)] = read_pictures([str(tmp_path / "wide.png")], "target", 1)
     assert name == "wide" and picture.size == (LARGEST, round(LARGEST / 3))
-    assert shown(picture).size == (1024, 342)
-    assert shown(Image.new("RGB", (16, 16))).size == (256, 256)
-    assert shown(Image.new("RGB", (300, 400))).size == (300, 400)
+    assert for_people(picture).size == (1024, 342)
+    assert for_people(Image.new("RGB", (16, 16))).size == (256, 256)
+    assert for_people(Image.new("RGB", (300, 400))).size == (300, 400)
 
 
 def test_files_to_download_are_whole_and_named_by_numbers(
