@@ -1,11 +1,15 @@
 """Small stand-ins shared by the tests: no download, random weights from a fixed seed."""
 
+import copy
+import gc
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 # One thread, here and in subprocesses, set before torch looks: tiny tensors gain nothing from more,
 # and several threads beside another job wait for each other at every operation.
@@ -30,6 +34,31 @@ TINY_CLIP = {
     "vision_cfg": {"image_size": 64, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all that is imported from collections of garbage, which else go through it again and
+    again."""
+    import open_clip  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vocabulary_read_once() -> Iterator[None]:
+    """Read CLIP's vocabulary once, and not for every world, which takes as long as the rest of a
+    tiny one."""
+    from open_clip import factory
+
+    made = cache(factory.SimpleTokenizer)
+
+    def tokenizer(**settings: Any) -> object:
+        return copy.copy(made(**settings))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factory, "SimpleTokenizer", tokenizer)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

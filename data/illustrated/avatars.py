@@ -37,6 +37,7 @@ TRAINED = (
 )  # fmt: skip
 # Whole styles that no network is ever trained on.
 HELD_OUT = ("personas", "micah", "open-peeps", "lorelei")
+AT_ONCE = 64  # keys that a process takes at a time
 INSTALL = 'pip install "targetclip[avatars]"'
 
 
@@ -113,10 +114,14 @@ def render(svg: str, size: int) -> UInt8[ndarray, "size size 3"]:
 def by_all_cores(function: Callable[[Key], Made], keys: Sequence[Key], name: str) -> Iterator[Made]:
     """Yield a function's values in the order of `keys`, computed by a process on every core.
 
-    It must be a module-level function, since the processes import it.
+    It must be a module-level function, since the processes import it. So few keys as one process
+    would take are computed here: to start processes takes seconds.
     """
+    if len(keys) <= AT_ONCE:
+        yield from map(function, tqdm(keys, name))
+        return
     with get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-        yield from tqdm(pool.imap(function, keys, chunksize=64), name, total=len(keys))
+        yield from tqdm(pool.imap(function, keys, chunksize=AT_ONCE), name, total=len(keys))
 
 
 def bank(

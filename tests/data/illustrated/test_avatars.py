@@ -1,5 +1,6 @@
 """Pictures of avatars, who drew them, and what may not be trained on."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,16 @@ import torch
 pytest.importorskip("dicebear", reason="needs the extra avatars")
 pytest.importorskip("resvg_py", reason="needs the extra avatars")
 
-from data.illustrated.avatars import HELD_OUT, TRAINED, bank, credit, definition, draw, render
+from data.illustrated.avatars import (
+    HELD_OUT,
+    TRAINED,
+    bank,
+    by_all_cores,
+    credit,
+    definition,
+    draw,
+    render,
+)
 from data.illustrated.codes import COUNTS, draw_face, face_bank
 
 
@@ -51,6 +61,19 @@ def test_faces_with_different_values_look_different() -> None:
     for attribute in (0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11):
         other = [2 if i == attribute else value for i, value in enumerate(first)]
         assert (draw_face(first)[0] != draw_face(other)[0]).any(), attribute
+
+
+def test_many_keys_are_shared_among_processes_and_few_are_not() -> None:
+    """The function returns the number of the process that calls it."""
+    here = str(os.getpid())
+
+    assert list(by_all_cores(os.readlink, ["/proc/self"] * 64, "few")) == [here] * 64
+    many = list(by_all_cores(os.readlink, ["/proc/self"] * 65, "many"))
+    assert len(many) == 65 and here not in many
+
+
+def test_values_of_many_keys_come_in_their_order() -> None:
+    assert list(by_all_cores(abs, range(-200, 0), "many")) == list(range(200, 0, -1))
 
 
 def test_a_bank_is_made_once(tmp_path: Path) -> None:

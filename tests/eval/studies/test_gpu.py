@@ -3,6 +3,7 @@
 import json
 import queue
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from eval.bench import ENLARGE, EXIT, LAYOUT, TINY, Bench, beside_another
-from eval.costs import CPU, NOT_MEASURED, median_seconds
+from eval.costs import CPU, NOT_MEASURED, Sizes, median_seconds, random_networks
 from eval.studies.gpu import Config, Study, run
 from targetclip.generators.stylegan2 import blur_kernel, enlarged
 from targetclip.recipes import RECIPES
@@ -18,9 +19,25 @@ from targetclip.recipes import RECIPES
 PARTS = {"ceilings", "parity", "steps", "ms of a step", "edits", "answers", "training", "pairs"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny_clip(clip_dir: Path) -> Iterator[dict[int, Sizes]]:
+    """Make the study's small sizes, which it yields, smaller still: their CLIP is the world's."""
+    given = dict(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        for size, sizes in given.items():
+            least = {"channels": (4,) * len(sizes.channels), "w_dim": 8, "mapping_layers": 1}
+            patch.setitem(TINY, size, replace(sizes, clip=f"local-dir:{clip_dir}", **least))
+        yield given
+
+
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     return Bench(TINY[16], CPU, 0.0)
+
+
+def test_the_small_sizes_are_of_networks_that_are_there(tiny_clip: dict[int, Sizes]) -> None:
+    for size, sizes in tiny_clip.items():
+        assert random_networks(sizes)[0].resolution == size
 
 
 def test_every_row_is_in_the_report_and_what_time_was_not_left_for_says_so(
