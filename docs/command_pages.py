@@ -17,7 +17,8 @@ from targetclip.command import parse
 
 PAGE = "commands.md"
 MARK = re.compile(r"^<!-- help: (.+) -->$", re.MULTILINE)
-COLUMNS = "96"  # fits the site's column
+COLUMNS = "78"  # fits the site's column
+RULE = re.compile(r"^\s*[-─]+\s*\n", re.MULTILINE)
 
 
 def help_of(command: str) -> str:
@@ -34,7 +35,7 @@ def help_of(command: str) -> str:
     page = StringIO()
     with patch.dict(os.environ, COLUMNS=COLUMNS), redirect_stdout(page), suppress(SystemExit):
         parse(kind, prog, description, args)
-    return page.getvalue().rstrip()
+    return RULE.sub("", page.getvalue()).rstrip()
 
 
 def on_page_markdown(markdown: str, page: Page, **kwargs: object) -> str:
