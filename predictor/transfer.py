@@ -309,7 +309,8 @@ def load_essence(
     Args:
         world: a world, its name or the path of its file.
         device: None: torch's default device.
-        max_images, checkpoint_layers: see `load_scene`.
+        max_images: see `load_scene`.
+        checkpoint_layers: see `load_scene`.
 
     Raises:
         FileNotFoundError, ValueError: as `load_world`, `load_scene` and `load_mapper`.

@@ -1,6 +1,7 @@
-"""Runs of the `targetclip` command in the process of a test, and their results."""
+"""Runs of the `targetclip` command in the process of a test, and which other commands there are."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from predictor.cli.flags import (
     Transfer,
 )
 
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(  # those that run as `python -m`
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("data", "train", "eval")
+    for path in (ROOT / package).rglob("*.py")
+    if re.search(r"^    start\(", path.read_text(), re.MULTILINE)
+)
 GROUPS: dict[str, Any] = {
     "target": TargetFlags,
     "source": SourceFlags,

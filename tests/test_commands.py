@@ -1,23 +1,14 @@
 """What holds for every `python -m` command of data, train and eval."""
 
 import dataclasses
-import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_runs import MODULES
 
 from targetclip.command import parse
-
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("data", "train", "eval")
-MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for package in PACKAGES
-    for path in (ROOT / package).rglob("*.py")
-    if re.search(r"^    start\(", path.read_text(), re.MULTILINE)
-)
 
 
 def least_options(kind: type, folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from doc_blocks import blocks_of
 
 import predictor
 import targetclip
@@ -22,15 +23,7 @@ from targetclip.media.images import read_picture, tensor_to_pictures
 
 ROOT = Path(__file__).parents[1]
 
-README = """
-from targetclip import load_essence
-
-essence = load_essence()
-direction = essence.direction("examples/joker.png")
-results = essence.edit_pictures(["examples/ada.png", "examples/bruno.png"], direction, strength=0.8)
-results[0].save("ada.png")
-direction.save("joker.safetensors")
-"""
+[README] = [block.text for block in blocks_of("README.md", "python")]
 
 MORE = """
 import numpy as np

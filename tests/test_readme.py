@@ -1,4 +1,4 @@
-"""README: its file map names every module, and the files to read first exist and stay short."""
+"""The file map names every module, the files to read first exist, and illustrators are named."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,16 @@ from data.illustrated.avatars import HELD_OUT, TRAINED, credit
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("targetclip", "predictor", "data", "train", "eval")
-FILES = (ROOT / "README.md").read_text("utf-8").partition("## Files\n")[2].partition("\n## ")[0]
-FIRST = re.findall(r"`((?:targetclip|predictor|train)/\w+\.py)`", FILES)
+PAGE = (ROOT / "docs/how-it-is-built.md").read_text("utf-8")
+
+
+def section(title: str) -> str:
+    """Return a section of the page."""
+    return PAGE.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+FILES = section("Files")
+FIRST = re.findall(r"`((?:targetclip|predictor|train)/\w+\.py)`", section("Read first"))
 
 
 def part_of(package: str) -> str:
@@ -39,7 +47,7 @@ def test_the_files_to_read_first_are_seven_and_there() -> None:
     assert all((ROOT / name).is_file() for name in FIRST)
 
 
-@pytest.mark.parametrize("page", ["README.md", "targetclip/worlds/avatars/README.md"])
+@pytest.mark.parametrize("page", ["docs/licences.md", "targetclip/worlds/avatars/README.md"])
 def test_every_illustrator_is_named_with_the_licence_of_the_style(page: str) -> None:
     text = (ROOT / page).read_text("utf-8")
     for style in TRAINED + HELD_OUT:
