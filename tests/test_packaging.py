@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hatchling.builders.wheel import WheelBuilder
 
+from predictor.studio.server import SOURCES, TARGETS
+
 ROOT = Path(__file__).parents[1]
 WORLDS = sorted((ROOT / "targetclip" / "worlds").glob("*/world.toml"))
 
@@ -46,6 +48,16 @@ def test_every_world_is_in_the_wheel_with_all_that_it_names(wheel: zipfile.ZipFi
                 assert named or world.parent.name == "ffhq1024", f"{world}: {key} is missing"
                 expected |= named
         assert expected <= set(wheel.namelist())
+
+
+def test_the_examples_of_the_studio_are_in_the_wheel_with_their_illustrators(
+    wheel: zipfile.ZipFile,
+) -> None:
+    folder = "predictor/studio/examples"
+    names = {f"{folder}/{name}.png" for name in (*TARGETS, *SOURCES)}
+    assert names | {f"{folder}/README.md"} == {
+        name for name in wheel.namelist() if name.startswith(folder)
+    }
 
 
 def test_the_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:

@@ -1,7 +1,10 @@
 """Tests of what a visitor works on, without the page."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,6 +30,7 @@ from predictor.studio.session import (
     strength_within,
     write_files,
 )
+from targetclip.media.alignment import FaceFinder
 from targetclip.world import load_world
 
 
@@ -158,6 +162,29 @@ def test_pictures_are_kept_and_shown_at_sizes_within_bounds(tmp_path: Path) -> N
     assert for_people(picture).size == (1024, 342)
     assert for_people(Image.new("RGB", (16, 16))).size == (256, 256)
     assert for_people(Image.new("RGB", (300, 400))).size == (300, 400)
+
+
+def test_faces_of_photos_are_edited_and_put_back(
+    opened: OpenWorld, faces: list[Path], tmp_path: Path, seeing: Callable[..., FaceFinder]
+) -> None:
+    photo = tmp_path / "photo.png"
+    noise = np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(photo)
+    of_photos = replace(opened, finder=seeing(lambda picture: [(100, 90, 40)]))
+    sources = read_sources(of_photos, [str(photo)])
+    assert sources.quads is not None
+    found = find_targets(of_photos, texts(faces[:1]), mode="instant")
+    [edited] = edit(of_photos, found, sources, Settings()).pictures
+    assert edited.size == (320, 240)
+    changed = (np.asarray(edited) != noise).any(axis=2)
+    left, top = np.floor(sources.quads[0].min(axis=0)).astype(int)
+    right, bottom = np.ceil(sources.quads[0].max(axis=0)).astype(int) + 1
+    assert changed[top:bottom, left:right].any()
+    changed[top:bottom, left:right] = False
+    assert not changed.any()
+    faceless = replace(opened, finder=seeing(lambda picture: []))
+    with pytest.raises(ValueError, match="photo: no face found"):
+        read_sources(faceless, [str(photo)])
 
 
 def test_files_to_download_are_whole_and_named_by_numbers(
