@@ -56,6 +56,7 @@ KEPT = 1800  # seconds that a visitor's results are kept after the last use
 CSS = """
 .facts dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; margin: 0 }
 .facts dt { font-weight: 600 } .facts dd { margin: 0 }
+#examples .grid-wrap, #results .grid-wrap { min-height: 0 !important; max-height: 60vh !important }
 """
 
 
@@ -149,7 +150,7 @@ class Page:
         with gr.Blocks(
             title="targetclip studio", analytics_enabled=False, delete_cache=(KEPT, KEPT)
         ) as self.blocks:
-            gr.Markdown("# Give any face the essence of a target, and keep whose face it is")
+            gr.Markdown("# Give faces the essence of a picture")
             self.kept = gr.State(None, time_to_live=KEPT)
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
@@ -166,7 +167,7 @@ class Page:
         """Make the controls of targets."""
         names = list(self.worlds.known)
         self.world = gr.Dropdown(names, value=names[0], label="World", visible=len(names) > 1)
-        gr.Markdown("### 1. Target: whose essence is taken")
+        gr.Markdown("### 1. Target: its essence is taken")
         self.targets = gr.Gallery(
             self.examples[:1] if self.offers else None,
             label="Targets",
@@ -188,7 +189,7 @@ class Page:
             self.examples or None,
             label="Examples",
             show_label=False,
-            columns=6,
+            columns=5,
             fit_columns=False,
             height="auto",
             allow_preview=False,
