@@ -251,6 +251,20 @@ class Trainer(Generic[Network]):
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
         tqdm.write(" ".join(shown))
 
+    def last_figures(self) -> dict[str, float]:
+        """Return the held-out figures of the average in the log's last line, all that are finite
+        numbers; none where the log is gone or of another step."""
+        path = self.out / LOG
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        line: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        if line.pop("step", None) != self.step:
+            return {}
+        return {
+            name: value
+            for name, value in line.items()
+            if name not in self.running and isinstance(value, float) and math.isfinite(value)
+        }
+
     def run(
         self,
         losses_at: Callable[[int, int], Mapping[str, Tensor]],

@@ -324,6 +324,24 @@ def test_the_log_has_a_line_an_evaluation_with_the_figures_of_the_average(tmp_pa
     assert evaluated[-1] == average.last.bias.item() != network.last.bias.item()
 
 
+def test_the_last_figures_are_those_of_the_last_step_without_losses(tmp_path: Path) -> None:
+    def trainer() -> Trainer[Network]:
+        network = fresh()
+        adam = torch.optim.Adam(network.parameters(), lr=1.0)
+        parts: dict[str, Any] = {"out": tmp_path, "schedule": schedule(), "settings": {}}
+        return Trainer(network=network, optimizer=adam, **parts)
+
+    first = trainer()
+    assert first.last_figures() == {}
+    loss_at = loss_of(first.network)
+    figures = {"score": 0.5, "stage": "last", "none": float("nan")}
+    first.run(lambda step, shard: {"loss": loss_at(step)}, lambda average: figures, Stop())
+    assert first.last_figures() == {"score": 0.5}
+    assert trainer().last_figures() == {"score": 0.5}  # as restored
+    trim_log(tmp_path / LOG, STEPS - 1)
+    assert trainer().last_figures() == {}
+
+
 def test_a_killed_run_leaves_the_log_of_a_run_that_was_not(tmp_path: Path) -> None:
     plan = schedule(evaluate_every=5)
     for name in ("straight", "killed"):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from train.mapper import (
     Config,
     Data,
     MapperTraining,
+    command_of,
     make_scene,
     prepare,
     run,
@@ -222,6 +225,37 @@ def test_the_file_predicts_what_the_average_predicts(
     assert written["settings"]["recipe"]["sources"] == 2 and "torch" in written["versions"]
     assert written["config"]["direction_decay"] == 0.5 and written["config"]["width"] == 16
     assert record.recipe["recipe"]["weight_decay"] == 0.5
+
+
+def test_the_record_names_the_command_and_the_scores_of_the_last_line_of_the_log(
+    straight: Path, tiny_world: Path, bank: Path
+) -> None:
+    _, record = load_mapper(straight / MAPPER)
+    last = lines(straight)[-1]
+    judged = {"transfer_score", "consistency_score", "expected_error"}
+    assert judged <= record.validation.keys() and "loss" not in record.validation
+    assert all(last[name] == value for name, value in record.validation.items())
+    assert record.datasets == ()
+
+    words = shlex.split(record.command)
+    assert words[:3] == ["python", "-m", "train.mapper"] and str(bank) not in record.command
+    words[words.index("--world") + 1] = str(tiny_world)
+    again: Config = parse(tyro.conf.OmitArgPrefixes[Config], "train", None, words[3:])
+    first = configured(tiny_world, bank, straight)
+    assert replace(again, out=straight, data=replace(again.data, bank=bank)) == first
+
+
+def test_the_command_names_no_path_and_who_launched_it(
+    small: Callable[..., Config], tmp_path: Path
+) -> None:
+    (tmp_path / "faces").mkdir()
+    targets = (str(tmp_path / "faces"), f"dataset:{tmp_path / 'faces'}#train", "dataset:a/b#train")
+    config = small(targets=targets, only_correction=True, pairs=tmp_path / "faces")
+    command = command_of(config, {"precision": "bf16", "processes": 2})
+    assert command.startswith("accelerate launch --multi_gpu --num_processes 2 -m train.mapper ")
+    assert "--targets faces dataset:faces#train dataset:a/b#train " in command
+    assert "--only-correction" in command.split() and "--pairs faces" in command
+    assert "--precision bf16" in command and str(tmp_path) not in command
 
 
 def test_the_scale_is_the_teachers_deviation_with_a_floor(
