@@ -60,6 +60,7 @@ from targetclip.media.images import write_picture
 from targetclip.recipes import RECIPES, Recipe, recipe_named
 from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
+from targetclip.tracking import Tracker, check_tracker
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 from train.loop import LOG, Schedule, Trainer
 from train.mapper_data import (
@@ -192,13 +193,16 @@ class Config:
     seed: int = 0
     evaluate_every: int = 500
     """Steps between two lines of the log."""
+    tracker: Tracker | None = None
+    """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
+    It needs the package of that name."""
     licence: str = "See the licences of the generator, the embedder and the target pictures."
     """Terms of use, for the mapper's file."""
 
 
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
-FREE |= {"evaluate_every", "checkpoint_layers", "start"}
+FREE |= {"evaluate_every", "checkpoint_layers", "start", "tracker"}
 FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
 
 
@@ -212,6 +216,7 @@ def flags_of(config: Config) -> dict[str, Any]:
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for a flag that cannot be."""
+    check_tracker(config.tracker)
     for name, value in flags_of(config).items():
         flag = f"--{name.replace('_', '-')}"
         if type(value) is int and name != "seed" and value < 1:
@@ -441,7 +446,7 @@ def command_of(config: Config, settings: Mapping[str, Any]) -> str:
     flags |= {"out": Path("mapper"), "world": Path(config.world).name}
     # Whoever chose it, this flag or accelerate's variable.
     flags["precision"] = "bf16" if settings["precision"] == "bf16" else None
-    for name in ("bank", "licence"):
+    for name in ("bank", "licence", "tracker"):
         del flags[name]
     count, launcher = settings["processes"], "python"
     if count > 1:
@@ -580,6 +585,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
         ),
         processes=accelerator,
         in_backward=partial(in_precision, scene.device, precision),
+        tracker=config.tracker,
     )
     return MapperTraining(
         config=config,

@@ -18,13 +18,16 @@ import torch
 import tyro
 from accelerate import Accelerator
 from torch import Tensor
+from trackers_read import scalars_of
 
 from data import build
 from data.dataset import load_pairs
 from data.targets import Target, open_targets, split_of
 from predictor.mapper import load_mapper
+from targetclip import tracking
 from targetclip.command import Stop, Stopped, guarded, parse
 from targetclip.generators.stylegan2 import StyleGAN2
+from train import encoder
 from train.loop import CHECKPOINT, LOG
 from train.mapper import (
     MAPPER,
@@ -51,6 +54,7 @@ from train.mapper_objective import (
     parse_schedule,
     stage_at,
 )
+from train.world import clip, generator, identity, inverter, reader
 
 CPU = torch.device("cpu")
 SCHEDULE = ("differences:3", "transfer+differences:4")
@@ -245,6 +249,43 @@ def test_the_record_names_the_command_and_the_scores_of_the_last_line_of_the_log
     assert replace(again, out=straight, data=replace(again.data, bank=bank)) == first
 
 
+def test_a_tracked_training_writes_the_same_file(
+    straight: Path, small: Callable[..., Config]
+) -> None:
+    config = small(tracker="tensorboard")
+    run(config)
+    assert (config.out / MAPPER).read_bytes() == (straight / MAPPER).read_bytes()
+    sent, logged = scalars_of(config.out), lines(straight)
+    for name in ("transfer_score", "loss"):
+        expected = {line["step"]: line[name] for line in logged}
+        assert sent[name] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config"),
+    [
+        (run, lambda out: Config(out=out, tracker="wandb")),
+        (encoder.run, lambda out: encoder.Config(out=out, tracker="wandb")),
+        (generator.run, lambda out: generator.Config(out, tracker="wandb")),
+        (clip.run, lambda out: clip.Config(out, tracker="wandb")),
+        *(
+            (module.run, lambda out, kind=module.Config: kind(out / "none", out, tracker="wandb"))
+            for module in (inverter, reader, identity)
+        ),
+    ],
+)
+def test_no_training_begins_without_the_package_of_its_tracker(
+    trainer: Callable[[Any], object],
+    config: Callable[[Path], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    with pytest.raises(ValueError, match=r"^--tracker: expected the package wandb"):
+        trainer(config(tmp_path / "out"))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_the_command_names_no_path_and_who_launched_it(
     small: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -253,7 +294,8 @@ def test_the_command_names_no_path_and_who_launched_it(
     config = small(targets=targets, only_correction=True, pairs=tmp_path / "faces")
     command = command_of(config, {"precision": "bf16", "processes": 2})
     assert command.startswith("accelerate launch --multi_gpu --num_processes 2 -m train.mapper ")
-    assert "--targets faces dataset:faces#train dataset:a/b#train " in command
+    words = " ".join(shlex.split(command))
+    assert " --targets faces dataset:faces#train dataset:a/b#train --" in words
     assert "--only-correction" in command.split() and "--pairs faces" in command
     assert "--precision bf16" in command and str(tmp_path) not in command
 
