@@ -24,6 +24,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from accelerate import Accelerator
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from data.card import CARD, REPORT, SUMS, DatasetInfo
 from data.claims import Claim, claim, clock_ns, owner_name
 from data.dataset import verify
+from data.pairs import Failure, Pair
 from data.plan import (
     RECORD,
     Plan,
@@ -52,17 +54,27 @@ from targetclip.generators import check_render_size
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Initial, Recipe, recipe_named
 from targetclip.scene import Scene
+from targetclip.tracking import Tracker, check_tracker, tracked
 from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
 logger = logging.getLogger(__name__)
 
 Stage = Literal["plan", "run", "merge", "verify"]
 
+TRACKED = (
+    "loss",
+    "transfer",
+    "consistency",
+    "held_out_transfer",
+    "held_out_consistency",
+    "seconds",
+)
 SCHEDULE = "pairs:1000 transfer:4000"  # schedule of a mapper's training
 LATER = {  # where results are and what comes next, after a part of the work
     "plan": ("planned", "the same command without --only, on as many workers as you like"),
     "run": ("this worker's chunks are done", "the same command with --only merge"),
 }
+TRACKERS = "trackers"  # folder of a folder for each launch
 WORK = ".build"  # hidden, so that a loader finds the dataset alone
 ACCELERATE_NAMES: dict[Precision, str] = {"fp32": "no", "bf16": "bf16"}  # as plans record them
 
@@ -112,11 +124,16 @@ class Config:
     """Licence of the dataset by its name on the hub, e.g. mit or cc-by-nc-4.0."""
     licence_text: str = "See the licences of the generator, the embedder and the target pictures."
     """The card's words on the licence."""
+    tracker: Tracker | None = None
+    """Send what is done, and mean scores of this launch's own chunks, to this tracker: tensorboard
+    (files in --out/.build/trackers) or wandb. Every launch is a run of its own there. It needs the
+    package of that name."""
 
 
 def check_config(config: Config) -> None:
     """Check the options. ValueError: an option has an impossible value."""
     check_trainable(config.targets)
+    check_tracker(config.tracker)
     command.check_least(config, steps=1, max_images=1, held_out=1, max_attempts=1)
     if config.batch_size != "auto":
         command.check_least(config, batch_size=1)
@@ -294,6 +311,13 @@ def run_chunks(build: Build, plan: Plan) -> bool:
         )
         bar.update(max(0, min(total, finished + part) - bar.n))
 
+    def on_chunk(pairs: list[Pair], failures: list[Failure]) -> None:
+        figures: dict[str, float] = {"failures": len(failures)}
+        for name in TRACKED if pairs else ():
+            figures[name] = fmean(getattr(pair, name) for pair in pairs)
+        done = min(total, len(worker.published()) * plan.batch_size)
+        track({"targets_done": done, **figures}, done)
+
     worker = Worker(
         work=build.work,
         plan=plan,
@@ -303,12 +327,17 @@ def run_chunks(build: Build, plan: Plan) -> bool:
         checkpoint_seconds=config.checkpoint_seconds,
         max_attempts=config.max_attempts,
         on_step=on_step,
+        on_chunk=on_chunk if build.main else None,
         at=build.at,
     )
     finished = min(total, len(worker.published()) * plan.batch_size)
-    with tqdm(
-        desc="targets", total=total, initial=finished, unit="target", disable=not build.main
-    ) as bar:
+    tracker = config.tracker if build.main and finished < total else None
+    with (
+        tracked(tracker, build.work / TRACKERS / worker.owner, plan.settings, 0) as track,
+        tqdm(
+            desc="targets", total=total, initial=finished, unit="target", disable=not build.main
+        ) as bar,
+    ):
         # The main process of a launch waits for the others' last chunks, to merge them.
         done = worker.run(wait=build.main and config.only is None)
         bar.update(total - bar.n if done else 0)

@@ -470,6 +470,23 @@ def default_targets(world: World, seed: int, count: int, samples: int = 0) -> tu
     return tuple(f"{kind}:{number}@{seed}" for kind, number in counts.items() if number)
 
 
+def portable(spec: str) -> str:
+    """Return a spec without paths of this machine: of a folder its name alone."""
+    kind, colon, rest = spec.partition(":")
+    if not colon:
+        return Path(spec).resolve().name
+    path, mark, more = rest.partition("#")
+    if kind == "dataset" and Path(path).is_dir():
+        return f"{kind}:{Path(path).resolve().name}{mark}{more}"
+    return spec
+
+
+def hub_datasets(specs: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the datasets on the Hub that are among the specs."""
+    names = [spec[8:].partition("#")[0] for spec in specs if spec.startswith("dataset:")]
+    return tuple(dict.fromkeys(name for name in names if not Path(name).is_dir()))
+
+
 def check_trainable(specs: Iterable[str], flag: str = "--targets") -> None:
     """Raise a ValueError that begins with `flag` for targets of the styles that are kept for tests.
 

@@ -61,6 +61,8 @@ class Worker:
     """How often a chunk may end its worker without any progress, before it is given up."""
     on_step: Callable[[int, Progress], None] | None = None
     """Is called after every step with the number of the chunk."""
+    on_chunk: Callable[[list[Pair], list[Failure]], None] | None = None
+    """Is called with what a chunk gave, once it is published."""
     at: At = go_on
     """Is called at the points in-chunk and after-checkpoint, and those of claims and files."""
     owner: str = field(default_factory=owner_name)
@@ -206,6 +208,8 @@ class Worker:
         for checkpoint in (self.work / "checkpoints").glob(f"{name}.*.pt"):
             checkpoint.unlink(missing_ok=True)
         (self.work / "attempts" / name).unlink(missing_ok=True)
+        if self.on_chunk is not None:
+            self.on_chunk(pairs, failures)
 
 
 # After the last chunk

@@ -28,7 +28,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.targets import Target, check_trainable, default_targets, of_split, open_targets
+from data.targets import (
+    Target,
+    check_trainable,
+    default_targets,
+    of_split,
+    open_targets,
+    portable,
+)
 from data.teacher import search_in_batches
 from eval.expectation import fit_expectation
 from eval.methods import Answer, mapped
@@ -330,6 +337,17 @@ def reliability_chart(
     return line_chart(title, series, "expected transfer score", "reached", diagonal=True)
 
 
+def command_of(config: Config, precision: Precision) -> str:
+    """Return the command that calibrates so again, without paths of this machine."""
+    flags = {**vars(config), "out": Path("calibrated"), "world": Path(config.world).name}
+    flags["targets"] = tuple(map(portable, config.targets or ()))
+    flags["precision"] = None if precision == "fp32" else precision
+    del flags["device"]
+    known = vars(Config(mapper=config.mapper, out=config.out))
+    defaults = {name: value for name, value in known.items() if name not in ("mapper", "out")}
+    return command.command_line("eval.calibrate", flags, defaults)
+
+
 def run(
     config: Config,
     *,
@@ -391,7 +409,19 @@ def run(
     trust = reliability(expected, transfer)
     figures = {**asdict(gate), **trust, "fitted": len(reached), "stretch": stretch}
     trained = {**mapper.record.recipe, "expects": True} if len(reached) else mapper.record.recipe
-    record = replace(mapper.record, recipe=trained, calibration=figures)
+    judged = {
+        "transfer_score": transfer,
+        "probe_score": scores["probe"],
+        "teacher_transfer_score": teacher_scores["transfer"],
+    }
+    record = replace(
+        mapper.record,
+        recipe=trained,
+        calibration=figures,
+        command=f"{mapper.record.command}\n{command_of(config, precision)}".strip(),
+        # Those of the training are of other lengths of directions.
+        validation={name: float(values.mean()) for name, values in judged.items()},
+    )
     path = config.out / "mapper.safetensors"
     save_mapper(mapper, path, record, half=config.half)
 

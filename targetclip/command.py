@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import signal
 import sys
 import threading
@@ -285,6 +286,27 @@ def start(module: str) -> NoReturn:
         return 0
 
     sys.exit(guarded(work, f"python -m {module}"))
+
+
+def command_line(
+    module: str, flags: Mapping[str, Any], defaults: Mapping[str, Any], launcher: str = "python"
+) -> str:
+    """Return the command with these flags, without those that have their defaults.
+
+    Args:
+        module: that is run, such as train.mapper.
+        flags: values by the names of fields; of a path its name alone is shown.
+        defaults: of those flags that have one.
+        launcher: what stands before -m.
+    """
+    words = [*launcher.split(), "-m", module]
+    for name, value in flags.items():
+        if name in defaults and defaults[name] == value:
+            continue
+        values = () if value is True else value if isinstance(value, tuple) else (value,)
+        shown = [v.resolve().name if isinstance(v, Path) else str(v) for v in values]
+        words += [f"--{name.replace('_', '-')}", *shown]
+    return shlex.join(words)
 
 
 # Device and precision

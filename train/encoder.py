@@ -49,6 +49,7 @@ from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import RECIPES, Recipe, recipe_named
 from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
+from targetclip.tracking import Tracker, check_tracker
 from targetclip.weights import digest_of_weights
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 from train.loop import LOG, Schedule, train
@@ -96,10 +97,14 @@ class Config:
     seed: int = 0
     evaluate_every: int = 250
     """Steps between two lines of the log."""
+    tracker: Tracker | None = None
+    """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
+    It needs the package of that name."""
 
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for a flag that cannot be."""
+    check_tracker(config.tracker)
     command.check_least(config, steps=1, batch_size=1, max_images=1, evaluate_every=1)
     if config.recipe is not None:
         recipe_named(config.recipe)
@@ -290,6 +295,7 @@ def run(config: Config, stop: Stop | None = None) -> Inverter:
         settings,
         stop=stop,
         in_backward=partial(sdpa_kernel, SDPBackend.MATH) if unfused else nullcontext,
+        tracker=config.tracker,
     )
     save_inverter(average, config.out / ENCODER)
     encoder_file = shlex.quote(str(config.out / ENCODER))

@@ -30,6 +30,7 @@ from targetclip.command import (
     whole_file,
     write_file,
 )
+from targetclip.tracking import Track, Tracker, tracked
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -90,10 +91,10 @@ class OneProcess:
 
 
 def plain_settings(config: Any, **more: Any) -> dict[str, Any]:
-    """Return the values of a command's Config that decide weights: all but paths and
-    `evaluate_every`. What the paths name is given as `more`, by its content."""
-    values = {k: v for k, v in vars(config).items() if not isinstance(v, Path)}
-    values.pop("evaluate_every", None)
+    """Return the values of a command's Config that decide weights: all but paths,
+    `evaluate_every` and `tracker`. What the paths name is given as `more`, by its content."""
+    free = ("evaluate_every", "tracker")
+    values = {k: v for k, v in vars(config).items() if not isinstance(v, Path) and k not in free}
     return {**values, **more}
 
 
@@ -133,6 +134,8 @@ class Trainer(Generic[Network]):
     """An Accelerator, where several processes train together or batches are accumulated."""
     in_backward: Callable[[], AbstractContextManager[Any]] = nullcontext
     """Context of the backward pass, which may compute parts of a loss again."""
+    tracker: Tracker | None = None
+    """Where the lines of the log are sent as well, by the main process."""
     clock: Callable[[], float] = time.monotonic
     average: Network = field(init=False)
     """The moving average of the weights, which is judged and returned."""
@@ -243,13 +246,28 @@ class Trainer(Generic[Network]):
         self.running = {name: 0.98 * before[name] + 0.02 * latest[name] for name in latest}
         return bool(stopping > 0)
 
-    def log(self, figures: Mapping[str, Any]) -> None:
-        """Append a line to the log, and show it."""
+    def log(self, figures: Mapping[str, Any], track: Track) -> None:
+        """Append a line to the log, show it, and send it to the tracker."""
         line = {"step": self.step, **self.running, **figures}
         with (self.out / LOG).open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
         tqdm.write(" ".join(shown))
+        track({**self.running, **figures}, self.step)
+
+    def last_figures(self) -> dict[str, float]:
+        """Return the held-out figures of the average in the log's last line, all that are finite
+        numbers; none where the log is gone or of another step."""
+        path = self.out / LOG
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        line: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        if line.pop("step", None) != self.step:
+            return {}
+        return {
+            name: value
+            for name, value in line.items()
+            if name not in self.running and isinstance(value, float) and math.isfinite(value)
+        }
 
     def run(
         self,
@@ -276,14 +294,18 @@ class Trainer(Generic[Network]):
         if main:
             trim_log(self.out / LOG, self.step)
         saved, total = self.clock(), self.schedule.steps
-        with tqdm(desc=self.out.name, total=total, initial=self.step, disable=not main) as bar:
+        tracker = self.tracker if main and self.step < total else None
+        with (
+            tracked(tracker, self.out, self.settings, self.step) as track,
+            tqdm(desc=self.out.name, total=total, initial=self.step, disable=not main) as bar,
+        ):
             while self.step < total:
                 stopping = self.take_step(losses_at, stop, model or self.network)
                 bar.set_postfix({k: f"{v:.4f}" for k, v in self.running.items()}, refresh=False)
                 bar.update()
                 last = self.step == total
                 if main and (last or self.step % every == 0):
-                    self.log(evaluate(self.average))
+                    self.log(evaluate(self.average), track)
                 due = self.clock() - saved >= self.schedule.checkpoint_seconds
                 if last or due or stopping:
                     self.save()
@@ -304,13 +326,14 @@ def train(
     groups: list[dict[str, Any]] | None = None,
     stop: Stop | None = None,
     in_backward: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    tracker: Tracker | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Network:
     """Train a network by Adam in this process alone, and return the average of its weights.
 
     Args:
         loss_at: returns the loss of a step, and must depend on its number alone.
-        evaluate, settings, in_backward: see `Trainer`.
+        evaluate, settings, in_backward, tracker: see `Trainer`.
         groups: parameter groups for Adam; `lr` in a group is a factor of the learning rate.
         stop: None: one that listens to the signals of this process from here on.
 
@@ -330,6 +353,7 @@ def train(
             schedule=schedule,
             settings=settings,
             in_backward=in_backward,
+            tracker=tracker,
             clock=clock,
         )
         return trainer.run(lambda step, shard: {"loss": loss_at(step)}, evaluate, stop)

@@ -33,7 +33,13 @@ from jaxtyping import Float32
 from numpy import ndarray
 from torch import Tensor
 
-from data.targets import check_trainable, default_targets, digest_of
+from data.targets import (
+    check_trainable,
+    default_targets,
+    digest_of,
+    hub_datasets,
+    portable,
+)
 from predictor.mapper import Mapper, load_mapper, save_mapper
 from predictor.mapper_file import CorrectionConfig, MapperConfig, MapperRecord
 from targetclip import command
@@ -41,6 +47,7 @@ from targetclip.command import (
     Precision,
     Stop,
     choose_precision,
+    command_line,
     in_precision,
     locked_folder,
     say,
@@ -53,6 +60,7 @@ from targetclip.media.images import write_picture
 from targetclip.recipes import RECIPES, Recipe, recipe_named
 from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
+from targetclip.tracking import Tracker, check_tracker
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 from train.loop import LOG, Schedule, Trainer
 from train.mapper_data import (
@@ -185,13 +193,16 @@ class Config:
     seed: int = 0
     evaluate_every: int = 500
     """Steps between two lines of the log."""
+    tracker: Tracker | None = None
+    """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
+    It needs the package of that name."""
     licence: str = "See the licences of the generator, the embedder and the target pictures."
     """Terms of use, for the mapper's file."""
 
 
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
-FREE |= {"evaluate_every", "checkpoint_layers", "start"}
+FREE |= {"evaluate_every", "checkpoint_layers", "start", "tracker"}
 FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
 
 
@@ -205,6 +216,7 @@ def flags_of(config: Config) -> dict[str, Any]:
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for a flag that cannot be."""
+    check_tracker(config.tracker)
     for name, value in flags_of(config).items():
         flag = f"--{name.replace('_', '-')}"
         if type(value) is int and name != "seed" and value < 1:
@@ -426,14 +438,38 @@ def settings_of(config: Config, objective: Objective, **more: Any) -> dict[str, 
     }
 
 
+def command_of(config: Config, settings: Mapping[str, Any]) -> str:
+    """Return the command that makes this mapper again, without paths of this machine."""
+    flags = flags_of(config)
+    for name in ("targets", "validation"):
+        flags[name] = tuple(map(portable, flags[name] or ()))
+    flags |= {"out": Path("mapper"), "world": Path(config.world).name}
+    # Whoever chose it, this flag or accelerate's variable.
+    flags["precision"] = "bf16" if settings["precision"] == "bf16" else None
+    for name in ("bank", "licence", "tracker"):
+        del flags[name]
+    count, launcher = settings["processes"], "python"
+    if count > 1:
+        launcher = f"accelerate launch --multi_gpu --num_processes {count}"
+    defaults = {n: v for n, v in flags_of(Config(out=config.out)).items() if n != "out"}
+    return command_line("train.mapper", flags, defaults, launcher)
+
+
 def record_of(
-    config: Config, settings: Mapping[str, Any], stages: tuple[TrainingStage, ...]
+    config: Config,
+    settings: Mapping[str, Any],
+    stages: tuple[TrainingStage, ...],
+    validation: dict[str, float],
 ) -> MapperRecord:
-    """Return what the mapper's file says of its making, without paths of this machine."""
+    """Return what the mapper's file says of its making, without paths of this machine.
+
+    Args:
+        validation: scores on held-out targets.
+    """
     used = {term for stage in stages for term in stage.terms}
     data = config.data
-    specs = [spec if ":" in spec else Path(spec).name for spec in data.targets or ()]
-    trained_on = [f"targets {', '.join(specs)}"] if settings["targets"] else []
+    specs = data.targets or () if settings["targets"] else ()
+    trained_on = [f"targets {', '.join(map(portable, specs))}"] if specs else []
     if data.pairs is not None:
         count = "all" if data.num_pairs is None else f"the first {data.num_pairs}"
         trained_on += [f"{count} training pairs of {data.pairs.resolve().name}"]
@@ -448,6 +484,9 @@ def record_of(
         licence=config.licence,
         trained_on="; ".join(trained_on),
         version=versions()["targetclip"],
+        command=command_of(config, settings),
+        validation=validation,
+        datasets=hub_datasets(specs),
     )
 
 
@@ -546,6 +585,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
         ),
         processes=accelerator,
         in_backward=partial(in_precision, scene.device, precision),
+        tracker=config.tracker,
     )
     return MapperTraining(
         config=config,
@@ -586,8 +626,8 @@ def run(config: Config, stop: Stop | None = None) -> Mapper:
             write_json(config.out / "config.json", content)
         average = training.trainer.run(training.losses_at, training.evaluate, stop, training.model)
         if main:
-            path = config.out / MAPPER
-            save_mapper(average, path, record_of(config, settings, training.stages))
+            path, figures = config.out / MAPPER, training.trainer.last_figures()
+            save_mapper(average, path, record_of(config, settings, training.stages, figures))
             then = f"python -m eval.calibrate --out CALIBRATED --mapper {shlex.quote(str(path))}"
             say_next(config.out, f"{MAPPER}, {LOG}, grid.png", then)
     accelerator.end_training()

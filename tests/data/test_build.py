@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import slurm_jobs
 import torch
 from builds_made import config, ids, leftovers, long_ago, pictures, rows
+from trackers_read import scalars_of
 
 from data import build
 from data.build import Config, run
@@ -28,6 +30,7 @@ from data.claims import create
 from data.dataset import verify
 from data.plan import load_plan
 from data.targets import draw_avatar, open_targets, split_of
+from targetclip import tracking
 from targetclip.command import SIGNALS, Stopped, main
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from targetclip.optimize import optimize_directions
@@ -152,6 +155,30 @@ def test_the_same_command_again_changes_no_byte_of_the_dataset(
     out = copied(built, tmp_path)
     assert run(config(tiny_world, out)) == 0
     assert digests(out) == digests(built)
+
+
+def test_a_tracked_build_is_the_same_and_sends_what_is_done(
+    built: Path, tiny_world: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "pairs"
+    assert run(config(tiny_world, out, tracker="tensorboard")) == 0
+    assert rows(out) == rows(built)
+    [launch] = (out / ".build" / "trackers").iterdir()
+    sent = scalars_of(launch)
+    assert sent["targets_done"] == {2: 2.0, 4: 4.0, 5: 5.0}
+    assert set(sent["failures"].values()) == {0.0}
+    chunks = sorted((out / ".build" / "chunks").glob("*.parquet"))
+    means = [pq.read_table(chunk)["loss"].to_numpy().mean() for chunk in chunks]
+    assert sorted(sent["loss"].values()) == pytest.approx(sorted(means), rel=1e-5)
+
+
+def test_a_build_does_not_begin_without_the_package_of_its_tracker(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    with pytest.raises(ValueError, match=r"^--tracker: expected the package wandb"):
+        run(config(tiny_world, tmp_path / "out", tracker="wandb"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_directions_are_those_of_the_optimizer_and_their_ids_decide_the_split(

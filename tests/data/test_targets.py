@@ -26,9 +26,11 @@ from data.targets import (
     avatar_at,
     check_trainable,
     default_targets,
+    hub_datasets,
     layer_thirds,
     of_split,
     open_targets,
+    portable,
     split_of,
 )
 from targetclip.generators import Generator, load_generator
@@ -221,6 +223,14 @@ def test_the_default_targets_are_those_of_the_world(tiny_world: Path) -> None:
     assert default_targets(own, 23, 32) == ("avataaars:32@23", "styles:32@23")
     assert default_targets(other, 17, 20, 5) == ("generated:25@17", "mixed:25@17")
     assert default_targets(other, 23, 32) == ("generated:32@23", "mixed:32@23")
+
+
+def test_a_spec_is_shown_without_paths_and_names_of_the_hub_are_told_apart(tmp_path: Path) -> None:
+    specs = (f"{tmp_path}/", f"dataset:{tmp_path}#test", "dataset:a/b#train#image", "styles:5@3")
+    name = tmp_path.name
+    shown = [name, f"dataset:{name}#test", "dataset:a/b#train#image", "styles:5@3"]
+    assert [portable(spec) for spec in specs] == shown
+    assert hub_datasets((*specs, "dataset:a/b")) == ("a/b",)
 
 
 def test_a_file_that_cannot_be_opened_is_a_bad_target(tmp_path: Path) -> None:

@@ -135,6 +135,11 @@ def test_the_file_written_passes_the_gate_and_is_the_same_mapper(
     was, now = original.state_dict(), mapper.state_dict()
     assert {name for name in now if not torch.equal(now[name], was[name])} == heads
     assert record.calibration["fitted"] == 12 and record.recipe["expects"] is True
+    expected = [f"python -m eval.calibrate --mapper {tiny_mapper.name} --out calibrated"]
+    assert [line.partition(" --world")[0] for line in record.command.splitlines()] == expected
+    assert "--targets avataaars:60@29 generated:60@29 --count 2" in record.command
+    each = report_of(out)["each"]
+    assert record.validation["transfer_score"] == pytest.approx(sum(each["mapper_transfer"]) / 4)
     gate = Gate.of(mapper)
     assert gate.probes == 2 and gate.refine_steps in (1, 2) and gate.refine_rate == 0.01
     report = report_of(out)

@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import os
+import socket
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from hub_fake import Hub, hub_running
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, close_session, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,6 +39,12 @@ RECORD = MapperRecord(
     licence="MIT",
     trained_on="drawn faces",
     version="0.1.0",
+)
+MEASURED = dataclasses.replace(
+    RECORD,
+    command="python -m train.mapper --out mapper\npython -m eval.calibrate --out calibrated",
+    validation={"transfer_score": 0.8125},
+    datasets=("somebody/faces",),
 )
 
 Spoil = Callable[[dict[str, Tensor]], object]
@@ -532,13 +541,14 @@ def test_a_folder_holds_a_mapper_and_its_card(mapper: Mapper, tmp_path: Path) ->
     mapper.record = RECORD
     folder = tmp_path / "some" / "folder"
     mapper.save_pretrained(folder)
-    assert sorted(os.listdir(folder)) == ["README.md", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    assert json.loads((folder / "config.json").read_text()) == asdict(CONFIG)
     for name in (folder, str(folder), folder / "model.safetensors"):
         loaded = Mapper.from_pretrained(name, generator="a" * 64, embedder="e" * 64)
         assert loaded.config == CONFIG and loaded.record == RECORD
         assert torch.equal(loaded(embeddings()).directions, mapper(embeddings()).directions)
     card = (folder / "README.md").read_text("utf-8")
-    assert card.startswith("---\nlibrary_name: targetclip\nlicense: mit\n---\n")
+    assert card.startswith("---\nlibrary_name: targetclip\nlicense: mit\npipeline_tag: ")
     for said in ("Licence: MIT", "a" * 64, "e" * 64, "Mapper.from_pretrained(", '"amortized"'):
         assert said in card
 
@@ -552,7 +562,12 @@ def test_a_folder_can_be_written_again_and_keeps_what_else_is_there(
     loaded = Mapper.from_pretrained(tmp_path)
     loaded.record = dataclasses.replace(RECORD, licence="Research only", version="2")
     loaded.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["README.md", "model.safetensors", "notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+    ]
     assert Mapper.from_pretrained(tmp_path).record == loaded.record
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "license: other" in card and "Licence: Research only" in card and "Version: 2" in card
@@ -597,31 +612,177 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
         Mapper.from_pretrained(tmp_path)
 
 
-def test_a_push_uploads_the_weights_and_the_card(
-    mapper: Mapper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_card_says_what_the_record_measured_and_nothing_else(
+    mapper: Mapper, tmp_path: Path
 ) -> None:
-    calls: list[tuple[str, Any]] = []
+    mapper.record = MEASURED
+    mapper.save_pretrained(tmp_path)
+    loaded = Mapper.from_pretrained(tmp_path)
+    assert loaded.record == MEASURED
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "image-to-image" and "stylegan2" in card.data.tags
+    assert card.data.datasets == ["somebody/faces"]
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == MEASURED.validation
+    for said in (
+        "| transfer_score | 0.8125 |",
+        "| threshold | 0.25 |",
+        "python -m train.mapper --out mapper\npython -m eval.calibrate --out calibrated",
+    ):
+        assert said in card.text
+    mapper.record = dataclasses.replace(RECORD, calibration={})
+    mapper.save_pretrained(tmp_path)
+    bare = ModelCard.load(tmp_path / "README.md")
+    assert "no figures are in its file" in bare.text and "transfer_score" not in bare.content
+    assert bare.data.eval_results is None and bare.data.datasets is None
 
-    class Repository:
-        repo_id = "somebody/mapper"
 
-    def create_repo(api: HfApi, repo_id: str, **options: Any) -> Repository:
-        calls.append((repo_id, options))
-        return Repository()
+def test_a_record_without_measurements_is_written_as_before_there_were_any(
+    mapper: Mapper, path: Path
+) -> None:
+    save_mapper(mapper, path, RECORD)
+    with safe_open(path, framework="pt") as file:
+        assert {"command", "validation", "datasets"}.isdisjoint(file.metadata())
 
-    def upload_folder(api: HfApi, *, repo_id: str, folder_path: str, **options: Any) -> str:
-        calls.append((repo_id, sorted(os.listdir(folder_path))))
-        assert Mapper.from_pretrained(folder_path).record == RECORD
-        return "https://huggingface.co/somebody/mapper/commit/1"
 
-    monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    with pytest.raises(ValueError, match=r"set mapper\.record"):
-        mapper.push_to_hub("mapper")
-    assert calls == []
+@pytest.mark.parametrize(
+    "metadata",
+    [{"validation": '{"transfer_score": NaN}'}, {"validation": "[]"}, {"datasets": "[1]"}],
+)
+def test_damaged_measurements_are_refused(
+    mapper: Mapper, path: Path, metadata: dict[str, str | None]
+) -> None:
+    change(path, mapper.state_dict(), **metadata)
+    assert "metadata is damaged" in error_of(path)
+
+
+def test_a_folder_of_former_versions_has_no_config_and_is_read(
+    mapper: Mapper, tmp_path: Path
+) -> None:
+    save_mapper(mapper, tmp_path / "model.safetensors", RECORD)
+    loaded = Mapper.from_pretrained(tmp_path, generator="a" * 64)
+    assert loaded.record == RECORD and loaded.fingerprint == mapper.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (config_with(embedder="f" * 64), "of one mapper, found those of two"),
+        (config_with(num_ws=7), "of one mapper, found those of two"),
+        (config_with(generator="b" * 64), "was trained for generator bbbbbbbbbbbb"),
+        (config_with(width=0), None),  # not one of what tells mappers apart
+        ("{", "config.json: it is damaged"),
+        ("[]", "config.json: it is damaged"),
+    ],
+)
+def test_a_config_that_is_not_of_the_weights_is_refused(
+    mapper: Mapper, tmp_path: Path, content: str, said: str | None
+) -> None:
     mapper.record = RECORD
-    assert mapper.push_to_hub("mapper", private=True).endswith("/commit/1")
-    assert calls == [
-        ("mapper", {"private": True, "exist_ok": True}),
-        ("somebody/mapper", ["README.md", "model.safetensors"]),
-    ]
+    mapper.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with nullcontext() if said is None else pytest.raises(ValueError, match=said) as refused:
+        Mapper.from_pretrained(tmp_path, generator="a" * 64)
+    assert refused is None or "\n" not in str(refused.value)
+
+
+class ByTheMixin(PyTorchModelHubMixin, Mapper):
+    """A mapper as the Hub's own mixin loads it."""
+
+
+def test_the_hubs_own_mixin_reads_what_is_written(mapper: Mapper, tmp_path: Path) -> None:
+    mapper.record = RECORD
+    mapper.save_pretrained(tmp_path)
+    loaded = PyTorchModelHubMixin.from_pretrained.__func__(ByTheMixin, tmp_path, strict=True)
+    assert loaded.config == CONFIG and loaded.fingerprint == mapper.fingerprint
+
+
+# The Hub
+
+# The Hub's library uploads by a deprecated argument of httpx.
+UPLOADS = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on this machine, which is asked instead of the real one; nothing else can be."""
+    connect = socket.socket.connect
+
+    def loopback_alone(self: socket.socket, address: Any) -> None:
+        assert address[0] == "127.0.0.1", f"the network was asked: {address}"
+        connect(self, address)
+
+    with hub_running() as running:
+        monkeypatch.setattr(socket.socket, "connect", loopback_alone)
+        for name, value in (
+            ("ENDPOINT", running.address),
+            (
+                "HUGGINGFACE_CO_URL_TEMPLATE",
+                f"{running.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            ),
+            ("HF_HUB_OFFLINE", False),
+            ("HF_HUB_DISABLE_XET", True),  # a transfer of the Hub's own, not HTTP alone
+        ):
+            monkeypatch.setattr(constants, name, value)
+        close_session()  # one made offline answers nothing
+        yield running
+        close_session()
+
+
+@UPLOADS
+def test_a_mapper_pushed_and_loaded_back_is_the_same_to_the_bit(
+    mapper: Mapper, tmp_path: Path, hub: Hub
+) -> None:
+    with pytest.raises(ValueError, match=r"set mapper\.record"):
+        mapper.push_to_hub("mapper", token="hf_none")
+    assert hub.asked == []
+    mapper.record = MEASURED
+    address = mapper.push_to_hub("mapper", token="hf_none", private=True)
+    assert address.startswith(f"{hub.address}/somebody/mapper/commit/")
+    [asked], [commit] = hub.made, hub.commits
+    assert asked["name"] == "mapper" and asked.get("visibility", "private") == "private"
+    assert commit["summary"] == "Push mapper" and commit["branch"] == "main"
+    files = hub.repositories["somebody/mapper"]
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors"]
+    assert json.loads(files["config.json"]) == asdict(CONFIG)
+    assert ModelCard(files["README.md"].decode()).data.library_name == "targetclip"
+
+    names = {"generator": CONFIG.generator, "embedder": CONFIG.embedder}
+    loaded = Mapper.from_pretrained("somebody/mapper", cache_dir=tmp_path, **names)
+    assert loaded.config == CONFIG and loaded.record == MEASURED
+    for name, tensor in mapper.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    found, expected = loaded(embeddings()), mapper(embeddings())
+    assert torch.equal(found.directions, expected.directions)
+    assert torch.equal(found.expected, expected.expected)
+
+    hub.asked.clear()
+    again = Mapper.from_pretrained("somebody/mapper", cache_dir=tmp_path, local_files_only=True)
+    assert again.fingerprint == loaded.fingerprint and hub.asked == []
+
+
+@UPLOADS
+def test_a_pushed_mapper_of_another_generator_is_refused_before_its_weights_are_asked_for(
+    mapper: Mapper, tmp_path: Path, hub: Hub
+) -> None:
+    mapper.record = RECORD
+    mapper.push_to_hub("somebody/mapper", token="hf_none", branch="try", create_pr=False)
+    assert hub.commits[0]["branch"] == "try"
+    with pytest.raises(
+        ValueError, match=r"^somebody/mapper was trained for generator aaaaaaaaaaaa"
+    ):
+        Mapper.from_pretrained("somebody/mapper", generator="b" * 64, cache_dir=tmp_path)
+    assert not any("model.safetensors" in request for request in hub.asked)
+
+
+def test_a_repository_of_a_former_version_is_loaded(
+    mapper: Mapper, tmp_path: Path, hub: Hub
+) -> None:
+    save_mapper(mapper, tmp_path / "file", RECORD)
+    hub.repositories["somebody/old"] = {"model.safetensors": (tmp_path / "file").read_bytes()}
+    loaded = Mapper.from_pretrained("somebody/old", cache_dir=tmp_path / "cache")
+    assert loaded.fingerprint == mapper.fingerprint
+    for name in ("somebody/none", "somebody/empty"):
+        hub.repositories["somebody/empty"] = {}
+        with pytest.raises(FileNotFoundError, match=f"^{name}: expected a folder with"):
+            Mapper.from_pretrained(name, cache_dir=tmp_path / "cache")

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from trackers_read import distinct_seconds, scalars_of
 
 from targetclip.command import Stop, Stopped
 from train.loop import (
     CHECKPOINT,
     LOG,
+    OneProcess,
     Schedule,
     Trainer,
     plain_settings,
@@ -228,6 +230,7 @@ def test_settings_of_a_command_are_all_but_paths_and_what_changes_no_weight() ->
         start: Path | None = None
         steps: int = 3
         evaluate_every: int = 5
+        tracker: str | None = "wandb"
 
     assert plain_settings(Config(), start="digest") == {"steps": 3, "start": "digest"}
     assert plain_settings(Config(start=Path("a"))) == {"steps": 3}
@@ -324,6 +327,24 @@ def test_the_log_has_a_line_an_evaluation_with_the_figures_of_the_average(tmp_pa
     assert evaluated[-1] == average.last.bias.item() != network.last.bias.item()
 
 
+def test_the_last_figures_are_those_of_the_last_step_without_losses(tmp_path: Path) -> None:
+    def trainer() -> Trainer[Network]:
+        network = fresh()
+        adam = torch.optim.Adam(network.parameters(), lr=1.0)
+        parts: dict[str, Any] = {"out": tmp_path, "schedule": schedule(), "settings": {}}
+        return Trainer(network=network, optimizer=adam, **parts)
+
+    first = trainer()
+    assert first.last_figures() == {}
+    loss_at = loss_of(first.network)
+    figures = {"score": 0.5, "stage": "last", "none": float("nan")}
+    first.run(lambda step, shard: {"loss": loss_at(step)}, lambda average: figures, Stop())
+    assert first.last_figures() == {"score": 0.5}
+    assert trainer().last_figures() == {"score": 0.5}  # as restored
+    trim_log(tmp_path / LOG, STEPS - 1)
+    assert trainer().last_figures() == {}
+
+
 def test_a_killed_run_leaves_the_log_of_a_run_that_was_not(tmp_path: Path) -> None:
     plan = schedule(evaluate_every=5)
     for name in ("straight", "killed"):
@@ -339,6 +360,55 @@ def test_a_killed_run_leaves_the_log_of_a_run_that_was_not(tmp_path: Path) -> No
         trained(network, tmp_path / name, plan)
     logs = [(tmp_path / name / LOG).read_text() for name in ("straight", "killed")]
     assert logs[0] == logs[1]
+
+
+def test_a_tracked_run_is_the_same_to_the_bit_and_a_killed_one_sends_what_the_log_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distinct_seconds(monkeypatch)
+    plan = schedule(evaluate_every=5, checkpoint_seconds=1e9)
+    expected = trained(fresh(), tmp_path / "plain", plan)
+    network, stop = fresh(), Stop()
+    loss_at = loss_of(network)
+
+    def killed_at(step: int) -> Tensor:
+        if step == 6:
+            stop.ask(15, None)
+        return loss_at(step)
+
+    def evaluate(average: Network) -> dict[str, float]:
+        return {"bias": float(average.last.bias)}
+
+    out = tmp_path / "tracked"
+    with pytest.raises(Stopped):
+        trained(network, out, plan, evaluate, killed_at, stop=stop, tracker="tensorboard")
+    assert scalars_of(out)["bias"].keys() == {5}
+    assert same(trained(fresh(), out, plan, evaluate, tracker="tensorboard"), expected)
+    lines = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, STEPS]
+    for name, found in scalars_of(out).items():
+        logged = {line["step"]: line[name] for line in lines}
+        assert found == pytest.approx(logged, rel=1e-6), name
+    assert scalars_of(out).keys() == {"loss", "bias"}
+
+
+def test_only_the_main_process_sends_figures(tmp_path: Path) -> None:
+    for main in (True, False):
+        processes = OneProcess()
+        processes.is_main_process = main
+        network, out = fresh(), tmp_path / str(main)
+        trainer = Trainer(
+            network=network,
+            optimizer=torch.optim.Adam(network.parameters(), lr=1.0),
+            out=out,
+            schedule=schedule(steps=1),
+            settings={},
+            processes=processes,
+            tracker="tensorboard",
+        )
+        loss_at = loss_of(network)
+        trainer.run(lambda step, shard, of=loss_at: {"loss": of(step)}, nothing, Stop())
+        assert (out / "tensorboard").exists() is main
 
 
 def test_a_log_is_cut_after_a_step(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,23 @@ import torch
 import tyro
 from accelerate import Accelerator
 from torch import Tensor
+from trackers_read import scalars_of
 
 from data import build
 from data.dataset import load_pairs
 from data.targets import Target, open_targets, split_of
 from predictor.mapper import load_mapper
+from targetclip import tracking
 from targetclip.command import Stop, Stopped, guarded, parse
 from targetclip.generators.stylegan2 import StyleGAN2
+from train import encoder
 from train.loop import CHECKPOINT, LOG
 from train.mapper import (
     MAPPER,
     Config,
     Data,
     MapperTraining,
+    command_of,
     make_scene,
     prepare,
     run,
@@ -48,6 +54,7 @@ from train.mapper_objective import (
     parse_schedule,
     stage_at,
 )
+from train.world import clip, generator, identity, inverter, reader
 
 CPU = torch.device("cpu")
 SCHEDULE = ("differences:3", "transfer+differences:4")
@@ -222,6 +229,75 @@ def test_the_file_predicts_what_the_average_predicts(
     assert written["settings"]["recipe"]["sources"] == 2 and "torch" in written["versions"]
     assert written["config"]["direction_decay"] == 0.5 and written["config"]["width"] == 16
     assert record.recipe["recipe"]["weight_decay"] == 0.5
+
+
+def test_the_record_names_the_command_and_the_scores_of_the_last_line_of_the_log(
+    straight: Path, tiny_world: Path, bank: Path
+) -> None:
+    _, record = load_mapper(straight / MAPPER)
+    last = lines(straight)[-1]
+    judged = {"transfer_score", "consistency_score", "expected_error"}
+    assert judged <= record.validation.keys() and "loss" not in record.validation
+    assert all(last[name] == value for name, value in record.validation.items())
+    assert record.datasets == ()
+
+    words = shlex.split(record.command)
+    assert words[:3] == ["python", "-m", "train.mapper"] and str(bank) not in record.command
+    words[words.index("--world") + 1] = str(tiny_world)
+    again: Config = parse(tyro.conf.OmitArgPrefixes[Config], "train", None, words[3:])
+    first = configured(tiny_world, bank, straight)
+    assert replace(again, out=straight, data=replace(again.data, bank=bank)) == first
+
+
+def test_a_tracked_training_writes_the_same_file(
+    straight: Path, small: Callable[..., Config]
+) -> None:
+    config = small(tracker="tensorboard")
+    run(config)
+    assert (config.out / MAPPER).read_bytes() == (straight / MAPPER).read_bytes()
+    sent, logged = scalars_of(config.out), lines(straight)
+    for name in ("transfer_score", "loss"):
+        expected = {line["step"]: line[name] for line in logged}
+        assert sent[name] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config"),
+    [
+        (run, lambda out: Config(out=out, tracker="wandb")),
+        (encoder.run, lambda out: encoder.Config(out=out, tracker="wandb")),
+        (generator.run, lambda out: generator.Config(out, tracker="wandb")),
+        (clip.run, lambda out: clip.Config(out, tracker="wandb")),
+        *(
+            (module.run, lambda out, kind=module.Config: kind(out / "none", out, tracker="wandb"))
+            for module in (inverter, reader, identity)
+        ),
+    ],
+)
+def test_no_training_begins_without_the_package_of_its_tracker(
+    trainer: Callable[[Any], object],
+    config: Callable[[Path], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
+    with pytest.raises(ValueError, match=r"^--tracker: expected the package wandb"):
+        trainer(config(tmp_path / "out"))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_command_names_no_path_and_who_launched_it(
+    small: Callable[..., Config], tmp_path: Path
+) -> None:
+    (tmp_path / "faces").mkdir()
+    targets = (str(tmp_path / "faces"), f"dataset:{tmp_path / 'faces'}#train", "dataset:a/b#train")
+    config = small(targets=targets, only_correction=True, pairs=tmp_path / "faces")
+    command = command_of(config, {"precision": "bf16", "processes": 2})
+    assert command.startswith("accelerate launch --multi_gpu --num_processes 2 -m train.mapper ")
+    words = " ".join(shlex.split(command))
+    assert " --targets faces dataset:faces#train dataset:a/b#train --" in words
+    assert "--only-correction" in command.split() and "--pairs faces" in command
+    assert "--precision bf16" in command and str(tmp_path) not in command
 
 
 def test_the_scale_is_the_teachers_deviation_with_a_floor(

@@ -43,6 +43,7 @@ from data.illustrated.avatars import (
 from data.illustrated.captions import ABSENT, HAT_WORDS, OPENINGS, Speaker, caption
 from data.illustrated.shown import Shown, colours, sample, shown, tables
 from targetclip import command
+from targetclip.tracking import Tracker, check_tracker
 from targetclip.weights import save_tensors
 from train.loop import Schedule, plain_settings, train
 from train.world.generator import HELD_OUT_SEED, best_device, pick, random_at
@@ -98,6 +99,9 @@ class Config:
     tests: int = 200
     """Held-out pictures of each style."""
     evaluate_every: int = 1000
+    tracker: Tracker | None = None
+    """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
+    It needs the package of that name."""
 
 
 def keys_of(styles: tuple[str, ...], count: int, seed: int) -> list[Key]:
@@ -359,6 +363,7 @@ def figures_of(
 def run(config: Config) -> None:
     import open_clip
 
+    check_tracker(config.tracker)
     torch.manual_seed(config.seed)
     device = best_device()
     model = open_clip.CLIP(**MODEL)
@@ -418,6 +423,7 @@ def run(config: Config) -> None:
         schedule,
         lambda average: judged(average, TRAINED)["all"],
         plain_settings(config),
+        tracker=config.tracker,
     )
     # Once, at the end: nothing is chosen by styles that are held out.
     report = {"trained": judged(average, TRAINED), "held_out": judged(average, HELD_OUT)}

@@ -40,6 +40,7 @@ from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.media.images import labelled_grid, tensor_to_pictures
+from targetclip.tracking import Tracker, check_tracker
 from train.loop import Schedule, plain_settings, train
 
 HELD_OUT_SEED = 1_000_003
@@ -62,6 +63,9 @@ class Config:
     learning_rate: float = 2e-3
     seed: int = 0
     evaluate_every: int = 1000
+    tracker: Tracker | None = None
+    """Send the figures of the log to this tracker as well: tensorboard (files in the folder of each
+    stage) or wandb. It needs the package of that name."""
     channels: tuple[int, ...] = (128, 128, 96, 64, 48, 24)
     """Widths at 4, 8, ... 128 px."""
 
@@ -214,7 +218,7 @@ def train_pictures(
         return figures
 
     settings = plain_settings(config, stage=out.name)
-    return train(network, loss_at, out, schedule, evaluate, settings)
+    return train(network, loss_at, out, schedule, evaluate, settings, tracker=config.tracker)
 
 
 def new_network(sizes: StyleGAN2Config) -> StyleGAN2:
@@ -231,6 +235,7 @@ def new_network(sizes: StyleGAN2Config) -> StyleGAN2:
 
 
 def run(config: Config) -> None:
+    check_tracker(config.tracker)
     torch.manual_seed(config.seed)
     device = best_device()
     faces = Faces(config.out.parent, config.faces, config.seed, device)

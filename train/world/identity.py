@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE, codes, one_hot
 from targetclip import command
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
+from targetclip.tracking import Tracker, check_tracker
 from train.loop import Schedule, plain_settings, train
 from train.world.generator import HELD_OUT_SEED, Faces, best_device, load_bundled, random_at
 from train.world.reader import Sight
@@ -49,6 +50,9 @@ class Config:
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
     seed: int = 0
     evaluate_every: int = 1000
+    tracker: Tracker | None = None
+    """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
+    It needs the package of that name."""
 
 
 def features_of(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch features"]:
@@ -98,6 +102,7 @@ def figures_of(
 
 
 def run(config: Config) -> None:
+    check_tracker(config.tracker)
     torch.manual_seed(config.seed)
     device = best_device()
     generator = load_bundled(config.generator, device)
@@ -143,7 +148,15 @@ def run(config: Config) -> None:
         ema=0.998,
         evaluate_every=config.evaluate_every,
     )
-    average = train(identity, loss_at, config.out, schedule, evaluate, plain_settings(config))
+    average = train(
+        identity,
+        loss_at,
+        config.out,
+        schedule,
+        evaluate,
+        plain_settings(config),
+        tracker=config.tracker,
+    )
     save_identity(average.cpu(), config.out / "identity.safetensors")
     command.say_next(config.out, "identity.safetensors", "name it in the world's file")
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from data.illustrated.codes import strongest
 from targetclip import command
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
+from targetclip.tracking import Tracker, check_tracker
 from train.loop import Schedule, plain_settings, train
 from train.world.generator import (
     HELD_OUT_SEED,
@@ -53,9 +54,13 @@ class Config:
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
     seed: int = 0
     evaluate_every: int = 1000
+    tracker: Tracker | None = None
+    """Send the figures of the log to this tracker as well: tensorboard (files in the folder of each
+    stage) or wandb. It needs the package of that name."""
 
 
 def run(config: Config) -> None:
+    check_tracker(config.tracker)
     torch.manual_seed(config.seed)
     device = best_device()
     generator = load_bundled(config.generator, device)
@@ -104,7 +109,10 @@ def run(config: Config) -> None:
         evaluate_every=config.evaluate_every,
     )
     settings, losses = plain_settings(config), partial(loss_on, False)
-    average = train(inverter, losses, config.out / "codes", first, evaluate, settings)
+    tracker = config.tracker
+    average = train(
+        inverter, losses, config.out / "codes", first, evaluate, settings, tracker=tracker
+    )
     inverter.load_state_dict(average.state_dict())
     last = Schedule(
         steps=config.steps,
@@ -114,7 +122,9 @@ def run(config: Config) -> None:
         evaluate_every=config.evaluate_every,
     )
     losses = partial(loss_on, True)
-    average = train(inverter, losses, config.out / "pictures", last, evaluate, settings)
+    average = train(
+        inverter, losses, config.out / "pictures", last, evaluate, settings, tracker=tracker
+    )
     save_inverter(average.cpu(), config.out / "inverter.safetensors")
     command.say_next(config.out, "inverter.safetensors, grid.png", "name it in the world's file")
 

@@ -24,6 +24,7 @@ from data.illustrated.codes import ATTRIBUTES, COUNTS, one_hot, visible
 from eval.reader import NAMES, PRESENT, AvatarReader, save_reader
 from targetclip import command
 from targetclip.generators.stylegan2 import StyleGAN2
+from targetclip.tracking import Tracker, check_tracker
 from train.loop import Schedule, plain_settings, train
 from train.world.generator import HELD_OUT_SEED, Faces, best_device, load_bundled, pick, random_at
 
@@ -43,6 +44,9 @@ class Config:
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
     seed: int = 0
     evaluate_every: int = 1000
+    tracker: Tracker | None = None
+    """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
+    It needs the package of that name."""
 
 
 class Sight:
@@ -108,6 +112,7 @@ def agreements(
 
 
 def run(config: Config) -> None:
+    check_tracker(config.tracker)
     torch.manual_seed(config.seed)
     device = best_device()
     generator = load_bundled(config.generator, device)
@@ -141,7 +146,15 @@ def run(config: Config) -> None:
         ema=0.998,
         evaluate_every=config.evaluate_every,
     )
-    average = train(reader, loss_at, config.out, schedule, evaluate, plain_settings(config))
+    average = train(
+        reader,
+        loss_at,
+        config.out,
+        schedule,
+        evaluate,
+        plain_settings(config),
+        tracker=config.tracker,
+    )
     save_reader(average, config.out / "reader.safetensors")
     command.say_next(config.out, "reader.safetensors", "give it to eval.reader.load_reader")
 
