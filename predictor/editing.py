@@ -1,10 +1,11 @@
-"""Editing: sources moved along a direction, as images.
+"""Editing: sources moved along a direction, as images, and shown at several strengths.
 
 Knows that sources are pictures or latents, and what a direction does to them; nothing of how
 directions are found.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -12,13 +13,28 @@ from PIL import Image
 from torch import Tensor
 
 from predictor.direction import Direction, strength_at_floor
-from predictor.inputs import Pictures, as_pictures
+from predictor.inputs import Picture, Pictures, as_pictures
 from targetclip.encoders.identity import identity_similarity
-from targetclip.media.images import tensor_to_pictures
+from targetclip.media.images import labelled_grid, tensor_to_pictures, tile_of, tile_side
 from targetclip.scene import Scene
 
 Moves = Direction | Float[Tensor, "*sources num_ws w_dim"]
 """A direction, its vector, or an offset for each source."""
+
+STRIP = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # columns of a strip, in strengths of the edit
+MORPH = 24  # steps of a morph from unedited to edited
+WIDEST = 1024  # pixels of a morph, if its pictures then keep SMALLEST
+SMALLEST = 256
+
+
+def beside(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Return pictures as squares of one picture, in as many rows as columns or one row fewer."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    side = min(tile_side(pictures), max(WIDEST // columns, SMALLEST))
+    canvas = Image.new("RGB", (columns * side, math.ceil(len(pictures) / columns) * side), "white")
+    for place, picture in enumerate(pictures):
+        canvas.paste(tile_of(picture, side), (place % columns * side, place // columns * side))
+    return canvas
 
 
 class Editing:
@@ -88,6 +104,58 @@ class Editing:
         """Return the images of `edit` as RGB pictures: all sources at the first strength, then at
         the next."""
         return tensor_to_pictures(self.edit(sources, direction, strength).flatten(0, -4))
+
+    def strip(
+        self,
+        sources: Pictures,
+        direction: Moves,
+        strength: float = 1.0,
+        *,
+        target: Picture | None = None,
+        names: Sequence[str] | None = None,
+    ) -> Image.Image:
+        """Return one picture with a row for each source, from unedited to beyond the edit: at 0,
+        1/4, 1/2, 3/4, 1 and 5/4 of the strength, which stands above.
+
+        Args:
+            target: a picture that is shown on the left.
+            names: of the sources, each another. None: numbers.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: as `edit`; names that are too few or the same.
+        """
+        ws = self.latents_of(sources)
+        offsets = self.offsets(ws, direction)
+        if names is None:
+            names = [f"source {number}" for number in range(1, len(ws) + 1)]
+        if len({*names}) != len(ws):
+            raise ValueError(f"expected {len(ws)} different names of sources, found {[*names]}")
+        steps = [factor * strength or 0.0 for factor in STRIP]  # no -0
+        columns = [self.edit_pictures(ws, offsets, step) for step in steps]
+        rows = dict(zip(names, zip(*columns, strict=True), strict=True))
+        notes = {0.0: ", unedited", 1.0: ", the result"}
+        headings = [
+            f"strength {step:.3g}{notes.get(factor, '')}"
+            for step, factor in zip(steps, STRIP, strict=True)
+        ]
+        shown = None if target is None else as_pictures(target)[0]
+        return labelled_grid(shown, rows, headings=headings)
+
+    def morph(
+        self, sources: Pictures, direction: Moves, strength: float = 1.0
+    ) -> Iterator[Image.Image]:
+        """Return the pictures of a morph of sources beside each other, from unedited to edited:
+        each is rendered at its strength, which grows slowly at either end.
+
+        `write_morph("morph.gif", essence.morph(sources, direction))`, of targetclip.media.frames.
+
+        FileNotFoundError, TypeError, ValueError: as `edit`.
+        """
+        ws = self.latents_of(sources)
+        offsets = self.offsets(ws, direction)
+        for step in range(MORPH + 1):
+            eased = (1 - math.cos(math.pi * step / MORPH)) / 2
+            yield beside(self.edit_pictures(ws, offsets, eased * strength))
 
     def strength_at_identity(
         self, sources: Pictures, direction: Moves, floor: float, highest: float = 1.0

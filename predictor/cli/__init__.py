@@ -6,6 +6,7 @@ Examples:
     targetclip transfer --target t.png --sources a.png b.png --out out
     targetclip transfer --target a.png b.png --sources photos/ --out out
     targetclip transfer --target t.png --sources clip.mp4 --out out
+    targetclip transfer --target t.png --strip --morph gif --out out
     targetclip optimize --target t.png --out out
     targetclip transfer --target t.png --direction out/direction.safetensors --out other
     targetclip studio
@@ -62,7 +63,7 @@ def run(args: list[str]) -> int:
     from predictor.cli.options import resolve
     from predictor.cli.output import Console
 
-    request = resolve(asked)
+    request = resolve(asked, shlex.join([PROG, *args]))
     console = Console(quiet=request.quiet, json=request.json)
     console.progress(f"loading {request.world.name}")
     from predictor.cli.commands import run as run_request

@@ -19,17 +19,34 @@ from PIL import Image
 from torch import Tensor
 
 from predictor.cli.options import Request
-from predictor.cli.output import DIRECTION, GRID, Console, OutputFolder, unique_names, words_of
+from predictor.cli.output import (
+    DIRECTION,
+    GRID,
+    MORPHS,
+    PAGE,
+    REPORT,
+    STRIP,
+    VIDEO,
+    Console,
+    OutputFolder,
+    unique_names,
+    words_of,
+)
 from predictor.cli.report import (
+    MAX_TARGETS,
     NamedTarget,
     Outcome,
     edit_facts,
     inversion_facts,
+    method_words,
+    result_words,
     run_facts,
     score_facts,
+    score_words,
     search_facts,
     sheet,
     sheet_of_targets,
+    source_words,
     target_facts,
     tiles,
 )
@@ -55,6 +72,8 @@ from predictor.direction import (
     mixed,
     read_direction,
 )
+from predictor.editing import MORPH
+from predictor.gallery import Linked, gallery, overview
 from predictor.inputs import Text
 from predictor.transfer import EssenceTransfer, essence_of
 from targetclip.command import (
@@ -68,12 +87,15 @@ from targetclip.command import (
     write_file,
 )
 from targetclip.media.alignment import FaceFinder
+from targetclip.media.frames import write_morph
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
 from targetclip.optimize import Progress
 from targetclip.recipes import Recipe
 from targetclip.scene import MAX_IMAGES, Scene, Scores, score_features
 from targetclip.world import load_scene
 
+IN_SHOWS = 12  # sources of a strip and of a morph
+IN_OVERVIEW = 4  # results of each of several targets, on the page of all
 NO_EFFECT = "--one-direction has no effect: there is no correction for each source to leave out"
 
 
@@ -218,6 +240,8 @@ class Edited:
     """Entries of report.json."""
     shown: list[Image.Image]
     """Pictures for the sheet."""
+    shows: dict[str, Path]
+    """Files that show the edit, by their headings on the page."""
     scores: list[Scores]
     """Of each target."""
 
@@ -293,8 +317,36 @@ class Editor:
         rows = target_facts(targets, outcome)
         for row, its in zip(rows, scores, strict=True):
             row["scores"] = score_facts(its)
+        with self.watch.phase("write"):
+            shows = self.write_shows(out, targets, direction, strength)
         facts = {"strength": strength, "targets": rows, **written}
-        return Edited(facts=facts, shown=shown, scores=scores)
+        return Edited(facts=facts, shown=shown, shows=shows, scores=scores)
+
+    def write_shows(
+        self,
+        out: OutputFolder,
+        targets: Sequence[NamedTarget],
+        direction: Direction,
+        strength: float,
+    ) -> dict[str, Path]:
+        """Write the strip and the morph that are asked for; return all that shows the edit."""
+        request, ws = self.request, self.latents.scored[:IN_SHOWS]
+        shows = {}
+        if request.clip is not None and not request.clip.is_dir():
+            shows["The edited clip"] = out.path / VIDEO
+        if request.strip:
+            names = [name for name, _ in self.sources.named(self.latents)][:IN_SHOWS]
+            alone = targets[0].content if len(targets) == 1 else None
+            target = None if isinstance(alone, Text) else alone
+            strip = self.essence.strip(ws, direction, strength, target=target, names=names)
+            path = shows["At several strengths"] = out.take(STRIP)
+            write_picture(strip, path)
+        if request.morph is not None:
+            path = shows["From unedited to edited and back"] = out.take(MORPHS[request.morph])
+            pictures = self.essence.morph(ws, direction, strength)
+            with self.console.bar(pictures, total=MORPH + 1, desc="morph", unit="frame") as bar:
+                write_morph(path, iter(bar))
+        return shows
 
 
 def open_editor(
@@ -431,6 +483,7 @@ class Run:
                 rows, strength = self.editor.latents.rows, edited.facts["strength"]
                 grid = sheet(targets, rows, edited.shown, strength)
                 write_picture(grid, self.out.take(GRID))
+                self.write_page(self.out, targets, edited, facts)
             facts["seconds"] = dict(self.watch.seconds)
         report = self.out.write_report(facts)
         for target, scores in zip(targets, edited.scores if edited else (), strict=False):
@@ -441,17 +494,56 @@ class Run:
             self.console.result(f"direction by {outcome.direction.method}; wrote {path}")
         else:
             self.print_cut(len(edited.shown))
-            place = self.out.path / GRID
-            self.console.result(f"direction by {outcome.direction.method}; look at {place}")
+            self.console.result(f"direction by {outcome.direction.method}; {self.places()}")
         self.print_next(targets[0], path)
         return report, STOPPED if outcome.interrupted else 0
 
-    def print_cut(self, shown: int) -> None:
-        """Say how many of the sources the sheet shows, if not all."""
+    def write_page(
+        self,
+        out: OutputFolder,
+        targets: Sequence[NamedTarget],
+        edited: Edited,
+        facts: dict[str, Any],
+    ) -> None:
+        """Write index.html of one result.
+
+        Args:
+            facts: the content of report.json.
+        """
         assert self.editor is not None
-        total = len(self.editor.latents.scored)
-        if self.request.clip is None and shown < total:
-            self.console.result(f"{GRID} shows the first {shown} of {total} sources")
+        sources, latents = self.editor.sources, self.editor.latents
+        notes = [""] * len(latents.shown)
+        if len(targets) == 1:
+            notes = [source_words(facts["scores"], place) for place in latents.shown]
+        shown = sources.shown(out, latents, edited.shown, notes)
+        content = gallery(
+            [(t.label, None if isinstance(t.content, Text) else t.content) for t in targets],
+            shown,
+            facts=result_words(facts),
+            warnings=facts["warnings"],
+            others=facts["edited"][len(latents.shown) :],
+            shows=edited.shows,
+            command=self.request.line,
+            files=[f for f in (GRID, DIRECTION) if f in out.files] + [REPORT],
+        )
+        write_file(out.take(PAGE), content)
+
+    def places(self) -> str:
+        """Return where to look, for people."""
+        return f"look at {self.out.path / GRID}, or open {self.out.path / PAGE}"
+
+    def print_cut(self, shown: int) -> None:
+        """Say how many of the sources the sheet and other pictures show, if not all."""
+        assert self.editor is not None
+        request, total = self.request, len(self.editor.latents.scored)
+        if request.clip is not None:
+            return
+        few = [STRIP] * request.strip + [MORPHS[m] for m in (request.morph,) if m is not None]
+        for names, most in ((few, IN_SHOWS), ([GRID, PAGE], shown)):
+            if names and most < total:
+                verb = "shows" if len(names) == 1 else "show"
+                names_of = " and ".join(names)
+                self.console.result(f"{names_of} {verb} the first {most} of {total} sources")
 
     def several(self, targets: Sequence[NamedTarget]) -> tuple[dict[str, Any], int]:
         """Write a result for each target, a sheet and a report of all.
@@ -462,9 +554,10 @@ class Run:
         Returns:
             The report and the exit code.
         """
-        names = unique_names(
+        stems = [
             words_of(t.name) if isinstance(t.content, Text) else Path(t.name).stem for t in targets
-        )
+        ]
+        names = unique_names(stems, taken=(REPORT, GRID, PAGE))
         folders = [self.out.within(name) for name in names]
         warnings = tuple(self.console.warnings)
         entries: list[dict[str, Any]] = []
@@ -475,6 +568,8 @@ class Run:
             self.console.progress(f"{number + 1} of {len(targets)}: {target.name}")
             try:
                 outcome, edited, facts = self.result(folder, [target], warnings)
+                if edited is not None:
+                    self.write_page(folder, [target], edited, facts)
             except FloatingPointError as error:
                 self.console.warn(f"{target.name}: {error}")
                 entries.append({"target": target.name, "error": str(error)})
@@ -498,8 +593,8 @@ class Run:
         if not done:
             raise FloatingPointError(f"none of {len(targets)} targets has a direction")
         report = self.write_overview(entries, shown, interrupted)
-        place = self.out.path / GRID if self.editor else self.out.path
-        self.console.result(f"{len(done)} of {len(targets)} targets; look at {place}")
+        place = self.places() if self.editor else f"look at {self.out.path}"
+        self.console.result(f"{len(done)} of {len(targets)} targets; {place}")
         self.print_next(targets[names.index(done[0])], self.out.path / done[0] / DIRECTION)
         if interrupted:
             return report, STOPPED
@@ -511,7 +606,7 @@ class Run:
         shown: Sequence[tuple[NamedTarget, list[Image.Image]]],
         interrupted: bool,
     ) -> dict[str, Any]:
-        """Write the sheet of several targets, and the report, whose content is returned."""
+        """Write sheet and page of several targets, and the report, whose content is returned."""
         facts = {
             **search_facts(self.request),
             **run_facts(self.request, self.essence.scene, self.watch),
@@ -523,6 +618,13 @@ class Run:
             sources = next(iter(self.editor.latents.rows.values()))
             grid = sheet_of_targets([t for t, _ in shown], [row for _, row in shown], sources)
             write_picture(grid, self.out.take(GRID))
+            content = overview(
+                cards_of(entries, shown),
+                warnings=facts["warnings"],
+                command=self.request.line,
+                files=[GRID, REPORT],
+            )
+            write_file(self.out.take(PAGE), content)
             facts |= self.source_facts()
             self.print_cut(len(sources))
         return self.out.write_report(facts)
@@ -534,6 +636,30 @@ class Run:
         self.console.result(
             f"next: {command} --direction {shlex.quote(str(direction))} --sources ... --out ..."
         )
+
+
+def cards_of(
+    entries: Sequence[dict[str, Any]], shown: Sequence[tuple[NamedTarget, list[Image.Image]]]
+) -> list[Linked]:
+    """Return what the page of several targets shows of each.
+
+    Args:
+        entries: of report.json, also of targets without a direction.
+        shown: the other targets and their results.
+    """
+    cards, rest = [], iter(shown)
+    for entry in entries:
+        if "error" in entry:
+            cards.append(Linked(entry["target"], None, (), None, entry["error"]))
+            continue
+        target, pictures = next(rest)
+        if len(cards) >= MAX_TARGETS:  # the page would grow too large to open
+            pictures = []
+        content = None if isinstance(target.content, Text) or not pictures else target.content
+        note = f"transfer score {score_words(entry['scores'])}; {method_words(entry['method'])}"
+        link = f"{entry['folder']}/{PAGE}"
+        cards.append(Linked(target.label, content, pictures[:IN_OVERVIEW], link, note))
+    return cards
 
 
 def entry_of(name: str, facts: dict[str, Any]) -> dict[str, Any]:

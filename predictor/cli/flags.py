@@ -7,7 +7,7 @@ in predictor.cli.options. Importing it does not import torch.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -19,6 +19,7 @@ from targetclip.world import DEFAULT_WORLD
 MAX_SOURCES = 1000  # more than a person looks at
 MAX_STRENGTH = 100.0  # far beyond it images overflow
 
+Morph = Literal["gif", "mp4"]
 Value = TypeVar("Value")
 UNSAID = tyro.conf.arg(help_behavior_hint="")  # the help text itself says what the default is
 Optional = Annotated[Value | None, UNSAID]
@@ -152,6 +153,17 @@ class EditFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShowFlags:
+    """What shows the edit, beside the sheet and index.html."""
+
+    strip: Switch = False
+    """Write strip.png: the first 12 sources, from unedited to beyond the strength."""
+    morph: Optional[Morph] = None
+    """Write morph.gif or morph.mp4: the first 12 sources move from unedited to edited and back.
+    mp4 needs the extra "video"."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinderFlags:
     """How a direction is found."""
 
@@ -229,6 +241,7 @@ class Transfer:
     target: Annotated[TargetFlags, group("target")]
     source: Annotated[SourceFlags, group("source")]
     edit: Annotated[EditFlags, group("edit")]
+    show: Annotated[ShowFlags, group("show")]
     search: Annotated[ModeFlags, group("search")]
     output: Annotated[OutputFlags, group("output")]
     machine: Annotated[MachineFlags, group("machine")]

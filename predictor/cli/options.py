@@ -7,10 +7,20 @@ carried out. Importing it does not import torch, so that a wrong command line is
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from predictor import Mode
-from predictor.cli.flags import EditFlags, ModeFlags, Optimize, SourceFlags, Transfer, given
+from predictor.cli.flags import (
+    EditFlags,
+    ModeFlags,
+    Morph,
+    Optimize,
+    ShowFlags,
+    SourceFlags,
+    Transfer,
+    given,
+)
 from targetclip.command import Precision, choose_precision, nearest
 from targetclip.recipes import Recipe, recipe_named
 from targetclip.world import World, load_world
@@ -181,6 +191,10 @@ class Request:
     """Factors of the coarse, the middle and the fine layers."""
     one_direction: bool
     """Whether the mapper's correction for each source is left out."""
+    strip: bool
+    """Whether the sources at several strengths are shown."""
+    morph: Morph | None
+    """The kind of file that shows the sources as they change; None: none."""
     seed: int
     out: Path
     overwrite: bool
@@ -192,6 +206,8 @@ class Request:
     checkpoint_layers: bool
     notes: tuple[str, ...]
     """Warnings on the command line."""
+    line: str
+    """The command line, as a shell takes it; "" where there is none."""
 
     @property
     def inverts_sources(self) -> bool:
@@ -268,10 +284,30 @@ def strength_notes(strength: float, usual: float, layers: dict[str, float]) -> l
     ]
 
 
-def resolve(options: Transfer | Optimize) -> Request:
+def check_show(flags: ShowFlags, clip: Path | None) -> None:
+    """Raise a ValueError for a strip or a morph that cannot be made."""
+    for flag, is_given in {"--strip": flags.strip, "--morph": flags.morph is not None}.items():
+        if is_given and clip is not None:
+            raise ValueError(
+                f"{flag} is for pictures, and {str(clip)!r} is a clip: drop it, or give pictures "
+                "as --sources"
+            )
+    if flags.morph == "mp4" and find_spec("av") is None:
+        raise ValueError(
+            '--morph mp4 needs PyAV: pip install "targetclip[video]", or give --morph gif'
+        )
+
+
+def resolve(options: Transfer | Optimize, line: str = "") -> Request:
     """Return the request of a command line, after checking it against the world.
-    FileNotFoundError: no such world or picture. ValueError: a damaged world file, or options that
-    the world or each other do not allow."""
+
+    Args:
+        line: the command line, for those who look at its results.
+
+    Raises:
+        FileNotFoundError: no such world or picture.
+        ValueError: a damaged world file, or options that the world or each other do not allow.
+    """
     command = "transfer"
     if isinstance(options, Optimize):  # a transfer by the optimizer, less the edit
         command = "optimize"
@@ -279,6 +315,7 @@ def resolve(options: Transfer | Optimize) -> Request:
             target=options.target,
             source=SourceFlags(**vars(options.source)),
             edit=EditFlags(),
+            show=ShowFlags(),
             search=ModeFlags(**vars(options.search), mode="optimize"),
             output=options.output,
             machine=options.machine,
@@ -299,6 +336,7 @@ def resolve(options: Transfer | Optimize) -> Request:
     check_weights("--direction", edit.direction, "direction")
     notes: list[str] = []
     clip = clip_of(source)
+    check_show(options.show, clip)
     pictures = pictures_of("--target", target.target, notes)
     sources = None
     if source.sources is not None and clip is None:
@@ -343,6 +381,8 @@ def resolve(options: Transfer | Optimize) -> Request:
         identity_floor=edit.identity_floor,
         layers=layers,
         one_direction=edit.one_direction,
+        strip=options.show.strip,
+        morph=options.show.morph,
         seed=search.seed,
         out=output.out,
         overwrite=output.overwrite,
@@ -353,6 +393,7 @@ def resolve(options: Transfer | Optimize) -> Request:
         max_images=machine.max_images,
         checkpoint_layers=machine.checkpoint_layers,
         notes=(*notes, *strength_notes(strength, world.strength, layers)),
+        line=line,
     )
     check_inversion(source, request)
     check_world(request)

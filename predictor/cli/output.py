@@ -21,10 +21,13 @@ from tqdm import tqdm
 from targetclip.command import make_folder, one_line, say, write_json
 
 PACKAGES = ("targetclip", "predictor")
-REPORT, DIRECTION, GRID = "report.json", "direction.safetensors", "grid.png"
+REPORT, DIRECTION, GRID, PAGE = "report.json", "direction.safetensors", "grid.png", "index.html"
+STRIP, MORPHS = "strip.png", {"gif": "morph.gif", "mp4": "morph.mp4"}  # written where asked for
 VIDEO, FRAMES = "edited.mp4", "frames"  # written of clips
-OURS = re.compile(r"(report\.json|direction\.safetensors|grid\.png|edited\.mp4|frames)$|"
-                  r"(edited|photo)_.*\.png$")  # fmt: skip
+OURS = re.compile(
+    r"(report\.json|direction\.safetensors|grid\.png|index\.html|strip\.png|morph\.(gif|mp4)|"
+    r"edited\.mp4|frames)$|(edited|photo)_.*\.png$"
+)
 LONGEST = 150  # bytes of a name, so that what is added to it still fits into a file name
 
 

@@ -1,4 +1,4 @@
-"""The content of a run's results: the entries of report.json, and the sheet of pictures.
+"""The content of a run's results: the entries of report.json in facts and in words, and the sheet.
 
 Knows what was requested and what came of it; nothing of how directions are found.
 """
@@ -21,6 +21,15 @@ WIDEST = 8192  # pixels of a sheet, if its pictures then keep MIN_TILE
 MIN_TILE, MAX_TILE = 128, 512
 IN_A_ROW = 16  # sources, before the sheet of one result begins another row
 MAX_TARGETS = 64  # rows of the sheet of several targets
+LAYERS = ("coarse", "middle", "fine")
+SCORE = "how alike CLIP finds pictures and target, 1 at most, on average"
+IDENTITY = "1 is the same person"
+METHODS = {
+    "mapper": "instant: the mapper's answer, in one pass",
+    "refined": "refined: the mapper's answer, refined by the optimizer",
+    "optimizer": "optimized: found by the optimizer",
+    "released": "a direction of TargetCLIP's release",
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,53 @@ def search_facts(request: Request) -> dict[str, Any]:
     if request.mode != "instant":
         facts |= {"recipe": request.recipe_name, "settings": asdict(request.recipe)}
     return facts
+
+
+# Words, for those who look at the results
+
+
+def method_words(method: str) -> str:
+    """Return how a direction was found; a method that is not known as it is."""
+    return "; ".join(METHODS.get(one, one) for one in method.split(" + "))
+
+
+def score_words(scores: Mapping[str, float]) -> str:
+    """Return the transfer score before and after the edit."""
+    before, after = scores["target_similarity_before"], scores["target_similarity_after"]
+    return f"{before:.3f} before, {after:.3f} after"
+
+
+def result_words(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Return what the page of one result says of the edit, by what it is.
+
+    Args:
+        facts: the content of report.json.
+    """
+    words = {"Method": method_words(facts["method"])}
+    if facts["direction"] is not None:
+        words["Direction"] = f"from the file {facts['direction']}"
+    rows = facts["targets"]
+    if len(rows) > 1 and facts["direction"] is None:
+        words["Weights"] = ", ".join(f"{row['target']} {row['weight']:.3g}" for row in rows)
+    strength = [f"{facts['strength']:.3g}"]
+    strength += [f"{group} layers {facts[group]:g}" for group in LAYERS if group in facts]
+    if "identity_floor" in facts:
+        strength.append(f"lowered to keep an identity of {facts['identity_floor']:g}")
+    words["Strength"] = ", ".join(strength)
+    for row in rows:
+        of = "" if len(rows) == 1 else f" for {row['target']}"
+        words[f"Transfer score{of}: {SCORE}"] = score_words(row["scores"])
+    if "identity" in rows[0]["scores"]:
+        words[f"Identity kept: {IDENTITY}"] = f"{rows[0]['scores']['identity']:.3f}"
+    return words
+
+
+def source_words(scores: Mapping[str, Any], place: int) -> str:
+    """Return the scores of one source."""
+    each = scores["each"]
+    before, after = (each[f"target_similarity_{when}"][place] for when in ("before", "after"))
+    words = f"transfer score {before:.2f} before, {after:.2f} after"
+    return words + (f"; identity kept {each['identity'][place]:.2f}" if "identity" in each else "")
 
 
 # The sheet

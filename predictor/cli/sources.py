@@ -7,7 +7,7 @@ clip needs no more memory than its latents do.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from predictor.cli.options import WINDOW, Request
 from predictor.cli.output import FRAMES, VIDEO, Console, OutputFolder, unique_names
 from predictor.cli.report import NamedTarget
+from predictor.gallery import Shown
 from targetclip.encoders.inverter import InversionConfig, LatentInverter, OptimizingInverter
 from targetclip.media.alignment import Face, FaceFinder, align, face_quad, paste_back, quad_in
 from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
@@ -77,6 +78,28 @@ class Sources:
         for name, picture in zip(names, edited, strict=True):
             write_picture(picture, out.take(name))
         return {"edited": names}
+
+    def named(self, latents: Latents) -> list[tuple[str, str | None]]:
+        """Return the name of each shown source for people, and the file of its result, if any."""
+        return [(self.names[i], f"edited_{self.names[i]}.png") for i in latents.shown]
+
+    def shown(
+        self,
+        out: OutputFolder,
+        latents: Latents,
+        results: Sequence[Image.Image],
+        notes: Sequence[str],
+    ) -> Iterator[Shown]:
+        """Yield the shown sources beside their results, as the page shows them.
+
+        Args:
+            results: edited pictures of the shown sources.
+            notes: a line on each of them.
+        """
+        sources = next(iter(latents.rows.values()))
+        given = zip(self.named(latents), sources, results, notes, strict=True)
+        for (name, link), source, result, note in given:
+            yield Shown(name, source, result, link, note)
 
 
 def check_shows(picture: Image.Image, name: str, console: Console) -> None:
@@ -169,6 +192,10 @@ class Generated(Sources):
         rows = {"sources": tensor_to_pictures(scene.render(ws[: len(shown)]))}
         return Latents(scored=ws, shown=shown, rows=rows)
 
+    def named(self, latents: Latents) -> list[tuple[str, str | None]]:
+        """Return numbers that read as such, and files."""
+        return [(f"source {name}", link) for name, link in super().named(latents)]
+
 
 class Photos(Sources):
     """Pictures, checked and their faces found at construction.
@@ -229,6 +256,24 @@ class Photos(Sources):
                 yield face
 
         return {**super().write(out, pasted(), latents, edits), "photos": photos}
+
+    def shown(
+        self,
+        out: OutputFolder,
+        latents: Latents,
+        results: Sequence[Image.Image],
+        notes: Sequence[str],
+    ) -> Iterator[Shown]:
+        """Yield squares beside their results; each follows its whole photo, if there is one."""
+        faces = super().shown(out, latents, results, notes)
+        if not self.aligns:
+            yield from faces
+            return
+        for face, path, name in zip(faces, self.paths, self.names, strict=False):
+            photo = f"photo_{name}.png"
+            with Image.open(out.path / photo) as edited:
+                yield Shown(name, path, edited.convert("RGB"), photo, whole=True)
+            yield replace(face, name=f"{name}: the face")
 
 
 # Clips
@@ -438,3 +483,10 @@ class Clip(Sources):
         for frame in sorted((out.path / FRAMES).iterdir()):
             out.take(f"{FRAMES}/{frame.name}")
         return {"edited": [FRAMES]}
+
+    def named(self, latents: Latents) -> list[tuple[str, str | None]]:
+        """Return frames by their numbers, and the files of a folder."""
+        numbers = [latents.facts["scored_frames"][place] for place in latents.shown]
+        is_folder = self.frames.path.is_dir()
+        files = [f"{FRAMES}/frame_{n:06d}.png" if is_folder else None for n in numbers]
+        return [(f"frame {n}", file) for n, file in zip(numbers, files, strict=True)]

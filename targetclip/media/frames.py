@@ -50,6 +50,10 @@ ROUNDING = 0.001  # seconds that a frame of a constant rate may be off, as in Ma
 TICK = Fraction(1, 60000)  # of a written clip of variable rate
 BT709 = 1  # of matrix, primaries and transfer alike
 LIMITED_RANGE = 1
+MORPH_RATE = Fraction(25)  # 40 ms; GIF counts in 10 ms
+REST = 10  # frames that a morph stays at either end
+COLOURS = 255  # of a GIF; one more says that a pixel stays as it is
+SAMPLED, SAMPLE_SIDE = 5, 192  # pictures that the colours are taken from, and their pixels a side
 H264_OPTIONS = {"crf": "18"}  # no visible loss
 MPEG4_OPTIONS = {"flags": "+qscale", "global_quality": str(3 * 118)}  # quantiser 3, times 118
 MPEG4_TICKS = 65535  # a second has at most so many
@@ -445,6 +449,52 @@ def write_video(
     except av.FFmpegError as error:
         audio = f" with the audio of {str(audio_from)!r}" if audio_from else ""
         raise OSError(f"{str(path)!r} cannot be written{audio} ({reason(error)})") from error
+
+
+def there_and_back(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Return one round of a loop over pictures, which rests for a moment at either end."""
+    return pictures[:1] * REST + pictures + pictures[-1:] * REST + pictures[-2:0:-1]
+
+
+def in_shared_colours(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Return pictures with one palette for all. None is dithered: nothing flickers."""
+    count = min(len(pictures), SAMPLED)
+    sample = Image.new("RGB", (SAMPLE_SIDE, SAMPLE_SIDE * count))
+    for i in range(count):  # the first and the last are among them
+        picture = pictures[i * (len(pictures) - 1) // max(count - 1, 1)]
+        small = picture.resize((SAMPLE_SIDE, SAMPLE_SIDE), Image.Resampling.NEAREST)
+        sample.paste(small, (0, i * SAMPLE_SIDE))
+    palette = sample.quantize(COLOURS, kmeans=1000)  # stops early: the rest takes long
+    return [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+
+
+def write_morph(path: str | Path, pictures: Iterable[Image.Image]) -> None:
+    """Write pictures as a loop, there and back, at 25 a second, whole or not at all.
+
+    The suffix of `path` decides: .gif is an endless loop of 255 colours, .mp4, .mov and .mkv are
+    one round of it, as `write_video` writes.
+
+    Args:
+        pictures: those of the way there, of one size.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as `write_video`.
+    """
+    path, way = Path(path), list(pictures)
+    suffixes = (".gif", *WRITABLE_VIDEOS)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"expected a file name ending in {', '.join(suffixes)}, found {str(path)!r}"
+        )
+    if not way:
+        raise ValueError(f"expected at least one picture for {str(path)!r}, found none")
+    if path.suffix.lower() != ".gif":
+        write_video(path, there_and_back(way), MORPH_RATE, None)
+        return
+    first, *others = there_and_back(in_shared_colours(way))
+    tick = round(1000 / MORPH_RATE)
+    with whole_file(path) as temporary:
+        first.save(temporary, "GIF", save_all=True, append_images=others, duration=tick, loop=0)
 
 
 def write_frames(folder: str | Path, pictures: Iterable[Image.Image]) -> None:

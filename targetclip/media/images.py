@@ -410,25 +410,40 @@ def write_picture(picture: Image.Image, path: str | Path) -> None:
         write_as(picture, temporary, format_name)
 
 
+def tile_side(pictures: Sequence[Image.Image], columns: int = 1) -> int:
+    """Return the side of the squares that pictures are shown as, so many in a row: the side of the
+    largest, within 256 to 512 px, or 128 to 512 px in rows of more than 12."""
+    side = max(min(picture.size) for picture in pictures)
+    return min(max(side, MIN_TILE if columns <= MANY else SMALL_TILE), MAX_TILE)
+
+
+def tile_of(picture: Image.Image, side: int) -> Image.Image:
+    """Return the middle square of a picture with a side of so many pixels."""
+    return center_square(picture).resize((side, side), Image.Resampling.LANCZOS)
+
+
 def labelled_grid(
     target: Image.Image | None,
     rows: Mapping[str, Sequence[Image.Image]],
     target_label: str = "target",
+    headings: Sequence[str] = (),
 ) -> Image.Image:
     """Return one picture with the target on the left and a labelled row for each entry.
 
     `labelled_grid(target, {"sources": sources, "results, strength 1.2": results})`. Every picture
-    is cut to its middle square and has the size of the largest, within 256 to 512 px, or 128 to 512
-    px on a sheet of more than 12 columns. None: no target.
+    is cut to its middle square and has the size that `tile_side` says. None: no target.
 
-    ValueError: no picture in the rows.
+    Args:
+        headings: labels of the columns, above the first row.
+
+    Raises:
+        ValueError: no picture in the rows.
     """
     pictures = [picture for row in rows.values() for picture in row]
     if not pictures:
         raise ValueError(f"expected at least one picture in the rows, found none in {list(rows)}")
-    side = max(min(picture.size) for picture in [*pictures, *([target] if target else [])])
     columns = max(len(row) for row in rows.values())
-    tile = min(max(side, MIN_TILE if columns <= MANY else SMALL_TILE), MAX_TILE)
+    tile = tile_side([*pictures, *([target] if target else [])], columns)
     font = ImageFont.load_default(size=max(16, tile // 12))
     labels = {row: " ".join(row.split()) for row in rows}
     target_label = " ".join(target_label.split())
@@ -440,20 +455,19 @@ def labelled_grid(
         left += MARGIN + max(tile, int(font.getlength(target_label)) + 1)
     longest = max(int(font.getlength(label)) + 1 for label in labels.values())
     width = left + max(columns * (tile + MARGIN), longest + MARGIN)
+    top = MARGIN + (label_height + MARGIN if headings else 0)
     row_height = MARGIN + label_height + tile
-    canvas = Image.new("RGB", (width, len(rows) * row_height + MARGIN), "white")
+    canvas = Image.new("RGB", (width, top + len(rows) * row_height), "white")
     draw = ImageDraw.Draw(canvas)
-
-    def place(picture: Image.Image, x: int, y: int) -> None:
-        square = center_square(picture).resize((tile, tile), Image.Resampling.LANCZOS)
-        canvas.paste(square, (x, y + label_height))
-
     if target is not None:
-        draw.text((MARGIN, MARGIN), target_label, fill="black", font=font)
-        place(target, MARGIN, MARGIN)
+        draw.text((MARGIN, top), target_label, fill="black", font=font)
+        canvas.paste(tile_of(target, tile), (MARGIN, top + label_height))
+    for column, heading in enumerate(headings):
+        draw.text((left + column * (tile + MARGIN), MARGIN), heading, fill="black", font=font)
     for row, (label, row_pictures) in enumerate(rows.items()):
-        y = MARGIN + row * row_height
+        y = top + row * row_height
         draw.text((left, y), labels[label], fill="black", font=font)
         for column, picture in enumerate(row_pictures):
-            place(picture, left + column * (tile + MARGIN), y)
+            place = (left + column * (tile + MARGIN), y + label_height)
+            canvas.paste(tile_of(picture, tile), place)
     return canvas

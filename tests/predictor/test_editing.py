@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from predictor.direction import Direction
-from predictor.editing import Editing
-from targetclip.media.images import read_picture, tensor_to_pictures
+from predictor.editing import Editing, beside
+from targetclip.media.images import read_picture, tensor_to_pictures, tile_of
 from targetclip.scene import Scene
 from targetclip.world import load_scene, load_world
 
@@ -116,3 +116,48 @@ def test_without_an_inverter_only_latents_are_edited(scene: Scene, faces: list[P
     with pytest.raises(ValueError, match=r"no inverter.*use generated sources"):
         editing.edit(faces, direction())
     assert editing.edit(scene.sources(1), direction()).shape == (1, 3, 16, 16)
+
+
+def test_a_strip_shows_every_source_at_six_strengths(scene: Scene, editing: Editing) -> None:
+    ws = scene.sources(2)
+    strip = editing.strip(ws, direction(), 0.8)
+    row_height = strip.height - editing.strip(ws[:1], direction()).height
+    assert strip.width == 6 * (256 + 12) + 12 and row_height > 256 + 12
+    for column, strength in enumerate((0.0, 0.2, 0.4, 0.6, 0.8, 1.0)):
+        for row, picture in enumerate(tensor_to_pictures(images_of(scene, ws, strength))):
+            left, bottom = 12 + column * (256 + 12), strip.height - 12 - (1 - row) * row_height
+            found = np.asarray(strip.crop((left, bottom - 256, left + 256, bottom)))
+            assert np.abs(found - np.asarray(tile_of(picture, 256)).astype(int)).max() <= 1
+    with_target = editing.strip(ws, direction(), target=Image.new("RGB", (9, 9), "red"))
+    assert with_target.width == strip.width + 256 + 12
+
+
+def test_names_of_a_strip_are_one_for_each_source(scene: Scene, editing: Editing) -> None:
+    for names in (["ada"], ["ada", "ada"]):
+        with pytest.raises(ValueError, match="expected 2 different names of sources"):
+            editing.strip(scene.sources(2), direction(), names=names)
+
+
+def test_a_morph_is_rendered_at_strengths_that_grow_slowly_at_either_end(
+    scene: Scene, editing: Editing
+) -> None:
+    ws = scene.sources(3)
+    pictures = [*editing.morph(ws, direction(), 2.0)]
+    assert len(pictures) == 25 and {picture.size for picture in pictures} == {(512, 512)}
+    for place, strength in ((0, 0.0), (6, 2 * (1 - 0.5**0.5) / 2), (12, 1.0), (24, 2.0)):
+        expected = tensor_to_pictures(images_of(scene, ws, strength))
+        found = pictures[place].crop((256, 0, 512, 256))
+        wanted = np.asarray(tile_of(expected[1], 256)).astype(int)
+        assert np.abs(np.asarray(found) - wanted).max() <= 1
+    corner = np.asarray(pictures[0].crop((256, 256, 512, 512)))
+    assert (corner == 255).all()  # there is no fourth source
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "size"),
+    [(1, 64, (256, 256)), (2, 900, (1024, 512)), (12, 512, (1024, 768)), (5, 512, (1023, 682))],
+)
+def test_pictures_beside_each_other_are_enlarged_and_not_too_wide(
+    count: int, side: int, size: tuple[int, int]
+) -> None:
+    assert beside([Image.new("RGB", (side, side))] * count).size == size

@@ -153,7 +153,7 @@ def test_the_sheet_of_many_sources_shows_the_first_64(
     many = ("--num-sources", 70, "--direction", direction_file, "--max-images", 16)
     assert run("transfer", *many) == 0
     out = tmp_path / "out"
-    assert "grid.png shows the first 64 of 70 sources" in capsys.readouterr().out
+    assert "grid.png and index.html show the first 64 of 70 sources" in capsys.readouterr().out
     assert len(list(out.glob("edited_*.png"))) == 70
     assert len(report_of(out)["scores"]["each"]["target_similarity_after"]) == 70
     with Image.open(out / "grid.png") as grid:  # four times two rows of sixteen, and the target

@@ -42,13 +42,13 @@ Run = Callable[..., int]
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """What a folder holds, but for the report, which holds times."""
+    """What a folder holds, but for the report, which holds times, and the page: the command."""
     found = {}
     for path in folder.iterdir():
         content = path.read_bytes()
         if path.suffix == ".safetensors":  # whose metadata come in any order
             content = repr((load(content)["direction"].tolist(), metadata_of(path))).encode()
-        if path.name != "report.json":
+        if path.name not in ("report.json", "index.html"):
             found[path.name] = hashlib.sha256(content).hexdigest()
     return found
 
@@ -64,7 +64,7 @@ def test_transfer_writes_pictures_grid_direction_and_report(
     assert run("transfer", "--num-sources", 4, "--seed", 7, "--strength", 1.5) == 0
     out = tmp_path / "out"
     edited = [f"edited_{i:03d}.png" for i in range(4)]
-    expected = {"grid.png", "direction.safetensors", "report.json", *edited}
+    expected = {"grid.png", "index.html", "direction.safetensors", "report.json", *edited}
     assert {path.name for path in out.iterdir()} == expected
 
     # The pictures are those of the direction in the file, on sources from the seed.
@@ -506,7 +506,8 @@ def test_ctrl_c_in_a_transfer_still_shows_what_there_is(
     interrupt(monkeypatch, lambda told: True)
     assert run("transfer", "--num-sources", 1) == 130
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"direction.safetensors", "edited_000.png", "grid.png", "report.json"}
+    shown = {"edited_000.png", "grid.png", "index.html"}
+    assert names == {"direction.safetensors", "report.json", *shown}
 
 
 def test_ctrl_c_between_several_targets_leaves_no_half_a_mixture(

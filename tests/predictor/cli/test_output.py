@@ -32,7 +32,8 @@ def test_a_second_run_removes_the_results_of_the_first_and_nothing_else(
     assert run("transfer", "--num-sources", 4, "--direction", direction_file) == 0
     (out / "notes.txt").write_text("precious")
     assert run("transfer", "--num-sources", 2, "--direction", direction_file) == 0
-    ours = {"grid.png", "report.json", "direction.safetensors", "edited_000.png", "edited_001.png"}
+    results = {"grid.png", "index.html", "edited_000.png", "edited_001.png"}
+    ours = {"report.json", "direction.safetensors", *results}
     assert names_in(out) == {*ours, "notes.txt"}
     report = report_of(out)
     assert {*report["files"]} == ours and report["finished"] is True
@@ -48,7 +49,10 @@ def test_a_second_run_removes_the_results_of_the_first_and_nothing_else(
         ({"report.json": json.dumps({"command": "optimize", "files": []})}, "targetclip optimize"),
         ({"report.json": json.dumps({"mean": 1})}, "'report.json' of another origin"),
         ({"report.json": "not JSON"}, "'report.json' of another origin"),
-        ({"grid.png": "mine"}, "'grid.png' of another origin"),
+        *(
+            ({name: "mine"}, f"'{name}' of another origin")
+            for name in ("grid.png", "index.html", "strip.png", "morph.gif", "morph.mp4")
+        ),
         ({"edited_me.png": "mine"}, "'edited_me.png' of another origin"),
     ],
 )

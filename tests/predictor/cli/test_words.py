@@ -85,7 +85,8 @@ def test_a_run_says_where_its_results_are_and_what_comes_next(
     assert run("transfer", "--num-sources", 1) == 0
     captured = capsys.readouterr()
     *_, look, following = captured.out.splitlines()
-    assert look == f"direction by optimizer; look at {tmp_path / 'out' / 'grid.png'}"
+    sheet, page = (tmp_path / "out" / name for name in ("grid.png", "index.html"))
+    assert look == f"direction by optimizer; look at {sheet}, or open {page}"
     assert following.startswith("next: targetclip transfer ")
     assert captured.err.startswith("targetclip: loading tiny\n")
 

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
+from targetclip.media.frames import (
+    MORPH_RATE,
+    REST,
+    Frames,
+    open_frames,
+    smooth_latents,
+    write_frames,
+    write_morph,
+    write_video,
+)
 
 NTSC = Fraction(30000, 1001)
 COUNT = 16
@@ -299,6 +308,66 @@ def test_a_folder_is_read_in_natural_order_without_pyav(
     frames = open_frames(tmp_path)
     assert frames.rate == 25 and frames.count == COUNT
     assert greys(frames) == GREYS
+
+
+def shaded(red: int) -> Image.Image:
+    """Every green and blue there is, and one red."""
+    ramp = Image.linear_gradient("L").resize((64, 64))
+    return Image.merge("RGB", (Image.new("L", (64, 64), red), ramp, ramp.rotate(90)))
+
+
+WAY = [shaded(grey) for grey in GREYS[:4]]
+
+
+def test_a_gif_goes_there_and_back_for_ever_in_one_set_of_colours(tmp_path: Path) -> None:
+    write_morph(tmp_path / "morph.gif", iter(WAY))
+    with Image.open(tmp_path / "morph.gif") as file:
+        assert file.info["loop"] == 0 and file.n_frames == 6
+        found, ticks = [], []
+        for number in range(file.n_frames):
+            file.seek(number)
+            found.append(np.asarray(file.convert("RGB")).astype(int))
+            ticks.append(file.info["duration"])
+    rest = 40 * (REST + 1)
+    assert ticks == [rest, 40, 40, rest, 40, 40]
+    for place, expected in enumerate((0, 1, 2, 3, 2, 1)):
+        off = np.abs(found[place] - np.asarray(WAY[expected])).mean(axis=(0, 1))
+        assert off[0] < 7 and off.max() < 12  # reds are 14 apart
+    # Nothing flickers: where two pictures are the same on the way back, so are their pixels.
+    np.testing.assert_array_equal(found[1], found[5])
+    colours = {tuple(c) for frame in found for c in frame.reshape(-1, 3).tolist()}
+    assert len(colours) <= 255
+
+
+def test_a_picture_that_does_not_change_is_the_same_in_every_frame(tmp_path: Path) -> None:
+    write_morph(tmp_path / "still.gif", [WAY[0], WAY[0]])
+    with Image.open(tmp_path / "still.gif") as file:
+        assert getattr(file, "n_frames", 1) == 1
+
+
+def test_a_video_of_a_morph_is_one_round_at_25_a_second(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    write_morph(tmp_path / "morph.mp4", WAY)
+    frames = open_frames(tmp_path / "morph.mp4")
+    assert frames.rate == MORPH_RATE == 25 and frames.count == 2 * REST + 4 + 2
+    reds = [np.asarray(picture)[..., 0].mean() for picture in frames]
+    assert reds[0] == pytest.approx(GREYS[0], abs=6) and reds[-1] == pytest.approx(reds[1], abs=20)
+    assert max(reds) == pytest.approx(GREYS[3], abs=6)
+
+
+def test_a_morph_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    def broken() -> Iterator[Image.Image]:
+        yield WAY[0]
+        raise KeyboardInterrupt
+
+    (tmp_path / "morph.gif").write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        write_morph(tmp_path / "morph.gif", broken())
+    for name, said in {"morph.gif": "at least one picture", "morph.txt": "ending in .gif"}.items():
+        with pytest.raises(ValueError, match=said):
+            write_morph(tmp_path / name, [] if name == "morph.gif" else WAY)
+    assert [path.name for path in tmp_path.iterdir()] == ["morph.gif"]
+    assert (tmp_path / "morph.gif").read_text() == "before"
 
 
 def test_names_of_numbers_and_words_can_be_ordered_together(tmp_path: Path) -> None:

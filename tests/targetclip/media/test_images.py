@@ -585,6 +585,19 @@ def test_a_sheet_of_many_columns_has_smaller_tiles() -> None:
     assert labelled_grid(None, {"": many}).width < 13 * 145
 
 
+def test_headings_stand_above_their_columns_and_below_them_all_is_as_before() -> None:
+    rows = {"ada": [Image.new("RGB", (64, 64), RED)] * 3}
+    bare, headed = (
+        np.asarray(labelled_grid(None, rows, headings=headings))
+        for headings in ((), ("strength 0", "", "strength 1"))
+    )
+    below = headed[len(headed) - len(bare) + 1 :]
+    np.testing.assert_array_equal(below, bare[1:])
+    dark = (headed[: len(headed) - len(bare)].max(axis=2) < 60).any(axis=0).nonzero()[0]
+    columns = {int(x - 12) // (256 + 12) for x in dark}
+    assert columns == {0, 2}
+
+
 def test_a_grid_without_pictures_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one picture"):
         labelled_grid(ramp(), {"sources": [], "results": []})
