@@ -23,6 +23,7 @@ from predictor.inputs import Text
 from predictor.transfer import EssenceTransfer, essence_of
 from targetclip.command import choose_device
 from targetclip.media.alignment import FaceFinder, align, face_quad, paste_back
+from targetclip.media.frames import write_morph
 from targetclip.media.images import (
     center_square,
     labelled_grid,
@@ -340,9 +341,10 @@ def write_files(
     if len(targets) > 1:
         rows = {"targets": targets, **rows}
     sheet = labelled_grid(targets[0] if len(targets) == 1 else None, rows)
-    paths += [folder / "sheet.png", folder / "direction.safetensors"]
-    write_picture(sheet, paths[-2])
-    direction.save(paths[-1])
+    paths += [folder / name for name in ("sheet.png", "direction.safetensors", "morph.gif")]
+    write_picture(sheet, paths[-3])
+    direction.save(paths[-2])
+    write_morph(paths[-1], opened.essence.morph(sources.ws, direction, edited.strength))
     return paths
 
 

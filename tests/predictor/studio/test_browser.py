@@ -84,7 +84,7 @@ def test_an_example_is_edited_slid_and_downloaded(page: playwright.Page, tmp_pat
         with page.expect_download() as waiting:
             link.click()
         waiting.value.save_as(tmp_path / waiting.value.suggested_filename)
-    names = {"edited_1.png", "sheet.png", "direction.safetensors"}
+    names = {"edited_1.png", "sheet.png", "direction.safetensors", "morph.gif"}
     assert names <= {path.name for path in tmp_path.iterdir()}
     assert read_picture(tmp_path / "edited_1.png").size == (128, 128)
     assert Direction.load(tmp_path / "direction.safetensors", load_essence()).correction is not None

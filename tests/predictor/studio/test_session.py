@@ -194,6 +194,6 @@ def test_files_to_download_are_whole_and_named_by_numbers(
     sources = read_sources(opened, texts(faces[1:]))
     paths = write_files(tmp_path, opened, found, sources, Settings(), MAX_FACTOR)
     names = ["edited_1.png", "edited_2.png", "sheet.png", "direction.safetensors"]
-    assert [path.name for path in paths][:4] == names
+    assert [path.name for path in paths] == [*names, "morph.gif"]
     loaded = type(found.parts[0]).load(tmp_path / "direction.safetensors", opened.essence)
     assert torch.equal(loaded.vector, found.parts[0].vector)
