@@ -177,7 +177,7 @@ def small_world(who_world: Path, reading_mapper: Path) -> Path:
     """The tiny world with all that the bundled one has, its defaults included."""
     world = who_world.with_name("docs.toml")
     text = who_world.read_text().replace('recipe = "consistent"', 'recipe = "identity"')
-    more = f'mapper = {json.dumps(str(reading_mapper))}\n'
+    more = f"mapper = {json.dumps(str(reading_mapper))}\n"
     more += 'neutral = ["a face", "a picture of a person"]\n'
     world.write_text(text + more)
     return world
