@@ -1,8 +1,10 @@
 """Runs of the `targetclip` command in the process of a test, and their results."""
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -43,6 +45,14 @@ def exit_code(*arguments: object) -> int:
     """Run `targetclip` with arguments; return its exit code."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def module_exit_code(module: ModuleType, *arguments: object) -> int:
+    """Run a `python -m` command of data, train or eval; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
     return int(ended.value.code or 0)
 
 
