@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -53,6 +55,14 @@ def exit_code(*arguments: object) -> int:
     """Run `targetclip` with arguments; return its exit code."""
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in arguments])
+    return int(ended.value.code or 0)
+
+
+def module_exit_code(module: ModuleType, *arguments: object) -> int:
+    """Run a `python -m` command of data, train or eval; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
     return int(ended.value.code or 0)
 
 

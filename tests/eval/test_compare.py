@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_runs import module_exit_code
 from PIL import Image
 from torch import Tensor
 
@@ -280,14 +280,9 @@ def test_what_is_left_out_is_said(tiny_world: Path, mapper: Path, tmp_path: Path
 def test_an_error_is_one_line_and_exit_code_one(
     tiny_world: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--out", str(tmp_path), "--world", str(tiny_world)]
-    monkeypatch.setattr(sys, "argv", ["compare", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        compare.main()
-    assert ended.value.code == 1
+    assert module_exit_code(compare, "--out", tmp_path, "--world", tiny_world) == 1
     loading, error = capsys.readouterr().err.splitlines()
     assert loading == "loading world tiny" and "eval.compare: error: --mapper" in error
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pairs_made
 import pytest
@@ -50,12 +49,6 @@ from targetclip.seeds import TEST_SOURCES, seed_of, source_seeds
 from targetclip.world import load_scene, load_world
 
 GATE = {"threshold": -1.0, "probes": 2.0, "refine_steps": 2.0, "refine_rate": 0.05}
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The cache of datasets is the test's own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

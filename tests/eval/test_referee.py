@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_runs import module_exit_code
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from torch import Tensor
 
@@ -245,18 +246,13 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_the_command_writes_the_report_and_refuses_in_one_line(
     faces: Path,
     who_world: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = {"sources": "sources", "targets": "targets", "results": "perfect", "out": "out"}
-    arguments = [word for k, v in words.items() for word in (f"--{k}", str(faces / v))]
-    monkeypatch.setattr("sys.argv", ["referee", *arguments, "--world", str(who_world)])
-    with pytest.raises(SystemExit) as ended:
-        referee.main()
-    assert ended.value.code == 0 and (faces / "out" / "report.md").is_file()
+    given = [word for k, v in words.items() for word in (f"--{k}", faces / v)]
+    arguments = [*given, "--world", who_world]
+    assert module_exit_code(referee, *arguments) == 0 and (faces / "out" / "report.md").is_file()
     capsys.readouterr()
     shutil.rmtree(faces / "targets")
-    with pytest.raises(SystemExit) as ended:
-        referee.main()
-    assert ended.value.code == 1
+    assert module_exit_code(referee, *arguments) == 1
     assert "error: --targets: expected a folder of pictures" in capsys.readouterr().err

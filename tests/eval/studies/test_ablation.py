@@ -1,23 +1,28 @@
 """Mappers side by side at a size that takes seconds: what is reported, kept and refused."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_runs import module_exit_code
 from PIL import Image
 
 from eval.judging import face_judges, goal_of
 from eval.methods import predict
 from eval.sets import study_set
+from eval.studies import ablation
 from eval.studies.ablation import (
     Config,
     figures_of,
-    main,
     network_of,
     run,
     target_scores,
@@ -45,13 +50,38 @@ def write(write_mapper: Callable[..., Path], tmp_path: Path) -> Callable[..., Pa
     return written
 
 
+def configured(face_world: Path, folder: Path, *mappers: Path, **changes: Any) -> Config:
+    usual: dict[str, Any] = {"world": str(face_world), "targets": 2, "held_out": 2}
+    return Config(**{"out": folder, "mappers": mappers, **usual, **changes})
+
+
 @pytest.fixture
 def config(face_world: Path, tmp_path: Path) -> Callable[..., Config]:
-    def made(*mappers: Path, **changes: Any) -> Config:
-        usual: dict[str, Any] = {"world": str(face_world), "targets": 4, "held_out": 2}
-        return Config(**{"out": tmp_path / "out", "mappers": mappers, **usual, **changes})
+    return partial(configured, face_world, tmp_path / "out")
 
-    return made
+
+@dataclass(frozen=True)
+class Judged:
+    """Mappers side by side: c has the weights of z and another record, a is another without one."""
+
+    config: Config
+    rows: dict[str, Any]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def judged(
+    face_world: Path, write_mapper: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Judged:
+    folder = tmp_path_factory.mktemp("judged")
+    mappers = [
+        write_mapper(folder / name / "mapper.safetensors", record, seed)
+        for name, record, seed in (("z", TRAINED, 0), ("a", {}, 1), ("c", {"noise": 0.3}, 0))
+    ]
+    config = configured(face_world, folder / "out", *mappers, targets=4)
+    with redirect_stdout(StringIO()) as printed:
+        rows = run(config)
+    return Judged(config, rows, printed.getvalue())
 
 
 Write = Callable[..., Path]
@@ -76,12 +106,9 @@ def figures(row: dict[str, Any]) -> dict[str, Any]:
 # What is said
 
 
-def test_a_mapper_is_judged_as_the_study_judges_directions(
-    write: Write, config: Configured, scene: Scene
-) -> None:
-    path = write("a")
-    row = run(config(path))["a"]
-    mapper, targets = load_mapper(path)[0], study_set(4)
+def test_a_mapper_is_judged_as_the_study_judges_directions(judged: Judged, scene: Scene) -> None:
+    row = copy.deepcopy(judged.rows["z"])
+    mapper, targets = load_mapper(judged.config.mappers[0])[0], study_set(4)
     with torch.no_grad():
         answered = mapper(scene.embedder.embed_pictures(targets.pictures))
     sources = scene.sources(2, VALIDATION_SOURCES)
@@ -100,15 +127,12 @@ def test_a_mapper_is_judged_as_the_study_judges_directions(
     assert float(reached.min()) <= interval["low"] < interval["mean"] < interval["high"]
 
 
-def test_identical_mappers_have_identical_figures_and_others_have_not(
-    write: Write, config: Configured
-) -> None:
-    rows = run(config(write("a"), write("b", record={"noise": 0.3}), write("c", seed=1)))
-    assert list(rows) == ["a", "b", "c"]
-    assert figures(rows["a"]) == figures(rows["b"])
-    assert rows["a"]["trained"] != rows["b"]["trained"]
+def test_identical_mappers_have_identical_figures_and_others_have_not(judged: Judged) -> None:
+    rows = judged.rows
+    assert figures(rows["z"]) == figures(rows["c"])
+    assert rows["z"]["trained"] != rows["c"]["trained"]
     for name in ("transfer", "consistency", "identity", "norm", "expected_error"):
-        assert rows["c"][name] != rows["a"][name], name
+        assert rows["a"][name] != rows["z"][name], name
 
 
 def test_the_better_of_two_answers_has_the_better_scores(scene: Scene) -> None:
@@ -131,11 +155,10 @@ def test_the_better_of_two_answers_has_the_better_scores(scene: Scene) -> None:
 
 
 def test_scores_depend_neither_on_the_other_targets_nor_on_the_batch(
-    write: Write, config: Configured, scene: Scene
+    judged: Judged, scene: Scene
 ) -> None:
-    path = write("a")
-    whole = run(config(path))["a"]["each"]
-    mapper = load_mapper(path)[0]
+    whole = judged.rows["z"]["each"]
+    mapper = load_mapper(judged.config.mappers[0])[0]
     for part, at_once in ((2, None), (4, 1)):
         targets, small = study_set(part), scene.with_max_images(at_once)
         answered = predict(small, mapper, targets.pictures)
@@ -145,26 +168,23 @@ def test_scores_depend_neither_on_the_other_targets_nor_on_the_batch(
             assert values[:part] == pytest.approx(scores[name].tolist(), abs=1e-5), name
 
 
-def test_the_table_has_a_row_a_mapper_in_the_order_given(
-    write: Write, config: Configured, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = config(write("z"), write("a", seed=1, record={}))
-    rows = run(made)
-    text = (made.out / "report.md").read_text()
-    assert capsys.readouterr().out.strip() == text.strip()
+def test_the_table_has_a_row_a_mapper_in_the_order_given(judged: Judged) -> None:
+    out, rows = judged.config.out, judged.rows
+    text = (out / "report.md").read_text()
+    assert judged.printed.strip() == text.strip()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.strip().splitlines()]
     heads, first, second = lines[0], lines[2], lines[3]
-    assert [first[0], second[0]] == ["z", "a"] and len(lines) == 4
+    assert [first[0], second[0], lines[4][0]] == ["z", "a", "c"] and len(lines) == 5
     assert first[1:6] == ["8 x 1", "pairs:600, transfer+pairs:40", "640", "50", "0.1"]
     assert second[1:8] == ["8 x 1", *[""] * 6]
     interval = rows["z"]["transfer"]
     expected = f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
     assert first[heads.index("transfer score")] == expected
     assert first[heads.index("identity kept")] == f"{rows['z']['identity']:.3f}"
-    report = json.loads((made.out / "report.json").read_text())
-    assert list(report["mappers"]) == ["z", "a"] and report["mappers"] == rows
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["mappers"]) == ["z", "a", "c"] and report["mappers"] == rows
     for name in rows:
-        with Image.open(made.out / f"{name}.png") as sheet:
+        with Image.open(out / f"{name}.png") as sheet:
             assert len(sheet.convert("RGB").getcolors(1 << 20) or ()) > 10
 
 
@@ -235,7 +255,7 @@ def test_another_comparison_is_refused(write: Write, config: Configured) -> None
     made = config(write("a"))
     run(made)
     before = (made.out / "report.json").read_bytes()
-    for changes in ({"seed": 1}, {"targets": 2}, {"held_out": 3}):
+    for changes in ({"seed": 1}, {"targets": 3}, {"held_out": 3}):
         with pytest.raises(ValueError, match="is of another comparison") as caught:
             run(replace(made, **changes))
         assert "\n" not in str(caught.value)
@@ -311,13 +331,9 @@ def test_a_damaged_report_is_refused(write: Write, config: Configured) -> None:
 def test_an_error_is_one_line_and_exit_code_one(
     face_world: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--out", str(tmp_path), "--world", str(face_world)]
-    monkeypatch.setattr("sys.argv", ["ablation", *arguments, "--mappers", "nowhere.safetensors"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1
+    arguments = ("--out", tmp_path, "--world", face_world, "--mappers", "nowhere.safetensors")
+    assert module_exit_code(ablation, *arguments) == 1
     error = capsys.readouterr().err
     assert "error: nowhere.safetensors" in error and error.count("\n") == 2  # one says what loads

@@ -191,7 +191,7 @@ def test_a_recipe_for_identity_is_left_out_where_there_is_no_identity_model(
 ) -> None:
     without = face_world.with_name("without.toml")
     without.write_text(face_world.read_text().replace('identity = "identity.safetensors"\n', ""))
-    config = small(world=without)
+    config = small(world=without, max_steps=1, strengths=(1.0,))
     run(config)
     assert set(read(config.out)) == {"comparison", "right answer", *RECIPES} - {"identity"}
     assert "left out: identity: the world has no identity model" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_runs import module_exit_code
 from PIL import Image
 from torch.nn import functional as F
 
@@ -20,6 +21,7 @@ from data.illustrated.codes import ATTRIBUTES, HAIR_COLOURS, HAT_COLOURS, STYLE,
 from data.illustrated.shown import Shown, shown
 from eval.metrics import essence_columns
 from eval.reader import READINGS, SPANS
+from eval.studies import texts
 from eval.studies.texts import (
     BRIEF,
     COMPLETE,
@@ -33,7 +35,6 @@ from eval.studies.texts import (
     Setup,
     describe_faces,
     judge_targets,
-    main,
     make_setup,
     run,
     truth_of_phrases,
@@ -267,13 +268,8 @@ def test_a_world_whose_pictures_the_reader_does_not_know_is_refused(
 def test_an_error_is_one_line_and_exit_code_one(
     face_world: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--out", str(tmp_path / "out"), "--world", str(face_world)]
-    monkeypatch.setattr("sys.argv", ["texts", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1
+    assert module_exit_code(texts, "--out", tmp_path / "out", "--world", face_world) == 1
     error = capsys.readouterr().err
     assert "error: --mapper" in error and error.count("\n") == 1
