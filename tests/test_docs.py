@@ -293,7 +293,7 @@ def test_the_command_reference_has_every_command() -> None:
     page = (ROOT / "docs/commands.md").read_text("utf-8")
     places = re.findall(r"^<!-- help: (.+) -->$", page, re.MULTILINE)
     proofs = ["tests.proof.faults", "tests.proof.full_size"]
-    asked = ["transfer", "optimize", "world list", "world check"]
+    asked = ["transfer", "optimize", "studio", "world list", "world check"]
     expected = [f"targetclip {name}" for name in asked]
     expected += [f"python -m {module}" for module in [*MODULES, *proofs]]
     assert sorted(places) == sorted(expected)
