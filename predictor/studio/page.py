@@ -229,8 +229,8 @@ class Page:
                 label="Who finds it",
                 elem_id="mode",
             )
+            self.stop = gr.Button("Stop the search, keep the direction so far", size="sm")
         self.go = gr.Button("Transfer the essence", variant="primary", elem_id="go")
-        self.stop = gr.Button("Stop searching", visible=False)
 
     def lay_out_results(self, first: OpenWorld) -> None:
         """Make what shows results, and the controls that only render again."""
@@ -345,9 +345,6 @@ class Page:
             self.kind,
             [self.mine, self.count, self.seed],
             **private,
-        )
-        self.mode.change(
-            lambda mode: gr.update(visible=mode != "instant"), self.mode, self.stop, **private
         )
         self.stop.click(self.stop_searching, None, None, queue=False, **private)
         self.world.change(
