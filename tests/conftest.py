@@ -5,7 +5,8 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -14,7 +15,7 @@ from typing import Any
 # One thread, here and in subprocesses, set before torch looks: tiny tensors gain nothing from more,
 # and several threads beside another job wait for each other at every operation.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Nor is the network asked, or a cache of the user's read; `no_cache_stays` removes the tests' own.
+# Nor is the network asked, or a cache of the user's read; the tests' own is removed at the end.
 os.environ["HF_HOME"] = mkdtemp()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -61,10 +62,18 @@ def vocabulary_read_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_cache_stays() -> Iterator[None]:
-    yield
+def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HF_HOME"])
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a package one that is not installed."""
+
+    def hide(package: str) -> None:
+        monkeypatch.setitem(sys.modules, package, None)
+
+    return hide
 
 
 @pytest.fixture(scope="session")

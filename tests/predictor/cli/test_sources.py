@@ -1,7 +1,6 @@
 """Faces in photos as sources and targets: cut out, inverted, edited, put back."""
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,11 +142,11 @@ def test_what_keeps_a_face_from_being_found_is_one_line_before_networks_are_load
     fault: str,
     unloadable_world: Path,
     seeing: Seeing,
-    monkeypatch: pytest.MonkeyPatch,
+    without: Callable[[str], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if fault == "no dlib":
-        monkeypatch.setitem(sys.modules, "dlib", None)
+        without("dlib")
         said = 'pip install "targetclip[faces]"'
     else:
         seeing(lambda picture: [] if fault == "no face" else [(200, 40, 24)])

@@ -75,14 +75,16 @@ def test_an_identity_floor_says_what_it_chose_and_when_it_has_no_effect(
     assert f"strength {strength:.3g}, by --identity-floor 0.999" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["instant", "refine", "auto"])
+@pytest.mark.parametrize(
+    ("mode", "few"), [("instant", ()), ("refine", ()), ("auto", ("--steps", 3))]
+)
 def test_a_target_out_of_place_by_the_mappers_calibration(
     warned: Warned, tiny_world: Path, tiny_mapper: Path, tmp_path: Path, faces: list[Path],
-    mode: str,
+    mode: str, few: tuple[object, ...],
 ) -> None:  # fmt: skip
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    given = ("--mapper", tiny_mapper, "--mode", mode, "--num-sources", 1)
+    given = ("--mapper", tiny_mapper, "--mode", mode, *few, "--num-sources", 1)
     out_of_place = {}
     for name in (tmp_path / "noise.png", *faces):
         warnings = warned("--target", name, *given)

@@ -400,8 +400,8 @@ def grey(width: int = 200, height: int = 100) -> Image.Image:
 # Missing files
 
 
-def test_without_dlib_no_finder_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "dlib", None)
+def test_without_dlib_no_finder_can_be_made(without: Callable[[str], None]) -> None:
+    without("dlib")
     message = error_of(FaceFinder)
     assert "dlib" in message and INSTALL in message
 

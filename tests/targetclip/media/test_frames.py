@@ -3,8 +3,7 @@
 import math
 import resource
 import struct
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,13 @@ GREYS = [10 + 14 * i for i in range(COUNT)]
 SAMPLES = 44100
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 IDENTITY = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+
+
+@pytest.fixture
+def no_x264(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV has no encoder of H.264, as where its licence is not wanted."""
+    av = pytest.importorskip("av")
+    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
 
 
 def plain(grey: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -261,12 +267,9 @@ def test_frames_of_a_varying_rate_keep_their_times_and_their_sound(
     assert abs(ahead[0] - ahead[1]) < Fraction(1, 100)
 
 
-def test_a_varying_rate_is_kept_without_x264(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    av = pytest.importorskip("av")
+@pytest.mark.usefixtures("no_x264")
+def test_a_varying_rate_is_kept_without_x264(tmp_path: Path) -> None:
     frames = open_frames(make_clip(tmp_path / "s.mp4", times=VARYING))
-    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
     write_video(tmp_path / "a.mp4", frames, frames, None)
     assert facts(tmp_path / "a.mp4")["video"]["codec"] == "mpeg4"
     off = zip(times_of(tmp_path / "a.mp4"), VARYING, strict=True)
@@ -296,9 +299,9 @@ def test_more_pictures_than_times_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_in_natural_order_without_pyav(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, without: Callable[[str], None]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "av", None)
+    without("av")
     for number in range(COUNT):
         plain(GREYS[number]).save(tmp_path / f"frame_{number}.png")
     plain(255).save(tmp_path / "._frame_3.png")  # as macOS leaves them
@@ -518,9 +521,8 @@ def test_odd_sides_become_even_without_moving_a_pixel(tmp_path: Path) -> None:
     assert np.asarray(frame)[:, 33, 2].min() > 200 and np.asarray(frame)[47, :, 1].max() < 60
 
 
-def test_without_x264_the_clip_is_mpeg4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    av = pytest.importorskip("av")
-    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libx264"})
+@pytest.mark.usefixtures("no_x264")
+def test_without_x264_the_clip_is_mpeg4(tmp_path: Path) -> None:
     # Of more ticks a second than MPEG-4 can count.
     rate = Fraction(1000003, 33367)
     write_video(tmp_path / "a.mp4", [plain(grey) for grey in GREYS], rate, None)
@@ -633,9 +635,9 @@ def test_writing_refuses_what_gives_no_clip(tmp_path: Path) -> None:
 
 
 def test_without_pyav_a_video_says_how_to_get_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, without: Callable[[str], None]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "av", None)
+    without("av")
     (tmp_path / "a.mp4").write_bytes(b"a video")
     install = r'^[^\n]*pip install "targetclip\[video\]"[^\n]*$'
     with pytest.raises(ValueError, match=install):

@@ -1,6 +1,7 @@
 """Training of the world's CLIP: tiny, read back by open_clip, never on styles held out."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,17 @@ SMALL = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_model() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip, "MODEL", SMALL)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("avatars") / "clip"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip, "MODEL", SMALL)
-        run(Config(out, pictures=22, steps=2, batch_size=8, tests=2))
+    run(Config(out, pictures=22, steps=2, batch_size=8, tests=2))
     return out
 
 
@@ -172,13 +178,11 @@ def test_yes_counts_as_much_as_no_however_rare_it_is() -> None:
 def test_a_model_is_trained_further(trained: Path, tmp_path: Path) -> None:
     for path in trained.parent.glob("*.*"):
         (tmp_path / path.name).hardlink_to(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clip, "MODEL", SMALL)
-        more = Config(
-            tmp_path / "more", start=trained / "model", pictures=22, steps=1, batch_size=8,
-            learning_rate=1e-9, tests=2,
-        )  # fmt: skip
-        run(more)
+    more = Config(
+        tmp_path / "more", start=trained / "model", pictures=22, steps=1, batch_size=8,
+        learning_rate=1e-9, tests=2,
+    )  # fmt: skip
+    run(more)
     first, second = (load_file(p / "model" / clip.WEIGHTS) for p in (trained, tmp_path / "more"))
 
     for name, weight in first.items():
