@@ -1,0 +1,69 @@
+"""The notebook of the examples: its cells run in order, and it is kept without outputs.
+
+The cells run in this process, which is quicker than a kernel that loads torch again; what Jupyter
+gives them is put in its place.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+CELLS: list[dict[str, Any]] = json.loads(
+    (ROOT / "examples" / "quickstart.ipynb").read_text("utf-8")
+)["cells"]
+CODE = {cell["id"]: "".join(cell["source"]) for cell in CELLS if cell["cell_type"] == "code"}
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    assert CODE and len({cell["id"] for cell in CELLS}) == len(CELLS)
+    for cell in CELLS:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+def test_every_cell_of_the_notebook_runs_and_shows_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")  # results go beside it
+    monkeypatch.chdir(tmp_path)
+    jupyter = ModuleType("IPython.display")
+    monkeypatch.setattr(jupyter, "Image", lambda filename: Image.open(filename), raising=False)
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", jupyter)
+    shown: list[Image.Image] = []
+    names: dict[str, Any] = {"display": shown.append}
+    for name, source in CODE.items():
+        before = len(shown)
+        exec(compile(source, f"cell {name}", "exec"), names)
+        assert len(shown) == before + (name != "install")
+    *_, loop, _, _, dora = shown
+    assert getattr(loop, "n_frames", 1) > 24 and loop.format == "GIF"
+    assert all(picture.height > 256 for picture in shown)
+    assert dora.width > 2 * 256
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made == {"ada_joker.png", "morph.gif", "joker.safetensors"}
+    loop.close()
+
+
+def test_without_a_clone_the_notebook_takes_the_address_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="put the repository's address into REPOSITORY"):
+        exec(CODE["install"], {})
+
+    def cloned(command: list[str], check: bool) -> None:
+        calls.append(command)
+        (Path(command[-1]) / "examples").mkdir(parents=True)
+
+    calls: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", cloned)
+    exec(CODE["install"].replace('REPOSITORY = ""', 'REPOSITORY = "an address"'), {})
+    assert [command[:5] for command in calls] == [["git", "clone", "--depth", "1", "an address"]]
