@@ -28,9 +28,8 @@ from tqdm import tqdm
 from data.publish import sha256_of
 from eval.answers import answer_of
 from eval.costs import machine
-from eval.judging import Judges, load_judge
+from eval.judging import Judges, load_judge, reader_of
 from eval.methods import LACKING, METHODS, Answer, Bench, Part, needs_of, open_pair_table
-from eval.reader import load_reader
 from eval.report import charts, check_charts, report_text
 from eval.sets import (
     ADVERSARIAL,
@@ -65,7 +64,6 @@ from targetclip.media.images import tensor_to_pictures, write_picture
 from targetclip.seeds import TEST_SOURCES, TEST_TARGETS
 from targetclip.world import DEFAULT_WORLD, World, load_world
 
-AVATARS = "avatars"  # the world whose pictures the attribute reader knows
 NAMES = (*METHODS, RIGHT_ANSWER)
 ADVERSARIES = 6
 TEACHERS = ("consistent", "identity")
@@ -221,7 +219,7 @@ def make_judges(config: Config, world: World, bench: Bench) -> Judges:
     device = bench.scene.device
     return Judges(
         scene=bench.scene,
-        reader=load_reader().to(device) if world.name == AVATARS else None,
+        reader=reader_of(world, device),
         second=load_judge(config.judge, config.judge_pretrained, device),
     )
 

@@ -32,6 +32,7 @@ from eval.truth import Truth
 from targetclip.embedder import ClipEmbedder, ImageEmbedder
 from targetclip.encoders.blip import BlipEmbedder
 from targetclip.scene import Scene
+from targetclip.world import World
 
 # Names of the scores, in the order of tables; not every world has all.
 SCORES = {
@@ -49,6 +50,7 @@ SCORES = {
 }
 RELEASED_STRENGTH = 1.2
 BLIP = "blip:"
+AVATARS = "avatars"  # the world whose pictures the attribute reader knows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,11 @@ class Judges:
             raise ValueError("expected an identity model or a reader, found neither")
         readings = self.reader.read(images)[1].cpu()
         return readings * seen_identity(readings)
+
+
+def reader_of(world: World, device: torch.device) -> AvatarReader | None:
+    """Load the attribute reader; None in a world whose pictures it does not know."""
+    return load_reader().to(device) if world.name == AVATARS else None
 
 
 def face_reader(scene: Scene) -> AvatarReader:

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
+from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -103,6 +104,32 @@ def essence_acquired(
     return 1 - left / whole
 
 
+Parts = tuple[Float[Tensor, "targets values"], Float[Tensor, "targets values"]]
+"""Of an attribute, for each of its values: what an edit left or changed, and the whole."""
+
+
+def essence_parts(
+    edited: Float[Tensor, "targets sources outputs"],
+    source: Float[Tensor, "sources outputs"],
+    target: Float[Tensor, "targets outputs"],
+    seen: Bool[Tensor, "targets outputs"],
+) -> dict[str, Parts]:
+    """Return what `essence_acquired` divides, of each essence attribute that a target shows."""
+    left = (edited - target[:, None]).abs().sum(dim=1) * seen
+    whole = (source[None] - target[:, None]).abs().sum(dim=1) * seen
+    return {
+        reading.name: (left[:, reading.span], whole[:, reading.span])
+        for reading in READINGS
+        if reading.essence and seen[:, reading.span].any()
+    }
+
+
+def part_kept(parts: Parts) -> float:
+    """Return 1 less the part of the whole that was left or changed, over all targets."""
+    left, whole = parts
+    return 1 - float(left.sum() / whole.sum())
+
+
 def essence_by_attribute(
     edited: Float[Tensor, "targets sources outputs"],
     source: Float[Tensor, "sources outputs"],
@@ -113,13 +140,8 @@ def essence_by_attribute(
 
     Sums go over targets as well. An attribute that no target shows is left out.
     """
-    left = (edited - target[:, None]).abs().sum(dim=1) * seen
-    whole = (source[None] - target[:, None]).abs().sum(dim=1) * seen
-    return {
-        reading.name: 1 - float(left[:, reading.span].sum() / whole[:, reading.span].sum())
-        for reading in READINGS
-        if reading.essence and seen[:, reading.span].any()
-    }
+    parts = essence_parts(edited, source, target, seen)
+    return {name: part_kept(of) for name, of in parts.items()}
 
 
 def distance_apart(source: Float[Tensor, "sources readings"]) -> Float[Tensor, " readings"]:
@@ -144,18 +166,25 @@ def identity_kept(
     return 1 - changed / (distance_apart(source) * seen).sum(dim=(1, 2))
 
 
+def identity_parts(
+    edited: Float[Tensor, "targets sources outputs"], source: Float[Tensor, "sources outputs"]
+) -> dict[str, Parts]:
+    """Return what `identity_kept` divides, of each identity attribute that shows."""
+    seen = seen_identity(edited) & seen_identity(source)
+    changed = ((edited - source).abs() * seen).sum(dim=1)
+    apart = (distance_apart(source) * seen).sum(dim=1)
+    return {
+        reading.name: (changed[:, reading.span], apart[:, reading.span])
+        for reading in READINGS
+        if not reading.essence and apart[:, reading.span].any()
+    }
+
+
 def identity_by_attribute(
     edited: Float[Tensor, "targets sources outputs"], source: Float[Tensor, "sources outputs"]
 ) -> dict[str, float]:
     """Return `identity_kept` of each identity attribute that shows, over all targets."""
-    seen = seen_identity(edited) & seen_identity(source)
-    changed = ((edited - source).abs() * seen).sum(dim=(0, 1))
-    apart = (distance_apart(source) * seen).sum(dim=(0, 1))
-    return {
-        reading.name: 1 - float(changed[reading.span].sum() / apart[reading.span].sum())
-        for reading in READINGS
-        if not reading.essence and apart[reading.span].any()
-    }
+    return {name: part_kept(parts) for name, parts in identity_parts(edited, source).items()}
 
 
 # In pixels
@@ -284,6 +313,12 @@ def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features
 # Over targets
 
 
+def resampled(count: int, seed: int, resamples: int) -> Int64[ndarray, "resamples count"]:
+    """Draw targets with replacement: [resamples, count]."""
+    random = np.random.default_rng(seed_of("bootstrap", seed, count))
+    return random.integers(count, size=(resamples, count))
+
+
 def interval(
     values: Float[Tensor, " targets"], seed: int, resamples: int = 10_000
 ) -> dict[str, Any]:
@@ -300,9 +335,23 @@ def interval(
     count, mean = len(numbers), float(numbers.mean())
     if count < 2:
         return {"mean": mean, "low": None, "high": None, "count": count}
-    random = np.random.default_rng(seed_of("bootstrap", seed, count))
-    chosen = random.integers(count, size=(resamples, count))
+    chosen = resampled(count, seed, resamples)
     low, high = np.quantile(numbers[chosen].mean(axis=1), (0.025, 0.975))
+    return {"mean": mean, "low": float(low), "high": float(high), "count": count}
+
+
+def interval_kept(parts: Parts, seed: int, resamples: int = 10_000) -> dict[str, Any]:
+    """Return `part_kept` with a 95 % percentile bootstrap interval over targets, as `interval`.
+
+    Left and whole are summed over the targets of a draw before they are divided.
+    """
+    left, whole = (part.double().sum(dim=1).numpy() for part in parts)
+    count, mean = len(left), float(1 - left.sum() / whole.sum())
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None, "count": count}
+    chosen = resampled(count, seed, resamples)
+    kept = 1 - left[chosen].sum(axis=1) / whole[chosen].sum(axis=1)
+    low, high = np.quantile(kept, (0.025, 0.975))
     return {"mean": mean, "low": float(low), "high": float(high), "count": count}
 
 

@@ -8,6 +8,7 @@ as ones and zeros.
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -26,8 +27,9 @@ from data.illustrated.codes import (
 from data.illustrated.codes import (
     HAIR_COLOURS as HAIR,
 )
+from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
 from targetclip.encoders.inverter import PictureEncoder
-from targetclip.weights import load_weights, read_tensors, save_half
+from targetclip.weights import digest_of_weights, load_weights, read_tensors, save_half
 
 BUNDLED = Path(__file__).parent / "reader.safetensors"
 FORMAT = "targetclip-avatar-reader/1"
@@ -38,6 +40,7 @@ PRESENT = {
     "beard": ("facialHair", tuple(name for name in BEARDS if name.startswith("beard"))),
     "hat": ("top", HATS),
 }
+INPUT = EncoderInput(SIZE, SIGNED, SIGNED, "bicubic")
 SHADES = ("kurt", "sunglasses", "wayfarers")
 
 
@@ -113,6 +116,18 @@ class AvatarReader(nn.Module):
     ) -> Float[Tensor, "batch values"]:
         logits: Tensor = self.encoder(images)
         return logits
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what is read and of the weights. Do not change weights after reading it."""
+        return digest_of_weights(described(), self.state_dict())
+
+    def embed_images(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch outputs"]:
+        """Return the readings of square images in [-1, 1] of any size.
+        ValueError: the images are not square."""
+        return self.read(preprocess_images(images.float(), "consistent", INPUT))[1]
 
     def values(
         self, images: Float[Tensor, "batch 3 height width"]

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("eval.referee")
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,29 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from data.illustrated.avatars import check_dicebear
+from data.illustrated.shown import Shown
 from data.targets import digest_of, picture_id
-from eval.judging import load_judge
+from eval.judging import load_judge, reader_of
 from eval.metrics import (
+    Parts,
     edit_scores,
+    essence_acquired,
+    essence_parts,
     frechet_distance,
+    identity_kept,
+    identity_parts,
     interval,
+    interval_kept,
     kernel_distance,
     outside_change,
     sharpness_kept,
 )
+from eval.reader import READINGS, AvatarReader
 from eval.report import REFEREE, check_charts, referee_chart, referee_text
 from eval.results import Pair, Results, by_name, fault_lines, find_results, judged_part
+from eval.truth import Content, Truth, face_of, read_truth, truth_of
+from predictor.cli.options import NAMED
 from targetclip import command
 from targetclip.losses import unit_cosines
 from targetclip.media.images import (
@@ -206,6 +217,69 @@ def look(
     return of_sources, of_targets
 
 
+# What pictures show
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the attribute reader can be trusted with."""
+
+    sources: frozenset[str]
+    """Those in the generator's style."""
+    targets: Mapping[str, Truth]
+    """What each target shows, where that is known."""
+    origins: Mapping[str, str | None]
+    """Whether a target's truth was given by a file or read; None where it is not known."""
+
+
+def named(names: Sequence[str]) -> str:
+    """Return the first of some names."""
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def know(
+    reader: AvatarReader,
+    sources: Mapping[str, Path],
+    targets: Mapping[str, Path],
+    given: Mapping[str, Shown],
+    notes: list[str],
+) -> Known | None:
+    """Tell what targets show, and which sources are in the style that the reader knows.
+
+    The truth of a target is what is `given` for its file or else, of pictures in the generator's
+    style alone, what the reader reads. What is left out is noted.
+    """
+    if surplus := sorted(given.keys() - {path.name for path in targets.values()}):
+        notes.append(f"truth of {len(surplus)} files that are no targets: {named(surplus)}")
+    try:
+        check_dicebear("a face in the generator's style")
+    except ValueError as error:
+        notes.append(f"attributes are not scored: {error}")
+        return None
+    faces = {name for name in sources if face_of(reader, read_picture(sources[name]))}
+    contents: dict[str, Content] = {}
+    origins: dict[str, str | None] = dict.fromkeys(targets)
+    for name, path in tqdm(targets.items(), "truth", unit="target"):
+        shown: Content | None = given.get(path.name)
+        origins[name] = "read" if shown is None else "given"
+        if shown is None and (shown := face_of(reader, read_picture(path))) is None:
+            origins[name] = None
+            continue
+        contents[name] = shown
+    style = "which are not in the generator's style"
+    if left := [name for name in targets if name not in contents]:
+        notes.append(
+            f"essence by attributes leaves out {len(left)} of {len(targets)} targets, {style}; a "
+            f"truth.json beside them can say what they show: {named(left)}"
+        )
+    if left := [name for name in sources if name not in faces]:
+        notes.append(
+            f"scores by attributes leave out {len(left)} of {len(sources)} sources, {style}: "
+            f"{named(left)}"
+        )
+    return Known(frozenset(faces), {n: truth_of([c]) for n, c in contents.items()}, origins)
+
+
 # Scores
 
 
@@ -217,6 +291,8 @@ class Table:
     sources: dict[str, str]
     """Ids by names."""
     targets: dict[str, str]
+    known: Known | None
+    """None without an attribute reader."""
 
     def scores(self, tool: Results, pairs: set[Pair]) -> dict[str, dict[str, float]]:
         """Return the scores of each target over the sources of some of a tool's results."""
@@ -236,8 +312,56 @@ class Table:
                 values = np.array([tool.pixels[pair].get(score, np.nan) for pair in chosen])
                 if np.isfinite(values).any():
                     row[score] = float(np.nanmean(values))
+            row |= self.attribute_scores(tool, target, pairs)
             rows[target] = {score: row[score] for score in REFEREE if score in row}
         return rows
+
+    def readings(
+        self, tool: Results, target: str, pairs: Collection[Pair]
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return readings of some results of a target [1, sources, outputs] and of their sources
+        [sources, outputs]; None where there is none that the reader can be trusted with."""
+        faces = frozenset() if self.known is None else self.known.sources
+        chosen = [name for name in self.sources if name in faces and (target, name) in pairs]
+        if not chosen:
+            return None
+        after = self.seen.of([tool.ids[target, name] for name in chosen])["readings"]
+        return after[None], self.seen.of([self.sources[name] for name in chosen])["readings"]
+
+    def attribute_scores(
+        self, tool: Results, target: str, pairs: Collection[Pair]
+    ) -> dict[str, float]:
+        """Return the scores of a target by the attribute reader; empty where there are none."""
+        found, scores = self.readings(tool, target, pairs), {}
+        if self.known is None or found is None:
+            return {}
+        after, before = found
+        if len(before) > 1:  # identity is measured by how far sources are apart
+            scores["identity_by_attribute"] = float(identity_kept(after, before))
+        if (truth := self.known.targets.get(target)) is not None:
+            essence = essence_acquired(after, before, truth.readings, truth.seen)
+            scores["essence"] = float(essence)
+        return {name: value for name, value in scores.items() if np.isfinite(value)}
+
+    def by_attribute(self, tool: Results, seed: int) -> dict[str, dict[str, Any]]:
+        """Return essence acquired and identity kept of each attribute; empty without a reader."""
+        if self.known is None:
+            return {}
+        rows: dict[str, dict[str, list[Parts]]] = {"essence": {}, "identity": {}}
+        for target in self.targets:
+            if (found := self.readings(tool, target, tool.ids)) is None:
+                continue
+            parts = {"identity": identity_parts(*found) if len(found[1]) > 1 else {}}
+            if (truth := self.known.targets.get(target)) is not None:
+                parts["essence"] = essence_parts(*found, truth.readings, truth.seen)
+            for kind, of in parts.items():
+                for name, (left, whole) in of.items():
+                    if whole.any():
+                        rows[kind].setdefault(name, []).append((left, whole))
+        return {
+            kind: {r.name: joined(of[r.name], seed) for r in READINGS if r.name in of}
+            for kind, of in rows.items()
+        }
 
     def unedited(self) -> dict[str, float]:
         """Return the mean scores of the sources as they are."""
@@ -245,8 +369,9 @@ class Table:
         sources = self.seen.of([*self.sources.values()])
         names = {"people": "target_identity", "embeddings": "clip", "second": "second"}
         return {
-            names[judge]: float(unit_cosines(row[:, None], sources[judge]).mean())
-            for judge, row in targets.items()
+            name: float(unit_cosines(targets[judge][:, None], sources[judge]).mean())
+            for judge, name in names.items()
+            if judge in targets
         }
 
     def distances(self, tool: Results) -> dict[str, Any]:
@@ -259,6 +384,12 @@ class Table:
             return {"fid": None, "kid": None, **sizes}
         fid, kid = frechet_distance(results, sources), kernel_distance(results, sources)
         return {"fid": fid, "kid": kid, **sizes}
+
+
+def joined(parts: Sequence[Parts], seed: int) -> dict[str, Any]:
+    """Return the interval of an attribute over the targets whose parts are given."""
+    left, whole = zip(*parts, strict=True)
+    return interval_kept((torch.cat(left), torch.cat(whole)), seed)
 
 
 def intervals(rows: Sequence[Mapping[str, float]], seed: int) -> dict[str, dict[str, Any]]:
@@ -288,6 +419,7 @@ def tool_report(table: Table, tool: Results, seed: int) -> dict[str, Any]:
         "layout": tool.layout,
         "faults": tool.faults,
         "by_target": rows,
+        "by_attribute": table.by_attribute(tool, seed),
     }
 
 
@@ -353,13 +485,21 @@ def judge(
     command.say(f"loading the judges of world {world.name}", error=True)
     embedder, identity = load_encoders(world, device)
     second = load_judge(config.judge, config.judge_pretrained, device)
-    judges: dict[str, Any] = {"embeddings": embedder, "people": identity, "second": second}
+    reader = reader_of(world, device)
+    given = {} if reader is None else read_truth(config.targets)
+    judges: dict[str, Any] = {"people": identity, "second": second, "readings": reader}
+    judges = {"embeddings": embedder, **judges}
     judges = {name: model for name, model in judges.items() if model is not None}
     notes: list[str] = []
     if identity is None:
         notes.append(f"identity is not scored: world {world.name} names no identity model")
     seen = Embeddings(config.out / "embeddings", judges, device)
-    found = Table(seen, *look(tools, sources, targets, seen, notes))
+    of_sources, of_targets = look(tools, sources, targets, seen, notes)
+    known = None
+    if reader is not None:
+        faces, goals = ({n: sources[n] for n in of_sources}, {n: targets[n] for n in of_targets})
+        known = know(reader, faces, goals, given, notes)
+    found = Table(seen, of_sources, of_targets, known)
     for tool in tools:
         notes += fault_lines(tool)
         if not tool.ids:
@@ -378,6 +518,7 @@ def judge(
         "seed": config.seed,
         "sources": [*found.sources],
         "targets": [*found.targets],
+        "truth": {} if known is None else known.origins,
         "notes": notes,
         "unedited": found.unedited(),
         "results": {tool.name: tool_report(found, tool, config.seed) for tool in tools},

@@ -426,7 +426,9 @@ def charts(report: Mapping[str, Any]) -> dict[str, Image.Image]:
 
 REFEREE = {  # in the order of tables
     "identity": "identity kept",
+    "identity_by_attribute": "identity kept, by attributes",
     "target_identity": "target's identity",
+    "essence": "essence acquired, by attributes",
     "clip": "CLIP score",
     "second": "second judge",
     "consistency": "consistency",
@@ -451,6 +453,14 @@ targets. Every picture is judged by its middle square, in its own size.
   {features}. Both depend on the numbers of images, FID most: compare
   it between equal ones alone.
 - seconds a result: as the folder's {seconds} says.
+"""
+ATTRIBUTE_READING = """\
+- essence acquired, by attributes: the part of the way from source to target that the attribute
+  reader's readings went, of what the target shows; 1 is all of it. {truth}.
+- identity kept, by attributes: 1 is all of what the reader sees of the source, 0 as little as
+  between two sources. Results are taken to be in the style of their sources.
+- A single attribute is taken over all targets that show it together, so that each target counts by
+  what was to be changed.
 """
 
 
@@ -488,11 +498,32 @@ def referee_text(report: Mapping[str, Any]) -> str:
     if pairs:
         lines += ["Paired differences, over the targets and sources that both have:", ""]
         lines += table(["difference", *(REFEREE[score] for score in have)], pairs)
-    return (
-        "\n".join(lines)
-        + "\n"
-        + REFEREE_READING.format(features=report["features"], seconds=SECONDS)
-    )
+    lines += attribute_tables(results)
+    reading = REFEREE_READING.format(features=report["features"], seconds=SECONDS)
+    if report["truth"]:
+        reading += ATTRIBUTE_READING.format(truth=truth_counts(report["truth"]))
+    return "\n".join(lines) + "\n" + reading
+
+
+def truth_counts(truth: Mapping[str, str | None]) -> str:
+    """Return of how many targets a file or the reader says what they show."""
+    ways = {"given": "a file says", "read": "the reader says", None: "nobody says"}
+    known = [*truth.values()]
+    counts = [f"{words} for {known.count(way)}" for way, words in ways.items() if way in known]
+    return f"What targets show, {', '.join(counts)}"
+
+
+def attribute_tables(results: Mapping[str, Any]) -> list[str]:
+    """Return a table of essence and one of identity by attribute; nothing without a reader."""
+    lines: list[str] = []
+    heads = {"essence": "Essence acquired", "identity": "Identity kept"}
+    for kind, head in heads.items():
+        rows = {name: row["by_attribute"].get(kind, {}) for name, row in results.items()}
+        names = list(dict.fromkeys(attribute for row in rows.values() for attribute in row))
+        if names:
+            cells = [[n, *(with_bounds(row.get(a)) for a in names)] for n, row in rows.items()]
+            lines += [f"{head} by attribute:", "", *table(["results", *names], cells)]
+    return lines
 
 
 def referee_chart(report: Mapping[str, Any]) -> Image.Image:

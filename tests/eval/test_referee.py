@@ -2,24 +2,40 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_runs import module_exit_code
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 from torch import Tensor
 
+from data.illustrated.codes import draw_face
+from data.illustrated.shown import Shown
+from data.targets import draw_avatar, face_at
 from eval import referee
+from eval.metrics import (
+    essence_acquired,
+    essence_by_attribute,
+    identity_by_attribute,
+    identity_kept,
+)
+from eval.reader import READINGS, load_reader
 from eval.referee import Config, run
 from eval.report import REFEREE, referee_text
+from eval.sets import content_of
+from eval.truth import truth_of, with_essence
 from targetclip.encoders.identity import AvatarIdentity
+from targetclip.media.images import picture_to_tensor, read_picture
 
 SIZE = 32
 SOURCES = {"ann": "navy", "bob": "olive", "cy": "maroon"}  # colours of the ground
 TARGETS = {"red": "red", "lime": "lime"}  # colours of the square
 WHITE = "white"
+READ = {"essence", "identity_by_attribute"}  # scores of the attribute reader
+NOTHING = {"glasses": "", "beard": "", "hat": "", "hair_colour": ""}
 Maker = Callable[[str, str], Image.Image]
 
 
@@ -99,7 +115,8 @@ def test_known_results_have_known_scores(
     report = run(config(faces, who_world, *tools, judge=str(clip_dir)))
     assert json.loads((faces / "out" / "report.json").read_text()) == json.loads(json.dumps(report))
     found = {name: means(row) for name, row in report["results"].items()}
-    assert [*found] == [*tools] and all(row.keys() == REFEREE.keys() for row in found.values())
+    assert [*found] == [*tools] and all({*row} == {*REFEREE} - READ for row in found.values())
+    assert report["truth"] == {} and all(not r["by_attribute"] for r in report["results"].values())
     same = found["unchanged"]
     assert same["identity"] == pytest.approx(1) and same["sharpness"] == pytest.approx(1)
     assert same["outside"] == same["consistency"] == 0
@@ -154,6 +171,128 @@ def test_a_world_without_an_identity_model_scores_the_rest(faces: Path, tiny_wor
     )
     assert report["notes"] == ["identity is not scored: world tiny names no identity model"]
     assert (faces / "out" / "sheet.png").exists() and not (faces / "out" / "chart.png").exists()
+
+
+# Scores by the attribute reader
+
+FACES = {"ann": 0, "bob": 1, "cy": 2}  # indices of avataaars:N@31
+WORN = 0  # index of held-out:N@31 that wears something
+
+
+def drawn_face(values: Sequence[int]) -> Image.Image:
+    return Image.fromarray(draw_face(values)[0])
+
+
+@pytest.fixture
+def avatars(tmp_path: Path) -> Path:
+    """A folder with faces as sources, a face and an avatar of another style as targets, and what
+    the latter shows; and results: right ones, of the face alone, and unchanged and swapped ones."""
+    faces = {name: face_at(31, i) for name, i in FACES.items()}
+    target = face_at(31, 7)
+    for name, values in faces.items():
+        save(drawn_face(values), tmp_path / "sources" / f"{name}.png")
+    save(drawn_face(target), tmp_path / "targets" / "face.png")
+    save(draw_avatar("held-out", 31, WORN), tmp_path / "targets" / "other.png")
+    shown = content_of("held-out", 31, WORN)
+    assert isinstance(shown, Shown)
+    truth = {"other.png": {**vars(shown), "style": "personas", "held_out": True}}
+    (tmp_path / "targets" / "truth.json").write_text(json.dumps(truth))
+    for name, values in faces.items():
+        right = drawn_face(with_essence(values, tuple(target)))
+        save(right, tmp_path / "right" / "face" / f"{name}.png")
+        save(drawn_face(with_essence(values, shown)), tmp_path / "right" / "other" / f"{name}.png")
+        other = next(face for face in faces if face != name)
+        for goal in ("face", "other"):
+            save(drawn_face(values), tmp_path / "unchanged" / goal / f"{name}.png")
+            save(drawn_face(faces[other]), tmp_path / "swapped" / goal / f"{name}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def avatar_world(who_world: Path) -> Path:
+    """The tiny world under the name of the one that the reader knows."""
+    world = who_world.with_name("avatars.toml")
+    world.write_text(who_world.read_text().replace('name = "tiny"', 'name = "avatars"'))
+    return world
+
+
+def test_attributes_have_known_scores(avatars: Path, avatar_world: Path) -> None:
+    tools = ("right", "unchanged", "swapped")
+    report = run(config(avatars, avatar_world, *tools))
+    assert report["truth"] == {"face": "read", "other": "given"} and report["notes"] == []
+    right, unchanged, swapped = (report["results"][name] for name in tools)
+    assert right["essence"]["low"] > 0.95 and right["identity_by_attribute"]["low"] > 0.95
+    assert unchanged["essence"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert unchanged["identity_by_attribute"]["mean"] == pytest.approx(1, abs=1e-5)
+    assert swapped["identity_by_attribute"]["mean"] < 0.4
+    assert {*right["by_attribute"]["identity"]} <= {r.name for r in READINGS if not r.essence}
+    for name in ("top", "hat"):  # of the face alone, and of the other alone
+        found = right["by_attribute"]["essence"][name]
+        assert found["count"] == 1 and found["low"] is None and found["mean"] > 0.95
+    skin = swapped["by_attribute"]["identity"]["skinColor"]
+    assert skin["count"] == 2 and skin["low"] <= skin["mean"] <= skin["high"] < 0.5
+    less = report["differences"]["right"]["unchanged"]
+    assert less["essence"]["mean"] > 0.9 and abs(less["identity_by_attribute"]["mean"]) < 0.05
+    text = (avatars / "out" / "report.md").read_text()
+    assert "Essence acquired by attribute:" in text and "Identity kept by attribute:" in text
+    assert "What targets show, a file says for 1, the reader says for 1." in text
+
+
+def test_attributes_are_scored_by_the_functions_of_the_comparison(
+    avatars: Path, avatar_world: Path
+) -> None:
+    report = run(config(avatars, avatar_world, "swapped"))
+    shown = content_of("held-out", 31, WORN)
+    truth, reader = truth_of([tuple(face_at(31, 7)), shown]), load_reader()
+
+    def read(folder: str) -> Tensor:
+        pictures = [read_picture(avatars / folder / f"{name}.png") for name in FACES]
+        return reader.read(torch.cat([picture_to_tensor(one, 128) for one in pictures]))[1]
+
+    before = read("sources")
+    after = torch.stack([read("swapped/face"), read("swapped/other")])
+    essence = essence_acquired(after, before, truth.readings, truth.seen)
+    row = report["results"]["swapped"]
+    assert row["essence"]["mean"] == pytest.approx(float(essence.mean()), abs=1e-5)
+    kept = identity_kept(after, before)
+    assert row["identity_by_attribute"]["mean"] == pytest.approx(float(kept.mean()), abs=1e-5)
+    for kind, expected in (
+        ("essence", essence_by_attribute(after, before, truth.readings, truth.seen)),
+        ("identity", identity_by_attribute(after, before)),
+    ):
+        found = {name: score["mean"] for name, score in row["by_attribute"][kind].items()}
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_reader_is_not_trusted_with_other_styles(
+    avatars: Path, avatar_world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (avatars / "targets" / "truth.json").write_text(json.dumps({"nobody.png": NOTHING}))
+    save(draw_avatar("held-out", 31, 1), avatars / "sources" / "dan.png")
+    save(draw_avatar("held-out", 31, 1), avatars / "unchanged" / "face" / "dan.png")
+    report = run(config(avatars, avatar_world, "unchanged"))
+    assert report["truth"] == {"face": "read", "other": None}
+    rows = report["results"]["unchanged"]["by_target"]
+    assert "essence" in rows["face"] and "essence" not in rows["other"]
+    assert rows["other"]["identity_by_attribute"] == pytest.approx(1, abs=1e-5)
+    notes, said = " ".join(report["notes"]), capsys.readouterr().err
+    for words in (
+        "truth of 1 files that are no targets: nobody.png",
+        "leaves out 1 of 2 targets, which are not in the generator's style; a truth.json",
+        "leave out 1 of 4 sources, which are not in the generator's style: dan",
+    ):
+        assert words in notes and words in said
+
+
+def test_attributes_are_left_out_where_faces_cannot_be_drawn(
+    avatars: Path, avatar_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "dicebear" or None)
+    report = run(config(avatars, avatar_world, "unchanged"))
+    row = report["results"]["unchanged"]
+    assert not {*row} & READ and row["by_attribute"] == {} and report["truth"] == {}
+    [note] = report["notes"]
+    assert note.startswith("attributes are not scored: a face in the generator's style is drawn")
 
 
 # Faults

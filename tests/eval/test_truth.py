@@ -1,12 +1,16 @@
 """What targets show as readings, and the right answer in the generator's style."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from data.illustrated.codes import ATTRIBUTES, HAIR_COLOURS, NONE, STYLE
+from data.illustrated.codes import ATTRIBUTES, HAIR_COLOURS, NONE, STYLE, visible
 from data.illustrated.shown import Shown, word_of
-from eval.reader import NAMES, READINGS, SPANS
-from eval.truth import Content, truth_of, with_essence
+from data.targets import draw_avatar, face_at
+from eval.reader import NAMES, READINGS, SPANS, load_reader
+from eval.truth import Content, face_of, read_truth, truth_of, with_essence
 
 
 def face(**values: str) -> tuple[int, ...]:
@@ -54,6 +58,74 @@ def test_a_part_is_of_the_same_targets() -> None:
     assert part.contents == whole.contents[1:]
     assert torch.equal(part.readings, whole.readings[1:])
     assert torch.equal(part.seen, whole.seen[1:])
+
+
+# Files
+
+SAID = {"glasses": "sunglasses", "beard": "", "hat": "", "hair_colour": "pink"}
+
+
+def test_a_file_says_what_pictures_show(tmp_path: Path) -> None:
+    assert read_truth(tmp_path) == {}
+    rows = {
+        "a.png": {**SAID, "style": "micah", "held_out": True},
+        "b.png": {**SAID, "beard": "goatee"},
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(rows))
+    expected = {"a.png": Shown("sunglasses", hair_colour="pink")}
+    expected["b.png"] = Shown("sunglasses", "goatee", hair_colour="pink")
+    assert read_truth(tmp_path) == expected
+    (tmp_path / "truth.json").unlink()
+    names = ["file", "style", *SAID]
+    lines = [
+        names,
+        ["a.png", "micah", *SAID.values()],
+        ["b.png", "", "sunglasses", "goatee", "", "pink"],
+    ]
+    (tmp_path / "truth.csv").write_text("\n".join(",".join(line) for line in lines) + "\n")
+    assert read_truth(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not a table of what pictures show"),
+        ("[1]", "expected the attributes of each picture, by its file name"),
+        ('{"a.png": 3}', "expected the attributes of each picture"),
+        (json.dumps({"a.png": {"glasses": ""}}), "a.png: .*found no beard"),
+        (
+            json.dumps({"a.png": {**SAID, "hatt": ""}}),
+            "unknown attribute 'hatt': did you mean 'hat'",
+        ),
+        (json.dumps({"a.png": {**SAID, "beard": "yes"}}), "beard: .*one of beard, .*found 'yes'"),
+        (json.dumps({"a.png": {**SAID, "hair_colour": "pnk"}}), "did you mean 'pink'"),
+        (json.dumps({"a.png": {**SAID, "hat": True}}), "hat: .*found True"),
+    ],
+)
+def test_what_is_no_truth_is_refused_in_one_line(
+    tmp_path: Path, content: str, message: str
+) -> None:
+    (tmp_path / "truth.json").write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_truth(tmp_path)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "truth.csv").write_text("file\n")
+    with pytest.raises(ValueError, match="found both: remove one"):
+        read_truth(tmp_path)
+
+
+def test_a_face_is_read_in_the_generators_style_alone() -> None:
+    reader, values = load_reader(), face_at(5, 3)
+    seen = face_of(reader, draw_avatar("avataaars", 5, 3).resize((200, 200)))
+    assert seen is not None
+    shows = visible(torch.tensor([values]))[0]
+    assert torch.tensor(seen)[shows].tolist() == torch.tensor(values)[shows].tolist()
+    for kind in ("styles", "held-out"):
+        for i in range(4):
+            assert face_of(reader, draw_avatar(kind, 5, i)) is None
+
+
+# The right answer
 
 
 def test_the_right_answer_keeps_who_it_is_and_brings_the_essence_of_a_face() -> None:
