@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -38,6 +39,7 @@ from data.pairs import (
 )
 from data.publish import At, go_on, replace_file, sha256_of
 from targetclip.command import one_line, sync_folder
+from targetclip.recipes import Recipe, stored_recipe
 
 SHARD_BYTES = 200_000_000  # about what a merge holds in memory
 SHARD = re.compile(rf"data/({'|'.join(SPLITS)})-\d{{5}}-of-\d{{5}}\.parquet")
@@ -320,19 +322,41 @@ def mean_scores(out: Path) -> dict[str, dict[str, float]]:
     return scores
 
 
-def networks_of(out: Path) -> tuple[str, str]:
-    """Return the fingerprints of the generator and of the embedder that pairs were made with.
+def build_settings(out: Path) -> dict[str, Any]:
+    """Return the settings of the build that made pairs.
     FileNotFoundError: the dataset has no report.json. ValueError: it is damaged."""
     path = out / REPORT
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is missing; run the build again (--only merge)")
     try:
-        settings = json.loads(path.read_bytes())["settings"]
-        return str(settings["generator"]), str(settings["embedder"])
+        return dict(json.loads(path.read_bytes())["settings"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged: expected the settings of a build; run it again"
-        ) from error
+        raise damaged_report(path) from error
+
+
+def damaged_report(path: Path) -> ValueError:
+    """Return the error for a report that a build did not write."""
+    return ValueError(f"{str(path)!r} is damaged: expected the settings of a build; run it again")
+
+
+def networks_of(out: Path) -> tuple[str, str]:
+    """Return the fingerprints of the generator and of the embedder that pairs were made with;
+    raises as `build_settings`."""
+    settings = build_settings(out)
+    try:
+        return str(settings["generator"]), str(settings["embedder"])
+    except KeyError as error:
+        raise damaged_report(out / REPORT) from error
+
+
+def recipe_of(out: Path) -> Recipe | None:
+    """Return the recipe that found the directions of pairs; None where the report tells of none
+    that is known here, as of pairs that another program made. Raises as `build_settings`."""
+    settings = build_settings(out).get("recipe")
+    try:
+        return stored_recipe(settings) if settings else None
+    except (TypeError, ValueError):
+        return None
 
 
 def load_pairs(out: Path, split: str, cache_dir: Path | None = None) -> datasets.Dataset:

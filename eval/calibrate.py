@@ -8,6 +8,11 @@ settings of refinements (`predictor.direction.Gate`), and a factor that stretche
 directions, which weight decay leaves too short. The expected score is fitted anew
 (`eval.expectation`). Sources that judge are neither the probe's nor the optimizer's. Writes the
 mapper with its calibration, report.json and reliability.png.
+
+A mapper that reads the trade-off between essence and identity gets its default place there: that of
+--keep-identity, or else the one of most identity kept whose transfer score is within 0.01 of the
+best. All figures are those of this place; at others the threshold is moved by as much as the mean
+score on the probe sources differs there.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -22,6 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image
@@ -41,9 +47,10 @@ from eval.expectation import fit_expectation
 from eval.methods import Answer, mapped
 from eval.report import Series, check_charts, line_chart
 from eval.sets import Embeddings, Sources
-from predictor.direction import Gate
-from predictor.mapper import save_mapper
+from predictor.direction import THRESHOLD_AT, Gate
+from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperRecord
+from predictor.tradeoff import check_keep
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
 from targetclip.command import Precision
@@ -59,6 +66,8 @@ STRETCHES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
 NEAR = 0.002  # a shorter refinement is preferred whose loss exceeds the lowest by no more
 TOLERANCE = 0.005  # part of the better score of mapper and teacher that passing answers may lose
 RARE = 0.01  # part of the validation targets that count as unlike all others
+PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)  # on the trade-off, that are measured
+LOST = 0.01  # of the best transfer score, that the default place may lose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +91,8 @@ class Config:
     """Sources that judge."""
     probes: int = 8
     """Sources that the mapper's answers will be checked on."""
+    keep_identity: float | None = None
+    """Default place on the trade-off, from 0 to 1, of a mapper that reads one. Default: chosen."""
     precision: Precision | None = None
     """Of the optimizer; scores are in float32. Default: accelerate's, or else fp32."""
     half: bool = False
@@ -198,8 +209,8 @@ class Validation:
         """Score edits, corrected for each source where the answer has a correction.
 
         Returns:
-            The `transfer` score, the `loss` of refinements, the `teacher_loss`, and the transfer
-            score on the `probe` sources.
+            The `transfer` score, the `loss` of refinements, the `teacher_loss`, the transfer score
+            on the `probe` sources, and the `identity` similarity where a loss weighs it.
         """
         scene = self.essence.scene
         weight = max(self.teacher.identity_weight, self.refined.identity_weight)
@@ -212,11 +223,14 @@ class Validation:
             self.essence.probe_score(embedding, each, self.probes)
             for embedding, each in zip(self.embeddings, offsets, strict=True)
         ]
+        scores = score_features(self.embeddings, before, after)
+        kept = {} if scores.identity is None else {"identity": scores.identity.mean(dim=1).cpu()}
         return {
-            "transfer": score_features(self.embeddings, before, after).transfer.cpu(),
+            "transfer": scores.transfer.cpu(),
             "loss": losses_of(self.refined, before, after, self.embeddings).loss.cpu(),
             "teacher_loss": losses_of(self.teacher, before, after, self.embeddings).loss.cpu(),
             "probe": torch.tensor(probe),
+            **kept,
         }
 
     def search(self, recipe: Recipe, start: Answer, label: str) -> Answer:
@@ -270,6 +284,56 @@ def open_validation(
         precision=precision,
         seed=config.seed,
     )
+
+
+# The trade-off
+
+Curve = dict[float, dict[str, float]]
+
+
+def curve_of(validation: Validation, mapper: Mapper) -> Curve:
+    """Return the mean scores of a mapper's answers at each of PLACES on the trade-off."""
+    scene, pictures = validation.essence.scene, validation.pictures
+    curve: Curve = {}
+    for keep in tqdm(PLACES, "trade-off", unit="place"):
+        scores = validation.scores(mapped(scene, mapper, pictures, keep=keep))
+        names = [name for name in ("transfer", "identity", "probe") if name in scores]
+        curve[keep] = {name: float(scores[name].mean()) for name in names}
+    return curve
+
+
+def on_curve(curve: Curve, name: str, places: Any) -> Any:
+    """Return a score at places of a curve, linear between those that were measured."""
+    return np.interp(places, list(curve), [row[name] for row in curve.values()])
+
+
+def default_place(curve: Curve) -> float:
+    """Return the place of most identity kept whose transfer score is within LOST of the best."""
+    places = np.linspace(0, 1, 101).round(2)
+    scores = on_curve(curve, "transfer", places)
+    return float(places[scores >= scores.max() - LOST].max())
+
+
+def thresholds(threshold: float, curve: Curve, keep: float) -> dict[str, float]:
+    """Return the threshold at each place that was measured, from that of the place `keep`."""
+    usual = float(on_curve(curve, "probe", keep))
+    return {f"{THRESHOLD_AT}{k:g}": threshold + row["probe"] - usual for k, row in curve.items()}
+
+
+def with_default_place(
+    validation: Validation, mapper: Mapper, asked: float | None
+) -> tuple[Validation, float | None]:
+    """Give a mapper that reads the trade-off its default place, in its record.
+
+    Returns:
+        The validation, with the loss of refinements there; the place, None where none is read.
+    """
+    tradeoff, record = mapper.config.tradeoff, mapper.record
+    if tradeoff is None or record is None:
+        return validation, None
+    keep = default_place(curve_of(validation, mapper)) if asked is None else asked
+    mapper.record = replace(record, calibration={**record.calibration, "keep_identity": keep})
+    return replace(validation, refined=tradeoff.recipe_at(validation.refined, keep)), keep
 
 
 # Searches and scores
@@ -367,6 +431,8 @@ def run(
     """
     command.check_least(config, count=1, fitted=0, sources=2, probes=1, max_images=1)
     check_charts()
+    if config.keep_identity is not None:
+        check_keep(config.keep_identity, "--keep-identity")
     world = load_world(config.world)
     precision = command.choose_precision(config.precision)
     command.make_folder(config.out)
@@ -386,12 +452,18 @@ def run(
     mapper, seed = essence.asked_mapper(), config.seed
     if mapper.record is None:
         raise ValueError(f"{config.mapper}: expected a mapper with a record, found none")
+    if config.keep_identity is not None and mapper.config.tradeoff is None:
+        raise ValueError(
+            f"--keep-identity: the mapper {str(config.mapper)!r} reads no trade-off: drop the flag"
+        )
     validation = open_validation(config, essence, teacher or RECIPES[world.recipe], precision)
+    validation, keep = with_default_place(validation, mapper, config.keep_identity)
 
     scene, pictures = essence.scene, validation.pictures
     stretch, by_stretch = stretched(validation, mapped(scene, mapper, pictures))
     mapper.scale.mul_(stretch)
-    reached = fit_expectation(scene, mapper, specs, config.fitted, seed).cpu()
+    reached, places = fit_expectation(scene, mapper, specs, config.fitted, seed)
+    reached = reached.cpu()
 
     predicted = mapped(scene, mapper, pictures)
     assert predicted.expected is not None
@@ -404,10 +476,19 @@ def run(
     rate, steps = choose_refinement(losses["loss"])
     sets, transfer = list(validation.members().values()), scores["transfer"]
     usual = reached if len(reached) else scores["probe"]
+    curve = {} if keep is None else curve_of(validation, mapper)  # of stretched directions
+    if keep is not None and places is not None:
+        # As if all of them had been answered at the default place
+        moved = on_curve(curve, "transfer", keep) - on_curve(
+            curve, "transfer", places.cpu().numpy()
+        )
+        usual = usual + torch.from_numpy(moved).to(usual)
     threshold = threshold_of(scores["probe"], transfer, teacher_scores["transfer"], sets, usual)
     gate = Gate(threshold, config.probes, steps, rate)
     trust = reliability(expected, transfer)
     figures = {**asdict(gate), **trust, "fitted": len(reached), "stretch": stretch}
+    if keep is not None:
+        figures |= {"keep_identity": keep, **thresholds(threshold, curve, keep)}
     trained = {**mapper.record.recipe, "expects": True} if len(reached) else mapper.record.recipe
     judged = {
         "transfer_score": transfer,
@@ -432,6 +513,7 @@ def run(
         "passing": validation.means((scores["probe"] >= threshold).float()),
         "mapper": {name: validation.means(values) for name, values in scores.items()},
         "teacher": {name: validation.means(values) for name, values in teacher_scores.items()},
+        **({"tradeoff": curve} if curve else {}),
         "loss_by_stretch": by_stretch,
         "loss_by_rate_and_steps": losses,
         "teacher_steps": recipe.steps,

@@ -2,7 +2,8 @@
 
 While a mapper trains, the head of its expected score follows directions that keep changing. Once
 they are final the head is fitted alone. It is linear: a ridge regression from the mapper's features
-to the scores that its answers reach, on targets that neither trained the mapper nor judge it.
+to the scores that its answers reach, on targets that neither trained the mapper nor judge it. Where
+the mapper reads the trade-off, each target has a place of its own, and the head reads that as well.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -73,11 +74,25 @@ def training_targets(specs: Sequence[str], count: int, scene: Scene) -> Iterator
         yield from of_split(targets, "train", count)
 
 
+def places_of(
+    mapper: Mapper, targets: Sequence[Target], seed: int
+) -> Float[Tensor, " targets"] | None:
+    """Return a random place on the trade-off for each target; None where the mapper reads none."""
+    if mapper.config.tradeoff is None:
+        return None
+    seeds = [seed_of("expectation place", seed, target.id) for target in targets]
+    drawn = [torch.rand((), generator=torch.Generator().manual_seed(one)) for one in seeds]
+    return torch.stack(drawn).to(mapper.scale.device)
+
+
 @torch.no_grad()
 def scores_reached(
     scene: Scene, mapper: Mapper, targets: Iterable[Target], seed: int, total: int | None = None
-) -> tuple[Float[Tensor, "targets embed"], Float[Tensor, " targets"]]:
-    """Return the mapper's inputs and the transfer scores of its answers.
+) -> tuple[
+    Float[Tensor, "targets embed"], Float[Tensor, " targets"], Float[Tensor, " targets"] | None
+]:
+    """Return the mapper's inputs, the transfer scores of its answers, and their places on the
+    trade-off (see `places_of`).
 
     Each target has SOURCES sources of its own.
 
@@ -85,7 +100,7 @@ def scores_reached(
         total: the most targets there can be, for the progress bar.
     """
     recipe = trained_recipe(mapper.record)
-    inputs, reached = [], []
+    inputs, reached, places = [], [], list[Tensor]()
     remaining, at_once = iter(targets), max(1, (scene.max_images or MAX_IMAGES) // SOURCES)
     bar = tqdm(total=total, desc="expectation", unit="target")
     while batch := list(islice(remaining, at_once)):
@@ -94,20 +109,22 @@ def scores_reached(
         seeds = [seed_of("expectation", seed, t.id, i) for t in batch for i in range(SOURCES)]
         sources = scene.latents(seeds).unflatten(0, (len(batch), SOURCES))
         judged = scene.embedder.embed_pictures(pictures)
-        scores = scene.score(judged, sources, mapper.edits(embeddings, sources))
+        keep = places_of(mapper, batch, seed)
+        scores = scene.score(judged, sources, mapper.edits(embeddings, sources, keep))
         inputs.append(embeddings)
         reached.append(scores.transfer)
+        places += [] if keep is None else [keep]
         bar.update(len(batch))
     bar.close()
     if not inputs:
-        return torch.empty(0, mapper.config.embed_dim), torch.empty(0)
-    return torch.cat(inputs), torch.cat(reached)
+        return torch.empty(0, mapper.config.embed_dim), torch.empty(0), None
+    return torch.cat(inputs), torch.cat(reached), torch.cat(places) if places else None
 
 
 @torch.no_grad()
 def fit_expectation(
     scene: Scene, mapper: Mapper, specs: Sequence[str], count: int, seed: int
-) -> Float[Tensor, " targets"]:
+) -> tuple[Float[Tensor, " targets"], Float[Tensor, " targets"] | None]:
     """Fit the head of the mapper's expected score, in place.
 
     Args:
@@ -115,25 +132,28 @@ def fit_expectation(
         count: targets of each set, at most. 0 changes nothing.
 
     Returns:
-        The transfer scores that the mapper's answers to these targets reach.
+        The transfer scores that the mapper's answers to these targets reach, and their places on
+        the trade-off (see `places_of`).
 
     Raises:
         ValueError: fewer than two targets of the training split.
     """
     if count == 0:
-        return torch.empty(0)
+        return torch.empty(0), None
     targets = training_targets(specs, count, scene)
-    inputs, reached = scores_reached(scene, mapper, targets, seed, count * len(specs))
+    inputs, reached, keep = scores_reached(scene, mapper, targets, seed, count * len(specs))
     if len(reached) < 2:
         raise ValueError(
             f"--fitted: expected 2 or more targets of the training split (nine in ten) for the "
             f"expected score, found {len(reached)}: give more, or --fitted 0 to leave it as it is"
         )
-    white = mapper.whitened_targets(inputs)
-    features = mapper.features(white)
+    white, places = mapper.whitened_targets(inputs), mapper.places(keep, len(inputs))
+    read = [mapper.features(white, places), white, *([] if places is None else [places])]
     outputs = torch.atanh(reached.clamp(-HIGHEST, HIGHEST))
-    weights, offset = ridge(torch.cat([features, white], dim=1).cpu(), outputs.cpu())
-    mapper.score.weight.copy_(weights[None, : features.shape[1]])
-    mapper.score_linear.weight.copy_(weights[None, features.shape[1] :])
+    weights, offset = ridge(torch.cat(read, dim=1).cpu(), outputs.cpu())
+    heads = [mapper.score.weight, mapper.score_linear.weight]
+    heads += [] if mapper.keep_score is None else [mapper.keep_score.weight]
+    for head, part in zip(heads, weights.split([head.shape[1] for head in heads]), strict=True):
+        head.copy_(part[None])
     mapper.score.bias.fill_(offset)
-    return reached
+    return reached, keep

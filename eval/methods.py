@@ -262,19 +262,21 @@ def mapped(
     mapper: Mapper,
     pictures: Sequence[Image.Image],
     folded: FoldedMapper | None = None,
+    keep: float | None = None,
 ) -> Answer:
     """Answer by a mapper, corrected for each source where it has a correction.
 
     Args:
         folded: its faster form, if that is there already.
+        keep: place on the trade-off, of a mapper that reads one. None: its default.
     """
     embeddings = scene.embed_targets(pictures, trained_recipe(mapper.record))
     with torch.no_grad():
-        prediction: Prediction = mapper(embeddings)
+        prediction: Prediction = mapper(embeddings, keep)
     correction = None
     if mapper.correction is not None:
         folded = folded or FoldedMapper(mapper)
-        correction = stacked_corrections([folded.correction(row[None]) for row in embeddings])
+        correction = stacked_corrections([folded.correction(row[None], keep) for row in embeddings])
     return Answer(edits=prediction.directions, correction=correction, expected=prediction.expected)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predictor.mapper_file import CorrectionConfig
+from predictor.tradeoff import keep_layer
 
 
 def joined_layers(
@@ -39,7 +40,14 @@ class Correction(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, config: CorrectionConfig, embed_dim: int, num_ws: int, w_dim: int) -> None:
+    def __init__(
+        self,
+        config: CorrectionConfig,
+        embed_dim: int,
+        num_ws: int,
+        w_dim: int,
+        tradeoff: bool = False,
+    ) -> None:
         super().__init__()
         self.shape = (num_ws, w_dim)
         self.reads = w_dim * (1 if config.layers == "first" else num_ws)
@@ -54,17 +62,30 @@ class Correction(nn.Module):
         nn.init.zeros_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)
         nn.init.normal_(self.basis.weight, std=1 / math.sqrt(config.rank))
+        # Both are a target's own in `SourceCorrection`, so that corrections of several places mix.
+        self.keep_enter = keep_layer(config.width) if tradeoff else None
+        self.keep_gain = keep_layer(num_ws) if tradeoff else None
 
     def forward(
         self,
         white: Float[Tensor, "targets embed"],
         ws: Float[Tensor, "*targets sources num_ws w_dim"],
+        places: Float[Tensor, "targets degrees"] | None = None,
     ) -> Float[Tensor, "targets sources num_ws w_dim"]:
-        """Return corrections of sources, the same for all targets or some for each."""
+        """Return corrections of sources, the same for all targets or some for each.
+
+        Args:
+            places: `keep_features` of the trade-off, where it is read.
+        """
         rows = joined_layers((ws - self.mean) / self.deviation, self.reads)
-        x = F.silu(self.target(white)[:, None] + self.source(rows))
+        entered = self.target(white)
+        if self.keep_enter is not None:
+            entered = entered + self.keep_enter(places)
+        x = F.silu(entered[:, None] + self.source(rows))
         x = F.silu(self.hidden(x))
         corrections: Tensor = self.basis(self.mix(x)).unflatten(-1, self.shape)
+        if self.keep_gain is not None:
+            corrections = corrections * (1 + self.keep_gain(places))[:, None, :, None]
         return corrections
 
 
@@ -210,9 +231,17 @@ class FoldedCorrection:
             "basis": transposed(correction.basis.weight * scale.flatten()[:, None]),
         }
         self.weights = torch.ones(1, len(scale), device=scale.device)
+        layers = (correction.keep_enter, correction.keep_gain)
+        self.keep = [transposed(layer.weight) for layer in layers if layer is not None]
 
     @torch.no_grad()
-    def __call__(self, unit: Float[Tensor, "1 embed"]) -> SourceCorrection:
-        """Return the correction for a target."""
-        biases = torch.addmm(self.bias, unit, self.target).float()
-        return SourceCorrection(**self.shared, biases=biases, weights=self.weights)
+    def __call__(
+        self, unit: Float[Tensor, "1 embed"], places: Float[Tensor, "1 degrees"] | None = None
+    ) -> SourceCorrection:
+        """Return the correction for a target, at a place on the trade-off where it is read."""
+        bias, weights = self.bias, self.weights
+        if places is not None:
+            enter, gain = self.keep
+            bias, weights = bias + places @ enter, weights + places @ gain
+        biases = torch.addmm(bias, unit, self.target).float()
+        return SourceCorrection(**self.shared, biases=biases, weights=weights)

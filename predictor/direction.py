@@ -6,12 +6,13 @@ images.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -41,7 +42,8 @@ WatchProbe = Callable[[float, float], None]
 """Called with a direction's score on the probe sources, and the threshold."""
 
 RELEASED = "released"  # method of the directions of TargetCLIP's release
-RECORDED = ("method", "expected", "probe", "transfer", "consistency", "steps")  # in a file
+RECORDED = ("method", "expected", "probe", "transfer", "consistency", "steps", "keep_identity")
+THRESHOLD_AT = "threshold_at_"  # begins the names of thresholds at places of the trade-off
 CALIBRATE = 'calibrate it: python -m eval.calibrate --help; or ask it unchecked: mode "instant"'
 STRENGTHS = 10  # tried by strength_at_floor, from 0 to the highest
 HALVINGS = 4  # of the interval in which identity falls below the floor
@@ -70,6 +72,9 @@ class Direction:
     """1 - consistency loss on the same sources."""
     steps: int = 0
     """Steps of the optimizer, in all searches that were tried."""
+    keep_identity: float | None = None
+    """Place on the trade-off between essence and identity, from 0 to 1, that it was found for;
+    None: that of one recipe, or several places."""
     correction: SourceCorrection | None = None
     """What a mapper adds to the vector for each source; None: nothing. Scores are then those of
     corrected edits."""
@@ -80,6 +85,8 @@ class Direction:
         facts = [f"{rows} x {columns}", f"norm {norm:.3g}", f"method {self.method!r}"]
         scores = {"expected": self.expected, "probe": self.probe, "transfer": self.transfer}
         facts += [f"{name} {score:.3f}" for name, score in scores.items() if score is not None]
+        if self.keep_identity is not None:
+            facts.append(f"keep_identity {self.keep_identity:g}")
         facts += [] if self.correction is None else ["corrected for each source"]
         return f"Direction({', '.join(facts)})"
 
@@ -139,6 +146,7 @@ class Direction:
             method=self.method,
             generator=self.generator,
             steps=self.steps,
+            keep_identity=self.keep_identity,
             correction=correction,
         )
 
@@ -313,6 +321,7 @@ def mixed(directions: Sequence[Direction], weights: Sequence[float]) -> Directio
     first = directions[0].vector
     vectors = torch.stack([each.vector.to(first) for each in directions])
     factors = first.new_tensor(weights)[:, None, None]
+    places = {each.keep_identity for each in directions}
     methods = dict.fromkeys(m for each in directions for m in each.method.split(" + "))
     parts = [
         (each.correction.to(first.device), weight)
@@ -324,8 +333,29 @@ def mixed(directions: Sequence[Direction], weights: Sequence[float]) -> Directio
         method=" + ".join(methods),
         generator=min(generators, default=None),
         steps=sum(each.steps for each in directions),
+        keep_identity=places.pop() if len(places) == 1 else None,
         correction=mixed_corrections(*zip(*parts, strict=True)) if parts else None,
     )
+
+
+def threshold_at(figures: Mapping[str, float], default: float | None, keep: float | None) -> float:
+    """Return the threshold of a calibration at a place on the trade-off: linear between the places
+    that were calibrated, of which the default place is one.
+
+    Args:
+        default: the place of `threshold`; None: the mapper reads none.
+        keep: None: the default.
+    """
+    if default is None or keep is None:
+        return float(figures["threshold"])
+    known = {
+        float(name.removeprefix(THRESHOLD_AT)): figure
+        for name, figure in figures.items()
+        if name.startswith(THRESHOLD_AT)
+    }
+    points = sorted((known | {default: figures["threshold"]}).items())
+    places, thresholds = ([point[i] for point in points] for i in (0, 1))
+    return float(np.interp(keep, places, thresholds))
 
 
 @dataclass(frozen=True)
@@ -344,15 +374,21 @@ class Gate:
     """Learning rate of a refinement; at that of a cold start the prediction would be lost."""
 
     @staticmethod
-    def of(mapper: Mapper) -> "Gate":
+    def of(mapper: Mapper, keep: float | None = None) -> "Gate":
         """Return the gate that a mapper was calibrated to.
-        ValueError: the mapper is not calibrated, or a figure is out of range."""
+
+        Args:
+            keep: place on the trade-off, where the mapper reads one; None: its default.
+
+        Raises:
+            ValueError: the mapper is not calibrated, or a figure is out of range.
+        """
         names = [field.name for field in dataclasses.fields(Gate)]
         figures = {} if mapper.record is None else mapper.record.calibration
         if missing := [name for name in names if name not in figures]:
             raise ValueError(f"the mapper is not calibrated (no {', '.join(missing)}): {CALIBRATE}")
         gate = Gate(
-            threshold=float(figures["threshold"]),
+            threshold=threshold_at(figures, mapper.keep, keep),
             probes=int(figures["probes"]),
             refine_steps=int(figures["refine_steps"]),
             refine_rate=float(figures["refine_rate"]),

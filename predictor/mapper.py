@@ -6,7 +6,7 @@ what is done where an answer is not good enough.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from predictor.mapper_file import (
     FIRST_FORMAT,
     FORMAT,
     SECOND_FORMAT,
+    TRADEOFF_FORMAT,
     TRAIN_ONE,
     MapperConfig,
     MapperRecord,
@@ -27,11 +28,17 @@ from predictor.mapper_file import (
     metadata_of,
     parse_metadata,
 )
+from predictor.tradeoff import MIDDLE, Keep, check_keep, keep_features, keep_layer
 from targetclip.command import write_file
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, tensor_bytes
 
-FORMATS = (FORMAT, SECOND_FORMAT, FIRST_FORMAT)
+FORMATS = (TRADEOFF_FORMAT, FORMAT, SECOND_FORMAT, FIRST_FORMAT)
 START = 0.01  # deviation of fresh directions, as a part of scale
+REMEMBERED = 64  # places on the trade-off whose folded form is kept
+NO_TRADEOFF = (
+    "keep_identity: this mapper was trained at one identity weight and reads no other: drop it, or "
+    "train one that does: python -m train.mapper --help"
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,10 @@ class ResidualBlock(nn.Module):
 class Mapper(OnTheHub, nn.Module):
     """Embeddings [batch, embed_dim] to directions [batch, num_ws, w_dim] and expected scores.
 
-    Where there is a correction, expected scores are those of corrected edits. `record` says where
-    the weights come from; None until set or loaded. Buffers:
+    Where there is a correction, expected scores are those of corrected edits. Where the config has
+    a trade-off, every answer is that of a place `keep` on it, from 0, most essence, to 1, most
+    identity kept; by default that of `keep`. `record` says where the weights come from; None until
+    set or loaded. Buffers:
 
     - `centre` [embed_dim]: the mean unit embedding of sources, which carries no essence; zeros
       until set.
@@ -107,12 +116,44 @@ class Mapper(OnTheHub, nn.Module):
         self.correction = None
         if config.correction is not None:
             sizes = (config.embed_dim, config.num_ws, config.w_dim)
-            self.correction = Correction(config.correction, *sizes)
+            reads = config.tradeoff is not None
+            self.correction = Correction(config.correction, *sizes, tradeoff=reads)
+        # A place shifts what blocks read, and stretches each head: most of a direction is linear
+        # in the embedding, and more identity kept is mostly less of what costs it.
+        reads_keep = config.tradeoff is not None
+        self.keep_enter = keep_layer(config.width) if reads_keep else None
+        self.keep_gain = keep_layer(heads) if reads_keep else None
+        self.keep_score = keep_layer(1) if reads_keep else None
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights. Computed once: do not change weights after reading it."""
-        return digest_of_weights("", self.state_dict())
+        """SHA-256 of the weights, and of `keep` where there is one. Computed once: do not change
+        weights after reading it."""
+        place = "" if self.keep is None else f"keep {self.keep}"
+        return digest_of_weights(place, self.state_dict())
+
+    @property
+    def keep(self) -> float | None:
+        """The place on the trade-off that is answered where none is asked for; None: the mapper
+        reads none."""
+        if self.config.tradeoff is None:
+            return None
+        figures = {} if self.record is None else self.record.calibration
+        return float(figures.get("keep_identity", MIDDLE))
+
+    def places(self, keep: Keep | None, count: int) -> Float[Tensor, "{count} degrees"] | None:
+        """Return what the network reads of the trade-off, a row for each of so many targets; None
+        where it reads nothing.
+        ValueError: a place that is not from 0 to 1, or one where the mapper reads none."""
+        if self.config.tradeoff is None:
+            if keep is not None:
+                raise ValueError(NO_TRADEOFF)
+            return None
+        asked = self.keep if keep is None else keep
+        rows = torch.as_tensor(asked, dtype=torch.float32, device=self.scale.device)
+        check_keep(float(rows.min()))
+        check_keep(float(rows.max()))
+        return keep_features(rows.expand(count))
 
     def check_size(self, embeddings: Float[Tensor, "batch embed"]) -> None:
         """Raise a ValueError for embeddings of another size."""
@@ -132,19 +173,30 @@ class Mapper(OnTheHub, nn.Module):
         white: Tensor = (F.normalize(embeddings.float(), dim=1) - self.centre) @ self.whitening
         return white
 
-    def features(self, white: Float[Tensor, "batch embed"]) -> Float[Tensor, "batch width"]:
-        """Return the input of both heads."""
+    def features(
+        self,
+        white: Float[Tensor, "batch embed"],
+        places: Float[Tensor, "batch degrees"] | None = None,
+    ) -> Float[Tensor, "batch width"]:
+        """Return the input of both heads, from whitened targets and `places`."""
         x = self.enter(white)
+        if self.keep_enter is not None:
+            x = x + self.keep_enter(places)
         for block in self.blocks:
             x = block(x)
         normed: Tensor = self.norm(x)
         return normed
 
     def directions_of(
-        self, white: Float[Tensor, "batch embed"], features: Float[Tensor, "batch width"]
+        self,
+        white: Float[Tensor, "batch embed"],
+        features: Float[Tensor, "batch width"],
+        places: Float[Tensor, "batch degrees"] | None = None,
     ) -> Float[Tensor, "batch num_ws w_dim"]:
-        """Return the directions of whitened differences and their features."""
+        """Return the directions of whitened differences, their features and `places`."""
         out = self.direction(features) + self.linear(white)
+        if self.keep_gain is not None:
+            out = out * (1 + self.keep_gain(places))
         if self.basis is not None:
             out = self.basis(out)
         shape = (self.config.num_ws, self.config.w_dim)
@@ -152,54 +204,60 @@ class Mapper(OnTheHub, nn.Module):
         return directions
 
     def directions_of_differences(
-        self, differences: Float[Tensor, "batch embed"]
+        self, differences: Float[Tensor, "batch embed"], keep: Keep | None = None
     ) -> Float[Tensor, "batch num_ws w_dim"]:
         """Return the directions of differences between unit embeddings: target less source.
-        ValueError: embeddings of another size."""
+        ValueError: embeddings of another size; see `places`."""
         self.check_size(differences)
-        white = differences.float() @ self.whitening
-        return self.directions_of(white, self.features(white))
+        white, places = differences.float() @ self.whitening, self.places(keep, len(differences))
+        return self.directions_of(white, self.features(white, places), places)
 
-    def forward(self, embeddings: Float[Tensor, "batch embed"]) -> Prediction:
+    def forward(
+        self, embeddings: Float[Tensor, "batch embed"], keep: Keep | None = None
+    ) -> Prediction:
         """Return the directions of targets from their embeddings, raw or unit.
-        ValueError: embeddings of another size."""
-        white = self.whitened_targets(embeddings)
-        features = self.features(white)
+        ValueError: embeddings of another size; see `places`."""
+        white, places = self.whitened_targets(embeddings), self.places(keep, len(embeddings))
+        features = self.features(white, places)
         # Detached: the score must not be learned at the cost of the direction.
         score = self.score(features.detach()) + self.score_linear(white)
+        if self.keep_score is not None:
+            score = score + self.keep_score(places)
         expected = torch.tanh(score.float()).squeeze(1)
-        return Prediction(self.directions_of(white, features), expected)
+        return Prediction(self.directions_of(white, features, places), expected)
 
     def correct(
         self,
         embeddings: Float[Tensor, "targets embed"],
         ws: Float[Tensor, "*targets sources num_ws w_dim"],
+        keep: Keep | None = None,
     ) -> Float[Tensor, "targets sources num_ws w_dim"]:
         """Return what is added to a target's direction for each source: zeros without a correction.
-        ValueError: embeddings of another size.
+        ValueError: embeddings of another size; see `places`.
 
         Args:
             embeddings: of the targets, raw or unit.
             ws: latents of the sources, the same for all targets or some for each. For a clip, its
                 mean latent: all frames share one correction.
         """
-        white = self.whitened_targets(embeddings)
+        white, places = self.whitened_targets(embeddings), self.places(keep, len(embeddings))
         if self.correction is None:
             return torch.zeros_like(ws).expand(len(embeddings), *ws.shape[-3:])
-        scaled: Tensor = self.correction(white, ws).float() * self.scale
+        scaled: Tensor = self.correction(white, ws, places).float() * self.scale
         return scaled
 
     def edits(
         self,
         embeddings: Float[Tensor, "targets embed"],
         ws: Float[Tensor, "*targets sources num_ws w_dim"],
+        keep: Keep | None = None,
     ) -> Float[Tensor, "targets *sources num_ws w_dim"]:
         """Return targets' directions or, with a correction, the offset of each source: see
         `correct`."""
-        directions: Tensor = self(embeddings).directions
+        directions: Tensor = self(embeddings, keep).directions
         if self.correction is None:
             return directions
-        return directions[:, None] + self.correct(embeddings, ws)
+        return directions[:, None] + self.correct(embeddings, ws, keep)
 
     @classmethod
     def from_file(cls, path: Path, generator: str | None, embedder: str | None) -> "Mapper":
@@ -209,12 +267,25 @@ class Mapper(OnTheHub, nn.Module):
         save_mapper(self, path, record)
 
 
+@dataclass(frozen=True)
+class Place:
+    """What a folded mapper computes of a place on the trade-off, for all targets."""
+
+    features: Float[Tensor, "1 degrees"] | None
+    """See `Mapper.places`; None where the mapper reads none, and then there is no gain either."""
+    offset: Float[Tensor, " outputs"]
+    """Bias of the first layer."""
+    gain: Float[Tensor, "1 heads"] | None
+    """Factor of each head, the last of which is the score."""
+
+
 class FoldedMapper:
     """A copy of a mapper that answers one target at a time, in as few operations as it takes.
 
     A single answer spends its time on starting operations, not on arithmetic. So linear layers in a
     row become one matrix: the whitening with the layers that read it, the heads side by side, and
-    the scale with the matrix before it. Later changes of the mapper do not reach the copy.
+    the scale with the matrix before it. A place on the trade-off adds to the bias and stretches the
+    heads; no matrix depends on it. Later changes of the mapper do not reach the copy.
     """
 
     def __init__(self, mapper: Mapper) -> None:
@@ -222,7 +293,7 @@ class FoldedMapper:
             return [parameter.detach().clone() for parameter in module.parameters()]
 
         config = mapper.config
-        self.check_size = mapper.check_size
+        self.check_size, self.places, self.keep = mapper.check_size, mapper.places, mapper.keep
         self.width, self.shape = config.width, (config.num_ws, config.w_dim)
         with torch.no_grad():
             reads = (mapper.enter.weight, mapper.linear.weight, mapper.score_linear.weight)
@@ -240,6 +311,14 @@ class FoldedMapper:
                 # A row of zeros leaves out the score, the last of the heads.
                 self.basis = F.pad((mapper.basis.weight * scale[:, None]).T, (0, 0, 0, 1))
             self.first, self.offset, self.last = first.T, offset, last.T.contiguous()
+            self.keep_layers = None
+            if mapper.keep_enter is not None:
+                assert mapper.keep_gain is not None and mapper.keep_score is not None
+                gain = mapper.keep_gain.weight
+                shift = mapper.keep_enter.weight, torch.zeros_like(gain), mapper.keep_score.weight
+                stretch = F.pad(gain, (0, 0, 0, 1))  # of all heads but the score
+                self.keep_layers = torch.cat(shift).T.clone(), stretch.T.clone()
+        self.at = lru_cache(REMEMBERED)(self.place)
         # Plain tensors: a module finds its parameters by name at every call, which takes time here.
         self.blocks = [tensors_of(block) for block in mapper.blocks]
         self.norm, self.norm_bias = tensors_of(mapper.norm)
@@ -248,20 +327,34 @@ class FoldedMapper:
             units = (mapper.centre, mapper.whitening, mapper.scale)
             self.corrections = FoldedCorrection(mapper.correction, *units)
 
+    @torch.no_grad()
+    def place(self, keep: float | None) -> Place:
+        """Return what depends on a place on the trade-off alone. ValueError: see
+        `Mapper.places`."""
+        features = self.places(self.keep if keep is None else keep, 1)
+        if features is None or self.keep_layers is None:
+            return Place(None, self.offset, None)
+        shift, gain = self.keep_layers
+        with torch.autocast(features.device.type, enabled=False):  # the next call may have another
+            return Place(features, self.offset + (features @ shift)[0], 1 + features @ gain)
+
     def __call__(
-        self, embedding: Float[Tensor, "1 embed"]
+        self, embedding: Float[Tensor, "1 embed"], keep: float | None = None
     ) -> tuple[Float[Tensor, "num_ws w_dim"], float]:
         """Return the direction of a target and its expected transfer score, from its embedding, raw
         or unit. They equal the mapper's but for rounding.
-        ValueError: an embedding of another size, or one that is not finite."""
+        ValueError: an embedding of another size, or one that is not finite; see `place`."""
         embedding, factor = self.checked(embedding)
-        entered = torch.addmm(self.offset, embedding, self.first, alpha=factor)
+        place = self.at(keep)
+        entered = torch.addmm(place.offset, embedding, self.first, alpha=factor)
         x, size = entered[:, : self.width], (self.width,)
         for norm, norm_bias, inner, inner_bias, outer, outer_bias in self.blocks:
             hidden = F.silu(F.linear(F.layer_norm(x, size, norm, norm_bias), inner, inner_bias))
             x = x + F.linear(hidden, outer, outer_bias)
         features = F.layer_norm(x, size, self.norm, self.norm_bias)
         heads = torch.addmm(entered[:, self.width :], features, self.last)
+        if place.gain is not None:
+            heads = heads * place.gain
         direction = heads[:, :-1] if self.basis is None else heads @ self.basis
         return direction.float().view(self.shape), math.tanh(float(heads[0, -1]))
 
@@ -276,12 +369,17 @@ class FoldedMapper:
             raise ValueError(f"expected an embedding of finite length, found one of {length}")
         return embedding, 1 / max(length, 1e-12)
 
-    def correction(self, embedding: Float[Tensor, "1 embed"]) -> SourceCorrection | None:
+    def correction(
+        self, embedding: Float[Tensor, "1 embed"], keep: float | None = None
+    ) -> SourceCorrection | None:
         """Return the correction for a target, from its embedding, raw or unit; None where the
         mapper has none. It equals the mapper's but for rounding.
         ValueError: see `__call__`."""
         embedding, factor = self.checked(embedding)
-        return None if self.corrections is None else self.corrections(factor * embedding)
+        place = self.at(keep)
+        if self.corrections is None:
+            return None
+        return self.corrections(factor * embedding, place.features)
 
 
 def save_mapper(

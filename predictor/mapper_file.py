@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+from predictor.tradeoff import TradeoffConfig, check_keep
 from targetclip.command import one_line, write_file
 from targetclip.recipes import RECIPES, Recipe, stored_recipe
 from targetclip.weights import GET_AGAIN
@@ -23,6 +24,8 @@ from targetclip.weights import GET_AGAIN
 Kept = TypeVar("Kept", bound="OnTheHub")
 
 FORMAT = "targetclip-mapper/3"
+# Of mappers that read the trade-off, so that a reader that does not know of it says so.
+TRADEOFF_FORMAT = "targetclip-mapper/4"
 # Read as well: the first has an expected score of features alone, neither has a correction.
 FIRST_FORMAT, SECOND_FORMAT = "targetclip-mapper/1", "targetclip-mapper/2"
 TRAIN_ONE = "train a mapper for it: python -m train.mapper --help"
@@ -81,6 +84,8 @@ class MapperConfig:
     """Directions are mixtures of so many learned ones. None: each of their numbers is free."""
     correction: CorrectionConfig | None = None
     """Of the correction for each source. None: there is none."""
+    tradeoff: TradeoffConfig | None = None
+    """Ends of the trade-off between essence and identity, if the mapper reads a place on it."""
 
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "num_ws", "w_dim", "width", "depth")
@@ -98,7 +103,8 @@ class MapperRecord:
     """Name and settings of the training objective: anything that JSON holds. `expects` says
     whether the expected score was trained, by the transfer term or by calibration."""
     calibration: dict[str, float]
-    """Figures of the expected score's worth, such as a threshold; may be empty."""
+    """Figures of the expected score's worth, such as a threshold; may be empty. `keep_identity` is
+    the place on the trade-off where nobody asks for one."""
     licence: str
     trained_on: str
     version: str
@@ -195,14 +201,16 @@ def card_header(record: MapperRecord) -> str:
 def model_card(config: MapperConfig, record: MapperRecord) -> str:
     """Return the README.md of a repository: the mapper, its networks, how to load it, and what was
     measured."""
-    corrections = ""
+    more = ""
     if config.correction is not None:
-        corrections = (
+        more = (
             "# To be added to a direction, for each source: latents "
             f"[sources, {config.num_ws}, {config.w_dim}]\n"
             "mapper.correct(embeddings, latents)  # "
             f"[batch, sources, {config.num_ws}, {config.w_dim}]\n"
         )
+    if config.tradeoff is not None:
+        more += "# 0: most essence; 1: most identity kept\nmapper(embeddings, keep=0.7)\n"
     return f"""{card_header(record)}
 # Mapper of targetclip
 
@@ -222,7 +230,7 @@ mapper = Mapper.from_pretrained("this repository or a folder")
 prediction = mapper(embeddings)  # [batch, {config.embed_dim}]
 prediction.directions  # [batch, {config.num_ws}, {config.w_dim}]
 prediction.expected  # transfer score each direction is expected to reach, in [-1, 1]
-{corrections}```
+{more}```
 
 ## What was measured
 
@@ -236,8 +244,11 @@ prediction.expected  # transfer score each direction is expected to reach, in [-
 
 def metadata_of(config: MapperConfig, record: MapperRecord) -> dict[str, str]:
     """Return the metadata of a mapper's file. ValueError: JSON cannot hold the record."""
+    sizes = asdict(config)
+    if config.tradeoff is None:  # then the file is as it was before there was such a key
+        del sizes["tradeoff"]
     objects: dict[str, object] = {
-        "config": asdict(config),
+        "config": sizes,
         "recipe": record.recipe,
         "calibration": record.calibration,
     }
@@ -253,7 +264,8 @@ def metadata_of(config: MapperConfig, record: MapperRecord) -> dict[str, str]:
     texts = {name: getattr(record, name) for name in ("licence", "trained_on", "version")}
     if record.command:
         texts["command"] = record.command
-    return {"format": FORMAT, **settings, **texts}
+    written = FORMAT if config.tradeoff is None else TRADEOFF_FORMAT
+    return {"format": written, **settings, **texts}
 
 
 def parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[MapperConfig, MapperRecord]:
@@ -279,6 +291,10 @@ def parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[MapperConfi
         )
         if (correction := config.get("correction")) is not None:
             config["correction"] = CorrectionConfig(**correction)
+        if (tradeoff := config.get("tradeoff")) is not None:
+            ends = {name: tuple(pair) for name, pair in tradeoff.items()}
+            config["tradeoff"] = TradeoffConfig(**ends)
+            check_keep(calibration.get("keep_identity", 0.0))
         return MapperConfig(**config), record
     except DAMAGE as error:
         raise ValueError(

@@ -28,9 +28,10 @@ from predictor.direction import (
 )
 from predictor.editing import Editing, Moves
 from predictor.inputs import Target, Text, as_recipe, as_target, check_mode
-from predictor.mapper import FoldedMapper, Mapper, Prediction, load_mapper
+from predictor.mapper import NO_TRADEOFF, FoldedMapper, Mapper, Prediction, load_mapper
 from predictor.mapper_file import check_made_for, trained_recipe
 from predictor.text import TextEmbedder, TextTargets
+from predictor.tradeoff import check_keep
 from targetclip.recipes import RECIPES, Initial, Preprocess, Recipe
 from targetclip.scene import Scene, Scores
 from targetclip.seeds import probe_seeds, seed_of
@@ -72,6 +73,23 @@ class EssenceTransfer(Editing):
     def trained(self) -> Recipe:
         """The recipe that the mapper was trained by; its targets need the same preprocessing."""
         return trained_recipe(None if self.mapper is None else self.mapper.record)
+
+    def place(self, keep_identity: float | None) -> float | None:
+        """Return the place on the trade-off that the mapper answers for; None: it reads none.
+        ValueError: a place off the curve, or one where the mapper reads none."""
+        mapper = self.asked_mapper()
+        if keep_identity is None:
+            return mapper.keep
+        if mapper.config.tradeoff is None:
+            raise ValueError(NO_TRADEOFF)
+        check_keep(keep_identity)
+        return keep_identity
+
+    def recipe_at(self, recipe: Recipe, place: float | None) -> Recipe:
+        """Return a recipe with the identity weight and the weight decay of a place on the mapper's
+        trade-off; None: as it is."""
+        tradeoff = None if self.mapper is None else self.mapper.config.tradeoff
+        return recipe if place is None or tradeoff is None else tradeoff.recipe_at(recipe, place)
 
     @cached_property
     def folded(self) -> FoldedMapper:
@@ -138,6 +156,7 @@ class EssenceTransfer(Editing):
         text: str | None = None,
         watch_probe: WatchProbe | None = None,
         one_direction: bool = False,
+        keep_identity: float | None = None,
     ) -> Direction:
         """Find the direction of a target: a picture, or words.
 
@@ -151,27 +170,39 @@ class EssenceTransfer(Editing):
             text: the target in words, in the place of `target`.
             watch_probe: called in "auto" with every score on the probe sources, and the threshold.
             one_direction: leave out the mapper's correction for each source.
+            keep_identity: place on the trade-off, for a mapper that reads one: from 0, most
+                essence, to 1, most identity kept. Searches then weigh identity and length as
+                the mapper's training did there. None: the mapper's default, and the optimizer
+                weighs as the recipe says.
 
         Raises:
             FileNotFoundError, TypeError: as `as_pictures`.
             ValueError: no such mode or recipe; the mode needs a mapper, or a calibrated one, or an
-                identity model; see `embed_target` and `initial`.
+                identity model; a `keep_identity` that is not from 0 to 1, or that nothing reads;
+                see `embed_target` and `initial`.
             FloatingPointError: the optimizer's loss is not finite.
             Interrupted: Ctrl-C during a search.
         """
         check_mode(mode)
         target, recipe = as_target(target, text), as_recipe(recipe, self.recipe)
         if mode == "optimize":
+            if keep_identity is not None:
+                raise ValueError(
+                    "keep_identity: the optimizer weighs identity as its recipe says, and asks no "
+                    "mapper: choose another mode"
+                )
             return self.optimize(target, recipe, seed, watch and watch("optimizer", recipe))
+        place = self.place(keep_identity)
         if mode == "instant":
-            return self.predict(target, one_direction)
-        gate = Gate.of(self.asked_mapper())
-        refining = gate.refining(recipe, self.trained)
+            return self.predict(target, one_direction, place)
+        gate = Gate.of(self.asked_mapper(), place)
+        refining = gate.refining(recipe, self.recipe_at(self.trained, place))
+        recipe = self.recipe_at(recipe, keep_identity)
         # An identity model that is missing is an error now, not after minutes of searching.
         self.scene.feature_model(refining.identity_weight)
         if mode == "auto":
             self.scene.feature_model(recipe.identity_weight)
-        predicted = self.predict(target, one_direction)
+        predicted = self.predict(target, one_direction, place)
         if mode == "refine":
             return self.refine(target, predicted, refining, seed, watch)
         embedding = self.embed_target(target)
@@ -182,34 +213,40 @@ class EssenceTransfer(Editing):
                 watch_probe(score, gate.threshold)
             return score
 
+        def optimized() -> Direction:
+            found = self.optimize(target, recipe, seed, watch and watch("optimizer", recipe))
+            return replace(found, keep_identity=keep_identity)
+
         return gate.first_that_passes(
             predicted,
-            (
-                lambda: self.refine(target, predicted, refining, seed, watch),
-                lambda: self.optimize(target, recipe, seed, watch and watch("optimizer", recipe)),
-            ),
+            (lambda: self.refine(target, predicted, refining, seed, watch), optimized),
             probe,
         )
 
-    def predict(self, target: Target, one_direction: bool = False) -> Direction:
+    def predict(
+        self, target: Target, one_direction: bool = False, keep_identity: float | None = None
+    ) -> Direction:
         """Return the mapper's answer, with its correction for each source unless that is left out
-        or the mapper has none."""
-        folded = self.folded  # before anything is embedded
+        or the mapper has none. ValueError: see `place`."""
+        folded, place = self.folded, self.place(keep_identity)  # before anything is embedded
         embedding = self.embed_target(target, self.trained)[None]
-        vector, expected = folded(embedding)
+        vector, expected = folded(embedding, place)
         direction = Direction(
             vector=vector,
             method="mapper",
             generator=self.scene.generator.fingerprint,
             expected=expected,
-            correction=folded.correction(embedding),
+            keep_identity=place,
+            correction=folded.correction(embedding, place),
         )
         return direction.uncorrected() if one_direction else direction
 
-    def predict_embeddings(self, embeddings: Float[Tensor, "targets embed"]) -> Prediction:
-        """Return the mapper's answers to embeddings, raw or unit."""
+    def predict_embeddings(
+        self, embeddings: Float[Tensor, "targets embed"], keep_identity: float | None = None
+    ) -> Prediction:
+        """Return the mapper's answers to embeddings, raw or unit. ValueError: see `place`."""
         with torch.no_grad():
-            prediction: Prediction = self.asked_mapper()(embeddings)
+            prediction: Prediction = self.asked_mapper()(embeddings, self.place(keep_identity))
         return prediction
 
     def probe_score(
@@ -233,7 +270,7 @@ class EssenceTransfer(Editing):
         does."""
         on_step, start = watch and watch("refined", recipe), predicted.vector
         found = self.search(target, recipe, start, "refined", seed, on_step, predicted.correction)
-        return replace(found, expected=predicted.expected)
+        return replace(found, expected=predicted.expected, keep_identity=predicted.keep_identity)
 
     def optimize(
         self, target: Target, recipe: Recipe, seed: int = 0, on_step: WatchStep | None = None

@@ -73,10 +73,17 @@ def losses_of(
     before: Float[Tensor, "batch sources _"],
     after: Float[Tensor, "batch sources _"],
     targets: Float[Tensor, "batch embed"],
+    identity_weights: Float[Tensor, " batch"] | None = None,
 ) -> Losses:
     """Return a recipe's losses from the features of sources before and after their edits:
-    embeddings, followed by identity features where the recipe weighs identity.
-    ValueError: `before` and `after` differ in size."""
+    embeddings, followed by identity features where identity has a weight.
+
+    Args:
+        identity_weights: of the identity loss, one for each target. None: the recipe's, for all.
+
+    Raises:
+        ValueError: `before` and `after` differ in size.
+    """
     embed = targets.shape[1]
     if before.shape != after.shape:
         raise ValueError(
@@ -87,9 +94,10 @@ def losses_of(
     transfer = transfer_loss(after[..., :embed], targets)
     consistency = consistency_loss(before[..., :embed], after[..., :embed], recipe.differences)
     loss = recipe.transfer_weight * transfer + recipe.consistency_weight * consistency
-    if recipe.identity_weight:
+    if identity_weights is not None or recipe.identity_weight:
         people = identity_loss(before[..., embed:], after[..., embed:])
-        loss = loss + recipe.identity_weight * people
+        weight = recipe.identity_weight if identity_weights is None else identity_weights
+        loss = loss + weight * people
     return Losses(loss, transfer, consistency)
 
 

@@ -24,6 +24,7 @@ import torch
 
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import CorrectionConfig, MapperConfig, MapperRecord
+from predictor.tradeoff import TradeoffConfig
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators.rosinality import save_safetensors
@@ -145,7 +146,12 @@ def who_world(tiny_world: Path) -> Path:
     return world
 
 
-def write_mapper(path: Path, world: Path, correction: CorrectionConfig | None = None) -> Path:
+def write_mapper(
+    path: Path,
+    world: Path,
+    correction: CorrectionConfig | None = None,
+    tradeoff: TradeoffConfig | None = None,
+) -> Path:
     """Write a calibrated mapper for a world, of random weights."""
     scene = load_scene(load_world(str(world)))
     config = MapperConfig(
@@ -157,6 +163,7 @@ def write_mapper(path: Path, world: Path, correction: CorrectionConfig | None = 
         width=16,
         depth=1,
         correction=correction,
+        tradeoff=tradeoff,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -165,6 +172,8 @@ def write_mapper(path: Path, world: Path, correction: CorrectionConfig | None = 
     for tensor in mapper.state_dict().values():
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=numbers))
     calibration = {"threshold": 0.5, "probes": 4, "refine_steps": 6, "refine_rate": 0.5}
+    if tradeoff is not None:
+        calibration |= {"keep_identity": 0.25, "threshold_at_0": 0.6, "threshold_at_1": 0.2}
     record = MapperRecord(
         recipe={"name": "random"},
         calibration=calibration,
@@ -187,3 +196,11 @@ def reading_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The same, with a correction that differs from source to source."""
     path = tmp_path_factory.mktemp("reading") / "mapper.safetensors"
     return write_mapper(path, tiny_world, CorrectionConfig(rank=5, width=32))
+
+
+@pytest.fixture(scope="session")
+def tradeoff_mapper(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, that reads the trade-off as well."""
+    path = tmp_path_factory.mktemp("tradeoff") / "mapper.safetensors"
+    ends = TradeoffConfig(identity_weights=(0.05, 1.0), decays=(1e-3, 3e-2))
+    return write_mapper(path, tiny_world, CorrectionConfig(rank=5, width=32), ends)

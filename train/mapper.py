@@ -42,6 +42,7 @@ from data.targets import (
 )
 from predictor.mapper import Mapper, load_mapper, save_mapper
 from predictor.mapper_file import CorrectionConfig, MapperConfig, MapperRecord
+from predictor.tradeoff import MIDDLE, TradeoffConfig
 from targetclip import command
 from targetclip.command import (
     Precision,
@@ -123,6 +124,12 @@ class TransferTerm:
     """Weight of the identity loss. Default: the recipe's."""
     sources: int | None = None
     """Sources edited for each target. Default: the recipe's."""
+    keep_identity_weights: tuple[float, float] | None = None
+    """Make the trade-off between essence and identity an input: the identity weights at its two
+    ends, where most essence arrives and where most identity is kept. Each target of a batch draws
+    a place between them. Default: none, or those of --start."""
+    keep_identity_decays: tuple[float, float] | None = None
+    """Weight decays of directions at the same two ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +211,7 @@ class Config:
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
 FREE |= {"evaluate_every", "checkpoint_layers", "start", "tracker"}
 FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
+FREE |= {"keep_identity_weights", "keep_identity_decays"}  # see `settings_of_tradeoff`
 
 
 def flags_of(config: Config) -> dict[str, Any]:
@@ -236,6 +244,7 @@ def check_config(config: Config) -> None:
         raise ValueError("--correction-rate: expected a number above 0, found 0")
     if reading.only_correction and config.data.start is None:
         raise ValueError("--only-correction: expected a mapper by --start as well, found none")
+    tradeoff_of(config, None)
     kinds = reading.source_kinds
     if kinds is not None and not 0 < len(kinds) == len(set(kinds)):
         raise ValueError(f"--source-kinds: expected different ones, found {list(kinds)}")
@@ -267,6 +276,10 @@ def stages_of(config: Config) -> tuple[TrainingStage, ...]:
         raise ValueError("--identity-weight: it is of the transfer term, which has no stage")
     if (config.reading.correction or config.reading.only_correction) and "transfer" not in used:
         raise ValueError("--correction: the transfer term teaches it, which has no stage")
+    if config.transfer.keep_identity_weights and "transfer" not in used:
+        raise ValueError(
+            "--keep-identity-weights: they are of the transfer term, which has no stage"
+        )
     return stages
 
 
@@ -298,8 +311,8 @@ def make_scene(config: Config, device: torch.device) -> tuple[str, Recipe, Scene
 
 def open_start(config: Config, scene: Scene) -> Mapper | None:
     """Return the mapper to start from; None: a fresh one.
-    FileNotFoundError, ValueError: see `load_mapper`; it has another correction than is asked, or
-    none where only that is learned."""
+    FileNotFoundError, ValueError: see `load_mapper`; it has another correction or another trade-off
+    than is asked, or no correction where only that is learned."""
     path, asked = config.data.start, asked_correction(config)
     if path is None:
         return None
@@ -309,6 +322,12 @@ def open_start(config: Config, scene: Scene) -> Mapper | None:
     if asked is not None and start.config.correction not in (None, asked):
         raise ValueError(
             f"--correction: expected that of --start, {start.config.correction}, found {asked}"
+        )
+    ends = asked_tradeoff(config)
+    if ends is not None and start.config.tradeoff not in (None, ends):
+        raise ValueError(
+            f"--keep-identity-weights: expected those of --start, {start.config.tradeoff}, found "
+            f"{ends}"
         )
     return start
 
@@ -323,6 +342,36 @@ def asked_correction(config: Config) -> CorrectionConfig | None:
     )
 
 
+def asked_tradeoff(config: Config) -> TradeoffConfig | None:
+    """Return the ends of the trade-off that flags ask for.
+    ValueError: ends that cannot be, or those of one weight alone."""
+    term = config.transfer
+    weights, decays = term.keep_identity_weights, term.keep_identity_decays
+    if weights is None and decays is None:
+        return None
+    if weights is None or decays is None:
+        raise ValueError(
+            "--keep-identity-weights and --keep-identity-decays: expected both, found one"
+        )
+    try:
+        return TradeoffConfig(identity_weights=weights, decays=decays)
+    except ValueError as error:
+        raise ValueError(f"--keep-identity-weights, --keep-identity-decays: {error}") from None
+
+
+def tradeoff_of(config: Config, start: Mapper | None) -> TradeoffConfig | None:
+    """Return the ends of the trade-off that the mapper reads, by flags or by its start.
+    ValueError: a flag of one weight alone is given as well."""
+    tradeoff = asked_tradeoff(config) or (start.config.tradeoff if start is not None else None)
+    for name in ("identity_weight", "direction_decay"):
+        if tradeoff is not None and getattr(config.transfer, name) is not None:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: every target draws its own between the ends of "
+                "--keep-identity-weights and --keep-identity-decays: drop it"
+            )
+    return tradeoff
+
+
 def make_mapper(
     config: Config,
     scene: Scene,
@@ -332,7 +381,7 @@ def make_mapper(
     start: Mapper | None,
 ) -> Mapper:
     """Return the mapper as it starts, the same for the same seed, with its units."""
-    asked = asked_correction(config)
+    asked, tradeoff = asked_correction(config), tradeoff_of(config, start)
     if start is None:
         sizes = MapperConfig(
             embed_dim=scene.embedder.embed_dim,
@@ -342,9 +391,11 @@ def make_mapper(
             embedder=scene.embedder.fingerprint,
             **vars(config.sizes),
             correction=asked,
+            tradeoff=tradeoff,
         )
     else:
-        sizes = replace(start.config, correction=start.config.correction or asked)
+        correction = start.config.correction or asked
+        sizes = replace(start.config, correction=correction, tradeoff=tradeoff)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of("mapper", config.seed))
         mapper = Mapper(sizes)
@@ -352,7 +403,7 @@ def make_mapper(
         mapper.correction.mean.copy_(scene.generator.mean_w.expand(sizes.num_ws, -1))
         mapper.correction.deviation.copy_(scale_of_latents(scene))
     if start is not None:
-        # Of the sizes of `start`, so that nothing but a fresh correction is missing there.
+        # Of the sizes of `start`: what is missing there are layers that change nothing while fresh.
         mapper.load_state_dict(start.state_dict(), strict=False)
         return mapper.to(scene.device)
     sources = embedded_sources(scene, recipe)
@@ -392,7 +443,8 @@ def parameter_groups(config: Config, mapper: Mapper) -> list[dict[str, Any]]:
     correction = list(mapper.correction.parameters())
     if config.reading.only_correction:
         # The expected score is that of corrected edits, and its heads change nothing else.
-        heads = [*mapper.score.parameters(), *mapper.score_linear.parameters()]
+        scores = (mapper.score, mapper.score_linear, mapper.keep_score)
+        heads = [p for head in scores if head is not None for p in head.parameters()]
         mapper.requires_grad_(False)
         for parameter in [*heads, *correction]:
             parameter.requires_grad_(True)
@@ -422,6 +474,15 @@ def settings_of_reading(
         "start": None if start is None else start.fingerprint,
         **{name: getattr(mapper.config, name) for name in ("width", "depth", "rank")},
     }
+
+
+def settings_of_tradeoff(mapper: Mapper) -> dict[str, Any]:
+    """Return the ends of the trade-off, which decide weights; nothing where the mapper reads none,
+    as in checkpoints and records from before it could."""
+    tradeoff = mapper.config.tradeoff
+    if tradeoff is None:
+        return {}
+    return {"tradeoff": {name: list(ends) for name, ends in asdict(tradeoff).items()}}
 
 
 def settings_of(config: Config, objective: Objective, **more: Any) -> dict[str, Any]:
@@ -529,6 +590,9 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
     stages, data = stages_of(config), config.data
     recipe_name, recipe, scene = make_scene(config, accelerator.device)
     precision, start = choose_precision(config.precision), open_start(config, scene)
+    if (tradeoff := tradeoff_of(config, start)) is not None:
+        recipe = tradeoff.recipe_at(recipe, MIDDLE)
+        scene.feature_model(recipe.identity_weight)
     for stage in stages:
         check_render_size(scene.generator, stage.render_size, "--schedule")
     validation = Validation.open(data.validation or (), scene, recipe)
@@ -582,6 +646,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
             processes=accelerator.num_processes,
             precision="bf16" if precision == "bf16" else "no",
             **settings_of_reading(config, reading, mapper, start),
+            **settings_of_tradeoff(mapper),
         ),
         processes=accelerator,
         in_backward=partial(in_precision, scene.device, precision),

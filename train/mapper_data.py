@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.card import SUMS
-from data.dataset import load_pairs, networks_of
+from data.dataset import load_pairs, networks_of, recipe_of
 from data.pairs import dimensions
 from data.publish import sha256_of
 from data.targets import (
@@ -290,6 +290,8 @@ class Pairs:
     """Hash of the dataset they are from."""
     embeddings: Float[Tensor, "pairs embed"]
     """Of length 1."""
+    recipe: Recipe | None
+    """That found the directions; None: it is not known."""
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -337,7 +339,12 @@ def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]
         )
     rows = rows.select(order[:used])
     embeddings = F.normalize(rows["embedding"][:], dim=1)
-    return Pairs(rows.select_columns(["direction"]), sha256_of(folder / SUMS), embeddings)
+    return Pairs(
+        rows=rows.select_columns(["direction"]),
+        digest=sha256_of(folder / SUMS),
+        embeddings=embeddings,
+        recipe=recipe_of(folder),
+    )
 
 
 # Units
@@ -467,11 +474,17 @@ class Validation:
 
         Those of a mapper with a correction are of corrected edits. Further figures are then those
         of its directions alone, named `one_direction_...`, and of both on inverted sources,
-        `inverted_...` and `inverted_one_direction_...`.
+        `inverted_...` and `inverted_one_direction_...`. Those of a mapper that reads the trade-off
+        are of its middle, and `keep_0_...` and `keep_1_...` of its ends.
         """
         prediction: Prediction = mapper(self.embeddings)
         edits = mapper.edits(self.embeddings, self.sources)
         figures = self.figures(edits, prediction.expected)
+        for end in () if mapper.config.tradeoff is None else (0, 1):
+            edits = mapper.edits(self.embeddings, self.sources, keep=float(end))
+            expected = mapper(self.embeddings, float(end)).expected
+            more = self.figures(edits, expected)
+            figures |= {f"keep_{end}_{name}": value for name, value in more.items()}
         if mapper.correction is None:
             return figures
         ways = {"one_direction": (prediction.directions, self.sources)}

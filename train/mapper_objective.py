@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predictor.mapper import Mapper, Prediction
+from predictor.tradeoff import MIDDLE, Keep
 from targetclip.command import did_you_mean
 from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import Recipe
@@ -30,6 +31,7 @@ from train.mapper_data import BatchSizes, Pairs, SourceReading, training_sources
 TERMS = ("transfer", "pairs", "differences")
 STAGE = re.compile(r"([a-z]+(?:\+[a-z]+)*)(?:@([1-9][0-9]{0,4}))?:([1-9][0-9]{0,8})")
 POOL = 32  # fresh sources a batch; each target edits some of them
+ENDS = 0.1  # part of the targets at each end of the trade-off
 
 
 # Stages
@@ -92,6 +94,17 @@ def noisy(
     return F.normalize(embeddings + noise / embeddings.shape[1] ** 0.5 * drawn, dim=1)
 
 
+def drawn_places(count: int, random: torch.Generator) -> Float[Tensor, " {count}"]:
+    """Return a place on the trade-off for each of so many targets: of ENDS at 0, of as many at 1,
+    of the others evenly between.
+
+    Each target draws from a part of the range of its own, so that a batch has all of it: losses
+    differ more by their place than by their target.
+    """
+    parts = torch.randperm(count, generator=random) + torch.rand(count, generator=random)
+    return ((parts / count - ENDS) / (1 - 2 * ENDS)).clamp(0, 1)
+
+
 class Objective(nn.Module):
     """The loss of a batch, which is drawn from its own seed alone.
 
@@ -116,6 +129,13 @@ class Objective(nn.Module):
         self.uncorrected = min(round(reading.uncorrected * sizes.batch_size), sizes.batch_size - 1)
         self.scene, self.recipe, self.sizes = scene, recipe, sizes
         self.targets, self.training_pairs = targets, pairs
+        self.tradeoff = mapper.config.tradeoff
+
+    def draw_places(self, count: int, random: torch.Generator) -> Float[Tensor, " {count}"] | None:
+        """Return a place on the trade-off for each target; None where the mapper reads none."""
+        if self.tradeoff is None:
+            return None
+        return drawn_places(count, random).to(self.scene.device)
 
     def target_embeddings(self, random: torch.Generator) -> Float[Tensor, "batch embed"]:
         """Return unit embeddings of random training targets: of the bank and of the pairs alike."""
@@ -131,6 +151,18 @@ class Objective(nn.Module):
             embeddings[~of_bank] = pairs.embeddings[chosen[~of_bank] - banked]
         return embeddings.to(self.scene.device)
 
+    def weights_at(
+        self, keep: Float[Tensor, " batch"] | None
+    ) -> tuple[float | Tensor, float | Tensor, Tensor | None]:
+        """Return the weight decay of edits, that of corrections and the weight of identity: those
+        of each target's place, or of the recipe (None) where the mapper reads no trade-off."""
+        recipe, own = self.recipe, self.reading.decay
+        if self.tradeoff is None or keep is None:
+            return recipe.weight_decay, own, None
+        decay = self.tradeoff.decay(keep)
+        # In the proportion that they have by the recipe, which is that of the middle
+        return decay, own / recipe.weight_decay * decay, self.tradeoff.identity_weight(keep)
+
     def transfer(
         self, random: torch.Generator, seed: int, render_size: int | None = None
     ) -> dict[str, Tensor]:
@@ -139,7 +171,9 @@ class Objective(nn.Module):
         scene, recipe, reading = self.scene, self.recipe, self.reading
         targets = self.target_embeddings(random)
         embeddings = noisy(targets, self.sizes.noise, random)
-        prediction = self.predict(embeddings)
+        keep = self.draw_places(len(targets), random)
+        held, own, identity = self.weights_at(keep)
+        prediction = self.predict(embeddings, keep)
         directions = prediction.directions
         rendering = recipe.preprocess, recipe.identity_weight, render_size
         count = max(POOL, recipe.sources)
@@ -149,22 +183,24 @@ class Objective(nn.Module):
             before = scene.features(pool, *rendering)
         chosen = draw_sources(count, recipe.sources, True, [random] * len(targets)).to(scene.device)
         sources, edits = pool[chosen], directions[:, None]
-        decay = recipe.weight_decay / 2 * directions.square().sum(dim=(1, 2))
+        decay = held / 2 * directions.square().sum(dim=(1, 2))
         corrected = torch.ones(len(targets), dtype=torch.bool, device=scene.device)
         if self.mapper.correction is not None:
             corrected = torch.arange(len(targets), device=scene.device) >= self.uncorrected
             with torch.autocast(scene.device.type, enabled=False):
-                corrections = (
-                    self.mapper.correct(embeddings, sources) * corrected[:, None, None, None]
-                )
+                corrections = self.mapper.correct(embeddings, sources, keep)
+                corrections = corrections * corrected[:, None, None, None]
             edits = edits + corrections
             squares = edits.square().sum(dim=(2, 3)), corrections.square().sum(dim=(2, 3))
+            if isinstance(held, Tensor) and isinstance(own, Tensor):
+                held, own = held[:, None], own[:, None]
             # The edit of each source is held as a direction is, and its own part further: of all
             # ways to share an edit, the cheapest has the mean of all edits in the direction.
-            decay = (recipe.weight_decay * squares[0] + reading.decay * squares[1]).mean(dim=1) / 2
+            decay = (held * squares[0] + own * squares[1]).mean(dim=1) / 2
         edited = (sources + edits).flatten(0, 1)
         after = scene.features(edited, *rendering)
-        losses = losses_of(recipe, before[chosen], after.unflatten(0, chosen.shape), targets)
+        after = after.unflatten(0, chosen.shape)
+        losses = losses_of(recipe, before[chosen], after, targets, identity)
         reached = (1 - losses.transfer).detach()
         errors = (prediction.expected - reached)[corrected].square()
         return {
@@ -179,7 +215,11 @@ class Objective(nn.Module):
         assert pairs is not None, "a stage of pairs has pairs"
         chosen = torch.randint(len(pairs), (self.sizes.pairs_batch_size,), generator=random)
         embeddings = pairs.embeddings[chosen].to(self.scene.device)
-        directions = self.predict(noisy(embeddings, self.sizes.noise, random)).directions
+        keep = None
+        if self.tradeoff is not None:
+            # The place whose weights are nearest to those that the pairs were found by
+            keep = MIDDLE if pairs.recipe is None else self.tradeoff.nearest(pairs.recipe)
+        directions = self.predict(noisy(embeddings, self.sizes.noise, random), keep).directions
         error = (directions - pairs.directions(chosen).to(self.scene.device)) / self.mapper.scale
         return {"pairs": error.square().mean()}
 
@@ -191,15 +231,19 @@ class Objective(nn.Module):
             embeddings = scene.features(ws, self.recipe.preprocess)
         embeddings = F.normalize(embeddings.float(), dim=1)
         first, second = noisy(embeddings, self.sizes.noise, random).split(count)
+        # The difference of two latents is the same wherever on the trade-off.
+        keep = self.draw_places(count, random)
         with torch.autocast(scene.device.type, enabled=False):
-            directions = self.mapper.directions_of_differences(second - first)
+            directions = self.mapper.directions_of_differences(second - first, keep)
         error = (directions - (ws[count:] - ws[:count])) / self.mapper.scale
         return {"differences": error.square().mean()}
 
-    def predict(self, embeddings: Float[Tensor, "batch embed"]) -> Prediction:
+    def predict(
+        self, embeddings: Float[Tensor, "batch embed"], keep: Keep | None = None
+    ) -> Prediction:
         """Call the mapper in float32: it is a small part of a step, and the part that learns."""
         with torch.autocast(self.scene.device.type, enabled=False):
-            prediction: Prediction = self.mapper(embeddings)
+            prediction: Prediction = self.mapper(embeddings, keep)
         return prediction
 
     def forward(
@@ -217,7 +261,8 @@ class Objective(nn.Module):
         loss = sum(losses.values(), torch.zeros(()))
         # Processes that average gradients wait for every parameter's, and only one term has the
         # score's and the correction's.
-        heads = (self.mapper.score, self.mapper.score_linear, self.mapper.correction)
+        mapper = self.mapper
+        heads = (mapper.score, mapper.score_linear, mapper.keep_score, mapper.correction)
         loss = loss + 0 * sum(
             p.sum() for head in heads if head is not None for p in head.parameters()
         )

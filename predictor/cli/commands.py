@@ -142,11 +142,12 @@ def find_one(
             searches.begun,
             watch_probe=searches.probed,
             one_direction=request.one_direction,
+            keep_identity=request.keep_identity,
         )
     if request.mode == "optimize":
         return direction
     try:
-        gate = Gate.of(essence.asked_mapper())
+        gate = Gate.of(essence.asked_mapper(), request.keep_identity)
     except ValueError:  # not calibrated, so nothing is known of what is usual
         return direction
     if (probe := direction.probe) is None:
@@ -207,16 +208,18 @@ def record_of(
         record["precision"] = request.precision
     if request.mode != "instant":
         record["recipe"] = request.recipe_name
-        record["settings"] = asdict(request.recipe)
+        record["settings"] = asdict(essence.recipe_at(request.recipe, request.keep_identity))
         if request.inverts_target:
             record |= inversion_facts(request)
     if request.mode != "optimize":
         mapper = essence.asked_mapper()
         record["mapper"] = mapper.fingerprint
+        if (place := essence.place(request.keep_identity)) is not None:
+            record["keep_identity"] = place
         if request.one_direction:
             record["one_direction"] = True
         if request.mode != "instant":
-            record["gate"] = asdict(Gate.of(mapper))
+            record["gate"] = asdict(Gate.of(mapper, request.keep_identity))
     if [target.weight for target in targets] != [1]:
         record["targets"] = [{"target": t.name, "weight": t.weight} for t in targets]
     return record

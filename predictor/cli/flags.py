@@ -175,6 +175,16 @@ class FinderFlags:
     Default: auto, or optimize where there is no mapper."""
     mapper: Optional[Path] = None
     """Mapper file. Default: the world's."""
+    keep_identity: Optional[float] = None
+    """Place on the trade-off, for a mapper that reads it: from 0, most essence, to 1, most identity
+    kept. Default: the mapper's."""
+
+    def __post_init__(self) -> None:
+        # Written so that NaN fails too.
+        if self.keep_identity is not None and not 0 <= self.keep_identity <= 1:
+            raise ValueError(
+                f"--keep-identity: expected a number from 0 to 1, found {self.keep_identity}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +209,10 @@ class SearchFlags:
 @dataclass(frozen=True, kw_only=True)
 class ModeFlags(SearchFlags, FinderFlags):  # in --help, the last one's come first
     """How a direction is found."""
+
+    def __post_init__(self) -> None:
+        SearchFlags.__post_init__(self)
+        FinderFlags.__post_init__(self)
 
 
 @dataclass(frozen=True, kw_only=True)

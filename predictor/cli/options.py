@@ -171,6 +171,8 @@ class Request:
     recipe_name: str
     recipe: Recipe
     mapper: Path | None
+    keep_identity: float | None
+    """Place on the mapper's trade-off; None: its default, if it reads one."""
     direction: Path | None
     sources: tuple[Path, ...] | None
     """Pictures; None: a clip, or `num_sources` that are generated."""
@@ -233,9 +235,10 @@ def check_finding(options: Transfer) -> None:
     if edit.direction is not None:
         if target.mix:
             raise ValueError("--mix is for finding a direction: drop it or --direction")
-        names = given(search, (*OF_OPTIMIZER, "mode", "mapper")) + given(target, ["weights"])
-        for name in names:
-            raise ValueError(f"--{name} is for finding a direction: drop it or --direction")
+        finding = given(search, (*OF_OPTIMIZER, "mode", "mapper", "keep_identity"))
+        for name in finding + given(target, ["weights"]):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is for finding a direction: drop it or --direction")
     if mode == "instant":
         for name in given(search, OF_OPTIMIZER):
             raise ValueError(f"--{name} is the optimizer's: drop it or --mode instant")
@@ -246,9 +249,13 @@ def check_finding(options: Transfer) -> None:
         raise ValueError("--mapper: --mode optimize asks no mapper: drop one of them")
     if mode == "optimize" and edit.one_direction:
         raise ValueError("--one-direction: the optimizer finds no other: drop one of them")
-    if mode is None and search.mapper is not None:
+    if mode == "optimize" and search.keep_identity is not None:
+        raise ValueError("--keep-identity: --mode optimize asks no mapper: drop one of them")
+    for flag in given(search, ("mapper", "keep_identity")) if mode is None else ():
         for name in given(search, OF_OPTIMIZER):
-            raise ValueError(f"--{name} and --mapper need a mode: add --mode auto, or drop one")
+            raise ValueError(
+                f"--{name} and --{flag.replace('_', '-')} need a mode: add --mode auto, or drop one"
+            )
 
 
 def clip_of(flags: SourceFlags) -> Path | None:
@@ -366,6 +373,7 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         recipe_name=name,
         recipe=recipe,
         mapper=mapper,
+        keep_identity=search.keep_identity,
         direction=edit.direction,
         sources=sources,
         clip=clip,
@@ -429,6 +437,10 @@ def check_world(request: Request) -> None:
         raise ValueError(
             f"--mode {request.mode}: world {name!r} has no mapper: give --mapper, or --mode "
             "optimize, or train one: python -m train.mapper --help"
+        )
+    if request.keep_identity is not None and request.mapper is None:
+        raise ValueError(
+            f"--keep-identity: world {name!r} has no mapper that could read it: give --mapper"
         )
     # The mapper alone and its refinements do not follow the recipe's losses.
     follows = request.mode in ("auto", "optimize")

@@ -98,7 +98,10 @@ def target_facts(targets: Sequence[NamedTarget], outcome: Outcome) -> list[dict[
         kind = "text" if isinstance(target.content, Text) else "picture"
         rows.append({"target": target.name, "kind": kind, "weight": target.weight})
         if outcome.parts:
-            rows[-1]["direction"] = {n: getattr(outcome.parts[i], n) for n in RECORDED}
+            facts = {name: getattr(outcome.parts[i], name) for name in RECORDED}
+            if facts["keep_identity"] is None:
+                del facts["keep_identity"]
+            rows[-1]["direction"] = facts
     return rows
 
 

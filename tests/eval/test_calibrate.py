@@ -13,10 +13,12 @@ from eval.calibrate import (
     STRETCHES,
     Config,
     choose_refinement,
+    default_place,
     reliability,
     run,
     steps_to_teacher,
     threshold_of,
+    thresholds,
 )
 from eval.expectation import fit_expectation
 from predictor.direction import Gate
@@ -184,6 +186,60 @@ def test_a_mapper_that_reads_its_sources_is_calibrated_by_corrected_edits(
     # Refinements of few steps start there, with the corrections held.
     losses = report["loss_by_rate_and_steps"]["loss"]["0.01"]
     assert losses["1"] == pytest.approx(losses["0"], abs=0.02)
+
+
+def test_the_default_place_keeps_most_identity_of_those_near_the_best() -> None:
+    curve = {
+        0.0: {"transfer": 0.80, "probe": 0.82},
+        0.5: {"transfer": 0.78, "probe": 0.80},
+        1.0: {"transfer": 0.40, "probe": 0.42},
+    }
+    assert default_place(curve) == pytest.approx(0.25)
+    assert default_place({keep: {"transfer": 0.5} for keep in curve}) == 1.0
+    found = thresholds(0.7, curve, 0.25)  # where the probe says 0.81
+    expected = {"threshold_at_0": 0.71, "threshold_at_0.5": 0.69, "threshold_at_1": 0.31}
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("asked", [None, 0.3])
+def test_a_mapper_that_reads_the_trade_off_gets_a_default_place_and_thresholds(
+    asked: float | None, who_world: Path, tradeoff_mapper: Path, tmp_path: Path
+) -> None:
+    record = calibrated(config_of(who_world, tradeoff_mapper, tmp_path, keep_identity=asked))
+    mapper, found = load_mapper(tmp_path / "mapper.safetensors")
+    assert found == record and mapper.keep == record.calibration["keep_identity"]
+    report = report_of(tmp_path)
+    curve = {float(keep): row for keep, row in report["tradeoff"].items()}
+    assert list(curve) == [0.0, 0.25, 0.5, 0.75, 1.0] and "identity" in curve[0.0]
+    if asked is not None:
+        assert mapper.keep == asked
+    # The threshold moves by as much as probe scores do.
+    gates = {keep: Gate.of(mapper, keep).threshold for keep in curve}
+    assert gates[0.0] - gates[1.0] == pytest.approx(curve[0.0]["probe"] - curve[1.0]["probe"])
+    assert Gate.of(mapper).threshold == record.calibration["threshold"]
+    assert mapper.keep_score is not None and mapper.keep_score.weight.any()
+    # What judged the mapper is its answer at the default place.
+    essence = load_essence(who_world, None, tmp_path / "mapper.safetensors")
+    scene, each = essence.scene, report["each"]
+    target = next(
+        iter(of_split(open_targets("avataaars:60@29", scene.generator, 1.0), "validation", 2))
+    )
+    ws, direction = scene.sources(2, VALIDATION_SOURCES), essence.predict(target.picture)
+    embedding = essence.embed_target(target.picture)
+    transfer = scene.score(embedding[None], ws, direction.offsets(ws)[None]).transfer
+    assert each["mapper_transfer"][each["id"].index(target.id)] == pytest.approx(
+        float(transfer), abs=1e-4
+    )
+    assert direction.expected is not None and direction.keep_identity == mapper.keep
+
+
+def test_a_default_place_that_cannot_be_is_refused(
+    tiny_world: Path, tiny_mapper: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="reads no trade-off: drop the flag"):
+        calibrated(config_of(tiny_world, tiny_mapper, tmp_path, keep_identity=0.5))
+    with pytest.raises(ValueError, match="--keep-identity: expected a number from 0 to 1"):
+        calibrated(config_of(tiny_world, tiny_mapper, tmp_path, keep_identity=1.5))
 
 
 def test_another_world_is_calibrated_on_its_own_samples_by_default(

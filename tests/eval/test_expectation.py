@@ -126,9 +126,8 @@ def test_the_head_expects_what_other_targets_reach_and_directions_stay(
     others = training_targets(("avataaars:40@31", "generated:40@31"), 30, scene)
     inputs, reached = scores_reached(scene, mapper, others, 0)
     before = mapper(inputs)
-    assert (
-        len(fit_expectation(scene, mapper, ("avataaars:100@29", "generated:100@29"), 80, 0)) == 160
-    )
+    specs = ("avataaars:100@29", "generated:100@29")
+    assert len(fit_expectation(scene, mapper, specs, 80, 0)[0]) == 160
     after = mapper(inputs)
     assert torch.equal(after.directions, before.directions)
     error = float((after.expected - reached).abs().mean())
@@ -138,7 +137,7 @@ def test_the_head_expects_what_other_targets_reach_and_directions_stay(
 
 def test_without_a_count_or_targets_nothing_changes(scene: Scene, mapper: Mapper) -> None:
     before = {name: tensor.clone() for name, tensor in mapper.state_dict().items()}
-    assert not len(fit_expectation(scene, mapper, SPECS, 0, 0))
+    assert not len(fit_expectation(scene, mapper, SPECS, 0, 0)[0])
     with pytest.raises(ValueError, match="--fitted: expected 2 or more"):
         fit_expectation(scene, mapper, ("avataaars:1@29",), 10, 0)
     assert all(torch.equal(before[k], v) for k, v in mapper.state_dict().items())

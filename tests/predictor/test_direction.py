@@ -25,6 +25,7 @@ from predictor.direction import (
 )
 from predictor.mapper import Mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
+from predictor.tradeoff import TradeoffConfig
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip.directions import load_direction
 from targetclip.recipes import RECIPES
@@ -308,6 +309,19 @@ def mapper_with(calibration: dict[str, float] | None) -> Mapper:
 
 def test_a_gate_is_what_the_mapper_was_calibrated_to() -> None:
     assert Gate.of(mapper_with({**CALIBRATION, "coverage": 0.9})) == GATE
+
+
+def test_a_threshold_is_linear_between_places_on_the_trade_off() -> None:
+    ends = TradeoffConfig(identity_weights=(0.05, 1.0), decays=(1e-3, 3e-2))
+    with torch.random.fork_rng(devices=[]):
+        mapper = Mapper(dataclasses.replace(CONFIG, tradeoff=ends))
+    figures = {"keep_identity": 0.5, "threshold_at_0": 1.0, "threshold_at_1": 0.0}
+    mapper.record = dataclasses.replace(RECORD, calibration={**CALIBRATION, **figures})
+    assert Gate.of(mapper) == Gate.of(mapper, 0.5) == GATE
+    for keep, threshold in ((0.0, 1.0), (0.25, 0.9), (0.75, 0.4), (1.0, 0.0)):
+        gate = Gate.of(mapper, keep)
+        assert gate.threshold == pytest.approx(threshold)
+        assert dataclasses.replace(gate, threshold=0.8) == GATE
 
 
 @pytest.mark.parametrize("name", list(CALIBRATION))

@@ -424,6 +424,103 @@ def test_texts_and_mixtures_with_them_are_corrected(scene: Scene, reading_mapper
     torch.testing.assert_close(mixture, text.offsets(ws) - 0.5 * shown.offsets(ws))
 
 
+# The trade-off between essence and identity
+
+
+class Recipes:
+    """Remembers the recipe of every search."""
+
+    def __init__(self) -> None:
+        self.by: dict[Method, Recipe] = {}
+
+    def __call__(self, method: Method, recipe: Recipe) -> WatchStep:
+        self.by[method] = recipe
+        return lambda progress: None
+
+
+@pytest.fixture
+def placed(scene: Scene, tradeoff_mapper: Path) -> Predicting:
+    """Makes one with a mapper that reads the trade-off, by default at 0.25."""
+
+    def make(**figures: float) -> EssenceTransfer:
+        mapper, record = load_mapper(tradeoff_mapper)
+        calibration = {**record.calibration, **figures}
+        mapper.record = dataclasses.replace(record, calibration=calibration)
+        return EssenceTransfer(knowing(scene), mapper)
+
+    return make
+
+
+def test_a_place_on_the_trade_off_is_answered_and_recorded(
+    placed: Predicting, tmp_path: Path
+) -> None:
+    essence = placed()
+    mapper, ws = essence.asked_mapper(), essence.scene.sources(2)
+    embedding = essence.embed_target(picture(), essence.trained)[None]
+    for asked, place in ((None, 0.25), (0.0, 0.0), (0.7, 0.7)):
+        found = essence.direction(picture(), "instant", keep_identity=asked)
+        expected = mapper.edits(embedding, ws, place)[0]
+        torch.testing.assert_close(found.offsets(ws), expected, rtol=1e-4, atol=1e-5)
+        assert found.keep_identity == place and f"keep_identity {place:g}" in repr(found)
+        batch = essence.predict_embeddings(embedding, asked)
+        torch.testing.assert_close(batch.directions[0], found.vector, rtol=1e-4, atol=1e-5)
+    found.save(tmp_path / "direction.safetensors")
+    assert Direction.load(tmp_path / "direction.safetensors", essence).keep_identity == 0.7
+    other = essence.direction(picture(), "instant", keep_identity=1.0)
+    assert (0.5 * found).keep_identity == 0.7 and (found + other).keep_identity is None
+    expected = found.offsets(ws) + other.offsets(ws)
+    torch.testing.assert_close((found + other).offsets(ws), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_searches_weigh_identity_and_length_as_training_did_at_the_place(
+    placed: Predicting,
+) -> None:
+    essence, seen = placed(), Recipes()
+    ends = essence.asked_mapper().config.tradeoff
+    assert ends is not None
+    for asked, place in ((None, 0.25), (1.0, 1.0)):
+        found = essence.direction(picture(), "refine", quick(), watch=seen, keep_identity=asked)
+        assert found.method == "refined" and found.keep_identity == place
+        refined = seen.by["refined"]
+        assert refined.identity_weight == pytest.approx(ends.identity_weight(place))
+        assert refined.weight_decay == pytest.approx(ends.decay(place))
+    strict = placed(threshold=2.0, threshold_at_0=2.0, threshold_at_1=2.0)
+    strict.direction(picture(), "auto", quick(), watch=seen)
+    assert seen.by["optimizer"] == quick()  # a place that nobody asked for changes no recipe
+    strict.direction(picture(), "auto", quick(), watch=seen, keep_identity=1.0)
+    assert seen.by["optimizer"].identity_weight == pytest.approx(1.0)
+
+
+def test_the_gate_has_a_threshold_at_every_place(placed: Predicting) -> None:
+    scores: list[tuple[float, float]] = []
+    essence = placed(threshold=-1.0, threshold_at_0=-1.0, threshold_at_1=-1.0)
+    for keep in (None, 0.0, 1.0):
+        found = essence.direction(
+            picture(),
+            "auto",
+            quick(),
+            keep_identity=keep,
+            watch_probe=lambda *pair: scores.append(pair),
+        )
+        assert found.method == "mapper"
+    assert len({score for score, _ in scores}) == 3
+
+
+@pytest.mark.parametrize("keep", [-0.1, 1.5, float("nan")])
+def test_a_place_off_the_trade_off_is_refused(placed: Predicting, keep: float) -> None:
+    with pytest.raises(ValueError, match="keep_identity: expected a number from 0 to 1"):
+        placed().direction(picture(), "instant", keep_identity=keep)
+
+
+def test_a_place_that_nothing_reads_is_refused(predicting: Predicting, placed: Predicting) -> None:
+    for mode in ("instant", "auto"):
+        with pytest.raises(ValueError, match="this mapper was trained at one identity weight"):
+            predicting().direction(picture(), mode, keep_identity=0.5)
+    with pytest.raises(ValueError, match="choose another mode"):
+        placed().direction(picture(), "optimize", keep_identity=0.5)
+    assert predicting().direction(picture(), "instant").keep_identity is None
+
+
 @pytest.mark.parametrize("mode", ["instant", "auto", "refine"])
 def test_without_a_mapper_only_the_optimizer_answers(essence: EssenceTransfer, mode: Mode) -> None:
     with pytest.raises(ValueError, match=r'no mapper.*mode "optimize"'):

@@ -50,6 +50,7 @@ from train.mapper_data import (
 from train.mapper_objective import (
     TERMS,
     TrainingStage,
+    drawn_places,
     noisy,
     parse_schedule,
     stage_at,
@@ -570,6 +571,149 @@ def test_a_start_of_another_correction_or_of_none_is_refused(
     run(config)
     with pytest.raises(ValueError, match=r"expected that of --start, .*rank=3.* found .*rank=4"):
         prepared(small(**{**CORRECTED, "correction": 4}, start=config.out / MAPPER))
+
+
+# The trade-off between essence and identity as an input
+
+
+ENDS: dict[str, Any] = {
+    "keep_identity_weights": (0.01, 3.0),
+    "keep_identity_decays": (1e-3, 0.3),
+    "recipe": "identity",
+}
+
+
+def test_places_are_drawn_over_the_whole_curve_and_at_its_ends() -> None:
+    for count in (1, 7, 40):
+        drawn = [drawn_places(count, torch.Generator().manual_seed(seed)) for seed in range(100)]
+        places = torch.stack(drawn)
+        assert places.shape == (100, count) and places.min() >= 0 and places.max() <= 1
+        for end in (0.0, 1.0):
+            assert float((places == end).float().mean()) == pytest.approx(0.1, abs=0.07)
+        assert float(places.mean()) == pytest.approx(0.5, abs=0.1)
+    # Every batch has all of it, in no order.
+    assert all(float((row < 0.5).float().mean()) == pytest.approx(0.5, abs=0.03) for row in places)
+    assert not torch.equal(places[0].argsort(), places[1].argsort())
+    again = drawn_places(40, torch.Generator().manual_seed(3))
+    assert torch.equal(again, places[3])
+
+
+@torch.no_grad()
+def test_one_mapper_learns_longer_directions_at_0_and_more_identity_at_1(
+    small: Callable[..., Config], who_world: Path
+) -> None:
+    schedule = ("transfer:25",)
+    training = prepared(
+        small(world=who_world, schedule=schedule, batch_size=8, learning_rate=0.03, **ENDS)
+    )
+    with torch.enable_grad():
+        go_on(training)
+    mapper, scene = training.trainer.network, training.objective.scene
+    targets = training.objective.target_embeddings(torch.Generator().manual_seed(1))
+    lengths, identities = [], []
+    for keep in (0.0, 1.0):
+        edits = mapper.edits(targets, sources := scene.latents(range(900, 916)), keep)
+        scores = scene.score(targets, sources, edits, with_identity=True)
+        assert scores.identity is not None
+        lengths.append(float(edits.norm(dim=(1, 2)).mean()))
+        identities.append(float(scores.identity.mean()))
+    assert lengths[0] > 1.2 * lengths[1]
+    assert identities[0] < identities[1] - 0.005
+
+
+@torch.no_grad()
+def test_each_target_is_weighed_by_its_own_place(
+    small: Callable[..., Config], who_world: Path
+) -> None:
+    """The loss of a batch is linear in the weights, so that places add up."""
+    training = prepared(small(world=who_world, **{**CORRECTED, **ENDS, "correction_decay": 0.02}))
+    objective, losses = training.objective, {}
+    for keep in (0.0, 0.5, 1.0):
+        objective.draw_places = lambda count, random, keep=keep: torch.full((count,), keep)  # type: ignore[method-assign, misc]
+        losses[keep] = float(objective(("transfer",), 3)["transfer"])
+        held, _, weight = objective.weights_at(torch.tensor([keep]))
+        assert objective.tradeoff is not None and weight is not None
+        assert float(held) == pytest.approx(objective.tradeoff.decay(keep))
+        assert float(weight) == pytest.approx(objective.tradeoff.identity_weight(keep))
+    # A fresh mapper answers the same everywhere, so that nothing but the weights differs.
+    assert losses[0.0] < losses[0.5] < losses[1.0]
+    assert float(objective.weights_at(torch.tensor([0.5]))[1]) == pytest.approx(0.02)
+    middle = objective.recipe
+    assert middle.identity_weight == pytest.approx((0.01 * 3.0) ** 0.5)
+    plain = prepared(
+        small(
+            world=who_world,
+            **{**CORRECTED, "correction_decay": 0.02, "recipe": "identity"},
+            identity_weight=middle.identity_weight,
+            direction_decay=middle.weight_decay,
+        )
+    ).objective
+    assert float(plain(("transfer",), 3)["transfer"]) == pytest.approx(losses[0.5], rel=1e-5)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_training_of_the_curve_goes_on_as_if_nothing_had_been_and_logs_it(
+    at: int, small: Callable[..., Config], pairs: Path, who_world: Path, tmp_path: Path
+) -> None:
+    schedule = ("differences:1", "pairs:1", "transfer:3")
+    usual = {**CORRECTED, **ENDS, "pairs": pairs, "world": who_world, "schedule": schedule}
+    whole, config = small(**usual, out=tmp_path / "whole"), small(**usual)
+    run(whole)
+    with pytest.raises(Stopped):
+        run(config, StopAt(at))
+    run(config)
+    for name in ("network", "average"):
+        assert same(state_of(config.out)[name], state_of(whole.out)[name])
+    assert lines(config.out) == lines(whole.out)
+    for way in ("", "keep_0_", "keep_1_"):
+        for name in ("transfer_score", "identity_score", "length", "expected_error"):
+            assert f"{way}{name}" in lines(config.out)[-1]
+    mapper, record = load_mapper(config.out / MAPPER)
+    assert mapper.config.tradeoff is not None and mapper.config.tradeoff.decays == (1e-3, 0.3)
+    assert record.recipe["tradeoff"]["identity_weights"] == [0.01, 3.0]
+    assert mapper.keep_gain is not None and mapper.keep_gain.weight.any()
+    # Another curve is another training; a further one keeps that of its start.
+    with pytest.raises(ValueError, match=r"of other settings: .*tradeoff\.decays"):
+        run(small(**{**usual, "keep_identity_decays": (1e-3, 0.2)}))
+    started = {**usual, "start": config.out / MAPPER, "out": tmp_path / "further"}
+    with pytest.raises(ValueError, match="expected those of --start"):
+        prepared(small(**{**started, "keep_identity_decays": (1e-3, 0.2)}))
+    for name in ("keep_identity_weights", "keep_identity_decays"):
+        del started[name]
+    assert prepared(small(**started)).trainer.network.config == mapper.config
+    with pytest.raises(ValueError, match="--direction-decay: every target draws its own"):
+        prepared(small(**started, direction_decay=0.1))
+
+
+def test_a_start_that_reads_no_place_gets_a_curve(
+    small: Callable[..., Config], start: Path, who_world: Path
+) -> None:
+    training = prepared(small(world=who_world, start=start, **ENDS))
+    before, after = load_mapper(start)[0], training.trainer.network
+    embeddings = torch.randn(3, 32)
+    assert torch.equal(after(embeddings, 0.9).directions, before(embeddings).directions)
+    go_on(training)
+    first, last = (after(embeddings, keep).directions for keep in (0.0, 1.0))
+    assert not torch.equal(first, last)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_identity_decays": False}, "expected both, found one"),
+        ({"keep_identity_weights": (0.0, 1.0)}, "expected two finite numbers above 0"),
+        ({"keep_identity_weights": (2.0, 1.0)}, "the lower one first"),
+        ({"identity_weight": 0.1}, "--identity-weight: every target draws its own"),
+        ({"schedule": ("differences:1",)}, "of the transfer term, which has no stage"),
+        ({"recipe": "consistent"}, "needs an identity model, found none"),
+    ],
+)
+def test_a_curve_that_cannot_be_learned_is_refused(
+    changes: dict[str, Any], message: str, small: Callable[..., Config]
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        run(small(**{**ENDS, **changes}))
+    assert "\n" not in str(caught.value)
 
 
 # Going on

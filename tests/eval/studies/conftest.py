@@ -10,6 +10,7 @@ import torch
 from data.illustrated.codes import SIZE, VALUES, W_DIM
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
+from predictor.tradeoff import TradeoffConfig
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators.rosinality import save_safetensors
@@ -72,7 +73,9 @@ def scene(face_world: Path) -> Scene:
 def write_mapper(scene: Scene) -> Callable[..., Path]:
     """Writes mappers of random weights, whose answers differ from target to target."""
 
-    def written(path: Path, recipe: dict[str, Any], seed: int = 0) -> Path:
+    def written(
+        path: Path, recipe: dict[str, Any], seed: int = 0, tradeoff: TradeoffConfig | None = None
+    ) -> Path:
         generator, embedder = scene.generator, scene.embedder
         config = MapperConfig(
             embed_dim=embedder.embed_dim,
@@ -82,11 +85,14 @@ def write_mapper(scene: Scene) -> Callable[..., Path]:
             embedder=embedder.fingerprint,
             width=8,
             depth=1,
+            tradeoff=tradeoff,
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(seed)
             mapper = Mapper(config)
             torch.nn.init.normal_(mapper.direction.weight)
+            if mapper.keep_gain is not None:
+                mapper.keep_gain.weight[:, 0] -= 0.5  # shorter where more identity is kept
         path.parent.mkdir(parents=True, exist_ok=True)
         record = MapperRecord(
             recipe=recipe, calibration={}, licence="MIT", trained_on="nothing", version="0"

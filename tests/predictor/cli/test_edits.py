@@ -109,6 +109,35 @@ def test_one_direction_writes_what_a_mapper_without_a_correction_does(
     assert "one_direction" not in report_of(tmp_path / "plain")
 
 
+def test_a_place_on_the_trade_off_is_answered_and_named(
+    run: Run,
+    tmp_path: Path,
+    who_world: Path,
+    tradeoff_mapper: Path,
+    tiny_mapper: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ("--world", with_mapper(who_world, tradeoff_mapper, "placed.toml"), *INSTANT)
+    results = {}
+    for name, asked in {"default": (), "most": ("--keep-identity", 0.9)}.items():
+        assert run("transfer", *flags, *asked, "--out", tmp_path / name) == 0
+        report = report_of(tmp_path / name)
+        results[name] = report["keep_identity"], pictures(tmp_path / name)
+        [row] = report["targets"]
+        assert row["direction"]["keep_identity"] == report["keep_identity"]
+    assert [results[name][0] for name in results] == [0.25, 0.9]
+    assert not same(results["default"][1], results["most"][1])
+    again = ("--direction", tmp_path / "most" / "direction.safetensors", "--num-sources", 3)
+    assert run("transfer", *flags[:2], *again) == 0
+    assert report_of(tmp_path / "out")["keep_identity"] == 0.9
+    capsys.readouterr()
+    world = with_mapper(who_world, tiny_mapper, "blind.toml")
+    out = ("--keep-identity", 0.9, "--out", tmp_path / "none")
+    assert run("transfer", "--world", world, *INSTANT, *out) == 1
+    assert "reads no other" in capsys.readouterr().err
+    assert not (tmp_path / "none" / "report.json").exists()
+
+
 def test_where_there_is_no_correction_to_leave_out_a_warning_says_so(
     run: Run, tmp_path: Path, who_world: Path, tiny_mapper: Path, reading_world: Path
 ) -> None:

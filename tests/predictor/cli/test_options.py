@@ -22,6 +22,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     *(({"mapper": Path("m"), k: v}, f"--{k} and --mapper need a mode") for k, v in GIVEN.items()),
     *(({"mode": "refine", k: GIVEN[k]}, f"--{k}: a refinement") for k in ("initial", "steps")),
     ({"mode": "optimize", "mapper": Path("m")}, "--mode optimize asks no mapper"),
+    *(
+        ({"keep_identity": 0.5, k: v}, f"--{k} and --keep-identity need a mode")
+        for k, v in GIVEN.items()
+    ),
+    ({"direction": Path("d"), "keep_identity": 0.5}, "--keep-identity is for finding"),
+    ({"mode": "optimize", "keep_identity": 0.5}, "--keep-identity: --mode optimize asks no mapper"),
+    ({"keep_identity": 0.5}, "has no mapper that could read it: give --mapper"),
+    *(({"keep_identity": keep}, "from 0 to 1, found") for keep in (-0.1, 1.5, float("nan"))),
     ({"mode": "optimize", "one_direction": True}, "--one-direction: the optimizer finds no other"),
     ({"target": ()}, "--target PICTURE or --text TEXT"),
     ({"weights": (1.0, 2.0)}, "--weights: expected 1, one for each target, found 2"),
