@@ -229,6 +229,16 @@ class Page:
                 label="Who finds it",
                 elem_id="mode",
             )
+            self.keep = gr.Slider(
+                0,
+                1,
+                first.keep or 0.0,
+                step=0.05,
+                label="Keep identity",
+                info="0 asks the mapper for the most essence, 1 for the most identity.",
+                visible=first.keep is not None,
+                elem_id="keep",
+            )
             self.stop = gr.Button("Stop the search, keep the direction so far", size="sm")
         self.go = gr.Button("Transfer the essence", variant="primary", elem_id="go")
 
@@ -296,7 +306,7 @@ class Page:
     def connect(self) -> None:
         """Say which control does what."""
         asked = {self.world, self.targets, self.text, self.mode, self.kind, self.mine}
-        asked |= {self.count, self.seed, self.kept}
+        asked |= {self.count, self.seed, self.keep, self.kept}
         sliders = {self.strength, self.floor, *self.weights, self.one_direction}
         sliders |= {self.coarse, self.middle, self.fine}
         self.inputs = asked | sliders
@@ -305,7 +315,7 @@ class Page:
         # One visitor's work at a time: a second one would make both slower.
         work = {**private, "concurrency_id": "work", "concurrency_limit": 1}
         gr.on(
-            [self.go.click, self.text.submit],
+            [self.go.click, self.text.submit, self.keep.release],
             self.show_transfer,
             self.inputs,
             results,
@@ -356,6 +366,7 @@ class Page:
                 self.kind,
                 self.mine,
                 self.floor,
+                self.keep,
                 self.offered,
                 self.strength,
                 self.targets,
@@ -387,7 +398,8 @@ class Page:
         opened = self.worlds.open(data[self.world])
         kept: Kept | None = data[self.kept]
         pictures, text, mode = paths_of(data[self.targets]), data[self.text] or "", data[self.mode]
-        target_key = (opened.world.name, pictures, text, mode)
+        keep = None if opened.keep is None or mode == "optimize" else float(data[self.keep])
+        target_key = (opened.world.name, pictures, text, mode, keep)
         source_key = (
             opened.world.name,
             data[self.kind],
@@ -404,7 +416,7 @@ class Page:
         if kept is not None and kept.target_key == target_key:
             found = kept.found
         else:
-            found = self.find(opened, pictures, text, mode, request, progress)
+            found = self.find(opened, pictures, text, mode, keep, request, progress)
         chosen = 0 if kept is None or kept.source_key != source_key else kept.chosen
         shown = self.file_of(sources.pictures[chosen])
         kept = Kept(
@@ -426,6 +438,7 @@ class Page:
         pictures: Sequence[str],
         text: str,
         mode: Mode,
+        keep: float | None,
         request: gr.Request,
         progress: gr.Progress,
     ) -> Found:
@@ -442,7 +455,7 @@ class Page:
             return on_step
 
         try:
-            return find_targets(opened, pictures, text, mode, begun)
+            return find_targets(opened, pictures, text, mode, keep, begun)
         finally:
             self.stops.pop(session, None)
 
@@ -541,6 +554,7 @@ class Page:
             gr.update(choices=[MINE, GENERATED] if inverts else [GENERATED], value=kind),
             self.example_sources if bundled else None,
             gr.update(value=0, visible=scene.identity is not None),
+            gr.update(value=opened.keep or 0.0, visible=opened.keep is not None),
             gr.update(visible=bundled and bool(self.examples)),
             opened.world.strength,
             self.examples[:1] if bundled else None,

@@ -67,6 +67,12 @@ class OpenWorld:
             return ("instant", "optimize")
         return ("auto", "instant", "refine", "optimize")
 
+    @property
+    def keep(self) -> float | None:
+        """The mapper's place on the trade-off between essence and identity, where none is asked
+        for; None: it reads none."""
+        return None if self.essence.mapper is None else self.essence.mapper.keep
+
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
@@ -170,6 +176,7 @@ def find_targets(
     pictures: Sequence[str],
     text: str = "",
     mode: Mode | None = None,
+    keep_identity: float | None = None,
     watch: WatchSearch | None = None,
 ) -> Found:
     """Find the direction of each target.
@@ -178,6 +185,7 @@ def find_targets(
         pictures: paths of target pictures.
         text: one more target, in words; empty: none.
         mode: None: the first of `OpenWorld.modes`.
+        keep_identity: see `EssenceTransfer.direction`.
         watch: called as a search of the optimizer begins. A KeyboardInterrupt of the function that
             it returns ends that search; the direction so far is taken.
 
@@ -201,7 +209,7 @@ def find_targets(
     start, parts = time.perf_counter(), list[Direction]()
     for _, target in named:
         try:
-            parts.append(essence.direction(target, mode, watch=watch))
+            parts.append(essence.direction(target, mode, watch=watch, keep_identity=keep_identity))
         except Interrupted as stopped:
             parts.append(stopped.direction)
     seconds = time.perf_counter() - start
