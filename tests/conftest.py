@@ -41,18 +41,17 @@ TINY_CLIP = {
 def pytest_collection_finish() -> None:
     """Exempt all that is imported from collections of garbage, which else go through it again and
     again."""
-    import open_clip  # noqa: F401
-
     gc.collect()
     gc.freeze()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def vocabulary_read_once() -> Iterator[None]:
     """Read CLIP's vocabulary once, and not for every world, which takes as long as the rest of a
     tiny one."""
     from open_clip import factory
 
+    gc.freeze()  # as after the other imports
     made = cache(factory.SimpleTokenizer)
 
     def tokenizer(**settings: Any) -> object:
@@ -78,7 +77,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.fixture(scope="session")
-def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip_dir(vocabulary_read_once: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for `ClipEmbedder.load`: 32-dim embeddings, 64 px input, GELU."""
     import open_clip
     from safetensors.torch import save_file

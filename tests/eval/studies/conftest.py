@@ -35,14 +35,8 @@ def face_world(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
                 w_dim=W_DIM,
                 z_dim=VALUES,
                 mapping_layers=2,
-                channels=(
-                    8,
-                    8,
-                    8,
-                    8,
-                    4,
-                    4,
-                ),  # narrow where maps are large: a study renders hundreds
+                # Narrow where maps are large: a study renders hundreds of images.
+                channels=(8, 8, 8, 8, 4, 4),
             )
         )
         config = InverterConfig(
