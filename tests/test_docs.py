@@ -40,6 +40,7 @@ ON_THE_WORLD = ("README.md", "docs/first-transfer.md")  # other pages run in a t
 # Where commands that the pages give without running them are run, at a small size.
 RUN_BY = {
     "data.build": "tests/data/test_build.py",
+    "train.encoder": "tests/train/test_encoder.py",
     "train.mapper": "tests/train/test_mapper.py",
     "eval.calibrate": "tests/eval/test_calibrate.py",
     "eval.compare": "tests/eval/test_compare.py",
