@@ -161,9 +161,11 @@ def file_part(title: str, path: Path) -> str:
 
 def linked_part(linked: Linked) -> str:
     """Return one of several results, which leads to its page."""
-    title, pictures = text_of(linked.name), list(linked.results)
-    first = "" if linked.target is None else square(linked.target, f"target: {linked.name}")
-    row = first + "".join(square(picture, f"{linked.name}, result") for picture in pictures)
+    title = text_of(linked.name)
+    row = f'<span class="words">{title}</span>' if linked.results else ""
+    if linked.target is not None:
+        row = square(linked.target, f"target: {linked.name}")
+    row += "".join(square(picture, f"{linked.name}, result") for picture in linked.results)
     if linked.link is not None:
         link = address_of(linked.link)
         title, row = f'<a href="{link}">{title}</a>', f'<a class="row" href="{link}">{row}</a>'
@@ -238,7 +240,6 @@ def gallery(
 def overview(
     results: Sequence[Linked],
     *,
-    facts: Mapping[str, str] | None = None,
     warnings: Sequence[str] = (),
     command: str = "",
     files: Sequence[str] = (),
@@ -246,14 +247,14 @@ def overview(
     """Return the page of several results, which leads to the page of each.
 
     Args:
-        facts, warnings, command, files: as of `gallery`.
+        warnings, command, files: as of `gallery`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: as `as_pictures`.
     """
     return page_of(
         f"The essence of {len(results)} targets",
-        facts_part(facts or {}),
+        paragraph("Each row is a target, then some of its results; it leads to a page.", "soft"),
         *(paragraph(f"Warning: {warning}", "warning") for warning in warnings),
         f'<div class="cards">{"".join(linked_part(one) for one in results)}</div>',
         end_part(command, files),

@@ -659,9 +659,13 @@ def cards_of(
         if len(cards) >= MAX_TARGETS:  # the page would grow too large to open
             pictures = []
         content = None if isinstance(target.content, Text) or not pictures else target.content
-        note = f"transfer score {score_words(entry['scores'])}; {method_words(entry['method'])}"
+        facts = [
+            f"transfer score {score_words(entry['scores'])}",
+            f"strength {entry['strength']:.3g}",
+            method_words(entry["method"]),
+        ]
         link = f"{entry['folder']}/{PAGE}"
-        cards.append(Linked(target.label, content, pictures[:IN_OVERVIEW], link, note))
+        cards.append(Linked(target.label, content, pictures[:IN_OVERVIEW], link, "; ".join(facts)))
     return cards
 
 

@@ -83,17 +83,17 @@ def test_nothing_of_a_page_comes_from_elsewhere(tmp_path: Path) -> None:
 def test_what_a_user_named_is_text_whatever_it_holds() -> None:
     strange = os.fsdecode(b"\xff#?%.png")
     shown = [Shown(HOSTILE, plain(RED), plain(BLUE), f"edited_{HOSTILE}", HOSTILE)]
-    given = {"facts": {HOSTILE: HOSTILE}, "warnings": [HOSTILE], "command": HOSTILE}
+    given = {"warnings": [HOSTILE], "command": HOSTILE}
     linked = Linked(HOSTILE, plain(RED), [plain(BLUE)], f"javascript:{HOSTILE}/a.html", HOSTILE)
     pages = [
         gallery([(HOSTILE, None), (strange, plain(RED))], shown, files=[HOSTILE, strange],
-                others=[HOSTILE], **given),  # type: ignore[arg-type]
+                others=[HOSTILE], facts={HOSTILE: HOSTILE}, **given),  # type: ignore[arg-type]
         overview([linked], files=[HOSTILE, strange], **given),  # type: ignore[arg-type]
     ]  # fmt: skip
     for html in pages:
         page = Page(html.encode().decode())  # it can be written
         assert [tag for tag, _ in page.tags].count("script") == 1
-        assert page.text.count(HOSTILE) >= 6
+        assert page.text.count(HOSTILE) >= 5
         assert not [name for _, attributes in page.tags for name in attributes if "alert" in name]
         assert "\\udcff#?%.png" in page.text and "%FF%23%3F%25.png" in html
         assert all(":" not in link and "<" not in link for link in page.every("a", "href"))
@@ -137,9 +137,14 @@ def test_a_page_of_several_results_leads_to_each_and_tells_of_those_that_failed(
     results = [
         Linked("a b.png", plain(RED), [plain(BLUE)] * 2, "a b/index.html", "score 0.1"),
         Linked("c.png", None, (), None, "the loss is not finite"),
+        Linked('"a hat"', None, [plain(BLUE)], "a_hat/index.html", ""),
     ]
     page = Page(overview(results, files=["grid.png"]))
-    assert page.every("a", "href") == ["a%20b/index.html"] * 2 + ["grid.png"]
-    assert len(page.pictures()) == 3
-    for word in ("The essence of 2 targets", "score 0.1", "c.png", "the loss is not finite"):
+    assert page.every("a", "href") == [
+        *["a%20b/index.html"] * 2,
+        *["a_hat/index.html"] * 2,
+        "grid.png",
+    ]
+    assert len(page.pictures()) == 3 + 1 and page.text.count('"a hat"') == 2
+    for word in ("The essence of 3 targets", "score 0.1", "c.png", "the loss is not finite"):
         assert word in page.text
