@@ -5,7 +5,7 @@ at the embedder's own preprocessing, whatever precision or recipe made the edits
 on the processor.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -315,7 +315,8 @@ def released_scores(
     sources: Sources,
     edits: Float[Tensor, "targets *sources num_ws w_dim"],
     targets: EvalSet,
-    references: Float[Tensor, "images features"],
+    references: Float[Tensor, "images features"] | None,
+    seen: Callable[[int, Tensor], None] = lambda place, images: None,
 ) -> dict[str, dict[str, float]]:
     """Score edits by the released evaluation, with its fault and without (see `spread`).
 
@@ -323,11 +324,15 @@ def released_scores(
     `identity_released` repeats the fault: the identity model sees sources in [-1, 1], as it
     expects, and results in [0, 1]. `identity` and `target_identity` show it all in [-1, 1].
     Identity readings, where they stand in for such a model, are centred on the sources' mean.
-    `fid` is each target's, of its results against `references`.
+    `fid` is each target's, of its results against `references`; left out without any.
+
+    Args:
+        seen: called with the place of each target and its results, [sources, 3, height, width].
     """
     goal, scene = goal_of(judges, targets), judges.scene
     outputs, results, faulty = [], [], []
-    for images in edited_images(scene, sources, edits, RELEASED_STRENGTH):
+    for place, images in enumerate(edited_images(scene, sources, edits, RELEASED_STRENGTH)):
+        seen(place, images)
         outputs.append(judges.outputs(images))
         if judges.people_of is not None:
             clamped = images.clamp(-1, 1)
@@ -345,5 +350,7 @@ def released_scores(
         scores["identity_released"] = released_score(spoilt, (before - centre)[None])
         scores["identity"] = released_score(kept, (before - centre)[None])
         scores["target_identity"] = released_score(kept, (people_of_targets - centre)[:, None])
-    distances = torch.tensor([frechet_distance(rows, references) for rows in after.features])
-    return scores | {"fid": spread(distances)}
+    if references is not None:
+        distances = [frechet_distance(rows, references) for rows in after.features]
+        scores["fid"] = spread(torch.tensor(distances))
+    return scores

@@ -1,4 +1,4 @@
-"""Score folders of pictures that any tools made, by one protocol and without a generator.
+"""Score folders of pictures that any tools made, without a generator; or by the release's protocol.
 
     python -m eval.referee --sources faces --targets targets --results ours theirs \\
         --world ffhq1024 --out runs/referee
@@ -7,6 +7,13 @@ Each folder of --results holds TARGET/SOURCE.png, by the names of the pictures i
 --sources; other names that are known, and tables of results, are in docs/referee.md. Writes
 report.json, report.md, sheet.png and chart.png. Embeddings are kept in --out: the same command goes
 on after an interruption.
+
+    python -m eval.referee --protocol targetclip --sources w_plus.npy --targets dirs/targets \\
+        --direction dirs --references ffhq --world ffhq1024 --out runs/protocol
+
+does what the evaluation of TargetCLIP's release does: it edits latents along directions at strength
+1.2, with the world's generator, and scores the results (docs/protocol.md). Writes report.json and
+report.md.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -14,11 +21,10 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
 
     start("eval.referee")
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +34,8 @@ from tqdm import tqdm
 
 from data.illustrated.avatars import check_dicebear
 from data.illustrated.shown import Shown
-from data.targets import digest_of, picture_id
+from eval import protocol
+from eval.embeddings import Embeddings
 from eval.judging import load_judge, reader_of
 from eval.metrics import (
     Parts,
@@ -57,23 +64,27 @@ from targetclip.media.images import (
     read_picture,
     write_picture,
 )
-from targetclip.weights import read_tensors, save_tensors
 from targetclip.world import World, load_encoders, load_world
 
-FORMAT = "targetclip-embeddings/1"
-AT_ONCE, PIXELS = 64, 2**22  # pictures that judges see at once, and their pixels
 SHOWN_TARGETS, SHOWN_SOURCES = 6, 8
+OF_RELEASE = (  # options of --protocol targetclip alone
+    *("direction", "methods", "mapper", "references", "leave_out", "keep_pictures", "max_images"),
+)
 NAMES = {"transfer": "clip", "person": "identity", "target_person": "target_identity"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     sources: Path
-    """Folder of the pictures that were edited."""
+    """Folder of the pictures that were edited; for --protocol targetclip the file of their latents,
+    .npy or .pt, [sources, num_ws, w_dim]."""
     targets: Path
     """Folder of the pictures whose essence they were given."""
-    results: tuple[Path, ...]
+    results: tuple[Path, ...] = ()
     """Folders of results, TARGET/SOURCE.png; or tables, .csv with source, target and result."""
+    protocol: Literal["pictures", "targetclip"] = "pictures"
+    """pictures: score --results. targetclip: what the release's evaluation does; the options from
+    --direction to --max-images are of this one."""
     world: str
     """World whose embedder and identity model judge: a bundled one's name, or a .toml file."""
     out: Path
@@ -83,74 +94,25 @@ class Config:
     repository of the Hub, e.g. blip:Salesforce/blip-itm-base-coco."""
     judge_pretrained: str | None = None
     """Its weights, where --judge is a model's name."""
+    direction: Path | None = None
+    """Folder of published directions, an .npy for each target picture, by its name."""
+    methods: tuple[str, ...] = ()
+    """Methods of eval.compare that find directions for the targets, such as mapper, identity or
+    paper. Default: mapper, or none with --direction."""
+    mapper: Path | None = None
+    """Mapper's file. Default: the world's."""
+    references: Path | None = None
+    """Folder of pictures that FID compares with. Default: no FID."""
+    leave_out: tuple[int, ...] = ()
+    """Numbers of sources, from 0 on, that are not edited."""
+    keep_pictures: bool = False
+    """Write every edited picture: pictures/METHOD/TARGET/SOURCE.png."""
+    max_images: int | None = None
+    """Images rendered at once; fewer need less memory. Default: 64."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
     seed: int = 0
-    """Of the bootstrap."""
-
-
-# Embeddings
-
-
-class Embeddings:
-    """What judges see in pictures, kept in a folder by the pictures' content, as it is made.
-
-    Args:
-        judges: models with `embed_images` and a `fingerprint`, by their names.
-    """
-
-    def __init__(self, folder: Path, judges: Mapping[str, Any], device: torch.device) -> None:
-        self.folder, self.judges, self.device = folder, judges, device
-        self.rows: dict[str, Tensor] = {}
-        self.waiting: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        """Images to be judged, by side and id."""
-        folder.mkdir(exist_ok=True)
-        for path in folder.glob("*.safetensors"):
-            try:
-                self.rows |= read_tensors(path, "embeddings", [FORMAT], "delete it")[1]
-            except ValueError as error:
-                command.say(f"eval.referee: made again: {command.one_line(error)}", error=True)
-
-    def key(self, judge: str, name: str) -> str:
-        return f"{self.judges[judge].fingerprint} {name}"
-
-    def add(self, picture: Image.Image) -> str:
-        """Take a picture; return its id."""
-        name, side = picture_id(picture), min(picture.size)
-        waiting = self.waiting[side]
-        if any(self.key(judge, name) not in self.rows for judge in self.judges):
-            waiting[name] = picture_to_tensor(picture, side)[0]
-        if len(waiting) >= min(AT_ONCE, PIXELS // side**2):
-            self.judge(side)
-        return name
-
-    @torch.no_grad()
-    def judge(self, side: int) -> None:
-        """Judge the pictures of a size that wait, and keep what is seen."""
-        images = self.waiting.pop(side, {})
-        made: dict[str, Tensor] = {}
-        for judge, model in self.judges.items():
-            names = [name for name in images if self.key(judge, name) not in self.rows]
-            if names:
-                batch = torch.stack([images[name] for name in names]).to(self.device)
-                seen = model.embed_images(batch).float().cpu()
-                made |= {self.key(judge, n): row for n, row in zip(names, seen, strict=True)}
-        if made:
-            path = self.folder / f"{digest_of(*made)[:16]}.safetensors"
-            save_tensors(path, made, {"format": FORMAT})
-            self.rows |= made
-
-    def finish(self) -> None:
-        """Judge all that still waits."""
-        for side in list(self.waiting):
-            self.judge(side)
-
-    def of(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the embeddings of pictures, [pictures, features], by the names of judges."""
-        return {
-            judge: torch.stack([self.rows[self.key(judge, name)] for name in names])
-            for judge in self.judges
-        }
+    """Of the bootstrap, and of methods that search."""
 
 
 # Looking at every picture
@@ -454,6 +416,19 @@ def sheet(
     return labelled_grid(None, rows)
 
 
+def check_protocol(config: Config) -> None:
+    """Raise a ValueError for options that are not of the protocol, or lack what it needs."""
+    if config.protocol == "targetclip":
+        protocol.check_config(config)
+        return
+    for name in OF_RELEASE:
+        if getattr(config, name) not in (None, (), False):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is of --protocol targetclip: add that, or drop --{flag}")
+    if not config.results:
+        raise ValueError("--results: expected folders or tables of results, found none")
+
+
 def run(config: Config) -> dict[str, Any]:
     """Judge all results, write the report into --out, and return it.
 
@@ -462,6 +437,10 @@ def run(config: Config) -> dict[str, Any]:
     """
     if config.judge_pretrained is not None and config.judge is None:
         raise ValueError("--judge-pretrained: expected --judge as well, found none")
+    check_protocol(config)
+    if config.protocol == "targetclip":
+        with command.locked_folder(config.out):
+            return protocol.judge(config)
     check_charts()
     world, device = load_world(config.world), command.choose_device(config.device)
     sources, targets = by_name("--sources", config.sources), by_name("--targets", config.targets)

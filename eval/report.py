@@ -165,11 +165,6 @@ def released_section(released: Mapping[str, Any], people: str | None) -> list[st
     methods = released["methods"]
     if not methods:
         return []
-    have = present(RELEASED, methods)
-    rows = [
-        [name, *(f"{row[score]['mean']:.1f} ± {row[score]['deviation']:.1f}" for score in have)]
-        for name, row in methods.items()
-    ]
     source = f"Identity is by {people}. " if people else ""
     targets = f"{released['targets']} targets (the first of each set)"
     return [
@@ -181,8 +176,18 @@ def released_section(released: Mapping[str, Any], people: str | None) -> list[st
         "each target's results against unedited images. None of the sources was optimized on; of "
         "the released ones four are.",
         "",
-        *table(["method", *(RELEASED[score] for score in have)], rows),
+        *released_table(methods),
     ]
+
+
+def released_table(methods: Mapping[str, Any]) -> list[str]:
+    """Return the table of the released evaluation: mean and deviation over targets."""
+    have = present(RELEASED, methods)
+    rows = [
+        [name, *(f"{row[score]['mean']:.1f} ± {row[score]['deviation']:.1f}" for score in have)]
+        for name, row in methods.items()
+    ]
+    return table(["method", *(RELEASED[score] for score in have)], rows)
 
 
 def report_text(report: Mapping[str, Any]) -> str:
@@ -203,6 +208,45 @@ def report_text(report: Mapping[str, Any]) -> str:
     lines += released_section(report["released"], judges["people"])
     reading = READING.format(
         references=report["references"], features=judges["features"], sources=report["sources"]
+    )
+    return "\n".join(lines) + "\n" + reading
+
+
+# The release's evaluation by itself
+
+PROTOCOL_READING = """## How to read it
+
+Every number is a mean over sources, then mean ± deviation over targets. Cosines are times 100.
+
+- semantic: cosine of a result to its target by the world's embedder. Second judge: by that of
+  --judge.
+- identity: cosine of a result to its source, by {people}. As released, sources are shown to it in
+  [-1, 1] and results in [0, 1]; corrected, all in [-1, 1].
+- identity to the target: cosine of a result to its target by that model.
+- FID: of a target's results against the pictures of --references, by
+  {features}. The paper's is by an Inception network: the two
+  cannot be compared.
+"""
+
+
+def protocol_text(report: Mapping[str, Any]) -> str:
+    """Return report.md of `eval.referee --protocol targetclip`."""
+    references = report["references"]
+    facts = (
+        f"{len(report['sources'])} sources, {len(report['targets'])} targets, strength "
+        f"{report['strength']}"
+    )
+    lines = [
+        f"# The release's evaluation in the world {report['world']}",
+        "",
+        facts + (f", {references} pictures to compare with." if references else "."),
+        "",
+        *(f"- {words}" for words in report["notes"]),
+        *([""] if report["notes"] else []),
+        *released_table(report["methods"]),
+    ]
+    reading = PROTOCOL_READING.format(
+        people=report["people"] or "nothing here", features=report["features"]
     )
     return "\n".join(lines) + "\n" + reading
 

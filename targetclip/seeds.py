@@ -24,6 +24,7 @@ WORLD_TARGETS = 3_000_017  # faces that measure the bundled world
 TEST_TARGETS = 5_000_011  # of the evaluation alone
 TEXT_TARGETS = 6_000_011  # captioned faces of the study of texts
 STYLE_TARGETS = 7_000_003  # of the study of styles
+CHALLENGE = 8_000_009  # targets and sources of data/challenge
 
 
 def seed_of(*parts: object) -> int:

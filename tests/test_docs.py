@@ -40,12 +40,14 @@ ON_THE_WORLD = ("README.md", "docs/first-transfer.md")  # other pages run in a t
 # Where commands that the pages give without running them are run, at a small size.
 RUN_BY = {
     "data.build": "tests/data/test_build.py",
+    "data.illustrated.challenge": "tests/data/illustrated/test_challenge.py",
     "train.encoder": "tests/train/test_encoder.py",
     "train.mapper": "tests/train/test_mapper.py",
     "eval.calibrate": "tests/eval/test_calibrate.py",
     "eval.compare": "tests/eval/test_compare.py",
     "eval.referee": "tests/eval/test_referee.py",
     "eval.studies.benchmark": "tests/eval/studies/test_benchmark.py",
+    "eval.studies.challenge": "tests/eval/studies/test_challenge.py",
     "eval.studies.scale": "tests/eval/studies/test_scale.py",
     "eval.studies.speed": "tests/eval/studies/test_speed.py",
     "eval.studies.styles": "tests/eval/studies/test_styles.py",

@@ -1,0 +1,96 @@
+"""Folders of edits of the challenge's sources, by methods of the comparison."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.illustrated.codes import draw_face
+from data.targets import draw_avatar, face_at
+from eval import answers
+from eval.studies.challenge import Config, main, run
+from targetclip.media.images import read_picture, tensor_to_pictures
+from targetclip.scene import Scene
+
+TARGETS, SOURCES = ("a", "b"), ("x", "y")
+
+
+@pytest.fixture
+def challenge(tmp_path: Path) -> Path:
+    """A challenge of two targets and two sources."""
+    for i, name in enumerate(TARGETS):
+        (tmp_path / "c" / "targets").mkdir(parents=True, exist_ok=True)
+        draw_avatar("held-out", 41, i).save(tmp_path / "c" / "targets" / f"{name}.png")
+    (tmp_path / "c" / "targets" / "truth.json").write_text("{}")
+    for i, name in enumerate(SOURCES):
+        (tmp_path / "c" / "sources").mkdir(parents=True, exist_ok=True)
+        face = Image.fromarray(draw_face(face_at(41, i))[0])
+        face.save(tmp_path / "c" / "sources" / f"{name}.png")
+    return tmp_path / "c"
+
+
+def test_every_method_leaves_a_picture_of_each_target_and_source(
+    challenge: Path, face_world: Path, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = challenge.parent / "out"
+    config = Config(
+        out=out,
+        challenge=challenge,
+        methods=("unedited", "identity", "latent-blending"),
+        world=str(face_world),
+        max_steps=2,
+    )
+    run(config)
+    folders = {path.name for path in out.iterdir()} - {"answers"}
+    assert folders == {"unedited", "identity-2-steps", "latent-blending"}
+    pairs = [f"{target}/{source}.png" for target in TARGETS for source in SOURCES]
+    for folder in folders:
+        found = sorted(
+            p.relative_to(out / folder).as_posix() for p in (out / folder).rglob("*.png")
+        )
+        assert found == pairs
+    sources = [read_picture(challenge / "sources" / f"{name}.png") for name in SOURCES]
+    rendered = tensor_to_pictures(scene.render(scene.invert(sources)))
+    for target in TARGETS:
+        for source, picture in zip(SOURCES, rendered, strict=True):
+            made = read_picture(out / "unedited" / target / f"{source}.png")
+            assert np.abs(np.asarray(made, np.int16) - np.asarray(picture, np.int16)).max() <= 1
+            other = read_picture(out / "latent-blending" / target / f"{source}.png")
+            assert other.tobytes() != made.tobytes()
+    # What is answered is not searched again.
+    monkeypatch.setattr(answers, "timed", lambda *_: pytest.fail("searched again"))
+    (out / "identity-2-steps" / "a" / "x.png").unlink()
+    run(config)
+    assert (out / "identity-2-steps" / "a" / "x.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (("mappper",), "--methods: .*found 'mappper': did you mean 'mapper'"),
+        (("own-mapper",), "--methods: expected some of .*found 'own-mapper'"),
+        (("nearest-neighbour",), "there are no pairs"),
+        (("mapper",), "--mapper: expected a mapper's file"),
+    ],
+)
+def test_methods_that_cannot_be_run_are_refused_in_one_line(
+    challenge: Path, face_world: Path, methods: tuple[str, ...], message: str
+) -> None:
+    config = Config(
+        out=challenge.parent / "out", challenge=challenge, methods=methods, world=str(face_world)
+    )
+    with pytest.raises(ValueError, match=message) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_refuses_what_is_no_challenge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--out", str(tmp_path / "out"), "--challenge", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["challenge", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "error: --challenge: expected a folder of pictures" in capsys.readouterr().err
