@@ -62,6 +62,8 @@ LACKING: dict[Part, str] = {
 
 # Each source has a search of its own: no consistency, and fewer steps.
 BLENDING = replace(RECIPES["consistent"], sources=1, steps=100, consistency_weight=0.0)
+# As the teacher searches, but a direction for one source alone.
+EACH_SOURCE = replace(RECIPES["identity"], sources=1, fresh_sources=False, consistency_weight=0.0)
 # A network learns slower than a direction.
 OWN_MAPPER = replace(RECIPES["identity"], steps=300, learning_rate=5e-3)
 ROWS = 256  # directions of pairs in memory at once
@@ -374,6 +376,23 @@ def by_clip_blending(bench: Bench, targets: EvalSet, recipe: Recipe = BLENDING) 
     return Answer(edits=torch.cat(offsets).unflatten(0, (len(targets), len(sources))))
 
 
+def by_each_source(bench: Bench, targets: EvalSet, recipe: Recipe = EACH_SOURCE) -> Answer:
+    """Search a direction for each source on its own: a teacher for edits that read their source.
+    FloatingPointError: a search failed."""
+    recipe, scene = bench.cut(recipe), bench.scene
+    embeddings = bench.embed(targets, recipe)
+    seeds = [seed_of("compare", bench.seed, target) for target in targets.ids]
+    start = scene.initial(targets.pictures, recipe.initial, seeds)
+    offsets = []
+    for source in tqdm(bench.sources, "each source", unit="source", leave=False):
+        with in_precision(scene.device, bench.precision):
+            found = scene.search(embeddings, recipe, start, seeds, bank=source[None])
+        if failures := [failure for failure in found.failures if failure is not None]:
+            raise FloatingPointError(f"each source: {failures[0]}")
+        offsets.append(found.directions)
+    return Answer(edits=torch.stack(offsets, dim=1))
+
+
 class LatentMapper(nn.Module):
     """What is added to sources for one target, as StyleCLIP's latent mapper gives it.
 
@@ -550,6 +569,14 @@ METHODS: dict[str, Method] = {
     "latent-blending": Method(find=by_latent_blending, needs=("inverter",)),
     "clip-blending": Method(
         find=by_clip_blending, settings=asdict(BLENDING), optimizes=True, slow=True, per_source=True
+    ),
+    "each-source": Method(
+        find=by_each_source,
+        needs=("identity",),
+        settings=asdict(EACH_SOURCE),
+        optimizes=True,
+        slow=True,
+        per_source=True,
     ),
     "own-mapper": Method(
         find=by_own_mapper,

@@ -23,6 +23,7 @@ from data.teacher import search_in_batches
 from eval.answers import find, keep, kept, settings_of
 from eval.methods import (
     BLENDING,
+    EACH_SOURCE,
     LACKING,
     METHODS,
     OWN_MAPPER,
@@ -30,6 +31,7 @@ from eval.methods import (
     Bench,
     PairTable,
     by_clip_blending,
+    by_each_source,
     by_own_mapper,
     needs_of,
     open_pair_table,
@@ -336,6 +338,24 @@ def test_clip_blending_brings_each_source_nearer_to_the_mean_of_both(
     assert gained.min() > 0
     alone = by_clip_blending(made, targets.part(2, 3), slower).edits[0]
     torch.testing.assert_close(edits[2], alone, rtol=1e-2, atol=1e-2)
+
+
+def test_a_search_for_each_source_brings_it_nearer_than_one_for_all(
+    bench: Make, targets: EvalSet
+) -> None:
+    few = dataclasses.replace(EACH_SOURCE, identity_weight=0.0, steps=15, learning_rate=0.05)
+    made = bench(max_steps=None)
+    edits = by_each_source(made, targets, few).edits
+    assert edits.shape == (3, 3, 6, 8) and not edits.requires_grad
+    goal = made.embed(targets, few)
+    mean = edits.mean(dim=1, keepdim=True).expand_as(edits)
+    each, one = (made.scene.score(goal, made.sources, moved).transfer for moved in (edits, mean))
+    before = made.scene.score(goal, made.sources, torch.zeros_like(edits)).transfer
+    assert (each > before).all() and each.mean() > one.mean()
+    # Neither other targets nor other sources change a search.
+    other = dataclasses.replace(made, sources=made.sources[1:])
+    alone = by_each_source(other, targets.part(2, 3), few).edits
+    torch.testing.assert_close(alone[0], edits[2, 1:], rtol=1e-2, atol=1e-2)
 
 
 # One pass
