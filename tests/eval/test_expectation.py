@@ -124,7 +124,7 @@ def test_the_head_expects_what_other_targets_reach_and_directions_stay(
     scene: Scene, mapper: Mapper
 ) -> None:
     others = training_targets(("avataaars:40@31", "generated:40@31"), 30, scene)
-    inputs, reached = scores_reached(scene, mapper, others, 0)
+    inputs, reached, _ = scores_reached(scene, mapper, others, 0)
     before = mapper(inputs)
     specs = ("avataaars:100@29", "generated:100@29")
     assert len(fit_expectation(scene, mapper, specs, 80, 0)[0]) == 160
