@@ -144,6 +144,7 @@ def file_part(title: str, path: Path) -> str:
     if kind == "image/png":
         with Image.open(path) as strip:
             content = f'<a href="{link}">{whole(strip, STRIP, title)}</a>'
+        content = f'<div class="wide" tabindex="0">{content}</div>'  # scrolled where it is narrow
     elif kind == "image/gif" and small:
         source = embedded(path.read_bytes(), kind)
         content = f'<a href="{link}"><img src="{source}" alt="{text_of(title)}"></a>'
@@ -155,8 +156,7 @@ def file_part(title: str, path: Path) -> str:
             content = f'<a href="{link}">{whole(still, PHOTO, title)}{text_of(path.name)}</a>'
     else:
         content = f'<a href="{link}">{text_of(path.name)}</a>'
-    style = "wide" if kind == "image/png" else ""
-    return f'<h2>{text_of(title)}</h2><div class="{style}" tabindex="0">{content}</div>'
+    return f"<h2>{text_of(title)}</h2>{content}"
 
 
 def linked_part(linked: Linked) -> str:

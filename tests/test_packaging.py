@@ -35,6 +35,7 @@ def test_the_wheel_holds_the_method_and_the_product_and_no_more(wheel: zipfile.Z
     for package in ("targetclip", "predictor"):
         modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*.py")}
         assert {*modules, f"{package}/py.typed"} <= set(wheel.namelist())
+    assert "predictor/gallery.html" in wheel.namelist()
 
 
 def test_every_world_is_in_the_wheel_with_all_that_it_names(wheel: zipfile.ZipFile) -> None:

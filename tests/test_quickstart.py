@@ -31,10 +31,17 @@ def test_the_notebook_is_kept_without_outputs() -> None:
 def test_every_cell_of_the_notebook_runs_and_shows_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    frames: list[int] = []
+
+    def animation(filename: str) -> Image.Image:
+        with Image.open(filename) as file:
+            frames.append(getattr(file, "n_frames", 1))
+            return file.copy()
+
     (tmp_path / "examples").symlink_to(ROOT / "examples")  # results go beside it
     monkeypatch.chdir(tmp_path)
     jupyter = ModuleType("IPython.display")
-    monkeypatch.setattr(jupyter, "Image", lambda filename: Image.open(filename), raising=False)
+    monkeypatch.setattr(jupyter, "Image", animation, raising=False)
     monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", jupyter)
     shown: list[Image.Image] = []
@@ -43,13 +50,10 @@ def test_every_cell_of_the_notebook_runs_and_shows_what_it_says(
         before = len(shown)
         exec(compile(source, f"cell {name}", "exec"), names)
         assert len(shown) == before + (name != "install")
-    *_, loop, _, _, dora = shown
-    assert getattr(loop, "n_frames", 1) > 24 and loop.format == "GIF"
-    assert all(picture.height > 256 for picture in shown)
-    assert dora.width > 2 * 256
+    assert frames and frames[0] > 24
+    assert all(picture.width >= 2 * 256 and picture.height >= 256 for picture in shown)
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made == {"ada_joker.png", "morph.gif", "joker.safetensors"}
-    loop.close()
 
 
 def test_without_a_clone_the_notebook_takes_the_address_that_it_is_given(

@@ -36,6 +36,7 @@ from predictor.cli.report import (
     MAX_TARGETS,
     NamedTarget,
     Outcome,
+    doubts,
     edit_facts,
     inversion_facts,
     method_words,
@@ -523,7 +524,7 @@ class Run:
             [(t.label, None if isinstance(t.content, Text) else t.content) for t in targets],
             shown,
             facts=result_words(facts),
-            warnings=facts["warnings"],
+            warnings=doubts(facts),
             others=facts["edited"][len(latents.shown) :],
             shows=edited.shows,
             command=self.request.line,
@@ -623,7 +624,7 @@ class Run:
             write_picture(grid, self.out.take(GRID))
             content = overview(
                 cards_of(entries, shown),
-                warnings=facts["warnings"],
+                warnings=doubts(facts),
                 command=self.request.line,
                 files=[GRID, REPORT],
             )

@@ -165,6 +165,12 @@ def result_words(facts: Mapping[str, Any]) -> dict[str, str]:
     return words
 
 
+def doubts(facts: Mapping[str, Any]) -> list[str]:
+    """Return the warnings of a run, and whether it was stopped."""
+    stopped = ["the run was stopped: this is what it had found so far"]
+    return [*facts["warnings"], *(stopped if facts["interrupted"] else ())]
+
+
 def source_words(scores: Mapping[str, Any], place: int) -> str:
     """Return the scores of one source."""
     each = scores["each"]

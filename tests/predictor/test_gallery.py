@@ -27,7 +27,7 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.raw = "", ""
+        self.text = ""
         self.feed(html)
         self.close()
 
@@ -83,17 +83,21 @@ def test_nothing_of_a_page_comes_from_elsewhere(tmp_path: Path) -> None:
 def test_what_a_user_named_is_text_whatever_it_holds() -> None:
     strange = os.fsdecode(b"\xff#?%.png")
     shown = [Shown(HOSTILE, plain(RED), plain(BLUE), f"edited_{HOSTILE}", HOSTILE)]
-    given = {"warnings": [HOSTILE], "command": HOSTILE}
     linked = Linked(HOSTILE, plain(RED), [plain(BLUE)], f"javascript:{HOSTILE}/a.html", HOSTILE)
-    pages = [
-        gallery([(HOSTILE, None), (strange, plain(RED))], shown, files=[HOSTILE, strange],
-                others=[HOSTILE], facts={HOSTILE: HOSTILE}, **given),  # type: ignore[arg-type]
-        overview([linked], files=[HOSTILE, strange], **given),  # type: ignore[arg-type]
-    ]  # fmt: skip
-    for html in pages:
+    one = gallery(
+        [(HOSTILE, None), (strange, plain(RED))],
+        shown,
+        facts={HOSTILE: HOSTILE},
+        warnings=[HOSTILE],
+        others=[HOSTILE],
+        command=HOSTILE,
+        files=[HOSTILE, strange],
+    )
+    several = overview([linked], warnings=[HOSTILE], command=HOSTILE, files=[HOSTILE, strange])
+    for html, times in ((one, 10), (several, 5)):
         page = Page(html.encode().decode())  # it can be written
         assert [tag for tag, _ in page.tags].count("script") == 1
-        assert page.text.count(HOSTILE) >= 5
+        assert page.text.count(HOSTILE) >= times
         assert not [name for _, attributes in page.tags for name in attributes if "alert" in name]
         assert "\\udcff#?%.png" in page.text and "%FF%23%3F%25.png" in html
         assert all(":" not in link and "<" not in link for link in page.every("a", "href"))

@@ -508,6 +508,7 @@ def test_ctrl_c_in_a_transfer_still_shows_what_there_is(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     shown = {"edited_000.png", "grid.png", "index.html"}
     assert names == {"direction.safetensors", "report.json", *shown}
+    assert "Warning: the run was stopped" in (tmp_path / "out" / "index.html").read_text("utf-8")
 
 
 def test_ctrl_c_between_several_targets_leaves_no_half_a_mixture(
