@@ -136,6 +136,14 @@ def test_every_command_of_a_page_is_one_that_its_program_takes(page: str) -> Non
         check(words)
 
 
+def test_the_challenge_gives_commands_that_their_programs_take() -> None:
+    page = "data/challenge/README.md"
+    commands = [words for block in blocks_of(page, "bash") for words in commands_of(block)]
+    assert len(commands) > 2
+    for words in [*commands, *inline_commands(page)]:
+        check(words)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_can_be_pasted_into_any_shell(page: str) -> None:
     for block in blocks_of(page, "bash"):

@@ -17,9 +17,11 @@ from eval.metrics import (
     identity_by_attribute,
     identity_kept,
     interval,
+    interval_kept,
     kernel_distance,
     outside_alone,
     outside_change,
+    part_kept,
     perceptual_distance,
     released_score,
     sharpness,
@@ -159,6 +161,22 @@ def test_what_shades_hide_is_no_loss_of_identity() -> None:
     edited[..., among("accessories", ("sunglasses",))] = 1.0
     torch.testing.assert_close(identity_kept(edited, source), torch.ones(1))
     assert identity_by_attribute(edited, source)["skinColor"] == 1
+
+
+def test_the_interval_of_an_attribute_is_of_sums_over_targets() -> None:
+    left, whole = uniform(6, 3), uniform(6, 3) + 1
+    found = interval_kept((left, whole), 0)
+    assert found["mean"] == pytest.approx(part_kept((left, whole)), abs=1e-6)
+    assert found["low"] < found["mean"] < found["high"] and found["count"] == 6
+    # Where the whole is the same for all targets, it is the interval of their own parts.
+    even = interval_kept((left, torch.ones(6, 3)), 0)
+    expected = interval(1 - left.sum(dim=1) / 3, 0)
+    assert even == pytest.approx(expected, abs=1e-6)
+    # A target counts by what was to be changed.
+    left[0], whole[0] = 0, 1000
+    assert interval_kept((left, whole), 0)["mean"] > 0.98
+    alone = interval_kept((left[:1], whole[:1]), 0)
+    assert alone == {"mean": 1, "low": None, "high": None, "count": 1}
 
 
 # Pixels

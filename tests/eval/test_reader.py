@@ -53,6 +53,18 @@ def face(**values: str) -> Tensor:
     return with_presence(one_hot(torch.tensor([known])))[0]
 
 
+def test_it_judges_pictures_of_any_size_as_other_judges_do(reader: AvatarReader) -> None:
+    small = images().clamp(-1, 1)
+    _, readings = reader.read(small)
+    torch.testing.assert_close(reader.embed_images(small), readings, atol=1e-4, rtol=1e-4)
+    large = small.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert (reader.embed_images(large) - readings).abs().max() < 0.1
+    with pytest.raises(ValueError, match="expected square images, found 128 x 64"):
+        reader.embed_images(small[..., :64])
+    other = AvatarReader()
+    assert other.fingerprint != reader.fingerprint == reader.fingerprint
+
+
 def test_readings_are_shares_and_each_picture_has_its_own(reader: AvatarReader) -> None:
     _, found = reader.read(100 * images())
     assert found.shape == (3, OUTPUTS) and found.min() >= 0
