@@ -28,7 +28,7 @@ from predictor.mapper_file import (
     metadata_of,
     parse_metadata,
 )
-from predictor.tradeoff import MIDDLE, Keep, check_keep, keep_features, keep_layer
+from predictor.tradeoff import DEGREES, MIDDLE, UNITS, Keep, check_keep, keep_features, keep_layer
 from targetclip.command import write_file
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, tensor_bytes
 
@@ -79,11 +79,13 @@ class Mapper(OnTheHub, nn.Module):
     - `whitening` [embed_dim, embed_dim]: brings targets to unit variance in every direction; until
       set it brings unit vectors to coordinates of about 1.
     - `scale` [num_ws, w_dim]: the deviation of directions; ones until set.
+    - `keep_units` [degrees]: factors of what is read of the trade-off, where it is read.
     """
 
     centre: Tensor
     whitening: Tensor
     scale: Tensor
+    keep_units: Tensor
 
     def __init__(self, config: MapperConfig) -> None:
         super().__init__()
@@ -124,6 +126,8 @@ class Mapper(OnTheHub, nn.Module):
         self.keep_enter = keep_layer(config.width) if reads_keep else None
         self.keep_gain = keep_layer(heads) if reads_keep else None
         self.keep_score = keep_layer(1) if reads_keep else None
+        if reads_keep:
+            self.register_buffer("keep_units", torch.tensor(UNITS))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -153,7 +157,7 @@ class Mapper(OnTheHub, nn.Module):
         rows = torch.as_tensor(asked, dtype=torch.float32, device=self.scale.device)
         check_keep(float(rows.min()))
         check_keep(float(rows.max()))
-        return keep_features(rows.expand(count))
+        return keep_features(rows.expand(count)) * self.keep_units
 
     def check_size(self, embeddings: Float[Tensor, "batch embed"]) -> None:
         """Raise a ValueError for embeddings of another size."""
@@ -421,6 +425,8 @@ def load_mapper(
     check_made_for(config, generator, embedder, str(path))
     if metadata["format"] == FIRST_FORMAT and "score_linear.weight" not in state:
         state["score_linear.weight"] = torch.zeros(1, config.embed_dim)  # scores read features
+    if config.tradeoff is not None and "keep_units" not in state:
+        state["keep_units"] = torch.ones(DEGREES)  # as the first of these files were trained
     # No memory and no random numbers are spent on weights that are replaced at once.
     with torch.device("meta"):
         mapper = Mapper(config)
