@@ -28,7 +28,7 @@ from predictor.mapper_file import (
     metadata_of,
     parse_metadata,
 )
-from predictor.tradeoff import DEGREES, MIDDLE, UNITS, Keep, check_keep, keep_features, keep_layer
+from predictor.tradeoff import MIDDLE, UNITS, Keep, check_keep, keep_features, keep_layer
 from targetclip.command import write_file
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, tensor_bytes
 
@@ -425,8 +425,6 @@ def load_mapper(
     check_made_for(config, generator, embedder, str(path))
     if metadata["format"] == FIRST_FORMAT and "score_linear.weight" not in state:
         state["score_linear.weight"] = torch.zeros(1, config.embed_dim)  # scores read features
-    if config.tradeoff is not None and "keep_units" not in state:
-        state["keep_units"] = torch.ones(DEGREES)  # as the first of these files were trained
     # No memory and no random numbers are spent on weights that are replaced at once.
     with torch.device("meta"):
         mapper = Mapper(config)

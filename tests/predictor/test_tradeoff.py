@@ -20,7 +20,7 @@ from predictor.mapper_file import (
     MapperRecord,
     model_card,
 )
-from predictor.tradeoff import UNITS, TradeoffConfig, keep_features
+from predictor.tradeoff import TradeoffConfig, keep_features
 from targetclip.recipes import RECIPES
 
 CURVE = TradeoffConfig(identity_weights=(0.05, 1.0), decays=(1e-3, 3e-2))
@@ -246,19 +246,6 @@ def test_a_mapper_that_reads_a_place_outlives_its_file(half: bool, tmp_path: Pat
         assert file.metadata()["format"] == TRADEOFF_FORMAT
     assert "keep=0.7" in model_card(CORRECTED, RECORD)
     assert "keep=" not in model_card(PLAIN, RECORD)
-
-
-def test_a_file_without_units_was_trained_without_them(tmp_path: Path) -> None:
-    path, mapper = tmp_path / "mapper.safetensors", taught()
-    assert torch.equal(fresh(READING).keep_units, torch.tensor(UNITS))
-    mapper.keep_units.fill_(1.0)
-    save_mapper(mapper, path, RECORD)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    state = {name: tensor for name, tensor in mapper.state_dict().items() if name != "keep_units"}
-    save_file(state, path, metadata)
-    found = load_mapper(path)[0](embeddings(), 0.3).directions
-    assert torch.equal(found, mapper(embeddings(), 0.3).directions)
 
 
 @pytest.mark.parametrize(
