@@ -36,8 +36,8 @@ FORMATS = (TRADEOFF_FORMAT, FORMAT, SECOND_FORMAT, FIRST_FORMAT)
 START = 0.01  # deviation of fresh directions, as a part of scale
 REMEMBERED = 64  # places on the trade-off whose folded form is kept
 NO_TRADEOFF = (
-    "keep_identity: this mapper was trained at one identity weight and reads no other: drop it, or "
-    "train one that does: python -m train.mapper --help"
+    "keep_identity, --keep-identity: this mapper was trained at one identity weight and reads no "
+    "other: drop it, or train one that does: python -m train.mapper --help"
 )
 
 

@@ -18,7 +18,7 @@ from targetclip.recipes import Recipe
 DEGREES = 4
 # Factors of the polynomials of a fresh mapper. Adam moves all weights alike, so they say what is
 # learned first: an answer that is linear in the place, then its bends.
-UNITS = (4.0, 1.0, 0.5, 0.25)
+UNITS = (8.0, 4.0, 2.0, 1.0)
 MIDDLE = 0.5  # the place of a mapper that nobody has calibrated
 
 Number = TypeVar("Number", float, Tensor)

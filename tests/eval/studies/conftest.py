@@ -10,7 +10,7 @@ import torch
 from data.illustrated.codes import SIZE, VALUES, W_DIM
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
-from predictor.tradeoff import TradeoffConfig
+from predictor.tradeoff import UNITS, TradeoffConfig
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
 from targetclip.generators.rosinality import save_safetensors
@@ -86,7 +86,9 @@ def write_mapper(scene: Scene) -> Callable[..., Path]:
             mapper = Mapper(config)
             torch.nn.init.normal_(mapper.direction.weight)
             if mapper.keep_gain is not None:
-                mapper.keep_gain.weight[:, 0] -= 0.5  # shorter where more identity is kept
+                mapper.keep_gain.weight[:, 0] -= (
+                    0.5 / UNITS[0]
+                )  # shorter where more identity is kept
         path.parent.mkdir(parents=True, exist_ok=True)
         record = MapperRecord(
             recipe=recipe, calibration={}, licence="MIT", trained_on="nothing", version="0"
