@@ -417,8 +417,10 @@ class Page:
             found = kept.found
         else:
             found = self.find(opened, pictures, text, mode, keep, request, progress)
-        chosen = 0 if kept is None or kept.source_key != source_key else kept.chosen
-        shown = self.file_of(sources.pictures[chosen])
+        if kept is not None and kept.source_key == source_key:
+            chosen, shown = kept.chosen, kept.shown
+        else:
+            chosen, shown = 0, self.file_of(sources.pictures[0])
         kept = Kept(
             world=opened.world.name,
             target_key=target_key,
