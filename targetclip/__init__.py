@@ -45,7 +45,11 @@ if not TYPE_CHECKING:  # a type checker knows the names, and that there are no o
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":
-            return import_module("importlib.metadata").version("targetclip")
+            metadata = import_module("importlib.metadata")
+            try:
+                return metadata.version("targetclip")
+            except metadata.PackageNotFoundError:  # run from a checkout, as a Space does
+                return "not installed"
         if name not in HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(HOMES[name]), name)
