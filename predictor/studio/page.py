@@ -53,6 +53,14 @@ MODES = {
 MINE, GENERATED = "my pictures", "generated"
 PROGRESS = gr.Progress()  # how a handler asks Gradio for one
 KEPT = 1800  # seconds that a visitor's results are kept after the last use
+UPLOADS: dict[str, Any] = {  # of galleries that take pictures
+    "sources": ["upload", "webcam", "clipboard"],
+    "interactive": True,
+    "show_label": False,
+    "columns": 4,
+    "fit_columns": False,
+    "height": 150,
+}
 CSS = """
 .facts dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; margin: 0 }
 .facts dt { font-weight: 600 } .facts dd { margin: 0 }
@@ -171,13 +179,8 @@ class Page:
         self.targets = gr.Gallery(
             self.examples[:1] if self.offers else None,
             label="Targets",
-            show_label=False,
-            sources=["upload", "webcam", "clipboard"],
-            interactive=True,
-            columns=4,
-            fit_columns=False,
-            height=150,
             elem_id="targets",
+            **UPLOADS,
         )
         self.text = gr.Textbox(
             label="Or in words",
@@ -211,14 +214,9 @@ class Page:
         self.mine = gr.Gallery(
             self.example_sources if self.offers else None,
             label="Sources",
-            show_label=False,
-            sources=["upload", "webcam", "clipboard"],
-            interactive=True,
-            columns=4,
-            fit_columns=False,
-            height=150,
             visible=mine,
             elem_id="sources",
+            **UPLOADS,
         )
         self.count = gr.Slider(1, MAX_SOURCES, 4, step=1, label="Number", visible=not mine)
         self.seed = gr.Number(0, precision=0, minimum=0, label="Seed", visible=not mine)

@@ -374,8 +374,10 @@ def in_words(found: Found, edited: Edited, settings: Settings) -> dict[str, str]
     facts = {"Direction": f"found by {' and '.join(methods)}, in {took}"}
     if (check := check_in_words(found)) is not None:
         facts["Check"] = check
-    for name, scores in zip(found.names, edited.scores, strict=True):
-        label = "Transfer score" if len(found.names) == 1 else f"Transfer score, {name}"
+    for number, (name, scores) in enumerate(zip(found.names, edited.scores, strict=True), 1):
+        # Numbered, for two files may have one name.
+        one = len(found.names) == 1
+        label = "Transfer score" if one else f"Transfer score, target {number} ({name})"
         before, after = float(scores.target_before.mean()), float(scores.transfer)
         facts[label] = f"{after:.2f}, and {before:.2f} before; 1 is the target itself"
     kept = edited.scores[0].identity

@@ -63,7 +63,7 @@ def test_several_targets_are_mixed_by_their_weights(opened: OpenWorld, faces: li
         opened, found, generate_sources(opened, 1, 0), Settings(weights=(1, -0.5, 0.5, 0.5))
     )
     words = in_words(found, edited, Settings())
-    assert {"Transfer score, target", "Transfer score, a"} <= {*words}
+    assert {"Transfer score, target 1 (target)", "Transfer score, target 2 (a)"} <= {*words}
 
 
 def test_one_direction_and_layers_are_those_of_the_command(
