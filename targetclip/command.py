@@ -360,6 +360,15 @@ def choose_precision(asked: Precision | None = None, default: Precision = "fp32"
     return known[launched] if launched else default
 
 
+def fast_precision(device: "torch.device") -> Precision:
+    """Return bf16 where it is fast: accelerators have it, and some processors."""
+    import torch
+
+    # The public name of the check is newer than the oldest torch that the project takes.
+    fast = device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
+    return "bf16" if fast else "fp32"
+
+
 @contextmanager
 def in_precision(device: "torch.device", precision: Precision) -> Iterator[None]:
     """Compute convolutions, matrix products and attention in a precision; weights stay as they are.
