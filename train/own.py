@@ -153,30 +153,35 @@ def launched() -> tuple[int, int]:
     return rank, count
 
 
+def together(rank: int, processes: int, port: int) -> dict[str, str]:
+    """Return what tells a process who it works with, as a launcher would; nothing for one alone."""
+    if processes == 1:
+        return {}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    numbers |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), processes)
+    # Not the store of the launcher: in every stage they meet anew.
+    meet = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    return meet | {name: str(number) for name, number in numbers.items()}
+
+
 def call(words: Sequence[str], processes: int, stop: Stop) -> int:
     """Run a command in so many processes that work together; return its exit code.
 
     They are no part of the terminal's group, so a Ctrl-C comes to them once, from here.
     """
-    port, running = free_port(), list[subprocess.Popen[bytes]]()
-    told: float | None = None
+    port, told, running = free_port(), math.inf, list[subprocess.Popen[bytes]]()
     try:
         for rank in range(processes):
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-            own |= {"LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            # Not the store of the launcher: every stage meets anew.
-            own |= {"TORCHELASTIC_USE_AGENT_STORE": "False"}
-            more = {name: str(value) for name, value in own.items()} if processes > 1 else {}
+            environment = {**os.environ, **together(rank, processes, port)}
             line = [sys.executable, "-m", *words]
-            environment = {**os.environ, **more}
             running.append(subprocess.Popen(line, env=environment, start_new_session=True))
         while None in (codes := [process.poll() for process in running]):
-            if told is None and (stop.signal is not None or any(codes)):
+            if told == math.inf and (stop.signal is not None or any(codes)):
                 told = time.monotonic()
                 for process in running:
                     process.send_signal(signal.SIGINT)
-            elif told is not None and any(codes) and time.monotonic() - told > GRACE:
-                break  # those that wait for one that failed
+            if any(codes) and time.monotonic() - told > GRACE:
+                break  # the others wait for one that failed
             time.sleep(0.1)
     finally:
         for process in running:
