@@ -489,7 +489,6 @@ def test_a_file_that_a_row_only_names_is_opened_here_or_not_at_all(faces: Path) 
     assert bad(online) == {"faces:train:0": message.format(0)}
 
 
-@SAVERS
 def test_a_sample_of_a_set_is_the_same_for_its_seed_and_keeps_names_and_rows(
     tmp_path: Path,
 ) -> None:
@@ -515,6 +514,7 @@ def test_a_sample_of_pictures_from_seeds_is_the_first_of_them() -> None:
     assert few == open_targets("avataaars:2@5")
 
 
+@SAVERS
 def test_a_column_can_be_named(
     save: Callable[[datasets.Dataset, Path], None], tmp_path: Path
 ) -> None:
