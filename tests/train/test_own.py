@@ -26,10 +26,11 @@ from train.own_plan import Facts, flags_of, stages_of
 SMALL = {
     "pairs": 40,
     "steps": 4,
+    "precision": "fp32",
     "build_flags": "--steps 2 --batch-size 20 --held-out 2",
     "train_flags": "--targets generated:20@17 --validation generated:2@23 --width 16 --depth 1 "
     "--batch-size 2 --sources 2 --pairs-batch-size 8 --correction 4 --evaluate-every 3",
-    "calibrate_flags": "--targets generated:60@29 --count 1 --fitted 6 --sources 2 --probes 2",
+    "calibrate_flags": "--targets generated:60@29 --count 2 --fitted 6 --sources 2 --probes 2",
     "compare_flags": "--targets 2 --slow 1 --sources 2 --references 4 --max-steps 2",
 }
 # A stage that says who it works with, and waits or fails as it is told.
@@ -74,7 +75,8 @@ def small(tiny_world: Path, tmp_path: Path) -> Callable[..., Config]:
 def test_a_checkpoint_becomes_a_calibrated_mapper_though_it_was_stopped_on_the_way(
     small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(RECIPES, "consistent", replace(RECIPES["consistent"], steps=5))
+    quick = replace(RECIPES["consistent"], steps=5, sources=2, fresh_sources=False)
+    monkeypatch.setitem(RECIPES, "consistent", quick)
     config, first, second, third = small(), Here(), Here(), Here()
     out, log = config.out, loop.Trainer.log
 
