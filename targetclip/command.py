@@ -305,7 +305,10 @@ def command_line(
             continue
         values = () if value is True else value if isinstance(value, tuple) else (value,)
         shown = [v.resolve().name if isinstance(v, Path) else str(v) for v in values]
-        words += [f"--{name.replace('_', '-')}", *shown]
+        flag = f"--{name.replace('_', '-')}"
+        # What begins with a dash would else be taken for a flag.
+        dashed = len(shown) == 1 and shown[0].startswith("-")
+        words += [f"{flag}={shown[0]}"] if dashed else [flag, *shown]
     return shlex.join(words)
 
 

@@ -69,8 +69,8 @@ class Config:
     plan: bool = False
     """Time a few steps, print what each stage will cost on this device, and stop."""
     build_flags: str = ""
-    """Further flags of data.build as one text, such as "--steps 40". They go before those that are
-    chosen here."""
+    """Further flags of data.build, which go before those that are chosen here, as one text after an
+    equals sign: --build-flags="--steps 40"."""
     train_flags: str = ""
     """Further flags of train.mapper."""
     calibrate_flags: str = ""
@@ -243,6 +243,8 @@ def score_lines(report: Mapping[str, Any]) -> list[str]:
             cells.append(f"{score['mean']:.3f}{bounds}".replace("nan", ""))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name, scored in sets.items():
+        if name == "adversarial":  # there is no essence to bring
+            continue
         means = {method: row["transfer"]["mean"] for method, row in scored["all"].items()}
         best = max(means, key=lambda method: means[method])
         if best in ("mean-direction", "nearest-neighbour", "ridge"):
@@ -271,7 +273,7 @@ def report_text(config: Config, plan: Mapping[str, Any], progress: Mapping[str, 
     lines += ["Brackets hold 95 % of bootstrap means over targets. See the pictures as well.", ""]
     lines += score_lines(read(config.out / "compare/report.json"))
     lines += ["## Pictures", "", "Sources, then targets and the sources with their essence.", ""]
-    grids = [*sorted((config.out / "compare/grids").glob("*mapper.png"))]
+    grids = sorted((config.out / "compare/grids").glob("*mapper.png"))
     for path in [config.out / "mapper/grid.png", *grids, config.out / "calibrated/reliability.png"]:
         name = path.relative_to(config.out).as_posix()
         lines += [f"![{name}]({name.replace(' ', '%20')})", ""]

@@ -40,7 +40,7 @@ USABLE = 0.8  # of the free memory
 PROBED = (1, 8)  # images whose backward pass shows what one of them holds
 LOOKED_AT = 500  # pictures of a folder among which one to test by is looked for
 # Of other commands, for estimates alone
-HELD_OUT, VALIDATED, EXPECTED_ON = 16, 64 * 16, 4  # images for a pair, an evaluation, a target
+HELD_OUT, EXPECTED_ON = 16, 4  # images that score a pair or a validation target, and an expectation
 REFINING = 130  # steps that calibration refines a target's answers by
 METHODS, JUDGED = 8, 40  # of a comparison, and images that it renders of a target by each
 
@@ -206,7 +206,10 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
         words += ["--max-images", str(facts.fits)]
     pictures = sum(map(size_of, training.data.targets or ()))
     total = sum(stage.steps for stage in mapper.stages_of(training))
-    looks = (1 + total // training.evaluate_every) * VALIDATED * (4 if world.inverter else 2)
+    validated = sum(map(size_of, training.data.validation or ())) or 64
+    looks = (
+        (1 + total // training.evaluate_every) * validated * HELD_OUT * (4 if world.inverter else 2)
+    )
     passes = sum(s.steps * facts.pass_at(s.render_size) for s in transfer_stages(training))
     train = Stage(
         name="train",
@@ -464,7 +467,7 @@ def make_plan(config: Config, world: World, processes: int) -> None:
     check_done(config, stages, progress)
     content = {
         "world": world.name,
-        "device": f"{facts.device}, {facts.precision}, {processes} processes",
+        "device": f"{facts.device} in {facts.precision}, processes: {processes}",
         "asked": asked(config),
         "facts": asdict(facts),
         "stages": [asdict(stage) for stage in stages],
