@@ -117,8 +117,14 @@ def duration(seconds: float) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return the content of a file of JSON; nothing where there is none."""
-    content: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    """Return the content of a file of JSON; nothing where there is none. ValueError: it is
+    damaged."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}): delete it, it is made anew"
+        ) from error
     return content
 
 

@@ -263,7 +263,8 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
     flags = flags_of(words)
     tested, slow = int(flags["--targets"]), int(flags["--slow"])
     sets = 3 if world.argument == DEFAULT_WORLD else 1 + bool(facts.folder)
-    searched = slow * (2 if world.identity else 1) * RECIPES["consistent"].steps * a_step
+    cut = min(RECIPES["consistent"].steps, int(flags.get("--max-steps", sys.maxsize)))
+    searched = slow * (2 if world.identity else 1) * cut * a_step
     compare = Stage(
         name="compare",
         words=words,
@@ -458,7 +459,13 @@ def make_plan(config: Config, world: World, processes: int) -> None:
     check_trainable(config.targets)
     plan, progress = read(config.out / PLAN), read(config.out / PROGRESS)
     if plan and (progress or plan["asked"] == asked(config)):
-        facts = Facts(**plan["facts"])
+        try:
+            facts = Facts(**plan["facts"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{str(config.out / PLAN)!r} is of another version ({error}): delete it, and steps "
+                "are timed anew"
+            ) from error
         check_settings(config.out, {"files": facts.files}, {"files": world_files(world)})
     else:
         say("timing a few steps", error=True)
