@@ -94,6 +94,14 @@ def flags_of(words: Sequence[str]) -> dict[str, str]:
     return {n: v for n, v in flags.items() if n not in ("--out", "--world", "--mapper", "--pairs")}
 
 
+def number_of(flags: Mapping[str, str], name: str) -> int:
+    """Return the value of a flag. ValueError: it is no whole number."""
+    try:
+        return int(flags[name])
+    except ValueError as error:
+        raise ValueError(f"{name}: expected a whole number, found {flags[name]!r}") from error
+
+
 def build_config(words: Sequence[str]) -> build.Config:
     """Read the flags of data.build. SystemExit: a usage error, which is one line."""
     return command.parse(build.Config, "python -m data.build", None, [*words[1:]])
@@ -130,11 +138,11 @@ def schedule_of(steps: int, pairs: int, side: int | None) -> tuple[str, ...]:
     return first, f"transfer@{side}:{steps - last}", f"transfer:{last}"
 
 
-def images_of_step(config: mapper.Config, world: World) -> int:
-    """Return the images that a process renders in a step of the transfer term."""
+def images_of_batch(config: mapper.Config, world: World) -> int:
+    """Return the images that a batch of the transfer term renders."""
     recipe = RECIPES[config.transfer.recipe or world.recipe]
     sources = config.transfer.sources or recipe.sources
-    return config.batches.batch_size * sources * config.accumulate
+    return config.batches.batch_size * sources
 
 
 def transfer_stages(config: mapper.Config) -> list[TrainingStage]:
@@ -201,7 +209,7 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
         **shared,
     )
     training = mapper_config(words)
-    images = images_of_step(training, world)
+    images = images_of_batch(training, world)
     if training.max_images is None and facts.fits < images:
         words += ["--max-images", str(facts.fits)]
     pictures = sum(map(size_of, training.data.targets or ()))
@@ -216,7 +224,7 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
         words=words,
         result=f"mapper/{mapper.MAPPER}",
         what=f"{total} steps of {images} images, on {pictures} pictures",
-        seconds=images * passes + (pictures + looks) * facts.image,
+        seconds=training.accumulate * images * passes + (pictures + looks) * facts.image,
         parallel=True,
     )
 
@@ -235,7 +243,7 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
     )
     flags = flags_of(words)
     specs = flags["--targets"].split()
-    judge, teach = (int(flags[name]) * len(specs) for name in ("--count", "--fitted"))
+    judge, teach = (number_of(flags, n) * len(specs) for n in ("--count", "--fitted"))
     a_step = facts.pass_at() * usual.sources  # of a search for a target
     seen = sum(map(size_of, specs)) + EXPECTED_ON * teach
     calibrate = Stage(
@@ -261,15 +269,15 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
         **shared,
     )
     flags = flags_of(words)
-    tested, slow = int(flags["--targets"]), int(flags["--slow"])
+    tested, slow = number_of(flags, "--targets"), number_of(flags, "--slow")
     sets = 3 if world.argument == DEFAULT_WORLD else 1 + bool(facts.folder)
-    cut = min(RECIPES["consistent"].steps, int(flags.get("--max-steps", sys.maxsize)))
+    cut = number_of({"--max-steps": str(RECIPES["consistent"].steps), **flags}, "--max-steps")
     searched = slow * (2 if world.identity else 1) * cut * a_step
     compare = Stage(
         name="compare",
         words=words,
         result="compare/report.json",
-        what=f"{sets} sets of {tested} unseen targets, {slow} of each for searches",
+        what=f"{tested} unseen targets a set, {slow} for searches; sets: {sets}",
         seconds=sets * (searched + tested * METHODS * JUDGED * facts.image),
     )
     return [pairs, train, calibrate, compare][0 if number else 1 :]
@@ -286,15 +294,14 @@ def world_files(world: World) -> dict[str, str]:
 
 def found(config: Config, world: World, scene: Scene) -> Facts:
     """Return what can be known without timing. ValueError, OSError: as `open_targets`."""
-    device, own = scene.device, {}
-    for spec in config.targets:
-        own[spec] = open_targets(spec, scene.generator, scene.truncation)
-    first = {spec: sampled(few, LOOKED_AT, config.seed) for spec, few in own.items()}
-    folders = [
+    device = scene.device
+    own = {spec: open_targets(spec, scene.generator, scene.truncation) for spec in config.targets}
+    judging = (
         spec
-        for spec, few in first.items()
-        if os.path.isdir(spec) and next(of_split(few, "test", 1), None)
-    ]
+        for spec, targets in own.items()
+        if os.path.isdir(spec)
+        and next(of_split(sampled(targets, LOOKED_AT, config.seed), "test", 1), None)
+    )
     name = getattr(torch.get_device_module(device), "get_device_name", platform.machine)()
     return Facts(
         files=world_files(world),
@@ -303,7 +310,7 @@ def found(config: Config, world: World, scene: Scene) -> Facts:
         precision=command.choose_precision(config.precision, command.fast_precision(device)),
         resolution=scene.generator.resolution,
         pictures=sum(map(len, own.values())),
-        folder=folders[0] if folders else None,
+        folder=next(judging, None),
     )
 
 
@@ -363,7 +370,7 @@ def seconds_of_passes(
             loss.backward()
         return torch.stack([p.grad.sum() for p in made.parameters() if p.grad is not None])
 
-    images = images_of_step(replace(config, accumulate=1), world)
+    images = images_of_batch(config, world)
     sides = dict.fromkeys(stage.render_size for stage in transfer_stages(config))
     return {str(side): timed(partial(step, side)) / images for side in sides}
 

@@ -191,6 +191,7 @@ def test_more_processes_build_sooner_and_estimates_add_up(small: Callable[..., C
     [
         ({"train_flags": "--batch-sise 3"}, "unknown option --batch-sise"),
         ({"build_flags": "--recipe identity"}, "has an identity loss"),
+        ({"calibrate_flags": "--count many"}, "--count: expected a whole number, found 'many'"),
         ({"targets": ("held-out:4",)}, "kept for tests"),
         ({"world": "nowhere.toml"}, "no such world file"),
     ],
