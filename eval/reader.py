@@ -15,25 +15,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from data.illustrated.codes import (
-    ATTRIBUTES,
-    BEARDS,
-    COUNTS,
-    GLASSES,
-    HATS,
-    SIZE,
-    VALUES,
-)
-from data.illustrated.codes import (
-    HAIR_COLOURS as HAIR,
-)
+from data.illustrated import codes
+from data.illustrated.codes import ATTRIBUTES, BEARDS, COUNTS, GLASSES, HATS, SHADES, SIZE, VALUES
 from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
 from targetclip.encoders.inverter import PictureEncoder
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, save_half
 
 BUNDLED = Path(__file__).parent / "reader.safetensors"
 FORMAT = "targetclip-avatar-reader/1"
-HAIR_COLOURS = tuple(HAIR)
+HAIR_COLOURS = tuple(codes.HAIR_COLOURS)
 NAMES = [attribute.name for attribute in ATTRIBUTES]
 PRESENT = {
     "glasses": ("accessories", GLASSES),
@@ -41,7 +31,6 @@ PRESENT = {
     "hat": ("top", HATS),
 }
 INPUT = EncoderInput(SIZE, SIGNED, SIGNED, "bicubic")
-SHADES = ("kurt", "sunglasses", "wayfarers")
 
 
 @dataclass(frozen=True)

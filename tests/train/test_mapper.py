@@ -267,11 +267,11 @@ def test_a_tracked_training_writes_the_same_file(
     [
         (run, lambda out: Config(out=out, tracker="wandb")),
         (encoder.run, lambda out: encoder.Config(out=out, tracker="wandb")),
-        (generator.run, lambda out: generator.Config(out, tracker="wandb")),
-        (clip.run, lambda out: clip.Config(out, tracker="wandb")),
+        (generator.run, lambda out: generator.Config(out=out, tracker="wandb")),
+        (clip.run, lambda out: clip.Config(out=out, tracker="wandb")),
         *(
-            (module.run, lambda out, kind=module.Config: kind(out / "none", out, tracker="wandb"))
-            for module in (inverter, reader, identity)
+            (m.run, lambda out, kind=m.Config: kind(generator=out, out=out, tracker="wandb"))
+            for m in (inverter, reader, identity)
         ),
     ],
 )
