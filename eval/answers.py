@@ -102,11 +102,8 @@ def keep(path: Path, answer: Answer, settings: dict[str, Any]) -> None:
 
 def answer_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> Answer:
     """Return a method's answer to some targets: the one kept in `folder`, or a new one.
-
-    Raises:
-        ValueError: a part that the method needs is missing, or its edits are not finite.
-        OSError: the folder cannot be written into.
-    """
+    ValueError: a part that the method needs is missing, or its edits are not finite. OSError: the
+    folder cannot be written into."""
     path = folder / f"{targets.name} {name}.safetensors"
     settings = settings_of(name, bench, targets)
     answer = kept(path, settings)
@@ -123,10 +120,7 @@ def answer_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> Answer
 
 def earlier_report(path: Path, comparison: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an earlier run of the same comparison reported, or a report of nothing yet.
-
-    Raises:
-        ValueError: the file is of another comparison, or damaged.
-    """
+    ValueError: the file is of another comparison, or damaged."""
     same = json.loads(json.dumps(comparison))  # tuples become lists, as in the file
     if not path.exists():
         return {"comparison": same}

@@ -34,14 +34,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.targets import (
-    Target,
-    check_trainable,
-    default_targets,
-    of_split,
-    open_targets,
-    portable,
-)
+from data.targets import Target, check_trainable, default_targets, of_split, open_targets, portable
 from data.teacher import search_in_batches
 from eval.expectation import fit_expectation
 from eval.methods import Answer, mapped

@@ -40,14 +40,7 @@ from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import TEST_SOURCES, seed_of, source_seeds
 
 Part = Literal[
-    "mapper",
-    "correction",
-    "calibration",
-    "pairs",
-    "inverter",
-    "differences",
-    "encoder",
-    "identity",
+    "mapper", "correction", "calibration", "pairs", "inverter", "differences", "encoder", "identity"
 ]
 LACKING: dict[Part, str] = {
     "mapper": "there is no mapper (--mapper)",
@@ -127,8 +120,7 @@ def open_pair_table(folder: Path, scene: Scene) -> PairTable:
 
     Its penalty is that of the least squared error on the validation pairs.
 
-    Raises:
-        FileNotFoundError, ValueError: see `load_pairs` and `networks_of`; pairs of other networks.
+    FileNotFoundError, ValueError: see `load_pairs` and `networks_of`; pairs of other networks.
     """
     generator, embedder = scene.generator, scene.embedder
     train, validation = load_pairs(folder, "train"), load_pairs(folder, "validation")
@@ -235,9 +227,7 @@ class Answer:
         return offsets + self.correction.each(sources.to(offsets.device))
 
 
-def stacked_corrections(
-    corrections: Sequence[SourceCorrection | None],
-) -> SourceCorrection | None:
+def stacked_corrections(corrections: Sequence[SourceCorrection | None]) -> SourceCorrection | None:
     """Return corrections of one target each as one of a row a target, zero for None; None where
     all are None."""
     some = next((one for one in corrections if one is not None), None)

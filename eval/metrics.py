@@ -274,8 +274,7 @@ def frechet_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m feature
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), by torchmetrics in float64. Small
     samples make it too large: compare values of equally many images only.
 
-    Raises:
-        ValueError: fewer than two rows in a sample.
+    ValueError: fewer than two rows in a sample.
     """
     check_samples("FID", a, b)
     fid = FrechetInceptionDistance(feature=PassThrough(a.shape[1]))
@@ -291,8 +290,7 @@ def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features
     always the same, of as many rows of each sample as the smaller one has, at most 1,000. The
     expected value for one distribution is 0, whatever the size; a single value may be below.
 
-    Raises:
-        ValueError: fewer than two rows in a sample.
+    ValueError: fewer than two rows in a sample.
     """
     check_samples("KID", a, b)
     with warnings.catch_warnings():

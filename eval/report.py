@@ -346,17 +346,12 @@ def line_chart(
     return picture_of(figure, axes)
 
 
-def bar_chart(
-    title: str,
-    groups: Mapping[str, Mapping[str, float]],
-    y_label: str,
-) -> Image.Image:
+def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: str) -> Image.Image:
     """Draw a bar for each value, side by side: `groups[name][kind]`, kinds along the axis.
 
     Groups named as methods have the methods' colours.
 
-    Raises:
-        ValueError: there is no value, or no matplotlib.
+    ValueError: there is no value, or no matplotlib.
     """
     kinds = list(dict.fromkeys(kind for values in groups.values() for kind in values))
     if not kinds:

@@ -110,10 +110,7 @@ def content_of(kind: str, seed: int, index: int) -> Content:
 
 def avatar_set(name: str, named: Sequence[tuple[str, str, int]], seed: int) -> EvalSet:
     """Draw a set of avatars: the id, the kind of targets and the index of each.
-
-    Raises:
-        ValueError: the extra that draws avatars is missing.
-    """
+    ValueError: the extra that draws avatars is missing."""
     check_dicebear(f"the set {name!r}")
     return EvalSet(
         name=name,
@@ -247,11 +244,7 @@ def adversarial(count: int, side: int, sources: Pictures) -> EvalSet:
 
 def folder_set(path: Path, count: int, trusted: bool) -> EvalSet:
     """Return the first `count` pictures of a folder that are of the test split, or any `trusted`.
-
-    Raises:
-        ValueError: no folder, or no picture of it can be used.
-        OSError: a folder may not be read.
-    """
+    ValueError: no folder, or no picture of it can be used. OSError: a folder may not be read."""
     if not path.is_dir():
         raise ValueError(f"--folder: expected a folder of pictures, found none at {str(path)!r}")
     opened = open_folder(str(path))

@@ -13,15 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.judging import (
-    Goal,
-    Judged,
-    Judges,
-    edited_images,
-    goal_of,
-    judge_edits,
-    released_scores,
-)
+from eval.judging import Goal, Judged, Judges, edited_images, goal_of, judge_edits, released_scores
 from eval.methods import METHODS, Answer, Bench, right_answer
 from eval.metrics import (
     essence_by_attribute,
@@ -192,9 +184,7 @@ def set_report(
 
 
 def released_report(
-    comparison: Comparison,
-    sets: Sequence[EvalSet],
-    answers: Mapping[str, Mapping[str, Answer]],
+    comparison: Comparison, sets: Sequence[EvalSet], answers: Mapping[str, Mapping[str, Answer]]
 ) -> dict[str, Any]:
     """Return the released evaluation of every method whose edits reach any source.
 

@@ -93,10 +93,7 @@ def truth_of(contents: Sequence[Content]) -> Truth:
 
 def row_shown(place: str, row: Mapping[str, Any]) -> Shown:
     """Return what a row of a file says that a picture shows.
-
-    Raises:
-        ValueError: an attribute is missing or unknown, or has a value that is none of its words.
-    """
+    ValueError: an attribute is missing or unknown, or has a value that is none of its words."""
     if missing := [name for name in NEEDED if row.get(name) is None]:
         raise ValueError(
             f"{place}: expected {', '.join(NEEDED)}, found no {missing[0]}; what is not there is "
@@ -125,9 +122,7 @@ def read_truth(folder: Path) -> dict[str, Shown]:
     truth.json: {"joker.png": {"glasses": "", "beard": "goatee", ...}}; truth.csv: a column `file`
     and one for each attribute. Empty where there is neither file.
 
-    Raises:
-        ValueError: both are there, or one that is not such a file.
-        OSError: it cannot be read.
+    ValueError: both are there, or one that is not such a file. OSError: it cannot be read.
     """
     paths = [path for name in FILES if (path := folder / name).is_file()]
     if not paths:
@@ -153,8 +148,7 @@ def face_of(reader: AvatarReader, picture: Image.Image) -> tuple[int, ...] | Non
 
     A reading is right if the face that it stands for, drawn, is the picture (SAME).
 
-    Raises:
-        ValueError: the extra that draws avatars is missing.
+    ValueError: the extra that draws avatars is missing.
     """
     image = picture_to_tensor(picture, SIZE)
     with torch.no_grad():

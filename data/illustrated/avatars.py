@@ -60,10 +60,7 @@ def check_dicebear(what: str) -> None:
 @cache
 def definition(style: str) -> dict[str, Any]:
     """Return a style's definition: components, variants, colours and credits.
-
-    Raises:
-        ValueError: not one of the human styles; the extra `avatars` is not installed.
-    """
+    ValueError: not one of the human styles; the extra `avatars` is not installed."""
     if style not in TRAINED + HELD_OUT:
         raise ValueError(f"unknown style {style!r}: expected {', '.join(TRAINED + HELD_OUT)}")
     check_dicebear(f"style {style!r}")

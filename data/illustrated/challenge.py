@@ -133,11 +133,7 @@ def files() -> Iterator[tuple[str, bytes]]:
 
 def run(config: Config) -> None:
     """Draw everything into --out.
-
-    Raises:
-        ValueError: the extra that draws avatars is missing.
-        OSError: --out cannot be written into.
-    """
+    ValueError: the extra that draws avatars is missing. OSError: --out cannot be written into."""
     check_dicebear("the challenge")
     sums = []
     for folder in (config.out, config.out / "targets", config.out / "sources"):

@@ -128,8 +128,7 @@ def set_mapping(mapping: Mapping) -> None:
     interval begins less the one where it ends. Amounts are not negative, so the second leaky ReLU
     changes nothing.
 
-    Raises:
-        ValueError: a network of other sizes.
+    ValueError: a network of other sizes.
     """
     first, second = mapping.layers if len(mapping.layers) == 2 else (None, None)
     if not isinstance(first, EqualizedLinear) or not isinstance(second, EqualizedLinear):
@@ -249,9 +248,7 @@ def options_of(indices: Iterable[int]) -> Options:
     return options | {"facialHairColor": options["hairColor"], "accessoriesColor": ["#262e33"]}
 
 
-def draw_face(
-    indices: Sequence[int],
-) -> tuple[UInt8[ndarray, "128 128 3"], dict[str, str]]:
+def draw_face(indices: Sequence[int]) -> tuple[UInt8[ndarray, "128 128 3"], dict[str, str]]:
     """Render the picture of a face given as one index of a value for each attribute.
 
     Returns it with the value of each attribute.

@@ -143,10 +143,7 @@ def can_show(style: str, wish: Wish) -> bool:
 
 def constrain(style: str, wishes: dict[Wish, bool]) -> Options:
     """Return options that force things on or off; what is not wished for stays to the seed.
-
-    Raises:
-        ValueError: the style has no variant of what is to be on.
-    """
+    ValueError: the style has no variant of what is to be on."""
     for wish, there in wishes.items():
         if there and not can_show(style, wish):
             raise ValueError(f"{style} draws no {wish}: leave it out, or take another style")
