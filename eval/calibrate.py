@@ -18,7 +18,7 @@ score on the probe sources differs there.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.calibrate")
+    start("eval.calibrate", exclusive=True)
 
 import json
 import shlex
@@ -530,7 +530,3 @@ def run(
     then = f"python -m eval.compare --out REPORT --mapper {shlex.quote(str(path))}"
     command.say_next(config.out, "mapper.safetensors, report.json", then, error=True)
     return record
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.calibrate", exclusive=True)

@@ -143,7 +143,3 @@ def run(config: Config) -> None:
         sums.append(f"{hashlib.sha256(content).hexdigest()}  {name}\n")
     command.write_file(config.out / SUMS, "".join(sums))
     command.say_next(config.out, "targets, sources", "read data/challenge/README.md")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m data.illustrated.challenge")

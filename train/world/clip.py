@@ -417,7 +417,3 @@ def run(config: Config) -> None:
     command.write_json(config.out / "report.json", report)
     save_local_directory(average, config.out / "model")
     command.say_next(config.out, "model/, report.json", "read report.json")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m train.world.clip")

@@ -267,7 +267,3 @@ def run(config: Config) -> None:
     with command.whole_file(config.out / "generator.safetensors") as temporary:
         save_safetensors(network, temporary)  # the mapping is finer than half precision
     command.say_next(config.out, "generator.safetensors", "train its inverter and reader")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m train.world.generator")

@@ -118,7 +118,3 @@ def run(config: Config) -> None:
     average = train_by(config, identity, loss_at, evaluate, ema=0.998)
     save_identity(average.cpu(), config.out / "identity.safetensors")
     command.say_next(config.out, "identity.safetensors", "name it in the world's file")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m train.world.identity")

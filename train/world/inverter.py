@@ -84,7 +84,3 @@ def run(config: Config) -> None:
         inverter.load_state_dict(average.state_dict())
     save_inverter(average.cpu(), config.out / "inverter.safetensors")
     command.say_next(config.out, "inverter.safetensors, grid.png", "name it in the world's file")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m train.world.inverter")

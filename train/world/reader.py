@@ -138,7 +138,3 @@ def run(config: Config) -> None:
     average = train_by(config, reader, loss_at, evaluate, ema=0.998)
     save_reader(average, config.out / "reader.safetensors")
     command.say_next(config.out, "reader.safetensors", "give it to eval.reader.load_reader")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m train.world.reader")
