@@ -540,6 +540,16 @@ def teacher(name: str, needs: tuple[Part, ...] = (), slow: bool = False) -> Meth
     )
 
 
+def source_by_source(
+    find: Callable[[Bench, EvalSet], Answer], recipe: Recipe, needs: tuple[Part, ...] = ()
+) -> Method:
+    """Return a method that searches by a recipe for the edit of each test source."""
+    settings = asdict(recipe)
+    return Method(
+        find=find, needs=needs, settings=settings, optimizes=True, slow=True, per_source=True
+    )
+
+
 def baseline(answer: Callable[[PairTable, Tensor], Tensor], **settings: Any) -> Method:
     """Return a method of the table of pairs."""
     return Method(find=partial(by_pairs, answer=answer), needs=("pairs",), settings=settings)
@@ -557,25 +567,9 @@ METHODS: dict[str, Method] = {
     "nearest-neighbour": baseline(PairTable.nearest_directions),
     "ridge": baseline(PairTable.ridge_directions, penalties=list(PENALTIES)),
     "latent-blending": Method(find=by_latent_blending, needs=("inverter",)),
-    "clip-blending": Method(
-        find=by_clip_blending, settings=asdict(BLENDING), optimizes=True, slow=True, per_source=True
-    ),
-    "each-source": Method(
-        find=by_each_source,
-        needs=("identity",),
-        settings=asdict(EACH_SOURCE),
-        optimizes=True,
-        slow=True,
-        per_source=True,
-    ),
-    "own-mapper": Method(
-        find=by_own_mapper,
-        needs=("identity",),
-        settings=asdict(OWN_MAPPER),
-        optimizes=True,
-        slow=True,
-        per_source=True,
-    ),
+    "clip-blending": source_by_source(by_clip_blending, BLENDING),
+    "each-source": source_by_source(by_each_source, EACH_SOURCE, ("identity",)),
+    "own-mapper": source_by_source(by_own_mapper, OWN_MAPPER, ("identity",)),
     "differences": Method(find=by_differences, needs=("differences",)),
     "encoder": Method(find=by_encoder, needs=("encoder",)),
 }

@@ -96,6 +96,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
+def bullets(texts: Sequence[str]) -> list[str]:
+    """Return the lines of a list, and an empty one after it; nothing where there is no text."""
+    return [*(f"- {text}" for text in texts), *([""] if texts else [])]
+
+
 # report.md of the comparison
 
 
@@ -201,8 +206,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         f"scores in fp32; commit {report['commit'] or 'unknown'}.",
         "",
     ]
-    lines += [f"- left out: {words}" for words in report["left_out"]]
-    lines += [""] if report["left_out"] else []
+    lines += bullets([f"left out: {words}" for words in report["left_out"]])
     for name, scored in report["sets"].items():
         lines += set_section(name, scored)
     lines += released_section(report["released"], judges["people"])
@@ -241,8 +245,7 @@ def protocol_text(report: Mapping[str, Any]) -> str:
         "",
         facts + (f", {references} pictures to compare with." if references else "."),
         "",
-        *(f"- {words}" for words in report["notes"]),
-        *([""] if report["notes"] else []),
+        *bullets(report["notes"]),
         *released_table(report["methods"]),
     ]
     reading = PROTOCOL_READING.format(
@@ -524,8 +527,7 @@ def referee_text(report: Mapping[str, Any]) -> str:
         f"{len(report['sources'])} sources, {len(report['targets'])} targets, seed "
         f"{report['seed']} of the bootstrap.",
         "",
-        *(f"- {words}" for words in report["notes"]),
-        *([""] if report["notes"] else []),
+        *bullets(report["notes"]),
         *table(heads, rows),
         *table(["results", "FID", "KID", "results", "sources"], sizes),
     ]

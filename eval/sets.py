@@ -6,7 +6,7 @@ leaves out. Knows pictures, their ids and what avatars show; nothing of methods 
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,14 +69,9 @@ class EvalSet:
 
     def part(self, start: int, stop: int) -> "EvalSet":
         """Return the targets from `start` up to `stop`."""
-        span = slice(start, stop)
-        return EvalSet(
-            name=self.name,
-            ids=self.ids[span],
-            origins=self.origins[span],
-            pictures=self.pictures[span],
-            truth=None if self.truth is None else self.truth.part(span),
-        )
+        span, fields = slice(start, stop), ("ids", "origins", "pictures")
+        parts = {name: getattr(self, name)[span] for name in fields}
+        return replace(self, **parts, truth=self.truth and self.truth.part(span))
 
 
 def set_of(name: str, targets: Sequence[Target]) -> EvalSet:

@@ -80,10 +80,8 @@ def colours() -> dict[str, list[str]]:
 
 def word_of(style: str, component: str, variant: str) -> str:
     """Return what a variant shows, in the words of words.toml; "" if it shows nothing of these."""
-    for pattern, word in rules(style).get(component, {}).items():
-        if re.match(pattern, variant):
-            return word
-    return ""
+    patterns = rules(style).get(component, {}).items()
+    return next((word for pattern, word in patterns if re.match(pattern, variant)), "")
 
 
 @cache

@@ -800,7 +800,7 @@ def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     assert json.loads(ended.stdout) == {line: [code, False] for line, code in CODES.items()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_program_with_the_direction_so_far(
     tiny_world: Path, faces: list[Path], tmp_path: Path, number: signal.Signals
 ) -> None:
