@@ -245,16 +245,15 @@ def check_finding(options: Transfer) -> None:
     if mode == "refine":
         for name in given(search, ("initial", "steps")):
             raise ValueError(f"--{name}: a refinement has its own: drop it or --mode refine")
-    if mode == "optimize" and search.mapper is not None:
-        raise ValueError("--mapper: --mode optimize asks no mapper: drop one of them")
     if mode == "optimize" and edit.one_direction:
         raise ValueError("--one-direction: the optimizer finds no other: drop one of them")
-    if mode == "optimize" and search.keep_identity is not None:
-        raise ValueError("--keep-identity: --mode optimize asks no mapper: drop one of them")
-    for flag in given(search, ("mapper", "keep_identity")) if mode is None else ():
-        for name in given(search, OF_OPTIMIZER):
+    for name in given(search, ("mapper", "keep_identity")):
+        flag = name.replace("_", "-")
+        if mode == "optimize":
+            raise ValueError(f"--{flag}: --mode optimize asks no mapper: drop one of them")
+        if mode is None and (optimizers := given(search, OF_OPTIMIZER)):
             raise ValueError(
-                f"--{name} and --{flag.replace('_', '-')} need a mode: add --mode auto, or drop one"
+                f"--{optimizers[0]} and --{flag} need a mode: add --mode auto, or drop one"
             )
 
 
@@ -329,7 +328,7 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         )
     check_finding(options)
     target, source, edit, search = options.target, options.source, options.edit, options.search
-    output, machine = options.output, options.machine
+    machine = options.machine
     world = load_world(machine.world)
     name = search.recipe or world.recipe
     changes = {key: getattr(search, key) for key in given(search, OF_OPTIMIZER[1:])}
@@ -389,13 +388,9 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         identity_floor=edit.identity_floor,
         layers=layers,
         one_direction=edit.one_direction,
-        strip=options.show.strip,
-        morph=options.show.morph,
         seed=search.seed,
-        out=output.out,
-        overwrite=output.overwrite,
-        quiet=output.quiet,
-        json=output.json,
+        **vars(options.show),
+        **vars(options.output),
         device=machine.device,
         precision=choose_precision(machine.precision),
         max_images=machine.max_images,
