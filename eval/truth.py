@@ -188,16 +188,12 @@ def with_essence(face: Sequence[int], content: Content) -> tuple[int, ...]:
         pairs = zip(ATTRIBUTES, face, content, strict=True)
         return tuple(theirs if a.essence else own for a, own, theirs in pairs)
     own = {a.name: a.values[i] for a, i in zip(ATTRIBUTES, face, strict=True)}
-    wanted = dict(own)
-    wanted["accessories"] = value_for("accessories", own["accessories"], content.glasses)
-    facial = content.beard or content.moustache
-    wanted["facialHair"] = value_for("facialHair", own["facialHair"], facial)
-    if content.hat or content.hair:
-        wanted["top"] = value_for("top", own["top"], content.hat or content.hair)
-    elif kinds().get(word_of(STYLE, "top", own["top"])) == "hat":
-        wanted["top"] = value_for("top", own["top"], "short hair")
-    if content.mouth:
-        wanted["mouth"] = value_for("mouth", own["mouth"], content.mouth)
+    top = content.hat or content.hair
+    if not top and kinds().get(word_of(STYLE, "top", own["top"])) == "hat":
+        top = "short hair"
+    words = {"accessories": content.glasses, "facialHair": content.beard or content.moustache}
+    words |= {name: word for name, word in {"top": top, "mouth": content.mouth}.items() if word}
+    wanted = own | {name: value_for(name, own[name], word) for name, word in words.items()}
     if content.hair_colour:
         wanted["hairColor"] = HAIR_COLOURS[content.hair_colour]
     if content.hat_colour:

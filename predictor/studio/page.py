@@ -384,19 +384,17 @@ class Page:
             data[self.seed],
         )
         if kept is not None and kept.source_key == source_key:
-            sources = kept.sources
-        elif data[self.kind] == MINE:
-            sources = read_sources(opened, paths_of(data[self.mine]))
+            sources, chosen, shown = kept.sources, kept.chosen, kept.shown
         else:
-            sources = generate_sources(opened, int(data[self.count]), int(data[self.seed] or 0))
+            if data[self.kind] == MINE:
+                sources = read_sources(opened, paths_of(data[self.mine]))
+            else:
+                sources = generate_sources(opened, int(data[self.count]), int(data[self.seed] or 0))
+            chosen, shown = 0, self.file_of(sources.pictures[0])
         if kept is not None and kept.target_key == target_key:
             found = kept.found
         else:
             found = self.find(opened, pictures, text, mode, keep, request, progress)
-        if kept is not None and kept.source_key == source_key:
-            chosen, shown = kept.chosen, kept.shown
-        else:
-            chosen, shown = 0, self.file_of(sources.pictures[0])
         kept = Kept(
             world=opened.world.name,
             target_key=target_key,
