@@ -328,7 +328,6 @@ class Study:
         steps, rate = recipe.steps * times, recipe.learning_rate
         if gently:
             steps, rate = recipe.steps, REFINE_RATE
-        draws = [torch.Generator().manual_seed(seed_of("gap", self.config.seed, label))]
         flat = None if basis is None else basis.flatten(1)
         parameters = start if flat is None else start.flatten(2) @ flat.T / flat[0].square().sum()
 
@@ -338,15 +337,17 @@ class Study:
             edits: Edits = (parameters.float() @ flat).unflatten(-1, start.shape[-2:])
             return edits
 
-        def draw() -> Tensor:
-            count = len(objective.sources)
-            return draw_sources(count, recipe.sources, True, draws)[0].to(start.device)
-
         def search(part: slice) -> Found:
-            rows, first = self.embeddings[part], parameters[part]
+            draws = [torch.Generator().manual_seed(seed_of("gap", self.config.seed, label))]
+
+            def draw() -> Tensor:
+                count = len(objective.sources)
+                return draw_sources(count, recipe.sources, True, draws)[0].to(start.device)
+
+            rows, first, drawn = self.embeddings[part], parameters[part], draw if on_bank else None
             return descend(objective, rows, first, edits_of, steps, rate, label=label, draw=drawn)
 
-        objective, drawn = (self.bank, draw) if on_bank else (self.objective, None)
+        objective = self.bank if on_bank else self.objective
         return self.in_parts(search, recipe.sources if on_bank else len(self.sources))
 
     def spans(self) -> tuple[Tensor, Tensor]:
