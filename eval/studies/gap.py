@@ -645,6 +645,8 @@ def run(config: Config) -> dict[str, Any]:
     mapper = load_mapper(path, scene.generator.fingerprint, scene.embedder.fingerprint)[0]
     mapper = mapper.to(scene.device)
     trained, own = trained_recipe(mapper.record), RECIPES[world.recipe]
+    if mapper.config.tradeoff is not None and mapper.keep is not None:
+        trained = mapper.config.tradeoff.recipe_at(trained, mapper.keep)
     recipe = replace(trained, sources=own.sources, steps=own.steps)
     if config.max_steps is not None:
         recipe = replace(recipe, steps=min(recipe.steps, config.max_steps))
