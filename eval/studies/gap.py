@@ -250,8 +250,10 @@ class Study:
         with in_precision(self.scene.device, self.precision):
             for first in range(0, len(self.embeddings), at_once):
                 found.append(search(slice(first, first + at_once)))
+        edits = torch.cat([part.edits for part in found])
         curve = torch.cat([part.curve for part in found], dim=1)
-        return Found(edits=torch.cat([part.edits for part in found]), curve=curve)
+        curve[-1] = self.losses(edits)
+        return Found(edits=edits, curve=curve)
 
     def starts(self, restart: int, mapped: Edits) -> Edits:
         """Return the starts of a restart: none, the mapper's, then halves of random latents."""
@@ -387,27 +389,26 @@ class Study:
                 search, directions, gentle, REFINED_DIRECTION, corrected=True
             ),
         }
+        work[EDIT_IN_SPAN] = partial(edits, mapped, EDIT_IN_SPAN, edit_span)
+        work[DIRECTION_IN_SPAN] = partial(
+            edits, directions[:, None], DIRECTION_IN_SPAN, direction_span, on_bank=True
+        )
         for i in range(self.config.restarts):
             start = self.starts(i, mapped)
             work[f"{EDIT}/{i}"] = partial(edits, start, f"{EDIT}, restart {i}")
             start = self.starts(i, directions[:, None])[:, 0]
             work[f"{DIRECTION}/{i}"] = partial(search, start, longer, f"{DIRECTION}, restart {i}")
-        work[EDIT_IN_SPAN] = partial(edits, mapped, EDIT_IN_SPAN, edit_span)
-        work[DIRECTION_IN_SPAN] = partial(
-            edits, directions[:, None], DIRECTION_IN_SPAN, direction_span, on_bank=True
-        )
         return work
 
     def given(self, edits: Tensor) -> Found:
         return Found(edits=edits, curve=self.losses(edits)[None])
 
-    def entry(self, found: Found, seconds: float) -> dict[str, Any]:
-        """Return what the report keeps of edits: losses and scores of each target."""
-        edits = found.edits.expand(-1, len(self.sources), -1, -1)
-        losses = self.losses(edits).tolist()
-        judged = judge_edits(self.judges, goal_of(self.judges, self.targets), self.sources, edits)
-        scores = {name: judged.scores[name].tolist() for name in SCORES if name in judged.scores}
-        return {"loss": losses, **scores, "curve": found.curve.tolist(), "seconds": seconds}
+    def scores(self, edits: Edits) -> dict[str, list[float]]:
+        """Return scores of edits: of each a number a target."""
+        per_source = edits.float().expand(-1, len(self.sources), -1, -1)
+        goal = goal_of(self.judges, self.targets)
+        judged = judge_edits(self.judges, goal, self.sources, per_source).scores
+        return {name: judged[name].tolist() for name in SCORES if name in judged}
 
     @torch.no_grad()
     def seconds_a_step(self) -> dict[str, float]:
@@ -436,19 +437,28 @@ class Study:
 # Values
 
 
-def best_of(entries: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return, for each target, the restart of the lowest loss."""
-    restarts = [entry for key, entry in entries.items() if key.rpartition("/")[0] == name]
-    losses = torch.tensor([entry["loss"] for entry in restarts])
-    chosen = losses.argmin(dim=0).tolist()
-    best = {
-        key: [restarts[r][key][i] for i, r in enumerate(chosen)]
-        for key in ("loss", *SCORES)
-        if key in restarts[0]
-    }
-    curves = torch.tensor([entry["curve"] for entry in restarts]).amin(dim=0)
-    seconds = sum(entry["seconds"] for entry in restarts)
-    return {**best, "curve": curves.tolist(), "seconds": seconds, "restarts": chosen}
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What the report tells of one way to edit; of restarts, the best one of each target."""
+
+    edits: Edits
+    loss: Losses
+    curve: Float[Tensor, "marks rows"]
+
+
+def rows_of(entries: Mapping[str, Any], edits: Mapping[str, Edits]) -> dict[str, Row]:
+    """Return a row of each name; searches NAME/0, NAME/1 are restarts of one."""
+    restarts: dict[str, list[str]] = {}
+    for key in entries:
+        restarts.setdefault(key.split("/")[0], []).append(key)
+    rows = {}
+    for name, keys in restarts.items():
+        losses = torch.tensor([entries[key]["loss"] for key in keys])
+        chosen = losses.argmin(dim=0)
+        best = torch.stack([edits[key] for key in keys])[chosen, range(len(chosen))]
+        curve = torch.tensor([entries[key]["curve"] for key in keys]).amin(dim=0)
+        rows[name] = Row(edits=best, loss=losses.amin(dim=0), curve=curve)
+    return rows
 
 
 def part_of(
@@ -459,11 +469,10 @@ def part_of(
     return interval_kept(((whole - part)[:, None], whole[:, None]), seed)
 
 
-def summed_up(entries: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return the values of all rows with intervals, their differences, curves and counts."""
-    rows = {name: entry for name, entry in entries.items() if "/" not in name}
-    rows |= {name: best_of(entries, name) for name in (DIRECTION, EDIT)}
-    losses = {name: torch.tensor(row["loss"]) for name, row in rows.items()}
+def summed_up(rows: Mapping[str, Row], seed: int) -> dict[str, Any]:
+    """Return the values of all rows with intervals, their differences and curves.
+    ValueError: no search found an edit that is better than none."""
+    losses = {name: row.loss for name, row in rows.items()}
     losses[DIRECTION] = torch.minimum(losses[DIRECTION], losses[NOTHING])  # a direction as well
     nothing = losses[NOTHING]
     whole, one = nothing - losses[EDIT], nothing - losses[DIRECTION]
@@ -485,9 +494,7 @@ def summed_up(entries: Mapping[str, Any], seed: int) -> dict[str, Any]:
         "amortization of the edits": apart(EDIT_IN_SPAN, MAPPER),
     }
     curves = {
-        name: [
-            float((nothing - torch.tensor(at)).sum() / whole.sum()) for at in rows[name]["curve"]
-        ]
+        name: [float((nothing - at).sum() / whole.sum()) for at in rows[name].curve]
         for name in (TEACHER, DIRECTION, EDIT, REFINED_DIRECTION, REFINED)
     }
     never_worse = {
@@ -503,10 +510,6 @@ def summed_up(entries: Mapping[str, Any], seed: int) -> dict[str, Any]:
         "values": {name: part_of(nothing - x, whole, seed) for name, x in losses.items()},
         "values_of_directions": {
             name: part_of(nothing - x, one, seed) for name, x in losses.items()
-        },
-        "scores": {
-            name: {s: interval(torch.tensor(row[s]), seed) for s in SCORES if s in row}
-            for name, row in rows.items()
         },
         "decomposition": decomposition,
         "curves": curves,
@@ -607,20 +610,20 @@ def charts(report: Mapping[str, Any]) -> dict[str, Image.Image]:
     }
 
 
-def sheet(study: Study, shown: Mapping[str, Edits], report: Mapping[str, Any]) -> Image.Image:
-    """Return a row of edited sources for each of a few targets and ways to edit."""
+def sheet(study: Study, rows: Mapping[str, Row]) -> Image.Image:
+    """Return the sources, and as edited for each of a few targets by a few ways."""
     unedited = tensor_to_pictures(study.scene.render(study.sources))
-    rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
-    entries = report["entries"]
-    best = best_of(entries, EDIT)["restarts"], best_of(entries, DIRECTION)["restarts"]
+    lines = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
     for i, picture in enumerate(study.targets.pictures[:SHOWN]):
-        names = {MAPPER: MAPPER, TEACHER: TEACHER}
-        names |= {DIRECTION: f"{DIRECTION}/{best[1][i]}", EDIT: f"{EDIT}/{best[0][i]}"}
-        for label, name in names.items():
-            edit = shown[name][i].to(study.scene.device)
-            edited = study.scene.render(study.sources + edit)
-            rows[f"{i}, {label}"] = [picture, *tensor_to_pictures(edited)]
-    return labelled_grid(None, rows)
+        for name in (MAPPER, TEACHER, DIRECTION, EDIT):
+            edit = rows[name].edits[i].float().to(study.scene.device)
+            edited = tensor_to_pictures(study.scene.render(study.sources + edit))
+            lines[f"{i}, {name}"] = [picture, *edited]
+    return labelled_grid(None, lines)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -674,27 +677,36 @@ def run(config: Config) -> dict[str, Any]:
     file, kept = config.out / "report.json", config.out / "edits.safetensors"
     report: dict[str, Any] = {"entries": {}} | earlier_report(file, comparison)
     command.make_folder(config.out)
-    shown = read_tensors(kept, "edits", [FORMAT], "")[1] if kept.is_file() else {}
+    edits = read_tensors(kept, "edits", [FORMAT], "")[1] if kept.is_file() else {}
+    if "seconds_a_step" not in report:
+        report |= {"device": device_name(scene.device), "seconds_a_step": study.seconds_a_step()}
     for name, find in tqdm(study.work().items(), unit="search"):
-        if name in report["entries"] and name in shown:
+        if name in report["entries"] and name in edits:
             continue
         begun = time.perf_counter()
         found = find()
-        report["entries"][name] = study.entry(found, time.perf_counter() - begun)
-        shown[name] = found.edits[:SHOWN].cpu()
-        save_tensors(kept, shown, {"format": FORMAT})
+        edits[name] = found.edits.half().cpu()
+        save_tensors(kept, edits, {"format": FORMAT})
+        report["entries"][name] = {
+            "loss": found.curve[-1].tolist(),
+            "curve": found.curve.tolist(),
+            "seconds": time.perf_counter() - begun,
+        }
         command.write_json(file, report)
-    report |= summed_up(report["entries"], config.seed)
-    report["device"] = str(scene.device)
-    if scene.device.type == "cuda":
-        report["device"] = torch.cuda.get_device_name(scene.device)
-    report["seconds_a_step"] = study.seconds_a_step()
+    rows = rows_of(report["entries"], edits)
+    report |= summed_up(rows, config.seed)
+    report["scores"] = {
+        name: {
+            s: interval(torch.tensor(v), config.seed) for s, v in study.scores(row.edits).items()
+        }
+        for name, row in tqdm(rows.items(), "judge", unit="edit")
+    }
     command.write_json(file, report)
     text = report_text(report)
     command.write_file(config.out / "report.md", text)
     for name, picture in charts(report).items():
         write_picture(picture, config.out / f"{name}.png")
-    write_picture(sheet(study, shown, report), config.out / "sheet.png")
+    write_picture(sheet(study, rows), config.out / "sheet.png")
     print(text)
     command.say_next(config.out, "report.md, charts, sheet.png", "read report.md", error=True)
     return report

@@ -20,10 +20,10 @@ from eval.studies.gap import (
     REFINED,
     TEACHER,
     Config,
-    best_of,
     descend,
     marks_of,
     part_of,
+    rows_of,
     run,
     span_of,
     steps_to,
@@ -89,13 +89,15 @@ def test_a_span_has_the_rank_of_its_columns_and_holds_them() -> None:
 
 
 def test_the_best_restart_is_chosen_target_by_target() -> None:
-    def entry(losses: list[float], essence: list[float]) -> dict[str, Any]:
-        return {"loss": losses, "essence": essence, "curve": [losses], "seconds": 2.0}
+    def entry(losses: list[float]) -> dict[str, Any]:
+        return {"loss": losses, "curve": [[9.0, 9.0], losses]}
 
-    entries = {"a/0": entry([1.0, 5.0], [0.1, 0.2]), "a/1": entry([3.0, 4.0], [0.3, 0.4])}
-    best = best_of(entries, "a")
-    assert best["loss"] == [1.0, 4.0] and best["restarts"] == [0, 1]
-    assert best["essence"] == [0.1, 0.4] and best["seconds"] == 4.0
+    entries = {"a/0": entry([1.0, 5.0]), "a/1": entry([3.0, 4.0]), "b": entry([7.0, 7.0])}
+    edits = {name: torch.full((2, 1, 1, 1), float(i)) for i, name in enumerate(entries)}
+    rows = rows_of(entries, edits)
+    assert list(rows) == ["a", "b"]
+    assert rows["a"].loss.tolist() == [1.0, 4.0] and rows["a"].edits.flatten().tolist() == [0, 1]
+    assert rows["a"].curve.tolist() == [[9.0, 9.0], [1.0, 4.0]]
 
 
 def test_a_part_of_the_way_is_of_sums_over_targets() -> None:
