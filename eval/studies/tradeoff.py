@@ -83,6 +83,8 @@ class Config:
     """The teacher's recipe, but for the two weights. Default: the world's."""
     max_steps: int | None = None
     """Cut every search to so many steps."""
+    max_images: int | None = None
+    """Images at once. Default: 64."""
     precision: Precision | None = None
     """Of searches; scores are in float32. Default: accelerate's, or else fp32."""
     test: bool = False
@@ -93,7 +95,7 @@ class Config:
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for options that are out of range."""
-    command.check_least(config, targets=1, teachers=0, sources=2, max_steps=1)
+    command.check_least(config, targets=1, teachers=0, sources=2, max_steps=1, max_images=1)
     if len(config.keeps) < 2 or len(config.strengths) < 2:
         raise ValueError("--keeps, --strengths: expected two or more to draw a line through")
     for keep in config.keeps:
@@ -291,7 +293,7 @@ def run(config: Config) -> dict[str, Any]:
     check_charts()
     world, precision = load_world(config.world), choose_precision(config.precision)
     command.say(f"loading world {world.name}", error=True)
-    scene = load_scene(world, command.choose_device())
+    scene = load_scene(world, command.choose_device(), max_images=config.max_images)
     mappers = open_mappers(config, world, scene)
     recipe = RECIPES[config.recipe or world.recipe]
     if config.max_steps is not None:

@@ -148,6 +148,7 @@ def test_without_a_mapper_that_reads_it_there_is_no_teacher(
         ({"keeps": (0.0, 1.5)}, "--keeps: expected a number from 0 to 1"),
         ({"strengths": (0.0, 1.0)}, "--strengths: expected numbers above 0"),
         ({"sources": 1}, "--sources: expected 2 or more"),
+        ({"max_images": 0}, "--max-images: expected 1 or more"),
     ],
 )
 def test_options_without_sense_are_refused(
