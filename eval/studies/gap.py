@@ -66,6 +66,8 @@ TEACHER, SHIPPED, LOW = "teacher", "teacher, its recipe's decay", "teacher, a fi
 DIRECTION, EDIT = "best direction", "best edit of each source"
 DIRECTION_IN_SPAN, EDIT_IN_SPAN = f"{DIRECTION}, mapper's span", f"{EDIT}, mapper's span"
 REFINED_DIRECTION, REFINED = "mapper, direction refined", "mapper, edit of each source refined"
+REFINED_IN_SPAN, SECOND = f"{REFINED}, its span", "mapper, second pass"
+PARTS = (0.0, 0.25, 0.5, 1.0)  # of a second pass's answer, the best of which is added
 
 ALL = slice(None)
 Edits = Float[Tensor, "rows #sources num_ws w_dim"]
@@ -363,6 +365,20 @@ class Study:
             weights.append(scale * mapper.correction.basis.weight)
         return span_of(weights[:1], num_ws), span_of(weights, num_ws)
 
+    @torch.no_grad()
+    def second_pass(self, mapped: Edits) -> Edits:
+        """Return edits with the mapper's answer to what is left: to the target's embedding less
+        that of each edited source. As much of it is added as makes the loss lowest."""
+        unit = torch.nn.functional.normalize
+        left = unit(self.embeddings)[:, None] - unit(
+            self.scene.features((self.sources + mapped).flatten(0, 1), self.recipe.preprocess)
+        ).unflatten(0, mapped.shape[:2])
+        answers = self.mapper.directions_of_differences(left.flatten(0, 1))
+        tried = [mapped + part * answers.view_as(mapped) for part in PARTS]
+        losses = torch.stack([self.losses(edits) for edits in tried])
+        best: Edits = torch.stack(tried)[losses.argmin(dim=0), range(len(mapped))]
+        return best
+
     # All of them
 
     def work(self) -> dict[str, Callable[[], Found]]:
@@ -381,10 +397,12 @@ class Study:
             NOTHING: partial(given, nothing[:, None]),
             ALONE: partial(given, directions[:, None]),
             MAPPER: partial(given, mapped),
+            SECOND: lambda: given(self.second_pass(mapped)),
             TEACHER: partial(search, nothing, recipe, TEACHER),
             SHIPPED: partial(search, nothing, shipped, SHIPPED),
             LOW: partial(search, nothing, low, LOW),
             REFINED: partial(edits, mapped, REFINED, gently=True),
+            REFINED_IN_SPAN: partial(edits, mapped, REFINED_IN_SPAN, edit_span, gently=True),
             REFINED_DIRECTION: partial(
                 search, directions, gentle, REFINED_DIRECTION, corrected=True
             ),
@@ -495,7 +513,7 @@ def summed_up(rows: Mapping[str, Row], seed: int) -> dict[str, Any]:
     }
     curves = {
         name: [float((nothing - at).sum() / whole.sum()) for at in rows[name].curve]
-        for name in (TEACHER, DIRECTION, EDIT, REFINED_DIRECTION, REFINED)
+        for name in (TEACHER, DIRECTION, EDIT, REFINED_DIRECTION, REFINED, REFINED_IN_SPAN)
     }
     never_worse = {
         f"{after} than {before}": float((losses[after] <= losses[before] + 1e-4).double().mean())
@@ -595,8 +613,8 @@ def charts(report: Mapping[str, Any]) -> dict[str, Image.Image]:
     for name, curve in report["curves"].items():
         marks = marks_of(steps_of(name, settings["recipe"]["steps"], settings["times"]))
         points = list(zip(marks, curve, strict=True))
-        kind = "edit" if name in (EDIT, REFINED) else "direction"
-        begun = alone["mapper"] if name in (REFINED, REFINED_DIRECTION) else 0.0
+        kind = "edit" if name in (EDIT, REFINED, REFINED_IN_SPAN) else "direction"
+        begun = alone["mapper"] if name.startswith(MAPPER) else 0.0
         later = [(begun + alone[kind] * step, value) for step, value in points if step]
         # A logarithm has no place for 0.
         by_step.append(Series(name=name, points=[(max(x, 0.5), y) for x, y in points], joined=True))

@@ -18,6 +18,7 @@ from eval.studies.gap import (
     MAPPER,
     NOTHING,
     REFINED,
+    SECOND,
     TEACHER,
     Config,
     descend,
@@ -125,6 +126,7 @@ def test_a_mapper_stands_between_no_edit_and_the_best_one(
     # What is searched from the mapper's answer on the sources that judge is never worse.
     assert values[REFINED] >= values[MAPPER] - 1e-6
     assert report["never_worse"][f"{REFINED} than {MAPPER}"] == 1
+    assert values[SECOND] >= values[MAPPER] - 1e-4  # nothing may be added
     # The mapper of this test has no correction, so its edits are its direction.
     assert values[MAPPER] == pytest.approx(values[ALONE], abs=1e-4)
     parts = report["decomposition"]
