@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.sets import study_set
 from eval.studies import tradeoff
-from eval.studies.tradeoff import TEACHER, Config, area, areas_of, joined, run
+from eval.studies.tradeoff import TEACHER, Config, area, areas_of, run
 from predictor.tradeoff import TradeoffConfig
 
 ENDS = TradeoffConfig(identity_weights=(0.05, 1.0), decays=(1e-3, 3e-2))
@@ -82,16 +81,6 @@ def test_curves_of_other_numbers_of_targets_are_compared_on_those_of_both() -> N
     assert found["areas"]["many"]["mean"] < found["areas"]["few"]["mean"]
     one = areas_of({"one": points([[0.5], [0.9]], [[0.6], [0.2]])}, seed=0)["areas"]["one"]
     assert one["low"] is None and one["count"] == 1
-
-
-def test_sets_are_joined_in_turn() -> None:
-    targets = study_set(4)
-    halves = [targets.part(0, 2), targets.part(2, 4)]
-    both = joined("both", halves)
-    assert both.ids == tuple(targets.ids[i] for i in (0, 2, 1, 3))
-    assert both.truth is not None and targets.truth is not None
-    assert both.truth.contents == tuple(targets.truth.contents[i] for i in (0, 2, 1, 3))
-    assert both.truth.readings[1].equal(targets.truth.readings[2])
 
 
 # The command
