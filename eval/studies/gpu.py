@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("eval.studies.gpu")
 
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from eval import bench as benches
@@ -81,18 +83,31 @@ class Study:
         self.report: dict[str, Any] = {"machine": {"device": device.type, **costs.machine()}}
         if device.type == "cuda":
             self.report["machine"]["device"] = torch.cuda.get_device_name(device)
-        self.peak = 0.0
-        """Bf16 matrix products, in 10^12 operations a second; 0 until measured."""
+        self.peak = self.copied = 0.0
+        """Best bf16 rate in 10^12 operations, and of copies in 10^9 bytes a second; 0 until
+        measured."""
 
     def ceilings(self) -> Values:
         sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**28)
         self.peak = costs.matrix_rate(torch.bfloat16, sides, self.device) / 1e3
+        self.copied = costs.copy_rate(count, self.device)
         with benches.cuda_settings(self.device, tf32=True):
             tf32 = costs.matrix_rate(torch.float32, sides, self.device) / 1e3
-        source, target = torch.zeros(2, count, device=self.device)
-        seconds = median_seconds(lambda: target.copy_(source), self.device, 0.2)
-        copied = 8 * count / seconds / 1e9
-        return {"bf16 TFLOP/s": self.peak, "TF32 TFLOP/s": tf32, "copied GB/s, both ways": copied}
+        values = {"bf16 TFLOP/s": self.peak, "TF32 TFLOP/s": tf32}
+        return {**values, "copied GB/s, both ways": self.copied}
+
+    def convolutions(self, size: int) -> Values:
+        """Time each convolution of a step of `release` alone, and count the step's floors."""
+        sizes = self.sizes[size]
+        rate, seconds = costs.convolution_rate(sizes, torch.bfloat16, self.device)
+        self.peak = max(self.peak, rate / 1e3)
+        operations = self.operations_of(size, sizes.sources) / 1e9
+        values = {"best TFLOP/s": rate / 1e3, "ms of all in a step": 1e3 * seconds}
+        values["least ms of a step by operations"] = operations / self.peak
+        if self.copied:
+            moved = costs.least_bytes(sizes, torch.bfloat16.itemsize) / 1e6
+            values["least ms of a step by memory"] = moved / self.copied
+        return values
 
     def parity(self, precision: Precision, tf32: bool | None) -> Values:
         """Compare features of renderings, and directions after 3 steps, with fp32 here."""
@@ -177,11 +192,14 @@ class Study:
             raise ValueError("expected an accelerator")
         bench = copy.copy(self.bench(size))
         bench.budget = 0.0
+        os.environ.setdefault("TEARDOWN_CUPTI", "0")  # CUDA graphs can crash after that
         with profile(record_shapes=True) as found:  # of all kinds of devices
             steps = 4 + len(bench.steps("release"))
         events: Any = found.key_averages(group_by_input_shape=True)
         spent = dict[str, float]()
         for event in events:
+            if event.device_type != DeviceType.CPU:
+                continue  # a kernel: its time is counted for the operation that started it
             name = f"{event.key} {event.input_shapes[:2]}"
             spent[name] = spent.get(name, 0) + event.self_device_time_total / 1e3 / steps
         slowest = sorted(spent, key=lambda name: -spent[name])[:30]
@@ -250,6 +268,9 @@ class Study:
         """Yield part, row, most seconds and work of every measurement, by what it is worth."""
         low, high = self.sizes
         yield "ceilings", "matrix products, copies", 20, self.ceilings
+        for size in (low, high):
+            convolutions = partial(self.convolutions, size)
+            yield "ceilings", f"convolutions of {size} px, bf16", 20, convolutions
         yield "parity", "fp32 without TF32", 30, partial(self.parity, "fp32", False)
         default = "fp32 as torch has it, TF32 in convolutions"
         yield "parity", default, 30, partial(self.parity, "fp32", None)
@@ -294,9 +315,13 @@ class Study:
         left = self.end - (begun := self.clock())
         if left < seconds / 4:
             return f"{NOT_MEASURED}: no time was left"
-        costs.free_memory(self.device)
-        with costs.at_most(min(seconds, left)):
-            values = costs.tried(work)
+
+        def within() -> Values:
+            costs.free_memory(self.device)  # an error of the last measurement may show only here
+            with costs.at_most(min(seconds, left)):
+                return work()
+
+        values = costs.tried(within)
         return values if isinstance(values, str) else {**values, "took s": self.clock() - begun}
 
     def run(self) -> dict[str, Any]:
