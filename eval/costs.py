@@ -122,10 +122,11 @@ def least_bytes(sizes: Sizes, bytes_each: int) -> int:
     """
     with torch.device("meta"):
         generator, embedder = random_networks(sizes)
-    maps = [conv.noise.numel() * len(conv.bias) for conv in generator.convs]
-    parts: tuple[Any, ...] = (generator.convs, generator.to_rgbs, embedder.clip.visual)
-    weights = sum(weight.numel() for part in parts for weight in part.parameters())
-    return 5 * sizes.sources * sum(maps) * bytes_each + 2 * 4 * weights
+    convs: Any = generator.convs
+    maps: int = sum(conv.noise.numel() * len(conv.bias) for conv in convs)
+    parts: tuple[Any, ...] = (convs, generator.to_rgbs, embedder.clip.visual)
+    weights: int = sum(weight.numel() for part in parts for weight in part.parameters())
+    return 5 * sizes.sources * maps * bytes_each + 2 * 4 * weights
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -205,7 +206,7 @@ class Convolutions(TorchDispatchMode):
     are none."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = Counter[tuple[Any, ...]]()
 
     def __torch_dispatch__(
@@ -275,12 +276,16 @@ def convolution_rate(
     return best, total
 
 
+class Expired(Exception):
+    """Something took too long. No TimeoutError: compilers catch those of their own."""
+
+
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError in a block that takes longer; again where it is swallowed."""
+    """Raise Expired in a block that takes longer; again where it is swallowed."""
 
     def expire(number: int, frame: object) -> None:
-        raise TimeoutError(f"took longer than {seconds:.0f} s")
+        raise Expired(f"took longer than {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, seconds, 5)
