@@ -92,7 +92,7 @@ class Study:
         measured."""
 
     def ceilings(self) -> Values:
-        sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**28)
+        sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**30)
         self.peak = costs.matrix_rate(torch.bfloat16, sides, self.device) / 1e3
         self.copied = costs.copy_rate(count, self.device)
         with benches.cuda_settings(self.device, tf32=True):
