@@ -77,6 +77,11 @@ class Study:
         self.operations_of = cache(
             lambda size, sources: costs.count_operations(replace(self.sizes[size], sources=sources))
         )
+        self.gigabytes_of = cache(
+            lambda size, sources, each: (
+                costs.least_bytes(replace(self.sizes[size], sources=sources), each) / 1e9
+            )
+        )
         self.bench = cache(lambda size: Bench(self.sizes[size], device, self.budget))
 
         self.report: dict[str, Any] = {"machine": {"device": device.type, **costs.machine()}}
@@ -87,7 +92,7 @@ class Study:
         measured."""
 
     def ceilings(self) -> Values:
-        sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**28)
+        sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**30)
         self.peak = costs.matrix_rate(torch.bfloat16, sides, self.device) / 1e3
         self.copied = costs.copy_rate(count, self.device)
         with benches.cuda_settings(self.device, tf32=True):
@@ -104,8 +109,8 @@ class Study:
         values = {"best TFLOP/s": rate / 1e3, "ms of all in a step": 1e3 * seconds}
         values["least ms of a step by operations"] = operations / self.peak
         if self.copied:
-            moved = costs.least_bytes(sizes, torch.bfloat16.itemsize) / 1e6
-            values["least ms of a step by memory"] = moved / self.copied
+            moved = self.gigabytes_of(size, sizes.sources, 2)
+            values["least ms of a step by memory"] = 1e3 * moved / self.copied
         return values
 
     def parity(self, precision: Precision, tf32: bool | None) -> Values:
@@ -166,11 +171,8 @@ class Study:
         if EXIT not in levers:
             values["TFLOP/s"] = self.operations_of(size, sources) / seconds / 1e12
             values["of bf16 peak"] = values["TFLOP/s"] / self.peak if self.peak else NOT_MEASURED
-            each = 2 if precision == "bf16" else 4
-            moved = costs.least_bytes(replace(self.sizes[size], sources=sources), each) / 1e9
-            values["of copied GB/s"] = (
-                moved / seconds / self.copied if self.copied else NOT_MEASURED
-            )
+            moved = self.gigabytes_of(size, sources, 2 if precision == "bf16" else 4) / seconds
+            values["of copied GB/s"] = moved / self.copied if self.copied else NOT_MEASURED
         return values
 
     def best(self, size: int, name: str, *more: str) -> Values:
