@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -30,11 +31,13 @@ from data.targets import (
 from eval.truth import Content, Truth, truth_of
 from targetclip.generators import Generator
 from targetclip.media.images import center_square
+from targetclip.scene import Scene
 from targetclip.seeds import (
     BANK,
     BANK_SEED,
     PAIR_SOURCES,
     STUDY_TARGETS,
+    TEST_SOURCES,
     TEST_TARGETS,
     VALIDATION_SOURCES,
     probe_seeds,
@@ -165,6 +168,40 @@ def study_set(count: int) -> EvalSet:
     ids = [digest_of(kind, STUDY_TARGETS, i)[:16] for kind, i in named]
     rows = [(known, *pair) for known, pair in zip(ids, named, strict=True)]
     return avatar_set("study", rows, STUDY_TARGETS)
+
+
+# For studies
+
+
+def joined(name: str, sets: Sequence[EvalSet]) -> EvalSet:
+    """Return the targets of sets of known content in turn: the first of each, then the second."""
+    count = min(map(len, sets))
+    parts = [targets.part(i, i + 1) for i in range(count) for targets in sets]
+    truths = [part.truth for part in parts if part.truth is not None]
+    return EvalSet(
+        name=name,
+        ids=tuple(part.ids[0] for part in parts),
+        origins=tuple(part.origins[0] for part in parts),
+        pictures=tuple(part.pictures[0] for part in parts),
+        truth=Truth(
+            tuple(content for truth in truths for content in truth.contents),
+            torch.cat([truth.readings for truth in truths]),
+            torch.cat([truth.seen for truth in truths]),
+        ),
+    )
+
+
+def targets_and_sources(
+    scene: Scene, targets: int, sources: int, test: bool
+) -> tuple[EvalSet, Sources]:
+    """Return the targets of a study, of which every second one is in range, and the sources that
+    judge: those of validation or, if `test`, of the evaluation."""
+    if not test:
+        return study_set(targets), scene.sources(sources, VALIDATION_SOURCES)
+    check_sources(TEST_SOURCES, sources)
+    half = -(-targets // 2)
+    both = joined("test", [in_range(half), trained_styles(half)])
+    return both.part(0, targets), scene.sources(sources, TEST_SOURCES)
 
 
 # Pictures that have no essence, or none that sources lack

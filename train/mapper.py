@@ -71,6 +71,7 @@ from train.mapper_data import (
     SourceKind,
     SourceReading,
     Validation,
+    drawn_targets,
     embedded_sources,
     open_pairs,
     scale_of_latents,
@@ -110,6 +111,8 @@ class Data:
     """Mapper's file to start from, whose sizes and units are kept. Default: a fresh mapper."""
     bank: Path | None = None
     """Folder where embeddings of targets are kept, to share between runs. Default: --out."""
+    max_targets: int | None = None
+    """Train on so many of the target pictures, drawn by --seed. Default: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +213,7 @@ class Config:
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
 FREE |= {"evaluate_every", "checkpoint_layers", "start", "tracker"}
+FREE |= {"max_targets"}  # there where it is asked for, so that other files stay as they were
 FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
 FREE |= {"keep_identity_weights", "keep_identity_decays"}  # see `settings_of_tradeoff`
 
@@ -488,13 +492,14 @@ def settings_of_tradeoff(mapper: Mapper) -> dict[str, Any]:
 def settings_of(config: Config, objective: Objective, **more: Any) -> dict[str, Any]:
     """Return everything a run's weights depend on, in values that JSON and a checkpoint hold."""
     flags = {name: value for name, value in flags_of(config).items() if name not in FREE}
-    scene, pairs = objective.scene, objective.training_pairs
+    scene, pairs, some = objective.scene, objective.training_pairs, config.data.max_targets
     return {
         **FIXED,
         **flags,
         "schedule": list(config.schedule),
         **settings_of_scene(scene, objective.recipe),
         "pairs": None if pairs is None else pairs.digest,
+        **({} if some is None else {"max_targets": some}),
         **more,
     }
 
@@ -530,7 +535,8 @@ def record_of(
     used = {term for stage in stages for term in stage.terms}
     data = config.data
     specs = data.targets or () if settings["targets"] else ()
-    trained_on = [f"targets {', '.join(map(portable, specs))}"] if specs else []
+    some = "" if data.max_targets is None else f"{data.max_targets} of the "
+    trained_on = [f"{some}targets {', '.join(map(portable, specs))}"] if specs else []
     if data.pairs is not None:
         count = "all" if data.num_pairs is None else f"the first {data.num_pairs}"
         trained_on += [f"{count} training pairs of {data.pairs.resolve().name}"]
@@ -610,6 +616,8 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
             stop.check,
             is_main_process=accelerator.is_main_process,
         )
+        if data.max_targets is not None:
+            targets = drawn_targets(targets, data.max_targets, config.seed)
     mapper = make_mapper(config, scene, recipe, targets, pairs, start)
     reading = reading_of(config, scene, recipe, mapper)
     objective = Objective(

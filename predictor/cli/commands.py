@@ -87,6 +87,7 @@ from targetclip.command import (
     say,
     write_file,
 )
+from targetclip.generators import check_render_size
 from targetclip.media.alignment import FaceFinder
 from targetclip.media.frames import write_morph
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
@@ -401,6 +402,7 @@ def load(request: Request, finder: FaceFinder | None, console: Console) -> Essen
         max_images=request.max_images,
         checkpoint_layers=request.checkpoint_layers,
     )
+    check_render_size(scene.generator, request.recipe.render_size, "--render-size")
     if request.invert_steps:
         inverter = searching_inverter(scene, request.invert_steps, console)
         scene = replace(scene, inverter=inverter)

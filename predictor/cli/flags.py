@@ -199,6 +199,9 @@ class SearchFlags:
     """Steps of the optimizer. Default: the recipe's."""
     patience: Optional[int] = None
     """Stop when the loss has not improved for so many steps. Default: never."""
+    render_size: Optional[int] = None
+    """Size in px of the images that the optimizer renders, without the generator's finest levels.
+    Default: the generator's own."""
     seed: int = 0
     """Seed of all random numbers: generated sources, starts, and those of the optimizer."""
 

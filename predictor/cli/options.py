@@ -39,7 +39,7 @@ URL = re.compile(r"(https?|ftps?|file|s3|gs|hf|data):", re.IGNORECASE)
 NAMED = 5  # files that are left out, at most, in a warning
 NUM_SOURCES, WINDOW = 6, 5
 STEPS_FROM_MEAN = 300  # of a search for latents that no inverter starts
-OF_OPTIMIZER = ("recipe", "initial", "steps", "patience")
+OF_OPTIMIZER = ("recipe", "initial", "steps", "patience", "render_size")
 STRONG = 3.0  # times the usual strength, from which on pictures fall apart
 
 
@@ -241,20 +241,20 @@ def check_finding(options: Transfer) -> None:
             raise ValueError(f"--{flag} is for finding a direction: drop it or --direction")
     if mode == "instant":
         for name in given(search, OF_OPTIMIZER):
-            raise ValueError(f"--{name} is the optimizer's: drop it or --mode instant")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is the optimizer's: drop it or --mode instant")
     if mode == "refine":
         for name in given(search, ("initial", "steps")):
             raise ValueError(f"--{name}: a refinement has its own: drop it or --mode refine")
     if mode == "optimize" and edit.one_direction:
         raise ValueError("--one-direction: the optimizer finds no other: drop one of them")
-    for name in given(search, ("mapper", "keep_identity")):
-        flag = name.replace("_", "-")
+    for other in given(search, ("mapper", "keep_identity")):
+        flag = "--" + other.replace("_", "-")
         if mode == "optimize":
-            raise ValueError(f"--{flag}: --mode optimize asks no mapper: drop one of them")
-        if mode is None and (optimizers := given(search, OF_OPTIMIZER)):
-            raise ValueError(
-                f"--{optimizers[0]} and --{flag} need a mode: add --mode auto, or drop one"
-            )
+            raise ValueError(f"{flag}: --mode optimize asks no mapper: drop one of them")
+        for name in given(search, OF_OPTIMIZER) if mode is None else ():
+            flags = f"--{name.replace('_', '-')} and {flag}"
+            raise ValueError(f"{flags} need a mode: add --mode auto, or drop one")
 
 
 def clip_of(flags: SourceFlags) -> Path | None:

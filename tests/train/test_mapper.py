@@ -922,6 +922,36 @@ def test_the_bank_holds_training_targets_alone_and_is_made_once(
     assert len(bank) == len(expected) + sum(split_of(target.id) == "train" for target in good)
 
 
+def test_max_targets_trains_on_a_random_part_of_the_bank(small: Callable[..., Config]) -> None:
+    whole = prepared(small()).objective.targets
+    assert whole is not None
+    parts = {}
+    for count, seed in ((3, 0), (5, 0), (5, 1)):
+        training = prepared(small(max_targets=count, seed=seed))
+        assert training.trainer.settings["max_targets"] == count
+        part = training.objective.targets
+        assert part is not None and len(part) == count
+        parts[count, seed] = {row.tobytes() for row in part}
+        assert len(parts[count, seed]) == count <= len({row.tobytes() for row in whole})
+        assert parts[count, seed] <= {row.tobytes() for row in whole}
+    assert parts[3, 0] < parts[5, 0] != parts[5, 1]
+    for count in (1, len(whole) + 1):
+        with pytest.raises(ValueError, match=f"--max-targets: expected 2 to {len(whole)}"):
+            prepared(small(max_targets=count))
+
+
+def test_the_record_says_of_how_many_targets_and_nothing_where_it_is_all(
+    small: Callable[..., Config], straight: Path
+) -> None:
+    assert "max_targets" not in load_mapper(straight / MAPPER)[1].recipe
+    config = small(max_targets=4, schedule=("transfer:1",))
+    run(config)
+    record = load_mapper(config.out / MAPPER)[1]
+    assert record.recipe["max_targets"] == 4
+    assert record.trained_on.startswith("4 of the targets styles:10@17")
+    assert record.command is not None and "--max-targets 4" in record.command
+
+
 def test_targets_to_validate_on_are_not_trained_on(small: Callable[..., Config]) -> None:
     config = small(targets=("avataaars:10@23",), validation=("avataaars:10@23",))
     with pytest.raises(ValueError, match="expected pictures to train on"):

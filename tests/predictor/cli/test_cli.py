@@ -201,10 +201,11 @@ def test_a_command_given_twice_writes_the_same_and_another_seed_does_not(
 
 def test_the_recipe_and_its_changes_come_from_the_command_line(run: Run, tmp_path: Path) -> None:
     changes = ("--steps", 40, "--patience", 1, "--initial", "zero", "--max-images", 1)
-    assert run("optimize", "--recipe", "paper", *changes) == 0
+    assert run("optimize", "--recipe", "paper", *changes, "--render-size", 8) == 0
     report = report_of(tmp_path / "out")
     assert report["recipe"] == "paper" and report["settings"]["differences"] == "raw"
     assert report["settings"]["initial"] == "zero" and report["settings"]["patience"] == 1
+    assert report["settings"]["render_size"] == 8
     assert 1 <= report["steps"] < 40
 
 
@@ -615,6 +616,10 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(
         (["--steps", "2.5"], "--steps"),
         (["--steps", "nan"], "--steps"),
         (["--patience", "0"], "--patience: expected 1 or more, found 0"),
+        (
+            ["--mode", "optimize", "--render-size", "9"],
+            "--render-size: expected a size in px of [4",
+        ),
         (["--max-images", "0"], "--max-images: expected 1 or more, found 0"),
         (["--max-images", "-1"], "--max-images"),
         (["--num-sources", "0"], "--num-sources: expected 1 to 1000, found 0"),
