@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_runs import module_exit_code
@@ -22,6 +23,7 @@ from eval.sets import ADVERSARIAL, HELD_OUT_STYLES, IN_RANGE, STYLES
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from targetclip.command import locked_folder
+from targetclip.seeds import TEST_SOURCES
 from targetclip.world import load_scene, load_world
 
 
@@ -194,6 +196,33 @@ def test_a_mapper_that_reads_its_sources_is_judged_beside_its_one_direction(
     assert again["sets"] == report["sets"] and again["released"] == report["released"]
 
 
+def test_latents_of_a_file_are_the_sources_of_every_method(
+    tiny_world: Path, mapper: Path, tmp_path: Path
+) -> None:
+    scene = load_scene(load_world(str(tiny_world)))
+    np.save(tmp_path / "w_plus.npy", scene.sources(2, TEST_SOURCES).numpy())
+    np.save(tmp_path / "others.npy", scene.sources(3, 1).numpy())
+    only = ("mapper", "clip-blending")
+    made = config(tiny_world, mapper, tmp_path / "out", only=only)
+    reports = [
+        run(dataclasses.replace(made, sources=sources))
+        for sources in (2, tmp_path / "w_plus.npy", tmp_path / "others.npy")
+    ]
+    generated, same, others = reports
+    for name in only:
+        scores, its, other = (r["sets"][IN_RANGE]["methods"][name]["scores"] for r in reports)
+        assert its == pytest.approx(scores) and other["transfer"] != its["transfer"]
+    assert [report["released"]["sources"] for report in reports] == [68, 2, 3]
+    assert same["seeds"]["sources"] is None and generated["seeds"]["sources"] == TEST_SOURCES
+    assert same["fingerprints"]["sources"] != others["fingerprints"]["sources"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"3 sources (latents of {tmp_path / 'others.npy'})" in text
+    # Edits of single sources are found again for others.
+    assert run_anew(dataclasses.replace(made, sources=tmp_path / "w_plus.npy")) == [
+        "in-range clip-blending"
+    ]
+
+
 # What it keeps
 
 
@@ -246,6 +275,8 @@ def test_what_changed_is_run_again_and_nothing_else(
         ({"only": ("one-direction",)}, "--only one-direction: .*no correction for each source"),
         ({"only": ("ridge",)}, "--only ridge: .*--pairs"),
         ({"sources": 1}, "--sources: expected 2 or more, found 1"),
+        ({"sources": Path("no.npy")}, "--sources: no file at 'no.npy'"),
+        ({"sources": Path("o.npy"), "only": ("right-answer",)}, "--only right-answer: nobody"),
         ({"slow": 0}, "--slow: expected 1 or more, found 0"),
         ({"mapper": None}, "--mapper: expected a mapper's file"),
         ({"trust_folder": True}, "--trust-folder: expected --folder"),
