@@ -203,7 +203,7 @@ def read_released(path: str | Path) -> Float[Tensor, "items num_ws w_dim"]:
 def check_size(
     path: str | Path, items: Float[Tensor, "items layers size"], num_ws: int, w_dim: int
 ) -> None:
-    """Raise a ValueError where the directions or latents of a file are not of a generator's size."""
+    """Raise a ValueError where directions or latents of a file are not of a generator's size."""
     if tuple(items.shape[1:]) != (num_ws, w_dim):
         raise ValueError(
             f"{str(path)!r}: expected [{num_ws}, {w_dim}], the generator's W+, found "

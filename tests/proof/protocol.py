@@ -63,7 +63,7 @@ generator = "stylegan2.pt"
 identity = "model_ir_se50.pth"
 """
 # Numbers of pictures, of 8 bits, beside those of images before they are rounded.
-COSINES, DISTANCES = 0.5, 0.05  # of 100, at most; of the distance, or of 1 where it is less
+COSINES, DISTANCES = 0.1, 0.02  # of 100, at most; of the distance, or of 1 where it is less
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,8 @@ def make_files(config: Config) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         generator = seeded_generator(sizes)
+        for rgb in generator.to_rgbs:  # pictures cut off what is beyond white and black
+            rgb.get_parameter("weight").mul_(0.5)
         state = rosinality_state(generator)
         average = state.pop("latent_avg")
         torch.save({"g_ema": state, "latent_avg": average}, out / "weights" / "stylegan2.pt")
