@@ -540,7 +540,8 @@ def referee_text(report: Mapping[str, Any]) -> str:
             [name, *(with_bounds(row["held_out"].get(score)) for score in have)]
             for name, row in results.items()
         ]
-        lines += [f"Over the {len(report['held_out'])} held-out targets alone:", ""]
+        count = f"{len(report['held_out'])} of {len(report['targets'])}"
+        lines += [f"Over the held-out targets alone, {count}:", ""]
         lines += table(["results", *(REFEREE[score] for score in have)], apart)
     pairs = [
         [f"{one} less {other}", *(with_bounds(row.get(score)) for score in have)]
