@@ -57,6 +57,7 @@ RUN_BY = {
     "eval.studies.tradeoff": "tests/eval/studies/test_tradeoff.py",
     "tests.proof.faults": "tests/proof/test_faults.py",
     "tests.proof.full_size": "tests/proof/test_full_size.py",
+    "tests.proof.protocol": "tests/proof/test_protocol.py",
 }
 
 
@@ -305,7 +306,7 @@ def test_every_key_of_a_report_is_explained_and_no_other(run_page: Run) -> None:
 def test_the_command_reference_has_every_command() -> None:
     page = (ROOT / "docs/commands.md").read_text("utf-8")
     places = re.findall(r"^<!-- help: (.+) -->$", page, re.MULTILINE)
-    proofs = ["tests.proof.faults", "tests.proof.full_size"]
+    proofs = ["tests.proof.faults", "tests.proof.full_size", "tests.proof.protocol"]
     asked = ["transfer", "optimize", "studio", "world list", "world check"]
     expected = [f"targetclip {name}" for name in asked]
     expected += [f"python -m {module}" for module in [*MODULES, *proofs]]
