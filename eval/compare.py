@@ -157,13 +157,6 @@ def check_config(config: Config) -> None:
         raise ValueError("--judge-pretrained: expected --judge as well, found none")
 
 
-def fast_precision(device: torch.device) -> Precision:
-    """Return bf16 where it is fast: accelerators have it, and some processors."""
-    # The public name of the check is newer than the oldest torch that the project takes.
-    fast = device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
-    return "bf16" if fast else "fp32"
-
-
 # Parts
 
 
@@ -233,7 +226,7 @@ def make_bench(config: Config, world: World, device: torch.device) -> Bench:
         pairs=pairs,
         differences=differences,
         encoder=encoder,
-        precision=command.choose_precision(config.precision, fast_precision(device)),
+        precision=command.choose_precision(config.precision, command.fast_precision(device)),
         max_steps=config.max_steps,
         seed=config.seed,
         recipe=world.recipe,

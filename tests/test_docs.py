@@ -43,6 +43,7 @@ RUN_BY = {
     "data.illustrated.challenge": "tests/data/illustrated/test_challenge.py",
     "train.encoder": "tests/train/test_encoder.py",
     "train.mapper": "tests/train/test_mapper.py",
+    "train.own": "tests/train/test_own.py",
     "eval.calibrate": "tests/eval/test_calibrate.py",
     "eval.compare": "tests/eval/test_compare.py",
     "eval.referee": "tests/eval/test_referee.py",
