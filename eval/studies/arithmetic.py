@@ -87,8 +87,9 @@ def shows(truth: Truth, kind: str, there: bool) -> Bool[Tensor, " targets"]:
     """Return which targets are known to have an attribute or, if not `there`, to lack it."""
     if kind == COLOUR:
         return truth.seen[:, SPANS["hairColor"]].any(dim=1) == there
-    place = SPANS[kind].start + there
-    return truth.seen[:, place] & (truth.readings[:, place] == 1)
+    # Of faces in the generator's style all is known, and presence is not counted beside the kinds.
+    known = truth.seen[:, SPANS[kind]].any(dim=1) | truth.seen[:, SPANS["accessories"]].any(dim=1)
+    return known & (truth.readings[:, SPANS[kind].start + there] == 1)
 
 
 def column(truth: Truth, row: int, kind: str) -> int:
@@ -186,18 +187,18 @@ def mixture_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, Any]
                     counts = [float((r[lacks, place] > 0.5).sum()) for r in (its, after)]
                     found.setdefault((way, kind), []).append([*counts, float(lacks.sum()), kept])
         for (way, kind), values in found.items():
-            alone_, both, whole, kept_ = torch.tensor(values).T
-            some = alone_ > 0
-            parts = (alone_ - both)[some, None], alone_[some, None]
+            arrived, both, lacking, identity = torch.tensor(values).T
+            some = arrived > 0
+            parts = (arrived - both)[some, None], arrived[some, None]
             yield {
                 "mixture": " + ".join(kinds),
                 "way": way,
                 "attribute": kind,
                 "pairs": len(pairs),
-                "alone": interval(alone_ / whole.clamp(min=1), seed),
-                "mixed": interval(both / whole.clamp(min=1), seed),
+                "alone": interval(arrived / lacking.clamp(min=1), seed),
+                "mixed": interval(both / lacking.clamp(min=1), seed),
                 "kept": interval_kept(parts, seed) if some.any() else None,
-                "identity": interval(kept_, seed),
+                "identity": interval(identity, seed),
                 "order": apart,
             }
 
@@ -232,13 +233,13 @@ def difference_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, A
                     kept = float(identity_kept(after[None], setup.before))
                     found.setdefault(way, []).append([float(reached.float().mean()), kept])
         for way, values in found.items():
-            share, kept_ = torch.tensor(values).T
+            share, identity = torch.tensor(values).T
             yield {
                 "attribute": kind,
                 "way": way,
                 "faces": len(values),
                 "share": interval(share, seed),
-                "identity": interval(kept_, seed),
+                "identity": interval(identity, seed),
             }
 
 
