@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.illustrated.codes import ATTRIBUTES, one_hot
 from eval.judging import face_reader
+from eval.metrics import essence_columns
 from eval.reader import NAMES, OUTPUTS, PRESENT, SPANS, AvatarReader, with_presence
 from eval.sets import EvalSet, study_set
 from eval.studies import arithmetic
@@ -134,7 +135,8 @@ def setup(targets: EvalSet, truth: Truth, monkeypatch: pytest.MonkeyPatch) -> Ca
 
     def made(lacks: float) -> Setup:
         essence, reader = Additive(targets, lacks), Reads()
-        sources = torch.zeros(4, 1, OUTPUTS)
+        people = torch.rand(4, 1, OUTPUTS, generator=torch.Generator().manual_seed(0))
+        sources = torch.where(essence_columns(), 0.0, people)
         for kind in BARE:
             sources[:2, :, SPANS[kind].start + 1] = 1.0
         before = arithmetic.readings_of(essence, reader, sources)
