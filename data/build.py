@@ -45,7 +45,7 @@ from data.plan import (
     make_plan,
 )
 from data.publish import At, go_on, sha256_of
-from data.targets import TargetSet, check_trainable, open_targets
+from data.targets import TargetSet, check_trainable, open_targets, sampled
 from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
 from data.worker import Worker, merge_all, remove_leftovers
 from targetclip import command
@@ -86,6 +86,9 @@ class Config:
     targets: tuple[str, ...] = ()
     """Target pictures: folders, dataset:NAME, generated:N, mixed:N, avataaars:N, styles:N. Not
     needed once the plan is made."""
+    sample: int | None = None
+    """Take so many of each set of targets, at random by --seed; of samples the first. Default: all.
+    """
     world: str = DEFAULT_WORLD
     """Name of a bundled world, or the path of a world's .toml file."""
     only: Stage | None = None
@@ -134,7 +137,7 @@ def check_config(config: Config) -> None:
     """Check the options. ValueError: an option has an impossible value."""
     check_trainable(config.targets)
     check_tracker(config.tracker)
-    command.check_least(config, steps=1, max_images=1, held_out=1, max_attempts=1)
+    command.check_least(config, steps=1, sample=1, max_images=1, held_out=1, max_attempts=1)
     if config.batch_size != "auto":
         command.check_least(config, batch_size=1)
     for name in ("lease", "checkpoint_seconds"):
@@ -392,6 +395,8 @@ def command_line(config: Config, plan: Plan) -> list[str]:
     flags += ["--steps", str(recipe["steps"]), "--batch-size", str(plan.batch_size)]
     if recipe.get("render_size") is not None:
         flags += ["--render-size", str(recipe["render_size"])]
+    if config.sample is not None:
+        flags += ["--sample", str(config.sample)]
     return [*flags, "--held-out", str(plan.settings["held_out"]), "--seed", str(config.seed)]
 
 
@@ -495,7 +500,9 @@ def run(config: Config, at: At = go_on) -> int:
         teacher=teacher,
         settings=settings_of(teacher, world, config.seed),
         sets=[
-            open_targets(spec, scene.generator, world.truncation)
+            sampled(
+                open_targets(spec, scene.generator, world.truncation), config.sample, config.seed
+            )
             for spec in (config.targets if main else ())
         ],
         stop=stop,

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -286,6 +286,8 @@ class DatasetTargets:
     name: str
     split: str
     column: str
+    rows: tuple[int, ...] | None = None
+    """Numbers in the whole split, of the rows that `dataset` holds. None: it holds all of them."""
 
     def identity(self) -> str:
         """Return a hash of the dataset's own fingerprint, the split and the column."""
@@ -303,7 +305,8 @@ class DatasetTargets:
         rows = rows.cast_column(self.column, datasets.Image(decode=False))
         for index in range(start, len(rows)):
             cell = rows[index][self.column] or {"path": None, "bytes": None}
-            origin = printable(f"{self.name}:{self.split}:{index}")
+            row = index if self.rows is None else self.rows[index]
+            origin = printable(f"{self.name}:{self.split}:{row}")
             yield decoded(origin, cell["path"] or "", cell["bytes"])
 
 
@@ -455,6 +458,22 @@ def open_targets(
     near = nearest(kind, KINDS) if colon else None
     meant = f": did you mean {near + colon + rest!r}?" if near not in (None, kind) else ""
     raise ValueError(f"expected targets as {FORMS}; found {spec!r}, which is {found}{meant}")
+
+
+def sampled(targets: TargetSet, count: int | None, seed: int) -> TargetSet:
+    """Return so many candidates of a set: of pictures made from seeds the first, of others some at
+    random. All of them for None, or where there are no more."""
+    if count is None or count >= len(targets):
+        return targets
+    if isinstance(targets, SeededTargets):
+        spec = re.sub(r":\d+", f":{count}", targets.spec, count=1)
+        return replace(targets, spec=spec, count=count)
+    numbers = torch.Generator().manual_seed(seed_of("sampled targets", seed))
+    chosen = sorted(torch.randperm(len(targets), generator=numbers)[:count].tolist())
+    if isinstance(targets, FolderTargets):
+        return replace(targets, names=tuple(targets.names[i] for i in chosen))
+    assert isinstance(targets, DatasetTargets)
+    return replace(targets, dataset=targets.dataset.select(chosen), rows=tuple(chosen))
 
 
 def default_targets(world: World, seed: int, count: int, samples: int = 0) -> tuple[str, ...]:

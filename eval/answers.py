@@ -19,7 +19,6 @@ from eval.methods import METHODS, Answer, Bench, Method, needs_of
 from eval.sets import EvalSet
 from predictor.correction import SourceCorrection
 from targetclip.directions import CORRECTION
-from targetclip.seeds import TEST_SOURCES
 from targetclip.weights import save_tensors
 
 TIMED = 5  # targets that a fast method is timed on, one at a time
@@ -63,7 +62,7 @@ def settings_of(name: str, bench: Bench, targets: EvalSet) -> dict[str, Any]:
         settings |= {"max_steps": bench.max_steps, "recipe": bench.recipe}
         settings |= {"truncation": scene.truncation}
     if method.per_source:
-        settings |= {"sources": [TEST_SOURCES, len(bench.sources)]}
+        settings |= {"sources": [bench.origin, len(bench.sources)]}
     return settings
 
 

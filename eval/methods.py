@@ -170,6 +170,8 @@ class Bench:
     """With the mapper that is judged."""
     sources: Sources
     """The test sources, for methods that edit each source by itself; others ignore them."""
+    origin: int | str = TEST_SOURCES
+    """Seed that they are generated from, or the hash of the file that they were read from."""
     pairs: PairTable | None = None
     differences: Mapper | None = None
     """A mapper trained by differences between samples alone."""
@@ -188,6 +190,11 @@ class Bench:
     @property
     def scene(self) -> Scene:
         return self.essence.scene
+
+    @property
+    def generated(self) -> bool:
+        """Whether the test sources are the generator's, and their faces known by the seed."""
+        return self.origin == TEST_SOURCES
 
     def cut(self, recipe: Recipe) -> Recipe:
         """Return a recipe with `max_steps` at most."""

@@ -197,11 +197,12 @@ def released_table(methods: Mapping[str, Any]) -> list[str]:
 
 def report_text(report: Mapping[str, Any]) -> str:
     """Return report.md."""
-    seeds, judges = report["seeds"], report["judges"]
+    seeds, judges, given = report["seeds"], report["judges"], report["config"]["sources"]
+    origin = f"latents of {given}" if seeds["sources"] is None else f"seed {seeds['sources']}"
     lines = [
         f"# Methods compared on {report['world']}",
         "",
-        f"{report['sources']} sources (seed {seeds['sources']}), targets of seed "
+        f"{report['sources']} sources ({origin}), targets of seed "
         f"{seeds['targets']}, draws of seed {seeds['draws']}; searches in {report['precision']}, "
         f"scores in fp32; commit {report['commit'] or 'unknown'}.",
         "",
@@ -531,6 +532,14 @@ def referee_text(report: Mapping[str, Any]) -> str:
         *table(heads, rows),
         *table(["results", "FID", "KID", "results", "sources"], sizes),
     ]
+    if report["held_out"]:
+        apart = [
+            [name, *(with_bounds(row["held_out"].get(score)) for score in have)]
+            for name, row in results.items()
+        ]
+        count = f"{len(report['held_out'])} of {len(report['targets'])}"
+        lines += [f"Over the held-out targets alone, {count}:", ""]
+        lines += table(["results", *(REFEREE[score] for score in have)], apart)
     pairs = [
         [f"{one} less {other}", *(with_bounds(row.get(score)) for score in have)]
         for one, others in report["differences"].items()

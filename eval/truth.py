@@ -116,8 +116,9 @@ def row_shown(place: str, row: Mapping[str, Any]) -> Shown:
     return Shown(**said)
 
 
-def read_truth(folder: Path) -> dict[str, Shown]:
-    """Return what a folder's truth.json or truth.csv says that its pictures show, by file name.
+def read_truth(folder: Path) -> tuple[dict[str, Shown], frozenset[str]]:
+    """Return what a folder's truth.json or truth.csv says that its pictures show, by file name; and
+    the names of those that it marks as held out.
 
     truth.json: {"joker.png": {"glasses": "", "beard": "goatee", ...}}; truth.csv: a column `file`
     and one for each attribute. Empty where there is neither file.
@@ -126,7 +127,7 @@ def read_truth(folder: Path) -> dict[str, Shown]:
     """
     paths = [path for name in FILES if (path := folder / name).is_file()]
     if not paths:
-        return {}
+        return {}, frozenset()
     if len(paths) > 1:
         raise ValueError(f"{folder}: expected {' or '.join(FILES)}, found both: remove one")
     [path] = paths
@@ -140,7 +141,8 @@ def read_truth(folder: Path) -> dict[str, Shown]:
         raise ValueError(f"{path}: not a table of what pictures show: {error}") from error
     if not isinstance(rows, dict) or not all(n and isinstance(r, dict) for n, r in rows.items()):
         raise ValueError(f"{path}: expected the attributes of each picture, by its file name")
-    return {name: row_shown(f"{path}: {name}", row) for name, row in rows.items()}
+    held_out = (name for name, row in rows.items() if str(row.get("held_out")).lower() == "true")
+    return {n: row_shown(f"{path}: {n}", row) for n, row in rows.items()}, frozenset(held_out)
 
 
 def face_of(reader: AvatarReader, picture: Image.Image) -> tuple[int, ...] | None:

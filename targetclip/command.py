@@ -312,7 +312,10 @@ def command_line(
             continue
         values = () if value is True else value if isinstance(value, tuple) else (value,)
         shown = [v.resolve().name if isinstance(v, Path) else str(v) for v in values]
-        words += [f"--{name.replace('_', '-')}", *shown]
+        flag = f"--{name.replace('_', '-')}"
+        # What begins with a dash would else be taken for a flag.
+        dashed = len(shown) == 1 and shown[0].startswith("-")
+        words += [f"{flag}={shown[0]}"] if dashed else [flag, *shown]
     return shlex.join(words)
 
 
@@ -365,6 +368,15 @@ def choose_precision(asked: Precision | None = None, default: Precision = "fp32"
             f"{launched!r}: set one of these, or give --precision"
         )
     return known[launched] if launched else default
+
+
+def fast_precision(device: "torch.device") -> Precision:
+    """Return bf16 where it is fast: accelerators have it, and some processors."""
+    import torch
+
+    # The public name of the check is newer than the oldest torch that the project takes.
+    fast = device.type != "cpu" or bool(torch.cpu._is_avx512_bf16_supported())
+    return "bf16" if fast else "fp32"
 
 
 @contextmanager

@@ -133,6 +133,9 @@ class TransferTerm:
     a place between them. Default: none, or those of --start."""
     keep_identity_decays: tuple[float, float] | None = None
     """Weight decays of directions at the same two ends."""
+    mixtures: float = 0.0
+    """Part of the targets of a batch that are mixtures of two or three of them, at random weights:
+    their answers are mixed, and so are their losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +216,7 @@ class Config:
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
 FREE |= {"evaluate_every", "checkpoint_layers", "start", "tracker"}
-FREE |= {"max_targets"}  # there where it is asked for, so that other files stay as they were
+FREE |= {"max_targets", "mixtures"}  # there where asked for: other files stay as they were
 FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
 FREE |= {"keep_identity_weights", "keep_identity_decays"}  # see `settings_of_tradeoff`
 
@@ -244,6 +247,8 @@ def check_config(config: Config) -> None:
     reading = config.reading
     if not reading.uncorrected < 1:
         raise ValueError(f"--uncorrected: expected a number below 1, found {reading.uncorrected}")
+    if not config.transfer.mixtures < 1:
+        raise ValueError(f"--mixtures: expected a number below 1, found {config.transfer.mixtures}")
     if reading.correction_rate == 0:
         raise ValueError("--correction-rate: expected a number above 0, found 0")
     if reading.only_correction and config.data.start is None:
@@ -492,14 +497,15 @@ def settings_of_tradeoff(mapper: Mapper) -> dict[str, Any]:
 def settings_of(config: Config, objective: Objective, **more: Any) -> dict[str, Any]:
     """Return everything a run's weights depend on, in values that JSON and a checkpoint hold."""
     flags = {name: value for name, value in flags_of(config).items() if name not in FREE}
-    scene, pairs, some = objective.scene, objective.training_pairs, config.data.max_targets
+    scene, pairs = objective.scene, objective.training_pairs
+    asked = {"max_targets": config.data.max_targets, "mixtures": config.transfer.mixtures}
     return {
         **FIXED,
         **flags,
         "schedule": list(config.schedule),
         **settings_of_scene(scene, objective.recipe),
         "pairs": None if pairs is None else pairs.digest,
-        **({} if some is None else {"max_targets": some}),
+        **{name: value for name, value in asked.items() if value},
         **more,
     }
 
@@ -628,6 +634,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
         reading=reading,
         targets=targets,
         pairs=pairs,
+        mixtures=config.transfer.mixtures,
     )
     # The rate is set at every step; 1 makes it the schedule's.
     optimizer = torch.optim.AdamW(

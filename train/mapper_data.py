@@ -249,8 +249,9 @@ def drawn_targets(
             f"--max-targets: expected 2 to {len(bank)}, the training targets, found {count}"
         )
     random = torch.Generator().manual_seed(seed_of("max targets", seed))
-    chosen: ndarray = np.sort(torch.randperm(len(bank), generator=random)[:count].numpy())
-    return bank[chosen]
+    chosen = np.sort(torch.randperm(len(bank), generator=random)[:count].numpy())
+    drawn: ndarray = bank[chosen]
+    return drawn
 
 
 # Sources

@@ -3,9 +3,11 @@
     python -m eval.studies.arithmetic --out runs/arithmetic
 
 Two targets are mixed of which each has one attribute and lacks that of the other; every beard has a
-colour, so of hair colour and a beard the second has another colour. An attribute arrives where the
-attribute reader sees it on an edited source and did not before. What a mixture keeps is the number
-of sources on which it arrives, as a part of those on which it arrives with its target alone.
+colour, so of hair colour and a beard the second has another colour. The second is in the
+generator's style, so that its face is drawn without the attribute as well. An attribute arrives
+where the attribute reader sees it on an edited source and did not before. What a mixture keeps is
+the number of sources on which it arrives, as a part of those on which it arrives with its target
+alone.
 
 Subtraction takes the direction of a face with an attribute, less that of the same face without, and
 subtracts it from sources that have it. Targets are validation targets; test targets are asked for
@@ -17,7 +19,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
 
     start("eval.studies.arithmetic")
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from eval.metrics import identity_kept, interval, interval_kept
 from eval.reader import NAMES, PRESENT, SPANS, AvatarReader
 from eval.report import number, table, with_bounds
 from eval.sets import EvalSet, Sources, targets_and_sources
-from eval.truth import Truth
+from eval.truth import Content, Truth
 from predictor.direction import Direction, mixed
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
@@ -42,21 +44,20 @@ from targetclip.world import DEFAULT_WORLD, load_world
 
 COLOUR = "hair colour"
 MIXTURES = (("glasses", "hat"), ("glasses", "beard"), (COLOUR, "beard"))
-HALF, SUM, LARGER = "half of each", "sum", "the larger number"
+HALF, SUM, LESS = "half of each", "sum", "sum, less the second without"
 SUBTRACTED, ADDED = "with less without, subtracted", "with less without, added"
 WHOLE, THERE_AND_BACK = "with, subtracted", "with, added, then subtracted"
 BARE = {"glasses": NONE, "beard": NONE, "hat": "shortFlat"}  # what stands in its place
 
-Offsets = Float[Tensor, "sources num_ws w_dim"]
 Readings = Float[Tensor, "sources outputs"]
 
 READING = f"""## How to read it
 
 Shares of sources, as means over pairs or faces; brackets hold 95 % of bootstrap means. `{HALF}`
-is 0.5 a + 0.5 b and `{SUM}` is a + b, with their corrections, as the product mixes. `{LARGER}`
-takes of both offsets of a source, for each number of W+, the one that is further from zero. Kept:
-sources on which the attribute arrives with the mixture, as a part of those on which it arrives with
-its target alone; targets that alone bring it to no source are left out.
+is 0.5 a + 0.5 b, `{SUM}` is a + b, and `{LESS}` is a + b - c, with c the face of b
+without the attribute: all with their corrections, as the product mixes. Kept: sources on which the
+attribute arrives with the mixture, as a part of those on which it arrives with its target alone;
+targets that alone bring it to no source are left out.
 """
 
 
@@ -87,22 +88,24 @@ def shows(truth: Truth, kind: str, there: bool) -> Bool[Tensor, " targets"]:
     """Return which targets are known to have an attribute or, if not `there`, to lack it."""
     if kind == COLOUR:
         return truth.seen[:, SPANS["hairColor"]].any(dim=1) == there
-    place = SPANS[kind].start + there
-    return truth.seen[:, place] & (truth.readings[:, place] == 1)
+    # Of faces in the generator's style all is known, and presence is not counted beside the kinds.
+    known = truth.seen[:, SPANS[kind]].any(dim=1) | truth.seen[:, SPANS["accessories"]].any(dim=1)
+    return known & (truth.readings[:, SPANS[kind].start + there] == 1)
 
 
 def column(truth: Truth, row: int, kind: str) -> int:
     """Return the reading that says that an attribute is there: of a colour, the target's own."""
-    if kind != COLOUR:
-        return SPANS[kind].start + 1
-    span = SPANS["hairColor"]
-    return span.start + int(truth.readings[row, span].argmax())
+    span = SPANS["hairColor" if kind == COLOUR else kind]
+    value = int(truth.readings[row, span].argmax()) if kind == COLOUR else 1
+    place: int = span.start + value
+    return place
 
 
 def pairs_of(truth: Truth, one: str, other: str, count: int) -> list[tuple[int, int]]:
-    """Return rows of targets: the first has `one` and lacks `other`, the second the other way
-    round. No target is in two pairs."""
-    has = shows(truth, other, True)
+    """Return rows of targets: the first has `one` and lacks `other`, the second, which is in the
+    generator's style, the other way round. No target is in two pairs."""
+    drawn = torch.tensor([isinstance(content, tuple) for content in truth.contents])
+    has = shows(truth, other, True) & drawn
     firsts = (shows(truth, one, True) & shows(truth, other, False)).nonzero()[:, 0].tolist()
     seconds = (has if one == COLOUR else has & shows(truth, one, False)).nonzero()[:, 0].tolist()
     pairs = []
@@ -115,8 +118,9 @@ def pairs_of(truth: Truth, one: str, other: str, count: int) -> list[tuple[int, 
     return pairs[:count]
 
 
-def without(face: Sequence[int], kind: str) -> tuple[int, ...]:
-    """Return a face without glasses, beard or hat."""
+def without(face: Content, kind: str) -> tuple[int, ...]:
+    """Return a face in the generator's style without glasses, beard or hat."""
+    assert isinstance(face, tuple), "of another style, faces are not drawn by values"
     place = NAMES.index(PRESENT[kind][0])
     bare = ATTRIBUTES[place].values.index(BARE[kind])
     return tuple(bare if i == place else value for i, value in enumerate(face))
@@ -144,6 +148,10 @@ class Setup:
         """Return the mapper's answer."""
         return self.essence.direction(picture, "instant")
 
+    def bare(self, face: Content, kind: str) -> Direction:
+        """Return the answer to a face in the generator's style, drawn without an attribute."""
+        return self.direction(Image.fromarray(draw_face(without(face, kind))[0]))
+
 
 @torch.no_grad()
 def readings_of(essence: EssenceTransfer, reader: AvatarReader, ws: Sources) -> Readings:
@@ -151,13 +159,12 @@ def readings_of(essence: EssenceTransfer, reader: AvatarReader, ws: Sources) -> 
     return reader.read(essence.scene.render(ws))[1].cpu()
 
 
-def mixtures(one: Direction, other: Direction, ws: Sources) -> dict[str, Offsets]:
-    """Return what each way to mix two directions adds to sources."""
-    a, b = (direction.offsets(ws).expand_as(ws) for direction in (one, other))
+def mixtures(one: Direction, other: Direction, bare: Direction) -> dict[str, Direction]:
+    """Return each way to mix two directions; `bare` is that of the second without what it has."""
     return {
-        HALF: mixed([one, other], [0.5, 0.5]).offsets(ws).expand_as(ws),
-        SUM: mixed([one, other], [1.0, 1.0]).offsets(ws).expand_as(ws),
-        LARGER: torch.where(a.abs() >= b.abs(), a, b),
+        HALF: mixed([one, other], [0.5, 0.5]),
+        SUM: mixed([one, other], [1.0, 1.0]),
+        LESS: mixed([one, other, bare], [1.0, 1.0, -1.0]),
     }
 
 
@@ -177,8 +184,9 @@ def mixture_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, Any]
             one, other = (setup.direction(setup.targets.pictures[row]) for row in pair)
             alone = [setup.read(setup.sources + d.offsets(setup.sources)) for d in (one, other)]
             apart = max(apart, order_matters(one, other, setup.sources))
-            for way, offsets in mixtures(one, other, setup.sources).items():
-                after = setup.read(setup.sources + offsets)
+            bare = setup.bare(setup.truth.contents[pair[1]], kinds[1])
+            for way, direction in mixtures(one, other, bare).items():
+                after = setup.read(setup.sources + direction.offsets(setup.sources))
                 kept = float(identity_kept(after[None], setup.before))
                 for kind, row, its in zip(kinds, pair, alone, strict=True):
                     place = column(setup.truth, row, kind)
@@ -186,18 +194,18 @@ def mixture_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, Any]
                     counts = [float((r[lacks, place] > 0.5).sum()) for r in (its, after)]
                     found.setdefault((way, kind), []).append([*counts, float(lacks.sum()), kept])
         for (way, kind), values in found.items():
-            alone_, both, whole, kept_ = torch.tensor(values).T
-            some = alone_ > 0
-            parts = (alone_ - both)[some, None], alone_[some, None]
+            arrived, both, lacking, identity = torch.tensor(values).T
+            some = arrived > 0
+            parts = (arrived - both)[some, None], arrived[some, None]
             yield {
                 "mixture": " + ".join(kinds),
                 "way": way,
                 "attribute": kind,
                 "pairs": len(pairs),
-                "alone": interval(alone_ / whole.clamp(min=1), seed),
-                "mixed": interval(both / whole.clamp(min=1), seed),
+                "alone": interval(arrived / lacking.clamp(min=1), seed),
+                "mixed": interval(both / lacking.clamp(min=1), seed),
                 "kept": interval_kept(parts, seed) if some.any() else None,
-                "identity": interval(kept_, seed),
+                "identity": interval(identity, seed),
                 "order": apart,
             }
 
@@ -215,8 +223,8 @@ def difference_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, A
         has = setup.before[:, place] > 0.5
         found: dict[str, list[list[float]]] = {}
         for face in tqdm(faces, kind, unit="face", leave=False):
-            drawn = (Image.fromarray(draw_face(each)[0]) for each in (face, without(face, kind)))
-            one, bare = map(setup.direction, drawn)
+            one = setup.direction(Image.fromarray(draw_face(face)[0]))
+            bare = setup.bare(face, kind)
             forth = sources + one.offsets(sources)
             there = setup.read(forth)[:, place] > 0.5
             ways = {
@@ -232,13 +240,13 @@ def difference_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, A
                     kept = float(identity_kept(after[None], setup.before))
                     found.setdefault(way, []).append([float(reached.float().mean()), kept])
         for way, values in found.items():
-            share, kept_ = torch.tensor(values).T
+            share, identity = torch.tensor(values).T
             yield {
                 "attribute": kind,
                 "way": way,
                 "faces": len(values),
                 "share": interval(share, seed),
-                "identity": interval(kept_, seed),
+                "identity": interval(identity, seed),
             }
 
 

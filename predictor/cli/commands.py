@@ -55,6 +55,7 @@ from predictor.cli.sources import (
     MAX_SHOWN,
     Clip,
     Generated,
+    LatentFile,
     Latents,
     Photos,
     Sources,
@@ -389,6 +390,8 @@ def read_sources(request: Request, finder: FaceFinder | None, console: Console) 
     """Read the sources and find their faces, before any network is loaded."""
     if request.clip is not None:
         return Clip(request.clip, finder, request.face, request.smooth, console=console)
+    if request.latents is not None:
+        return LatentFile(request.latents)
     if request.sources is not None:
         return Photos(request.sources, finder, request.face, console)
     return Generated(request.num_sources, request.seed)

@@ -85,7 +85,8 @@ class PictureFlags:
     """The pictures that are edited."""
 
     sources: Annotated[tuple[Path, ...] | None, listed("PICTURE")] = None
-    """Source pictures, folders of them, or one video. Default: generated sources."""
+    """Source pictures, folders of them, or one video; or one .npy or .pt file of latents,
+    [sources, num_ws, w_dim]. Default: generated sources."""
     num_sources: Optional[int] = None
     """Number of sources to generate. Default: 6."""
     clip: Switch = False

@@ -338,7 +338,7 @@ def test_a_plan_from_before_the_identity_loss_is_gone_on_with(
     assert run(config(tiny_world, out)) == 0
 
 
-def test_the_cards_command_names_the_size_of_the_images_if_it_is_smaller(
+def test_the_cards_command_names_the_size_of_smaller_images_and_of_a_sample(
     built: Path, tiny_world: Path
 ) -> None:
     plan, asked = load_plan(built / ".build" / "plan"), config(tiny_world, built)
@@ -347,6 +347,9 @@ def test_the_cards_command_names_the_size_of_the_images_if_it_is_smaller(
     smaller = replace(plan, settings=plan.settings | {"recipe": recipe})
     flags = build.command_line(asked, smaller)
     assert flags[flags.index("--render-size") + 1] == "8"
+    assert "--sample" not in flags
+    flags = build.command_line(replace(asked, sample=3), plan)
+    assert flags[flags.index("--sample") + 1] == "3"
 
 
 @pytest.mark.parametrize(

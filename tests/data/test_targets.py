@@ -30,6 +30,7 @@ from data.targets import (
     of_split,
     open_targets,
     portable,
+    sampled,
     split_of,
 )
 from targetclip.generators import Generator, load_generator
@@ -486,6 +487,31 @@ def test_a_file_that_a_row_only_names_is_opened_here_or_not_at_all(faces: Path) 
     assert list(bad(targets).values())[-1] == message.format(3)
     online = DatasetTargets("", table(path="https://example.org/a.png"), "faces", "train", "photo")
     assert bad(online) == {"faces:train:0": message.format(0)}
+
+
+def test_a_sample_of_a_set_is_the_same_for_its_seed_and_keeps_names_and_rows(
+    tmp_path: Path,
+) -> None:
+    colours = [(10 * i, 0, 0) for i in range(20)]
+    save_to_disk(table(*(encoded(plain(c)) for c in colours)), tmp_path / "people")
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for i, colour in enumerate(colours):
+        plain(colour).save(folder / f"{i:02}.png")
+    for spec in (f"dataset:{tmp_path / 'people'}", str(folder)):
+        whole = open_targets(spec)
+        few, other = sampled(whole, 5, 0), sampled(whole, 5, 1)
+        assert ids(few) == ids(sampled(open_targets(spec), 5, 0)) != ids(other)
+        assert few.identity() == sampled(open_targets(spec), 5, 0).identity() != other.identity()
+        named = {target.origin: target.id for target in good(whole)}
+        assert len(few) == 5 and all(named[t.origin] == t.id for t in good(few))
+        assert ids(few.starting_at(3)) == ids(few)[3:]
+        assert sampled(whole, 20, 0) is sampled(whole, None, 0) is whole
+
+
+def test_a_sample_of_pictures_from_seeds_is_the_first_of_them() -> None:
+    few, first = sampled(open_targets("avataaars:9@5"), 2, 0), open_targets("avataaars:2@5")
+    assert (few.spec, few.identity(), ids(few)) == (first.spec, first.identity(), ids(first))
 
 
 @SAVERS

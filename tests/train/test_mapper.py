@@ -27,7 +27,7 @@ from predictor.mapper import load_mapper
 from targetclip import tracking
 from targetclip.command import Stop, Stopped, guarded, parse
 from targetclip.generators.stylegan2 import StyleGAN2
-from train import encoder
+from train import encoder, mapper_objective
 from train.loop import CHECKPOINT, LOG
 from train.mapper import (
     MAPPER,
@@ -49,7 +49,10 @@ from train.mapper_data import (
 )
 from train.mapper_objective import (
     TERMS,
+    Mixtures,
+    Objective,
     TrainingStage,
+    drawn_mixtures,
     drawn_places,
     noisy,
     parse_schedule,
@@ -714,6 +717,75 @@ def test_a_curve_that_cannot_be_learned_is_refused(
     with pytest.raises(ValueError, match=message) as caught:
         run(small(**{**ENDS, **changes}))
     assert "\n" not in str(caught.value)
+
+
+# Mixtures
+
+
+def fixed_mixtures(weights: list[float]) -> Callable[..., Mixtures]:
+    """Return what draws mixtures at the same weights always."""
+
+    def drawn(count: int, batch: int, random: torch.Generator) -> Mixtures:
+        mates = drawn_mixtures(count, batch, random).mates
+        return Mixtures(mates, torch.tensor([weights]).float().repeat(count, 1))
+
+    return drawn
+
+
+@pytest.mark.parametrize("curve", [False, True])
+def test_a_mixture_has_its_targets_answers_and_losses_in_its_proportions(
+    curve: bool, small: Callable[..., Config], who_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = {**CORRECTED, "batch_size": 6, "uncorrected": 0.2, "world": who_world}
+    usual |= {"recipe": "identity", **(ENDS if curve else {})}
+    plain = prepared(small(**usual)).objective
+    training = prepared(small(**usual, mixtures=0.5))
+    objective, correction = training.objective, training.trainer.network.correction
+    assert correction is not None and objective.mixtures == 3
+    torch.nn.init.normal_(correction.mix.weight, std=0.1)
+    plain.mapper.load_state_dict(objective.mapper.state_dict())
+
+    def losses(of: Objective, weights: list[float]) -> dict[str, Tensor]:
+        monkeypatch.setattr(mapper_objective, "drawn_mixtures", fixed_mixtures(weights))
+        return of(("transfer",), 7)
+
+    # A mixture of one target alone is that target.
+    own = losses(objective, [1, 0, 0])
+    torch.testing.assert_close(own["transfer"], losses(plain, [1, 0, 0])["transfer"])
+    # Every mate counts, as an answer and as a goal.
+    for weights in ([0, 1, 0], [0, 0, 1], [0.4, 0.6, 0], [0.2, 0.3, 0.5]):
+        assert not torch.isclose(losses(objective, weights)["transfer"], own["transfer"])
+    losses(objective, [0.2, 0.3, 0.5])["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
+
+
+def test_mixtures_are_of_two_and_three_targets_by_even_weights() -> None:
+    mixtures = drawn_mixtures(2000, 4000, torch.Generator().manual_seed(0))
+    assert mixtures.mates[-1].tolist() == [3999, 0, 1]
+    torch.testing.assert_close(mixtures.weights.sum(dim=1), torch.ones(2000))
+    two, three = mixtures.weights[::2], mixtures.weights[1::2]
+    assert (two[:, 2] < 1e-9).all()
+    # Even: the mean of each is the same, and of two any part is as likely.
+    torch.testing.assert_close(three.mean(dim=0), torch.full((3,), 1 / 3), atol=0.02, rtol=0)
+    assert 0.22 < float((two[:, 0] < 0.25).float().mean()) < 0.28
+    values = torch.arange(2 * 3 * 2.0).view(6, 2)
+    mixed = Mixtures(
+        torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1.0, 0, 0], [0, 0.5, 0.5]])
+    )
+    assert mixed.mixed(values).tolist() == [[0, 1], [9, 10]]
+
+
+def test_a_training_with_mixtures_says_so_and_one_without_says_nothing(
+    small: Callable[..., Config], straight: Path
+) -> None:
+    assert "mixtures" not in load_mapper(straight / MAPPER)[1].recipe
+    config = small(mixtures=0.5, batch_size=4, schedule=("transfer:1",))
+    run(config)
+    record = load_mapper(config.out / MAPPER)[1]
+    assert record.recipe["mixtures"] == 0.5
+    assert record.command is not None and "--mixtures 0.5" in record.command
+    with pytest.raises(ValueError, match="--mixtures: expected a number below 1"):
+        run(small(mixtures=1.0))
 
 
 # Going on

@@ -146,7 +146,7 @@ def test_after_an_interruption_only_what_is_lacking_is_trained(
     with pytest.raises(ChildProcessError, match="killed"):
         run(small(), dies)
     kept = json.loads((tmp_path / "report.json").read_text())
-    assert TRAINED == [f"{n} targets, seed {seed}" for n in (2, 3, 5) for seed in (0, 1)]
+    assert [f"{n} targets, seed {seed}" for n in (2, 3, 5) for seed in (0, 1)] == TRAINED
     assert sorted(kept["trainings"]) == TRAINED
     TRAINED.clear()
     report = run(small(jobs=2), train)
