@@ -522,8 +522,3 @@ def run(config: Config, at: At = go_on) -> int:
     elif main:
         say_next(config.out, *LATER[config.only or "run"], error=True)
     return 0
-
-
-def main() -> None:
-    """Run the command."""
-    command.main(run, Config, __doc__, "python -m data.build")

@@ -322,31 +322,26 @@ def mean_scores(out: Path) -> dict[str, dict[str, float]]:
     return scores
 
 
-def build_settings(out: Path) -> dict[str, Any]:
-    """Return the settings of the build that made pairs.
+def build_settings(out: Path, *needed: str) -> dict[str, Any]:
+    """Return the settings of the build that made pairs, those `needed` among them.
     FileNotFoundError: the dataset has no report.json. ValueError: it is damaged."""
     path = out / REPORT
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is missing; run the build again (--only merge)")
     try:
-        return dict(json.loads(path.read_bytes())["settings"])
+        settings = dict(json.loads(path.read_bytes())["settings"])
+        return settings | {name: settings[name] for name in needed}
     except (ValueError, KeyError, TypeError) as error:
-        raise damaged_report(path) from error
-
-
-def damaged_report(path: Path) -> ValueError:
-    """Return the error for a report that a build did not write."""
-    return ValueError(f"{str(path)!r} is damaged: expected the settings of a build; run it again")
+        raise ValueError(
+            f"{str(path)!r} is damaged: expected the settings of a build; run it again"
+        ) from error
 
 
 def networks_of(out: Path) -> tuple[str, str]:
     """Return the fingerprints of the generator and of the embedder that pairs were made with;
     raises as `build_settings`."""
-    settings = build_settings(out)
-    try:
-        return str(settings["generator"]), str(settings["embedder"])
-    except KeyError as error:
-        raise damaged_report(out / REPORT) from error
+    settings = build_settings(out, "generator", "embedder")
+    return str(settings["generator"]), str(settings["embedder"])
 
 
 def recipe_of(out: Path) -> Recipe | None:

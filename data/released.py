@@ -41,7 +41,6 @@ from data.publish import At, go_on, publish_file
 from data.targets import FolderTargets, Target, brief, open_folder, printable
 from data.teacher import Teacher, make_teacher
 from data.worker import chunk_name, merge_all
-from targetclip import command
 from targetclip.command import Precision, choose_precision, say, sync_folder
 from targetclip.directions import released_direction
 from targetclip.optimize import Optimized
@@ -357,8 +356,3 @@ def import_released(config: Config, at: At = go_on) -> dict[str, Any]:
 def run(config: Config) -> None:
     """Make the dataset and print its counts and scores."""
     build.print_result(config.out, import_released(config))
-
-
-def main() -> None:
-    """Run the command."""
-    command.main(run, Config, __doc__, "python -m data.released")

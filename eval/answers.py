@@ -19,7 +19,6 @@ from eval.methods import METHODS, Answer, Bench, Method, needs_of
 from eval.sets import EvalSet
 from predictor.correction import SourceCorrection
 from targetclip.directions import CORRECTION
-from targetclip.seeds import TEST_SOURCES
 from targetclip.weights import save_tensors
 
 TIMED = 5  # targets that a fast method is timed on, one at a time
@@ -63,7 +62,7 @@ def settings_of(name: str, bench: Bench, targets: EvalSet) -> dict[str, Any]:
         settings |= {"max_steps": bench.max_steps, "recipe": bench.recipe}
         settings |= {"truncation": scene.truncation}
     if method.per_source:
-        settings |= {"sources": [TEST_SOURCES, len(bench.sources)]}
+        settings |= {"sources": [bench.origin, len(bench.sources)]}
     return settings
 
 
@@ -102,11 +101,8 @@ def keep(path: Path, answer: Answer, settings: dict[str, Any]) -> None:
 
 def answer_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> Answer:
     """Return a method's answer to some targets: the one kept in `folder`, or a new one.
-
-    Raises:
-        ValueError: a part that the method needs is missing, or its edits are not finite.
-        OSError: the folder cannot be written into.
-    """
+    ValueError: a part that the method needs is missing, or its edits are not finite. OSError: the
+    folder cannot be written into."""
     path = folder / f"{targets.name} {name}.safetensors"
     settings = settings_of(name, bench, targets)
     answer = kept(path, settings)
@@ -123,10 +119,7 @@ def answer_of(folder: Path, name: str, bench: Bench, targets: EvalSet) -> Answer
 
 def earlier_report(path: Path, comparison: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an earlier run of the same comparison reported, or a report of nothing yet.
-
-    Raises:
-        ValueError: the file is of another comparison, or damaged.
-    """
+    ValueError: the file is of another comparison, or damaged."""
     same = json.loads(json.dumps(comparison))  # tuples become lists, as in the file
     if not path.exists():
         return {"comparison": same}

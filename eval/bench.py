@@ -84,7 +84,8 @@ def cuda_settings(
 ) -> Iterator[None]:
     """Choose how CUDA computes: TF32 where fp32 is asked, convolutions chosen by trial.
 
-    `tf32` None is torch's default: in convolutions alone. Does nothing on other devices.
+    `tf32` None is torch's default: in convolutions alone. Does nothing on other devices. The stream
+    is afterwards what it was, also where a CUDA graph could not be captured.
     """
     if device.type != "cuda":
         yield
@@ -96,7 +97,8 @@ def cuda_settings(
     if tf32 is not None:  # set as rarely as can be: torch warns
         cudnn.allow_tf32 = matmul.allow_tf32 = tf32
     try:
-        yield
+        with torch.cuda.stream(torch.cuda.current_stream(device)):
+            yield
     finally:
         cudnn.benchmark = False
         if tf32 is not None:

@@ -18,7 +18,7 @@ score on the probe sources differs there.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.calibrate")
+    start("eval.calibrate", exclusive=True)
 
 import json
 import shlex
@@ -34,14 +34,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data.targets import (
-    Target,
-    check_trainable,
-    default_targets,
-    of_split,
-    open_targets,
-    portable,
-)
+from data.targets import Target, check_trainable, default_targets, of_split, open_targets, portable
 from data.teacher import search_in_batches
 from eval.expectation import fit_expectation
 from eval.methods import Answer, mapped
@@ -537,7 +530,3 @@ def run(
     then = f"python -m eval.compare --out REPORT --mapper {shlex.quote(str(path))}"
     command.say_next(config.out, "mapper.safetensors, report.json", then, error=True)
     return record
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.calibrate", exclusive=True)

@@ -35,6 +35,7 @@ from eval.sets import (
     ADVERSARIAL,
     IN_RANGE,
     EvalSet,
+    Sources,
     adversarial,
     check_sources,
     check_unseen,
@@ -59,14 +60,17 @@ from predictor.mapper import load_mapper
 from predictor.transfer import load_essence
 from targetclip import command
 from targetclip.command import Precision
+from targetclip.directions import released_latents
 from targetclip.encoders.inverter import load_inverter
 from targetclip.media.images import tensor_to_pictures, write_picture
+from targetclip.scene import Scene
 from targetclip.seeds import TEST_SOURCES, TEST_TARGETS
 from targetclip.world import DEFAULT_WORLD, World, load_world
 
 NAMES = (*METHODS, RIGHT_ANSWER)
 ADVERSARIES = 6
 TEACHERS = ("consistent", "identity")
+UNKNOWN = "nobody knows what the latents of --sources show"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +104,9 @@ class Config:
     """Targets of the sets in range, of other styles and folder. Default: 32, or 8 if quick."""
     slow: int | None = None
     """Targets of a set that the slow methods are run on. Default: 4, or 2 if quick."""
-    sources: int = 16
-    """Sources that every method edits."""
+    sources: int | Path = 16
+    """Sources that every method edits: how many are generated, or a .npy or .pt file of your own
+    latents, [sources, num_ws, w_dim]."""
     references: int | None = None
     """Unedited images that FID and KID compare with. Default: 1000, or 300 if quick."""
     precision: Precision | None = None
@@ -138,7 +143,11 @@ class Config:
 def check_config(config: Config) -> None:
     """Raise a ValueError for options that are out of range or do not go together."""
     command.check_least(config, targets=1, slow=1, max_steps=1, max_images=1)
-    command.check_least(config, sources=2, references=2)
+    command.check_least(config, references=2)
+    if isinstance(config.sources, int):
+        command.check_least(config, sources=2)
+    elif RIGHT_ANSWER in config.only:
+        raise ValueError(f"--only {RIGHT_ANSWER}: {UNKNOWN}: leave it out, or give their number")
     if unknown := [name for name in config.only if name not in NAMES]:
         hint = command.did_you_mean(unknown[0], NAMES)
         raise ValueError(f"--only: expected some of {', '.join(NAMES)}, found {unknown[0]!r}{hint}")
@@ -149,6 +158,16 @@ def check_config(config: Config) -> None:
 
 
 # Parts
+
+
+def open_latents(path: Path, scene: Scene) -> Sources:
+    """Return the latents of the file given as --sources, on the scene's device.
+    FileNotFoundError, ValueError: as `released_latents`."""
+    generator = scene.generator
+    try:
+        return released_latents(path, generator.num_ws, generator.w_dim).to(scene.device)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--sources: {error}") from error
 
 
 def make_bench(config: Config, world: World, device: torch.device) -> Bench:
@@ -193,9 +212,17 @@ def make_bench(config: Config, world: World, device: torch.device) -> Bench:
         differences = load_mapper(config.differences, *prints)[0].to(device)
     if config.encoder is not None:
         encoder = load_inverter(config.encoder, prints[0]).to(device)
+    origin: int | str = TEST_SOURCES
+    if isinstance(config.sources, int):
+        sources = scene.sources(config.sources, TEST_SOURCES)
+    else:
+        sources, origin = open_latents(config.sources, scene), sha256_of(config.sources)
+        if len(sources) < 2:
+            raise ValueError(f"--sources: expected two latents or more, found {len(sources)}")
     return Bench(
         essence=essence,
-        sources=scene.sources(config.sources, TEST_SOURCES),
+        sources=sources,
+        origin=origin,
         pairs=pairs,
         differences=differences,
         encoder=encoder,
@@ -297,6 +324,7 @@ def facts(
 ) -> dict[str, Any]:
     """Return what the scores belong to: settings, networks, seeds, judges, code and machine."""
     second = {} if judges.second is None else {"judge": judges.second.fingerprint}
+    seed, own = (bench.origin, {}) if bench.generated else (None, {"sources": bench.origin})
     return {
         "config": {name: str(v) if isinstance(v, Path) else v for name, v in vars(config).items()},
         "world": world.name,
@@ -304,9 +332,10 @@ def facts(
             "generator": bench.scene.generator.fingerprint,
             "embedder": bench.scene.embedder.fingerprint,
             **second,
+            **own,
             **bench.digests,
         },
-        "seeds": {"targets": TEST_TARGETS, "sources": TEST_SOURCES, "draws": config.seed},
+        "seeds": {"targets": TEST_TARGETS, "sources": seed, "draws": config.seed},
         "sources": len(bench.sources),
         "references": config.unedited,
         "first": config.first,
@@ -334,7 +363,8 @@ def run(config: Config) -> dict[str, Any]:
     command.choose_precision(config.precision)  # refuses what cannot be, before anything is loaded
     check_charts()
     world, device = load_world(config.world), command.choose_device(config.device)
-    check_sources(TEST_SOURCES, max(config.sources, RELEASED_SOURCES))
+    if isinstance(config.sources, int):
+        check_sources(TEST_SOURCES, max(config.sources, RELEASED_SOURCES))
     with command.locked_folder(config.out):
         command.say(f"loading world {world.name}", error=True)
         report = make_report(config, world, device)
@@ -357,6 +387,8 @@ def make_report(config: Config, world: World, device: torch.device) -> dict[str,
         seed=config.seed,
     )
     right = not config.only or RIGHT_ANSWER in config.only
+    if right and not bench.generated:
+        left_out.append(f"{RIGHT_ANSWER}: {UNKNOWN}")
     report = facts(config, world, bench, judges, left_out) | {"sets": {}}
     pictures: dict[str, Image.Image] = {}
     for targets in sets:

@@ -50,10 +50,7 @@ def ridge(
     penalties: Sequence[float] = PENALTIES,
 ) -> tuple[Float[Tensor, " columns"], float]:
     """Return weights and offset of the ridge regression of least left-out error.
-
-    Raises:
-        ValueError: fewer than two rows.
-    """
+    ValueError: fewer than two rows."""
     rows = len(inputs)
     if rows < 2:
         raise ValueError(f"expected 2 or more rows to fit, found {rows}")

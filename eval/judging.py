@@ -169,10 +169,7 @@ def reader_of(world: World, device: torch.device) -> AvatarReader | None:
 
 def face_reader(scene: Scene) -> AvatarReader:
     """Return the attribute reader, on a scene's device.
-
-    Raises:
-        ValueError: the generator's pictures are not of the size that the reader knows.
-    """
+    ValueError: the generator's pictures are not of the size that the reader knows."""
     if scene.generator.resolution != SIZE:
         raise ValueError(
             f"--world: expected a world of avatars of {SIZE} px, which the attribute reader "
@@ -183,10 +180,7 @@ def face_reader(scene: Scene) -> AvatarReader:
 
 def face_judges(scene: Scene) -> Judges:
     """Return the embedder and the attribute reader as judges of avatars, for studies.
-
-    Raises:
-        ValueError: as `face_reader`.
-    """
+    ValueError: as `face_reader`."""
     return Judges(scene=scene, reader=face_reader(scene))
 
 

@@ -40,14 +40,7 @@ from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import TEST_SOURCES, seed_of, source_seeds
 
 Part = Literal[
-    "mapper",
-    "correction",
-    "calibration",
-    "pairs",
-    "inverter",
-    "differences",
-    "encoder",
-    "identity",
+    "mapper", "correction", "calibration", "pairs", "inverter", "differences", "encoder", "identity"
 ]
 LACKING: dict[Part, str] = {
     "mapper": "there is no mapper (--mapper)",
@@ -127,8 +120,7 @@ def open_pair_table(folder: Path, scene: Scene) -> PairTable:
 
     Its penalty is that of the least squared error on the validation pairs.
 
-    Raises:
-        FileNotFoundError, ValueError: see `load_pairs` and `networks_of`; pairs of other networks.
+    FileNotFoundError, ValueError: see `load_pairs` and `networks_of`; pairs of other networks.
     """
     generator, embedder = scene.generator, scene.embedder
     train, validation = load_pairs(folder, "train"), load_pairs(folder, "validation")
@@ -178,6 +170,8 @@ class Bench:
     """With the mapper that is judged."""
     sources: Sources
     """The test sources, for methods that edit each source by itself; others ignore them."""
+    origin: int | str = TEST_SOURCES
+    """Seed that they are generated from, or the hash of the file that they were read from."""
     pairs: PairTable | None = None
     differences: Mapper | None = None
     """A mapper trained by differences between samples alone."""
@@ -196,6 +190,11 @@ class Bench:
     @property
     def scene(self) -> Scene:
         return self.essence.scene
+
+    @property
+    def generated(self) -> bool:
+        """Whether the test sources are the generator's, and their faces known by the seed."""
+        return self.origin == TEST_SOURCES
 
     def cut(self, recipe: Recipe) -> Recipe:
         """Return a recipe with `max_steps` at most."""
@@ -235,9 +234,7 @@ class Answer:
         return offsets + self.correction.each(sources.to(offsets.device))
 
 
-def stacked_corrections(
-    corrections: Sequence[SourceCorrection | None],
-) -> SourceCorrection | None:
+def stacked_corrections(corrections: Sequence[SourceCorrection | None]) -> SourceCorrection | None:
     """Return corrections of one target each as one of a row a target, zero for None; None where
     all are None."""
     some = next((one for one in corrections if one is not None), None)
@@ -550,6 +547,16 @@ def teacher(name: str, needs: tuple[Part, ...] = (), slow: bool = False) -> Meth
     )
 
 
+def source_by_source(
+    find: Callable[[Bench, EvalSet], Answer], recipe: Recipe, needs: tuple[Part, ...] = ()
+) -> Method:
+    """Return a method that searches by a recipe for the edit of each test source."""
+    settings = asdict(recipe)
+    return Method(
+        find=find, needs=needs, settings=settings, optimizes=True, slow=True, per_source=True
+    )
+
+
 def baseline(answer: Callable[[PairTable, Tensor], Tensor], **settings: Any) -> Method:
     """Return a method of the table of pairs."""
     return Method(find=partial(by_pairs, answer=answer), needs=("pairs",), settings=settings)
@@ -567,25 +574,9 @@ METHODS: dict[str, Method] = {
     "nearest-neighbour": baseline(PairTable.nearest_directions),
     "ridge": baseline(PairTable.ridge_directions, penalties=list(PENALTIES)),
     "latent-blending": Method(find=by_latent_blending, needs=("inverter",)),
-    "clip-blending": Method(
-        find=by_clip_blending, settings=asdict(BLENDING), optimizes=True, slow=True, per_source=True
-    ),
-    "each-source": Method(
-        find=by_each_source,
-        needs=("identity",),
-        settings=asdict(EACH_SOURCE),
-        optimizes=True,
-        slow=True,
-        per_source=True,
-    ),
-    "own-mapper": Method(
-        find=by_own_mapper,
-        needs=("identity",),
-        settings=asdict(OWN_MAPPER),
-        optimizes=True,
-        slow=True,
-        per_source=True,
-    ),
+    "clip-blending": source_by_source(by_clip_blending, BLENDING),
+    "each-source": source_by_source(by_each_source, EACH_SOURCE, ("identity",)),
+    "own-mapper": source_by_source(by_own_mapper, OWN_MAPPER, ("identity",)),
     "differences": Method(find=by_differences, needs=("differences",)),
     "encoder": Method(find=by_encoder, needs=("encoder",)),
 }

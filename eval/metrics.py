@@ -4,13 +4,12 @@ Knows numbers only: nothing of judges, nor of how edits were made.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
-from numpy import ndarray
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -275,8 +274,7 @@ def frechet_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m feature
     |mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), by torchmetrics in float64. Small
     samples make it too large: compare values of equally many images only.
 
-    Raises:
-        ValueError: fewer than two rows in a sample.
+    ValueError: fewer than two rows in a sample.
     """
     check_samples("FID", a, b)
     fid = FrechetInceptionDistance(feature=PassThrough(a.shape[1]))
@@ -292,8 +290,7 @@ def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features
     always the same, of as many rows of each sample as the smaller one has, at most 1,000. The
     expected value for one distribution is 0, whatever the size; a single value may be below.
 
-    Raises:
-        ValueError: fewer than two rows in a sample.
+    ValueError: fewer than two rows in a sample.
     """
     check_samples("KID", a, b)
     with warnings.catch_warnings():
@@ -313,10 +310,21 @@ def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features
 # Over targets
 
 
-def resampled(count: int, seed: int, resamples: int) -> Int64[ndarray, "resamples count"]:
-    """Draw targets with replacement: [resamples, count]."""
+def bootstrap(
+    statistic: Callable[[Any], Any], count: int, seed: int, resamples: int
+) -> dict[str, Any]:
+    """Return a statistic of so many targets as its `mean`, with what `interval` returns beside it.
+
+    Args:
+        statistic: of targets by their numbers, over the last axis.
+    """
+    mean = float(statistic(np.arange(count)))
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None, "count": count}
     random = np.random.default_rng(seed_of("bootstrap", seed, count))
-    return random.integers(count, size=(resamples, count))
+    chosen = random.integers(count, size=(resamples, count))
+    low, high = np.quantile(statistic(chosen), (0.025, 0.975))
+    return {"mean": mean, "low": float(low), "high": float(high), "count": count}
 
 
 def interval(
@@ -332,12 +340,7 @@ def interval(
         target; `count` of targets.
     """
     numbers = values.double().numpy()
-    count, mean = len(numbers), float(numbers.mean())
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None, "count": count}
-    chosen = resampled(count, seed, resamples)
-    low, high = np.quantile(numbers[chosen].mean(axis=1), (0.025, 0.975))
-    return {"mean": mean, "low": float(low), "high": float(high), "count": count}
+    return bootstrap(lambda rows: numbers[rows].mean(axis=-1), len(numbers), seed, resamples)
 
 
 def interval_kept(parts: Parts, seed: int, resamples: int = 10_000) -> dict[str, Any]:
@@ -346,13 +349,11 @@ def interval_kept(parts: Parts, seed: int, resamples: int = 10_000) -> dict[str,
     Left and whole are summed over the targets of a draw before they are divided.
     """
     left, whole = (part.double().sum(dim=1).numpy() for part in parts)
-    count, mean = len(left), float(1 - left.sum() / whole.sum())
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None, "count": count}
-    chosen = resampled(count, seed, resamples)
-    kept = 1 - left[chosen].sum(axis=1) / whole[chosen].sum(axis=1)
-    low, high = np.quantile(kept, (0.025, 0.975))
-    return {"mean": mean, "low": float(low), "high": float(high), "count": count}
+
+    def kept(rows: Any) -> Any:
+        return 1 - left[rows].sum(axis=-1) / whole[rows].sum(axis=-1)
+
+    return bootstrap(kept, len(left), seed, resamples)
 
 
 def spread(values: Float[Tensor, " targets"]) -> dict[str, float]:

@@ -29,7 +29,7 @@ from eval.report import protocol_text
 from eval.results import by_name
 from eval.sets import Directions, EvalSet, Sources
 from targetclip import command
-from targetclip.directions import looks_like_latent, released_latents
+from targetclip.directions import looks_like_latent
 from targetclip.embedder import preprocess_images
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
 from targetclip.scene import Scene
@@ -73,19 +73,15 @@ def open_sources(config: "Config", scene: Scene) -> tuple[list[int], Sources]:
     """Return the numbers of the sources, and their latents on the scene's device.
 
     Raises:
-        FileNotFoundError, ValueError: as `released_latents`; fewer than two are left.
+        FileNotFoundError, ValueError: as `open_latents`; fewer than two are left.
     """
-    try:
-        generator = scene.generator
-        latents = released_latents(config.sources, generator.num_ws, generator.w_dim)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"--sources: {error}") from error
+    latents = compare.open_latents(config.sources, scene)
     if beyond := [i for i in config.leave_out if not 0 <= i < len(latents)]:
         raise ValueError(f"--leave-out: expected 0 to {len(latents) - 1}, found {beyond[0]}")
     numbers = [i for i in range(len(latents)) if i not in config.leave_out]
     if len(numbers) < 2:
         raise ValueError(f"--sources: expected two latents or more, found {len(numbers)}")
-    return numbers, latents[numbers].to(scene.device)
+    return numbers, latents[numbers]
 
 
 def open_targets(

@@ -15,25 +15,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from data.illustrated.codes import (
-    ATTRIBUTES,
-    BEARDS,
-    COUNTS,
-    GLASSES,
-    HATS,
-    SIZE,
-    VALUES,
-)
-from data.illustrated.codes import (
-    HAIR_COLOURS as HAIR,
-)
+from data.illustrated import codes
+from data.illustrated.codes import ATTRIBUTES, BEARDS, COUNTS, GLASSES, HATS, SHADES, SIZE, VALUES
 from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
 from targetclip.encoders.inverter import PictureEncoder
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, save_half
 
 BUNDLED = Path(__file__).parent / "reader.safetensors"
 FORMAT = "targetclip-avatar-reader/1"
-HAIR_COLOURS = tuple(HAIR)
+HAIR_COLOURS = tuple(codes.HAIR_COLOURS)
 NAMES = [attribute.name for attribute in ATTRIBUTES]
 PRESENT = {
     "glasses": ("accessories", GLASSES),
@@ -41,7 +31,6 @@ PRESENT = {
     "hat": ("top", HATS),
 }
 INPUT = EncoderInput(SIZE, SIGNED, SIGNED, "bicubic")
-SHADES = ("kurt", "sunglasses", "wayfarers")
 
 
 @dataclass(frozen=True)
@@ -81,9 +70,7 @@ def among(name: str, values: tuple[str, ...]) -> list[int]:
     return [SPANS[name].start + known.index(value) for value in values]
 
 
-def with_presence(
-    shares: Float[Tensor, "*batch values"],
-) -> Float[Tensor, "*batch outputs"]:
+def with_presence(shares: Float[Tensor, "*batch values"]) -> Float[Tensor, "*batch outputs"]:
     """Return readings: shares of all values, and whether each kind of PRESENT is there."""
     parts = [shares]
     for name, values in PRESENT.values():
@@ -92,9 +79,7 @@ def with_presence(
     return torch.cat(parts, dim=-1)
 
 
-def seen_identity(
-    readings: Float[Tensor, "*batch outputs"],
-) -> Bool[Tensor, "*batch outputs"]:
+def seen_identity(readings: Float[Tensor, "*batch outputs"]) -> Bool[Tensor, "*batch outputs"]:
     """Return which identity readings a picture shows: shades hide eyes and brows."""
     seen = torch.tensor([not r.essence for r in READINGS for _ in range(r.size)])
     seen = seen.to(readings.device).expand(readings.shape).clone()
@@ -177,11 +162,8 @@ def described() -> str:
 
 def load_reader(path: Path = BUNDLED) -> AvatarReader:
     """Read the reader's weights.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a reader's file, a damaged one, or one that reads other attributes.
-    """
+    FileNotFoundError: no such file. ValueError: not a reader's file, a damaged one, or one that
+    reads other attributes."""
     advice = "make one with python -m train.world.reader"
     metadata, state = read_tensors(path, "reader", (FORMAT,), advice)
     if metadata.get("reads") != described():

@@ -371,11 +371,18 @@ def paired(table: Table, one: Results, other: Results, seed: int) -> dict[str, d
     return intervals(rows, seed)
 
 
-def tool_report(table: Table, tool: Results, seed: int) -> dict[str, Any]:
-    """Return the entry of report.json for a tool."""
+def tool_report(
+    table: Table, tool: Results, held_out: Collection[str], seed: int
+) -> dict[str, Any]:
+    """Return the entry of report.json for a tool.
+
+    Args:
+        held_out: targets that have means of their own as well.
+    """
     rows = table.scores(tool, {*tool.ids})
     return {
         **intervals([*rows.values()], seed),
+        "held_out": intervals([row for name, row in rows.items() if name in held_out], seed),
         **table.distances(tool),
         "seconds": tool.seconds,
         "layout": tool.layout,
@@ -465,7 +472,7 @@ def judge(
     embedder, identity = load_encoders(world, device)
     second = load_judge(config.judge, config.judge_pretrained, device)
     reader = reader_of(world, device)
-    given = {} if reader is None else read_truth(config.targets)
+    given, marked = ({}, frozenset[str]()) if reader is None else read_truth(config.targets)
     judges: dict[str, Any] = {"people": identity, "second": second, "readings": reader}
     judges = {"embeddings": embedder, **judges}
     judges = {name: model for name, model in judges.items() if model is not None}
@@ -474,6 +481,7 @@ def judge(
         notes.append(f"identity is not scored: world {world.name} names no identity model")
     seen = Embeddings(config.out / "embeddings", judges, device)
     of_sources, of_targets = look(tools, sources, targets, seen, notes)
+    held_out = [name for name in of_targets if targets[name].name in marked]
     known = None
     if reader is not None:
         faces, goals = ({n: sources[n] for n in of_sources}, {n: targets[n] for n in of_targets})
@@ -498,9 +506,10 @@ def judge(
         "sources": [*found.sources],
         "targets": [*found.targets],
         "truth": {} if known is None else known.origins,
+        "held_out": held_out,
         "notes": notes,
         "unedited": found.unedited(),
-        "results": {tool.name: tool_report(found, tool, config.seed) for tool in tools},
+        "results": {tool.name: tool_report(found, tool, held_out, config.seed) for tool in tools},
         "differences": differences,
         "versions": command.versions(),
     }

@@ -96,6 +96,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
 
 
+def bullets(texts: Sequence[str]) -> list[str]:
+    """Return the lines of a list, and an empty one after it; nothing where there is no text."""
+    return [*(f"- {text}" for text in texts), *([""] if texts else [])]
+
+
 # report.md of the comparison
 
 
@@ -192,17 +197,17 @@ def released_table(methods: Mapping[str, Any]) -> list[str]:
 
 def report_text(report: Mapping[str, Any]) -> str:
     """Return report.md."""
-    seeds, judges = report["seeds"], report["judges"]
+    seeds, judges, given = report["seeds"], report["judges"], report["config"]["sources"]
+    origin = f"latents of {given}" if seeds["sources"] is None else f"seed {seeds['sources']}"
     lines = [
         f"# Methods compared on {report['world']}",
         "",
-        f"{report['sources']} sources (seed {seeds['sources']}), targets of seed "
+        f"{report['sources']} sources ({origin}), targets of seed "
         f"{seeds['targets']}, draws of seed {seeds['draws']}; searches in {report['precision']}, "
         f"scores in fp32; commit {report['commit'] or 'unknown'}.",
         "",
     ]
-    lines += [f"- left out: {words}" for words in report["left_out"]]
-    lines += [""] if report["left_out"] else []
+    lines += bullets([f"left out: {words}" for words in report["left_out"]])
     for name, scored in report["sets"].items():
         lines += set_section(name, scored)
     lines += released_section(report["released"], judges["people"])
@@ -241,8 +246,7 @@ def protocol_text(report: Mapping[str, Any]) -> str:
         "",
         facts + (f", {references} pictures to compare with." if references else "."),
         "",
-        *(f"- {words}" for words in report["notes"]),
-        *([""] if report["notes"] else []),
+        *bullets(report["notes"]),
         *released_table(report["methods"]),
     ]
     reading = PROTOCOL_READING.format(
@@ -346,17 +350,12 @@ def line_chart(
     return picture_of(figure, axes)
 
 
-def bar_chart(
-    title: str,
-    groups: Mapping[str, Mapping[str, float]],
-    y_label: str,
-) -> Image.Image:
+def bar_chart(title: str, groups: Mapping[str, Mapping[str, float]], y_label: str) -> Image.Image:
     """Draw a bar for each value, side by side: `groups[name][kind]`, kinds along the axis.
 
     Groups named as methods have the methods' colours.
 
-    Raises:
-        ValueError: there is no value, or no matplotlib.
+    ValueError: there is no value, or no matplotlib.
     """
     kinds = list(dict.fromkeys(kind for values in groups.values() for kind in values))
     if not kinds:
@@ -529,11 +528,18 @@ def referee_text(report: Mapping[str, Any]) -> str:
         f"{len(report['sources'])} sources, {len(report['targets'])} targets, seed "
         f"{report['seed']} of the bootstrap.",
         "",
-        *(f"- {words}" for words in report["notes"]),
-        *([""] if report["notes"] else []),
+        *bullets(report["notes"]),
         *table(heads, rows),
         *table(["results", "FID", "KID", "results", "sources"], sizes),
     ]
+    if report["held_out"]:
+        apart = [
+            [name, *(with_bounds(row["held_out"].get(score)) for score in have)]
+            for name, row in results.items()
+        ]
+        count = f"{len(report['held_out'])} of {len(report['targets'])}"
+        lines += [f"Over the held-out targets alone, {count}:", ""]
+        lines += table(["results", *(REFEREE[score] for score in have)], apart)
     pairs = [
         [f"{one} less {other}", *(with_bounds(row.get(score)) for score in have)]
         for one, others in report["differences"].items()

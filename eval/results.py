@@ -68,10 +68,7 @@ def fault_lines(tool: Results) -> list[str]:
 
 def by_name(flag: str, folder: Path) -> dict[str, Path]:
     """Return the pictures of a folder by their names without suffix, in natural order.
-
-    Raises:
-        FileNotFoundError, ValueError: no folder, no picture in it, or two of one name.
-    """
+    FileNotFoundError, ValueError: no folder, no picture in it, or two of one name."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{flag}: expected a folder of pictures, found none at {folder}")
     paths: dict[str, Path] = {}
@@ -92,10 +89,7 @@ def name_in(names: Collection[str], given: str) -> str:
 
 def read_table(path: Path, sources: Sequence[str], targets: Sequence[str]) -> Results:
     """Read a table with the columns source, target and result, paths from the table's folder on.
-
-    Raises:
-        ValueError: not a table, or one without these columns.
-    """
+    ValueError: not a table, or one without these columns."""
     found = Results(path.stem, "table", {})
     try:
         with path.open(encoding="utf-8-sig", newline="") as lines:
@@ -119,10 +113,7 @@ def read_table(path: Path, sources: Sequence[str], targets: Sequence[str]) -> Re
 
 def seconds_of(folder: Path) -> float | None:
     """Return the seconds of a result that a folder's file says; None without the file.
-
-    Raises:
-        ValueError: it holds something else.
-    """
+    ValueError: it holds something else."""
     path = folder / SECONDS
     if not path.is_file():
         return None
@@ -137,10 +128,7 @@ def seconds_of(folder: Path) -> float | None:
 
 def read_folder(folder: Path, sources: Sequence[str], targets: Sequence[str]) -> Results:
     """Find results in a folder, by the names of the tool whose layout finds most.
-
-    Raises:
-        ValueError: no layout finds any.
-    """
+    ValueError: no layout finds any."""
     pictures = sorted(path for path in folder.rglob("*") if is_picture(path) and path.is_file())
     named: dict[str, Path] = {}
     for path in pictures:
@@ -170,11 +158,7 @@ def read_folder(folder: Path, sources: Sequence[str], targets: Sequence[str]) ->
 
 def find_results(path: Path, sources: Sequence[str], targets: Sequence[str]) -> Results:
     """Find the results in a folder or a table.
-
-    Raises:
-        FileNotFoundError: neither is there.
-        ValueError: as `read_folder` and `read_table`.
-    """
+    FileNotFoundError: neither is there. ValueError: as `read_folder` and `read_table`."""
     if path.is_dir():
         found = read_folder(path, sources, targets)
     elif path.suffix.lower() == ".csv" and path.is_file():

@@ -6,10 +6,11 @@ leaves out. Knows pictures, their ids and what avatars show; nothing of methods 
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -30,11 +31,13 @@ from data.targets import (
 from eval.truth import Content, Truth, truth_of
 from targetclip.generators import Generator
 from targetclip.media.images import center_square
+from targetclip.scene import Scene
 from targetclip.seeds import (
     BANK,
     BANK_SEED,
     PAIR_SOURCES,
     STUDY_TARGETS,
+    TEST_SOURCES,
     TEST_TARGETS,
     VALIDATION_SOURCES,
     probe_seeds,
@@ -69,14 +72,9 @@ class EvalSet:
 
     def part(self, start: int, stop: int) -> "EvalSet":
         """Return the targets from `start` up to `stop`."""
-        span = slice(start, stop)
-        return EvalSet(
-            name=self.name,
-            ids=self.ids[span],
-            origins=self.origins[span],
-            pictures=self.pictures[span],
-            truth=None if self.truth is None else self.truth.part(span),
-        )
+        span, fields = slice(start, stop), ("ids", "origins", "pictures")
+        parts = {name: getattr(self, name)[span] for name in fields}
+        return replace(self, **parts, truth=self.truth and self.truth.part(span))
 
 
 def set_of(name: str, targets: Sequence[Target]) -> EvalSet:
@@ -110,10 +108,7 @@ def content_of(kind: str, seed: int, index: int) -> Content:
 
 def avatar_set(name: str, named: Sequence[tuple[str, str, int]], seed: int) -> EvalSet:
     """Draw a set of avatars: the id, the kind of targets and the index of each.
-
-    Raises:
-        ValueError: the extra that draws avatars is missing.
-    """
+    ValueError: the extra that draws avatars is missing."""
     check_dicebear(f"the set {name!r}")
     return EvalSet(
         name=name,
@@ -173,6 +168,40 @@ def study_set(count: int) -> EvalSet:
     ids = [digest_of(kind, STUDY_TARGETS, i)[:16] for kind, i in named]
     rows = [(known, *pair) for known, pair in zip(ids, named, strict=True)]
     return avatar_set("study", rows, STUDY_TARGETS)
+
+
+# For studies
+
+
+def joined(name: str, sets: Sequence[EvalSet]) -> EvalSet:
+    """Return the targets of sets of known content in turn: the first of each, then the second."""
+    count = min(map(len, sets))
+    parts = [targets.part(i, i + 1) for i in range(count) for targets in sets]
+    truths = [part.truth for part in parts if part.truth is not None]
+    return EvalSet(
+        name=name,
+        ids=tuple(part.ids[0] for part in parts),
+        origins=tuple(part.origins[0] for part in parts),
+        pictures=tuple(part.pictures[0] for part in parts),
+        truth=Truth(
+            tuple(content for truth in truths for content in truth.contents),
+            torch.cat([truth.readings for truth in truths]),
+            torch.cat([truth.seen for truth in truths]),
+        ),
+    )
+
+
+def targets_and_sources(
+    scene: Scene, targets: int, sources: int, test: bool
+) -> tuple[EvalSet, Sources]:
+    """Return the targets of a study, of which every second one is in range, and the sources that
+    judge: those of validation or, if `test`, of the evaluation."""
+    if not test:
+        return study_set(targets), scene.sources(sources, VALIDATION_SOURCES)
+    check_sources(TEST_SOURCES, sources)
+    half = -(-targets // 2)
+    both = joined("test", [in_range(half), trained_styles(half)])
+    return both.part(0, targets), scene.sources(sources, TEST_SOURCES)
 
 
 # Pictures that have no essence, or none that sources lack
@@ -247,11 +276,7 @@ def adversarial(count: int, side: int, sources: Pictures) -> EvalSet:
 
 def folder_set(path: Path, count: int, trusted: bool) -> EvalSet:
     """Return the first `count` pictures of a folder that are of the test split, or any `trusted`.
-
-    Raises:
-        ValueError: no folder, or no picture of it can be used.
-        OSError: a folder may not be read.
-    """
+    ValueError: no folder, or no picture of it can be used. OSError: a folder may not be read."""
     if not path.is_dir():
         raise ValueError(f"--folder: expected a folder of pictures, found none at {str(path)!r}")
     opened = open_folder(str(path))

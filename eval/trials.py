@@ -13,15 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from eval.judging import (
-    Goal,
-    Judged,
-    Judges,
-    edited_images,
-    goal_of,
-    judge_edits,
-    released_scores,
-)
+from eval.judging import Goal, Judged, Judges, edited_images, goal_of, judge_edits, released_scores
 from eval.methods import METHODS, Answer, Bench, right_answer
 from eval.metrics import (
     essence_by_attribute,
@@ -125,10 +117,11 @@ class Comparison:
         return judge_edits(self.judges, goal, self.bench.sources, edits, strength)
 
     def judge_right(self, targets: EvalSet) -> Judged | None:
-        """Judge the right answer; None where the content of targets is not known."""
-        if targets.truth is None or self.bench.scene.inverter is None:
+        """Judge the right answer; None where the content of targets or sources is not known."""
+        bench = self.bench
+        if targets.truth is None or not bench.generated or bench.scene.inverter is None:
             return None
-        edits = right_answer(self.bench.scene, targets.truth, self.bench.sources)
+        edits = right_answer(bench.scene, targets.truth, bench.sources)
         return self.judge(edits, goal_of(self.judges, targets))
 
     def judge_all(
@@ -192,13 +185,12 @@ def set_report(
 
 
 def released_report(
-    comparison: Comparison,
-    sets: Sequence[EvalSet],
-    answers: Mapping[str, Mapping[str, Answer]],
+    comparison: Comparison, sets: Sequence[EvalSet], answers: Mapping[str, Mapping[str, Answer]]
 ) -> dict[str, Any]:
     """Return the released evaluation of every method whose edits reach any source.
 
     Targets are the first ones of each set but the adversarial one, the same for all methods.
+    Sources are 68 generated ones, or those of a file, if the test sources are.
     """
     parts = [t.part(0, comparison.first) for t in sets if t.name != ADVERSARIAL]
     targets = EvalSet(
@@ -207,7 +199,10 @@ def released_report(
         origins=tuple(origin for part in parts for origin in part.origins),
         pictures=tuple(picture for part in parts for picture in part.pictures),
     )
-    sources = comparison.bench.scene.sources(RELEASED_SOURCES, TEST_SOURCES)
+    bench = comparison.bench
+    sources = bench.sources
+    if bench.generated:
+        sources = bench.scene.sources(RELEASED_SOURCES, TEST_SOURCES)
     names = [
         name
         for name, method in METHODS.items()

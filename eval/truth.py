@@ -93,10 +93,7 @@ def truth_of(contents: Sequence[Content]) -> Truth:
 
 def row_shown(place: str, row: Mapping[str, Any]) -> Shown:
     """Return what a row of a file says that a picture shows.
-
-    Raises:
-        ValueError: an attribute is missing or unknown, or has a value that is none of its words.
-    """
+    ValueError: an attribute is missing or unknown, or has a value that is none of its words."""
     if missing := [name for name in NEEDED if row.get(name) is None]:
         raise ValueError(
             f"{place}: expected {', '.join(NEEDED)}, found no {missing[0]}; what is not there is "
@@ -119,19 +116,18 @@ def row_shown(place: str, row: Mapping[str, Any]) -> Shown:
     return Shown(**said)
 
 
-def read_truth(folder: Path) -> dict[str, Shown]:
-    """Return what a folder's truth.json or truth.csv says that its pictures show, by file name.
+def read_truth(folder: Path) -> tuple[dict[str, Shown], frozenset[str]]:
+    """Return what a folder's truth.json or truth.csv says that its pictures show, by file name; and
+    the names of those that it marks as held out.
 
     truth.json: {"joker.png": {"glasses": "", "beard": "goatee", ...}}; truth.csv: a column `file`
     and one for each attribute. Empty where there is neither file.
 
-    Raises:
-        ValueError: both are there, or one that is not such a file.
-        OSError: it cannot be read.
+    ValueError: both are there, or one that is not such a file. OSError: it cannot be read.
     """
     paths = [path for name in FILES if (path := folder / name).is_file()]
     if not paths:
-        return {}
+        return {}, frozenset()
     if len(paths) > 1:
         raise ValueError(f"{folder}: expected {' or '.join(FILES)}, found both: remove one")
     [path] = paths
@@ -145,7 +141,8 @@ def read_truth(folder: Path) -> dict[str, Shown]:
         raise ValueError(f"{path}: not a table of what pictures show: {error}") from error
     if not isinstance(rows, dict) or not all(n and isinstance(r, dict) for n, r in rows.items()):
         raise ValueError(f"{path}: expected the attributes of each picture, by its file name")
-    return {name: row_shown(f"{path}: {name}", row) for name, row in rows.items()}
+    held_out = (name for name, row in rows.items() if str(row.get("held_out")).lower() == "true")
+    return {n: row_shown(f"{path}: {n}", row) for n, row in rows.items()}, frozenset(held_out)
 
 
 def face_of(reader: AvatarReader, picture: Image.Image) -> tuple[int, ...] | None:
@@ -153,8 +150,7 @@ def face_of(reader: AvatarReader, picture: Image.Image) -> tuple[int, ...] | Non
 
     A reading is right if the face that it stands for, drawn, is the picture (SAME).
 
-    Raises:
-        ValueError: the extra that draws avatars is missing.
+    ValueError: the extra that draws avatars is missing.
     """
     image = picture_to_tensor(picture, SIZE)
     with torch.no_grad():
@@ -194,16 +190,12 @@ def with_essence(face: Sequence[int], content: Content) -> tuple[int, ...]:
         pairs = zip(ATTRIBUTES, face, content, strict=True)
         return tuple(theirs if a.essence else own for a, own, theirs in pairs)
     own = {a.name: a.values[i] for a, i in zip(ATTRIBUTES, face, strict=True)}
-    wanted = dict(own)
-    wanted["accessories"] = value_for("accessories", own["accessories"], content.glasses)
-    facial = content.beard or content.moustache
-    wanted["facialHair"] = value_for("facialHair", own["facialHair"], facial)
-    if content.hat or content.hair:
-        wanted["top"] = value_for("top", own["top"], content.hat or content.hair)
-    elif kinds().get(word_of(STYLE, "top", own["top"])) == "hat":
-        wanted["top"] = value_for("top", own["top"], "short hair")
-    if content.mouth:
-        wanted["mouth"] = value_for("mouth", own["mouth"], content.mouth)
+    top = content.hat or content.hair
+    if not top and kinds().get(word_of(STYLE, "top", own["top"])) == "hat":
+        top = "short hair"
+    words = {"accessories": content.glasses, "facialHair": content.beard or content.moustache}
+    words |= {name: word for name, word in {"top": top, "mouth": content.mouth}.items() if word}
+    wanted = own | {name: value_for(name, own[name], word) for name, word in words.items()}
     if content.hair_colour:
         wanted["hairColor"] = HAIR_COLOURS[content.hair_colour]
     if content.hat_colour:

@@ -141,14 +141,8 @@ class Direction:
         self, vector: Float[Tensor, "num_ws w_dim"], correction: SourceCorrection | None = None
     ) -> "Direction":
         """Return a direction of the same origin, whose scores nobody has measured."""
-        return Direction(
-            vector=vector,
-            method=self.method,
-            generator=self.generator,
-            steps=self.steps,
-            keep_identity=self.keep_identity,
-            correction=correction,
-        )
+        scores: dict[str, Any] = dict.fromkeys(("expected", "probe", "transfer", "consistency"))
+        return dataclasses.replace(self, vector=vector, correction=correction, **scores)
 
     def save(self, path: str | Path) -> None:
         """Write a .safetensors file, which `load` and the command (--direction) read.

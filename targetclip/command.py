@@ -272,20 +272,27 @@ def main(
     sys.exit(guarded(work, prog))
 
 
-def start(module: str) -> NoReturn:
-    """Import a module that is a command, call its `main`, and end the process.
+def start(name: str, *, exclusive: bool = False) -> NoReturn:
+    """Import a module that is a command, call its `run` with the command line as its `Config`, or
+    its `main` if it has one, and end the process.
 
     For the first lines of such a module, so that Ctrl-C is answered in one line while it imports.
-    """
 
-    def work() -> int:
+    Args:
+        exclusive: see `main`.
+    """
+    prog = f"python -m {name}"
+
+    def work() -> NoReturn:
         # Importing torch takes seconds. Of a launch, only the first process speaks.
         if not {"-h", "--help"} & {*sys.argv} and os.environ.get("RANK", "0") == "0":
-            say(f"{module}: starting", error=True)
-        import_module(module).main()
-        return 0
+            say(f"{name}: starting", error=True)
+        module = import_module(name)
+        if hasattr(module, "main"):
+            module.main()
+        main(module.run, module.Config, module.__doc__, prog, exclusive=exclusive)
 
-    sys.exit(guarded(work, f"python -m {module}"))
+    sys.exit(guarded(work, prog))
 
 
 def command_line(

@@ -200,17 +200,24 @@ def read_released(path: str | Path) -> Float[Tensor, "items num_ws w_dim"]:
         raise ValueError(f"{str(path)!r}: {error}") from error
 
 
+def check_size(
+    path: str | Path, items: Float[Tensor, "items layers size"], num_ws: int, w_dim: int
+) -> None:
+    """Raise a ValueError where directions or latents of a file are not of a generator's size."""
+    if tuple(items.shape[1:]) != (num_ws, w_dim):
+        raise ValueError(
+            f"{str(path)!r}: expected [{num_ws}, {w_dim}], the generator's W+, found "
+            f"{list(items.shape[1:])}; give a file made with this generator"
+        )
+
+
 def released_latents(
     path: str | Path, num_ws: int, w_dim: int
 ) -> Float[Tensor, "items num_ws w_dim"]:
     """Read the latents of a released file: absolute in W+, as a generator takes them.
     FileNotFoundError, ValueError: as `read_released`; another size than the generator's."""
     items = read_released(path)
-    if tuple(items.shape[1:]) != (num_ws, w_dim):
-        raise ValueError(
-            f"{str(path)!r}: expected [{num_ws}, {w_dim}], the generator's W+, found "
-            f"{list(items.shape[1:])}; give a file made with this generator"
-        )
+    check_size(path, items, num_ws, w_dim)
     return items
 
 

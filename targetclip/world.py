@@ -263,10 +263,7 @@ def load_encoders(
     world: World, device: "torch.device"
 ) -> "tuple[ClipEmbedder, IdentityModel | None]":
     """Load the networks of a world that judge pictures: its embedder and its identity model.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_scene`.
-    """
+    FileNotFoundError, ValueError: as `load_scene`."""
     from targetclip.embedder import ClipEmbedder
 
     identity = None

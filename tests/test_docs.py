@@ -47,16 +47,20 @@ RUN_BY = {
     "eval.calibrate": "tests/eval/test_calibrate.py",
     "eval.compare": "tests/eval/test_compare.py",
     "eval.referee": "tests/eval/test_referee.py",
+    "eval.studies.arithmetic": "tests/eval/studies/test_arithmetic.py",
     "eval.studies.benchmark": "tests/eval/studies/test_benchmark.py",
     "eval.studies.challenge": "tests/eval/studies/test_challenge.py",
     "eval.studies.scale": "tests/eval/studies/test_scale.py",
+    "eval.studies.scaling": "tests/eval/studies/test_scaling.py",
     "eval.studies.speed": "tests/eval/studies/test_speed.py",
     "eval.studies.styles": "tests/eval/studies/test_styles.py",
     "eval.studies.teachers": "tests/eval/studies/test_teachers.py",
     "eval.studies.texts": "tests/eval/studies/test_texts.py",
+    "eval.studies.gap": "tests/eval/studies/test_gap.py",
     "eval.studies.tradeoff": "tests/eval/studies/test_tradeoff.py",
     "tests.proof.faults": "tests/proof/test_faults.py",
     "tests.proof.full_size": "tests/proof/test_full_size.py",
+    "tests.proof.protocol": "tests/proof/test_protocol.py",
 }
 
 
@@ -305,7 +309,7 @@ def test_every_key_of_a_report_is_explained_and_no_other(run_page: Run) -> None:
 def test_the_command_reference_has_every_command() -> None:
     page = (ROOT / "docs/commands.md").read_text("utf-8")
     places = re.findall(r"^<!-- help: (.+) -->$", page, re.MULTILINE)
-    proofs = ["tests.proof.faults", "tests.proof.full_size"]
+    proofs = ["tests.proof.faults", "tests.proof.full_size", "tests.proof.protocol"]
     asked = ["transfer", "optimize", "studio", "world list", "world check"]
     expected = [f"targetclip {name}" for name in asked]
     expected += [f"python -m {module}" for module in [*MODULES, *proofs]]

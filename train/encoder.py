@@ -302,8 +302,3 @@ def run(config: Config, stop: Stop | None = None) -> Inverter:
     then = f"python -m eval.compare --out REPORT --encoder {encoder_file}"
     say_next(config.out, f"{ENCODER}, {LOG}", then)
     return average
-
-
-def main() -> None:
-    """Run the command line."""
-    command.main(run, Config, __doc__, "python -m train.encoder")

@@ -357,3 +357,34 @@ def train(
             clock=clock,
         )
         return trainer.run(lambda step, shard: {"loss": loss_at(step)}, evaluate, stop)
+
+
+def train_by(
+    config: Any,
+    network: Network,
+    loss_at: Callable[[int], Tensor],
+    evaluate: Callable[[Network], Mapping[str, Any]],
+    *,
+    out: Path | None = None,
+    more: Mapping[str, Any] | None = None,
+    **schedule: Any,
+) -> Network:
+    """Train a network as a command's Config says, and return the average of its weights.
+
+    Args:
+        config: has `out`, `steps`, `learning_rate`, `evaluate_every` and `tracker`.
+        loss_at, evaluate: see `train`; `evaluate` takes no gradients.
+        out: folder of checkpoint and log, where it is not the Config's.
+        more: settings beside those of the Config.
+        schedule: fields of the Schedule, beside or instead of the Config's.
+    """
+    names = ("steps", "learning_rate", "evaluate_every")
+    return train(
+        network,
+        loss_at,
+        out or config.out,
+        Schedule(**{name: getattr(config, name) for name in names} | schedule),
+        torch.no_grad()(evaluate),
+        plain_settings(config, **more or {}),
+        tracker=config.tracker,
+    )

@@ -71,6 +71,7 @@ from train.mapper_data import (
     SourceKind,
     SourceReading,
     Validation,
+    drawn_targets,
     embedded_sources,
     open_pairs,
     scale_of_latents,
@@ -110,6 +111,8 @@ class Data:
     """Mapper's file to start from, whose sizes and units are kept. Default: a fresh mapper."""
     bank: Path | None = None
     """Folder where embeddings of targets are kept, to share between runs. Default: --out."""
+    max_targets: int | None = None
+    """Train on so many of the target pictures, drawn by --seed. Default: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +133,9 @@ class TransferTerm:
     a place between them. Default: none, or those of --start."""
     keep_identity_decays: tuple[float, float] | None = None
     """Weight decays of directions at the same two ends."""
+    mixtures: float = 0.0
+    """Part of the targets of a batch that are mixtures of two or three of them, at random weights:
+    their answers are mixed, and so are their losses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +216,7 @@ class Config:
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
 FREE |= {"evaluate_every", "checkpoint_layers", "start", "tracker"}
+FREE |= {"max_targets", "mixtures"}  # there where asked for: other files stay as they were
 FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
 FREE |= {"keep_identity_weights", "keep_identity_decays"}  # see `settings_of_tradeoff`
 
@@ -240,6 +247,8 @@ def check_config(config: Config) -> None:
     reading = config.reading
     if not reading.uncorrected < 1:
         raise ValueError(f"--uncorrected: expected a number below 1, found {reading.uncorrected}")
+    if not config.transfer.mixtures < 1:
+        raise ValueError(f"--mixtures: expected a number below 1, found {config.transfer.mixtures}")
     if reading.correction_rate == 0:
         raise ValueError("--correction-rate: expected a number above 0, found 0")
     if reading.only_correction and config.data.start is None:
@@ -489,12 +498,14 @@ def settings_of(config: Config, objective: Objective, **more: Any) -> dict[str, 
     """Return everything a run's weights depend on, in values that JSON and a checkpoint hold."""
     flags = {name: value for name, value in flags_of(config).items() if name not in FREE}
     scene, pairs = objective.scene, objective.training_pairs
+    asked = {"max_targets": config.data.max_targets, "mixtures": config.transfer.mixtures}
     return {
         **FIXED,
         **flags,
         "schedule": list(config.schedule),
         **settings_of_scene(scene, objective.recipe),
         "pairs": None if pairs is None else pairs.digest,
+        **{name: value for name, value in asked.items() if value},
         **more,
     }
 
@@ -530,7 +541,8 @@ def record_of(
     used = {term for stage in stages for term in stage.terms}
     data = config.data
     specs = data.targets or () if settings["targets"] else ()
-    trained_on = [f"targets {', '.join(map(portable, specs))}"] if specs else []
+    some = "" if data.max_targets is None else f"{data.max_targets} of the "
+    trained_on = [f"{some}targets {', '.join(map(portable, specs))}"] if specs else []
     if data.pairs is not None:
         count = "all" if data.num_pairs is None else f"the first {data.num_pairs}"
         trained_on += [f"{count} training pairs of {data.pairs.resolve().name}"]
@@ -610,6 +622,8 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
             stop.check,
             is_main_process=accelerator.is_main_process,
         )
+        if data.max_targets is not None:
+            targets = drawn_targets(targets, data.max_targets, config.seed)
     mapper = make_mapper(config, scene, recipe, targets, pairs, start)
     reading = reading_of(config, scene, recipe, mapper)
     objective = Objective(
@@ -620,6 +634,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
         reading=reading,
         targets=targets,
         pairs=pairs,
+        mixtures=config.transfer.mixtures,
     )
     # The rate is set at every step; 1 makes it the schedule's.
     optimizer = torch.optim.AdamW(

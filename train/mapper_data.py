@@ -239,6 +239,21 @@ def target_bank(
     return path.name, bank
 
 
+def drawn_targets(
+    bank: Float32[ndarray, "targets embed"], count: int, seed: int
+) -> Float32[ndarray, "{count} embed"]:
+    """Return so many random targets of a bank, in its order. Of one seed, fewer are among more.
+    ValueError: the bank has not so many, or a single one is asked for, which has no variance."""
+    if not 2 <= count <= len(bank):
+        raise ValueError(
+            f"--max-targets: expected 2 to {len(bank)}, the training targets, found {count}"
+        )
+    random = torch.Generator().manual_seed(seed_of("max targets", seed))
+    chosen = np.sort(torch.randperm(len(bank), generator=random)[:count].numpy())
+    drawn: ndarray = bank[chosen]
+    return drawn
+
+
 # Sources
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from predictor.mapper import Mapper, Prediction
 from predictor.tradeoff import MIDDLE, Keep
 from targetclip.command import did_you_mean
+from targetclip.losses import transfer_loss
 from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
@@ -105,6 +106,37 @@ def drawn_places(count: int, random: torch.Generator) -> Float[Tensor, " {count}
     return ((parts / count - ENDS) / (1 - 2 * ENDS)).clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class Mixtures:
+    """The last targets of a batch, as mixtures of two or three of its targets."""
+
+    mates: Int[Tensor, "mixtures 3"]
+    """Rows of the targets that are mixed; the first is the row itself."""
+    weights: Float[Tensor, "mixtures 3"]
+    """They sum to 1."""
+
+    def to(self, device: torch.device) -> "Mixtures":
+        """Return these mixtures on a device."""
+        return Mixtures(self.mates.to(device), self.weights.to(device))
+
+    def mixed(self, parts: Float[Tensor, "parts ..."]) -> Float[Tensor, "mixtures ..."]:
+        """Return weighted sums of what belongs to the rows `mates.flatten()`."""
+        rows = parts.unflatten(0, self.mates.shape)
+        weighted: Tensor = rows * self.weights.view(*self.mates.shape, *[1] * (rows.ndim - 2))
+        return weighted.sum(dim=1)
+
+
+def drawn_mixtures(count: int, batch: int, random: torch.Generator) -> Mixtures:
+    """Return mixtures of so many last targets of a batch with the next ones, by weights that are
+    evenly distributed: of three targets, and of two in every second one."""
+    rows = torch.arange(batch - count, batch)
+    shares = -(1 - torch.rand(count, 3, generator=random)).log()  # in proportion: Dirichlet's
+    shares[::2, 2] = 0
+    return Mixtures(
+        (rows[:, None] + torch.arange(3)) % batch, F.normalize(shares + 1e-12, p=1, dim=1)
+    )
+
+
 class Objective(nn.Module):
     """The loss of a batch, which is drawn from its own seed alone.
 
@@ -122,6 +154,7 @@ class Objective(nn.Module):
         targets: Float32[ndarray, "targets embed"] | None,
         pairs: Pairs | None,
         reading: SourceReading,
+        mixtures: float = 0.0,
     ) -> None:
         super().__init__()
         self.mapper, self.reading = mapper, reading
@@ -130,6 +163,9 @@ class Objective(nn.Module):
         self.scene, self.recipe, self.sizes = scene, recipe, sizes
         self.targets, self.training_pairs = targets, pairs
         self.tradeoff = mapper.config.tradeoff
+        # Here too: the expected score is that of one target.
+        most = sizes.batch_size - self.uncorrected - 1
+        self.mixtures = min(round(mixtures * sizes.batch_size), most)
 
     def draw_places(self, count: int, random: torch.Generator) -> Float[Tensor, " {count}"] | None:
         """Return a place on the trade-off for each target; None where the mapper reads none."""
@@ -163,6 +199,24 @@ class Objective(nn.Module):
         # In the proportion that they have by the recipe, which is that of the middle
         return decay, own / recipe.weight_decay * decay, self.tradeoff.identity_weight(keep)
 
+    def mixed_answers(
+        self,
+        mixtures: Mixtures,
+        embeddings: Float[Tensor, "batch embed"],
+        sources: Float[Tensor, "batch sources num_ws w_dim"],
+        keep: Float[Tensor, " batch"] | None,
+    ) -> tuple[
+        Float[Tensor, "mixtures num_ws w_dim"], Float[Tensor, "mixtures sources num_ws w_dim"]
+    ]:
+        """Return the directions and the corrections of mixtures: those of their targets for the
+        mixture's own sources and place, mixed as the product mixes them."""
+        its = mixtures.mates[:, :1].expand(-1, 3).flatten()
+        targets, place = embeddings[mixtures.mates.flatten()], None if keep is None else keep[its]
+        directions = self.predict(targets, place).directions
+        with torch.autocast(self.scene.device.type, enabled=False):
+            corrections = self.mapper.correct(targets, sources[its], place)
+        return mixtures.mixed(directions), mixtures.mixed(corrections)
+
     def transfer(
         self, random: torch.Generator, seed: int, render_size: int | None = None
     ) -> dict[str, Tensor]:
@@ -182,13 +236,21 @@ class Objective(nn.Module):
         with torch.no_grad():
             before = scene.features(pool, *rendering)
         chosen = draw_sources(count, recipe.sources, True, [random] * len(targets)).to(scene.device)
-        sources, edits = pool[chosen], directions[:, None]
+        sources, mixtures = pool[chosen], None
+        mixed_corrections = sources[:0]
+        if self.mixtures:
+            mixtures = drawn_mixtures(self.mixtures, len(targets), random).to(scene.device)
+            mixed, mixed_corrections = self.mixed_answers(mixtures, embeddings, sources, keep)
+            directions = torch.cat([directions[: -self.mixtures], mixed])
+        edits = directions[:, None]
         decay = held / 2 * directions.square().sum(dim=(1, 2))
         corrected = torch.ones(len(targets), dtype=torch.bool, device=scene.device)
         if self.mapper.correction is not None:
             corrected = torch.arange(len(targets), device=scene.device) >= self.uncorrected
             with torch.autocast(scene.device.type, enabled=False):
                 corrections = self.mapper.correct(embeddings, sources, keep)
+                if mixtures is not None:
+                    corrections = torch.cat([corrections[: -self.mixtures], mixed_corrections])
                 corrections = corrections * corrected[:, None, None, None]
             edits = edits + corrections
             squares = edits.square().sum(dim=(2, 3)), corrections.square().sum(dim=(2, 3))
@@ -201,10 +263,19 @@ class Objective(nn.Module):
         after = scene.features(edited, *rendering)
         after = after.unflatten(0, chosen.shape)
         losses = losses_of(recipe, before[chosen], after, targets, identity)
+        loss = losses.loss + decay
+        if mixtures is not None:
+            # Of a mixture the transfer loss is that of its targets, in its proportions.
+            rows = after[-self.mixtures :, :, : targets.shape[1]].repeat_interleave(3, dim=0)
+            wanted = mixtures.mixed(transfer_loss(rows, targets[mixtures.mates.flatten()]))
+            apart = wanted - losses.transfer[-self.mixtures :]
+            loss = loss + recipe.transfer_weight * F.pad(apart, (len(loss) - len(apart), 0))
+            corrected = corrected.clone()  # as it was, it is needed backward
+            corrected[-self.mixtures :] = False  # the expected score is that of one target
         reached = (1 - losses.transfer).detach()
         errors = (prediction.expected - reached)[corrected].square()
         return {
-            "transfer": (losses.loss + decay).mean(),
+            "transfer": loss.mean(),
             # The head's features are detached: it learns beside the direction, whatever its weight.
             "expected": errors.mean(),
         }

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from targetclip.command import write_file
+from targetclip.command import whole_file, write_file
 from targetclip.seeds import seed_of
 
 Options = dict[str, Any]
@@ -60,10 +60,7 @@ def check_dicebear(what: str) -> None:
 @cache
 def definition(style: str) -> dict[str, Any]:
     """Return a style's definition: components, variants, colours and credits.
-
-    Raises:
-        ValueError: not one of the human styles; the extra `avatars` is not installed.
-    """
+    ValueError: not one of the human styles; the extra `avatars` is not installed."""
     if style not in TRAINED + HELD_OUT:
         raise ValueError(f"unknown style {style!r}: expected {', '.join(TRAINED + HELD_OUT)}")
     check_dicebear(f"style {style!r}")
@@ -140,8 +137,7 @@ def bank(
     shape, known = (len(keys), size, size, 3), path.with_suffix(".json")
     if not (path.exists() and known.exists()):
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with whole_file(path) as unfinished:
             drawing = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
             truths = []
             for i, (picture, truth) in enumerate(by_all_cores(made_of, keys, name)):
@@ -149,9 +145,6 @@ def bank(
                 truths.append(truth)
             drawing.flush()
             write_file(known, json.dumps(truths))
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
     # Copied where written to, which nobody does: torch takes no array that is read-only.
     pictures = torch.from_numpy(np.load(path, mmap_mode="c"))
     return pictures, json.loads(known.read_text("utf-8"))

@@ -4,26 +4,12 @@ Knows the phrases for what an avatar shows (`data.illustrated.shown`). Wording, 
 completeness vary, as captions people write do.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from data.illustrated.shown import Shown, tables
-
-OPENINGS = (
-    "a face with", "a person with", "a portrait of someone with", "an avatar with",
-    "a drawing of a person with", "a cartoon face with", "someone with", "a picture of a face with",
-)  # fmt: skip
-COLOUR_WORDS = {
-    "auburn": ("auburn", "reddish brown"), "blonde": ("blonde", "blond", "yellow"),
-    "grey": ("grey", "gray"), "red": ("red",), "white": ("white",),
-}  # fmt: skip
-HAT_WORDS = {"blonde": "yellow", "auburn": "brown"}
-ABSENT = {
-    "glasses": ("no glasses", "without glasses"),
-    "hat": ("no hat", "a bare head"),
-    "beard": ("no beard", "a shaven chin"),
-}
 
 
 class Speaker:
@@ -42,16 +28,12 @@ class Speaker:
 
     def say(self, word: str, colour: str = "", first: bool = False) -> str:
         """Return a phrase for a word of `shown`; the most telling one if `first`."""
-        named = COLOUR_WORDS.get(colour, (colour,))
+        named = tables()["colour_words"].get(colour, (colour,))
         spoken = named[0] if first else self.choose(named)
         ways: list[str] = tables()["phrases"][word]
         phrase = ways[0] if first else self.choose(ways)
         phrase = phrase.format(c=f"{spoken} " if spoken else "")
-        return (
-            phrase.replace("a afro", "an afro")
-            .replace("a auburn", "an auburn")
-            .replace("a orange", "an orange")
-        )
+        return re.sub(r"\ba (?=afro|auburn|orange)", "an ", phrase)
 
 
 def present_phrases(shown: Shown, speaker: Speaker, complete: bool) -> list[str]:
@@ -62,7 +44,7 @@ def present_phrases(shown: Shown, speaker: Speaker, complete: bool) -> list[str]
 
     phrases = []
     if shown.hat:
-        worn = HAT_WORDS.get(shown.hat_colour, shown.hat_colour)
+        worn = tables()["hat_colour_words"].get(shown.hat_colour, shown.hat_colour)
         phrases.append(speaker.say(shown.hat, colour(worn), complete))
     elif shown.hair or shown.hair_colour:
         phrases.append(speaker.say(shown.hair, colour(shown.hair_colour), complete))
@@ -74,12 +56,8 @@ def present_phrases(shown: Shown, speaker: Speaker, complete: bool) -> list[str]
 
 def absent_phrases(shown: Shown, speaker: Speaker) -> list[str]:
     """Return phrases that say what is not there; people write one now and then."""
-    phrases = []
-    for kind, words in ABSENT.items():
-        there = getattr(shown, kind) or (kind == "beard" and shown.moustache)
-        if not there:
-            phrases.append(speaker.choose(words))
-    return phrases
+    there = {**vars(shown), "beard": shown.beard or shown.moustache}
+    return [speaker.choose(words) for kind, words in tables()["absent"].items() if not there[kind]]
 
 
 def caption(shown: Shown, rng: np.random.Generator, complete: bool = False) -> str:
@@ -99,5 +77,5 @@ def caption(shown: Shown, rng: np.random.Generator, complete: bool = False) -> s
     if not phrases:
         return "a face"
     listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
-    whole = listed if speaker.chance(0.2) else f"{speaker.choose(OPENINGS)} {listed}"
+    whole = listed if speaker.chance(0.2) else f"{speaker.choose(tables()['openings'])} {listed}"
     return whole.replace("with without", "without")

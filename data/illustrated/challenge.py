@@ -133,11 +133,7 @@ def files() -> Iterator[tuple[str, bytes]]:
 
 def run(config: Config) -> None:
     """Draw everything into --out.
-
-    Raises:
-        ValueError: the extra that draws avatars is missing.
-        OSError: --out cannot be written into.
-    """
+    ValueError: the extra that draws avatars is missing. OSError: --out cannot be written into."""
     check_dicebear("the challenge")
     sums = []
     for folder in (config.out, config.out / "targets", config.out / "sources"):
@@ -147,7 +143,3 @@ def run(config: Config) -> None:
         sums.append(f"{hashlib.sha256(content).hexdigest()}  {name}\n")
     command.write_file(config.out / SUMS, "".join(sums))
     command.say_next(config.out, "targets, sources", "read data/challenge/README.md")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m data.illustrated.challenge")

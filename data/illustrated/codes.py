@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.illustrated.avatars import Options, bank, draw, render
-from targetclip.generators.stylegan2 import SQRT2, EqualizedLinear, Mapping
+from targetclip.generators.stylegan2 import SQRT2, EqualizedLinear, Mapping, normalize_latent
 
 STYLE = "avataaars"
 SIZE = 128  # px
@@ -45,7 +45,23 @@ HAIR = (
     "straight02", "theCaesar",
 )  # fmt: skip
 GLASSES = ("kurt", "prescription01", "prescription02", "round", "sunglasses", "wayfarers")
+SHADES = ("kurt", "sunglasses", "wayfarers")  # hide eyes and brows
 BEARDS = ("beardLight", "beardMedium", "beardMajestic", "moustacheFancy", "moustacheMagnum")
+MOUTHS = ("default", "smile", "sad", "serious", "screamOpen", "grimace", "tongue", "twinkle")
+EYES = ("default", "closed", "happy", "side", "squint", "surprised", "wink")
+EYEBROWS = (
+    "default", "angryNatural", "raisedExcited", "sadConcerned", "unibrowNatural", "upDown",
+)  # fmt: skip
+CLOTHES = (
+    "blazerAndShirt", "collarAndSweater", "hoodie", "overall", "shirtCrewNeck", "shirtScoopNeck",
+    "shirtVNeck",
+)  # fmt: skip
+CLOTHES_COLOURS = (
+    "#262e33", "#5199e4", "#48b98a", "#ff5c5c", "#ffafb9", "#ffe680", "#e6e6e6", "#8a56c9",
+)  # fmt: skip
+BACKGROUNDS = (
+    "#b6e3f4", "#c0aede", "#ffd5dc", "#ffdfbf", "#cdeed6", "#fff3b0", "#e8e8e8", "#9db7d6",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,43 +89,14 @@ ATTRIBUTES = (
     Attribute("hatColor", tuple(HAT_COLOURS.values()), True),
     Attribute("accessories", (NONE, *GLASSES), True, 0.5),
     Attribute("facialHair", (NONE, *BEARDS), True, 0.5),
-    Attribute(
-        "mouth",
-        ("default", "smile", "sad", "serious", "screamOpen", "grimace", "tongue", "twinkle"),
-        True,
-    ),
-    Attribute(
-        "eyes", ("default", "closed", "happy", "side", "squint", "surprised", "wink"), False
-    ),
-    Attribute(
-        "eyebrows",
-        ("default", "angryNatural", "raisedExcited", "sadConcerned", "unibrowNatural", "upDown"),
-        False,
-    ),
+    Attribute("mouth", MOUTHS, True),
+    Attribute("eyes", EYES, False),
+    Attribute("eyebrows", EYEBROWS, False),
     Attribute("skinColor", ("#614335", "#ae5d29", "#d08b5b", "#edb98a", "#ffdbb4"), False),
-    Attribute(
-        "clothes",
-        (
-            "blazerAndShirt", "collarAndSweater", "hoodie", "overall", "shirtCrewNeck",
-            "shirtScoopNeck", "shirtVNeck",
-        ),
-        False,
-    ),
-    Attribute(
-        "clothesColor",
-        (
-            "#262e33", "#5199e4", "#48b98a", "#ff5c5c", "#ffafb9", "#ffe680", "#e6e6e6", "#8a56c9",
-        ),
-        False,
-    ),
-    Attribute(
-        "backgroundColor",
-        (
-            "#b6e3f4", "#c0aede", "#ffd5dc", "#ffdfbf", "#cdeed6", "#fff3b0", "#e8e8e8", "#9db7d6",
-        ),
-        False,
-    ),
-)  # fmt: skip
+    Attribute("clothes", CLOTHES, False),
+    Attribute("clothesColor", CLOTHES_COLOURS, False),
+    Attribute("backgroundColor", BACKGROUNDS, False),
+)
 COUNTS = [len(attribute.values) for attribute in ATTRIBUTES]
 VALUES = sum(COUNTS)
 
@@ -125,7 +112,7 @@ def indices_from_z(z: Float[Tensor, "batch z_dim"]) -> Int[Tensor, "batch attrib
 
     z is scaled to a mean square of 1 first, as the mapping network scales it.
     """
-    unit = z * torch.rsqrt(z.square().mean(dim=1, keepdim=True) + 1e-8)
+    unit = normalize_latent(z)
     columns = [
         torch.bucketize(unit[:, i].contiguous(), unit.new_tensor(limits(attribute)))
         for i, attribute in enumerate(ATTRIBUTES)
@@ -141,8 +128,7 @@ def set_mapping(mapping: Mapping) -> None:
     interval begins less the one where it ends. Amounts are not negative, so the second leaky ReLU
     changes nothing.
 
-    Raises:
-        ValueError: a network of other sizes.
+    ValueError: a network of other sizes.
     """
     first, second = mapping.layers if len(mapping.layers) == 2 else (None, None)
     if not isinstance(first, EqualizedLinear) or not isinstance(second, EqualizedLinear):
@@ -231,19 +217,19 @@ def blend(
 
 def visible(indices: Int[Tensor, "batch attributes"]) -> Bool[Tensor, "batch attributes"]:
     """Return which attributes a face's picture shows: a hat hides hair, shades hide eyes."""
-    name_of = {attribute.name: (i, attribute.values) for i, attribute in enumerate(ATTRIBUTES)}
+    names = [attribute.name for attribute in ATTRIBUTES]
 
-    def among(name: str, values: Iterable[str]) -> Bool[Tensor, " batch"]:
-        column, known = name_of[name]
-        return torch.isin(indices[:, column], torch.tensor([known.index(v) for v in values]))
+    def among(name: str, *values: str) -> Bool[Tensor, " batch"]:
+        known = ATTRIBUTES[names.index(name)].values
+        chosen = torch.tensor([known.index(value) for value in values])
+        return torch.isin(indices[:, names.index(name)], chosen)
 
     seen = torch.ones(indices.shape, dtype=torch.bool)
-    seen[:, name_of["hatColor"][0]] = among("top", HATS)
-    hairless = among("top", (NONE, *HATS)) & among("facialHair", (NONE,))
-    seen[:, name_of["hairColor"][0]] = ~hairless
-    shaded = among("accessories", ("kurt", "sunglasses", "wayfarers"))
-    seen[:, name_of["eyes"][0]] = ~shaded
-    seen[:, name_of["eyebrows"][0]] = ~shaded
+    seen[:, names.index("hatColor")] = among("top", *HATS)
+    hairless = among("top", NONE, *HATS) & among("facialHair", NONE)
+    seen[:, names.index("hairColor")] = ~hairless
+    shaded = among("accessories", *SHADES)
+    seen[:, [names.index("eyes"), names.index("eyebrows")]] = ~shaded[:, None]
     return seen
 
 
@@ -262,9 +248,7 @@ def options_of(indices: Iterable[int]) -> Options:
     return options | {"facialHairColor": options["hairColor"], "accessoriesColor": ["#262e33"]}
 
 
-def draw_face(
-    indices: Sequence[int],
-) -> tuple[UInt8[ndarray, "128 128 3"], dict[str, str]]:
+def draw_face(indices: Sequence[int]) -> tuple[UInt8[ndarray, "128 128 3"], dict[str, str]]:
     """Render the picture of a face given as one index of a value for each attribute.
 
     Returns it with the value of each attribute.

@@ -80,10 +80,8 @@ def colours() -> dict[str, list[str]]:
 
 def word_of(style: str, component: str, variant: str) -> str:
     """Return what a variant shows, in the words of words.toml; "" if it shows nothing of these."""
-    for pattern, word in rules(style).get(component, {}).items():
-        if re.match(pattern, variant):
-            return word
-    return ""
+    patterns = rules(style).get(component, {}).items()
+    return next((word for pattern, word in patterns if re.match(pattern, variant)), "")
 
 
 @cache
@@ -143,10 +141,7 @@ def can_show(style: str, wish: Wish) -> bool:
 
 def constrain(style: str, wishes: dict[Wish, bool]) -> Options:
     """Return options that force things on or off; what is not wished for stays to the seed.
-
-    Raises:
-        ValueError: the style has no variant of what is to be on.
-    """
+    ValueError: the style has no variant of what is to be on."""
     for wish, there in wishes.items():
         if there and not can_show(style, wish):
             raise ValueError(f"{style} draws no {wish}: leave it out, or take another style")

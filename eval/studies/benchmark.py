@@ -1,9 +1,10 @@
-"""Time a step of the optimizer, the `release` recipe at 256 px, against matrix products.
+"""Time a step of the optimizer, the `release` recipe at 256 px, against what the machine can do.
 
 Widths are StyleGAN2's config-f, the encoder is ViT-B/32, weights are random. A step renders the
-recipe's sources edited, embeds them and goes back to the direction. Its floating-point operations
-per second are a fraction of the rate of the best square matrix product in the same run. Runs on
-the processor.
+recipe's sources edited, embeds them and goes back to the direction. Two floors are measured in the
+same run: its operations at the best rate of any square matrix product and of any convolution of
+the step, in the layout and by the library that is fastest; and the bytes that it must move at the
+best rate of a large copy. The larger floor is the limit. Runs on the processor.
 
     python -m eval.studies.benchmark                                   # some minutes on two cores
     python -m eval.studies.benchmark --out runs/benchmark --compare-released
@@ -39,7 +40,10 @@ from torch.nn import functional as F
 
 from eval.costs import (
     Sizes,
+    convolution_rate,
+    copy_rate,
     count_operations,
+    least_bytes,
     machine,
     matrix_rate,
     peak_bytes,
@@ -65,13 +69,15 @@ class Config(Sizes):
     steps: int = 5
     """Steps timed in each precision, after one that is not."""
     matrix_sizes: tuple[int, ...] = (1024, 2048, 4096)
+    copied_numbers: int = 2**27
+    """Numbers of 4 bytes that are copied to measure memory; more than a cache holds."""
     compare_released: bool = False
     """Also time a step as the released loop makes it, in float32; for resolutions from 32 px."""
 
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for options that leave nothing to time."""
-    command.check_least(config, steps=1)
+    command.check_least(config, steps=1, copied_numbers=1)
     if config.compare_released and config.resolution < 32:
         raise ValueError(
             f"--compare-released averages blocks of resolution/32 px, found {config.resolution} "
@@ -103,24 +109,35 @@ def step_seconds(
 
 
 def timing_of(
-    precision: Precision, seconds: Sequence[float], operations: int, rate: float
+    precision: Precision,
+    seconds: Sequence[float],
+    operations: int,
+    rates: Mapping[str, float],
+    least: int,
+    copied: float,
 ) -> dict[str, Any]:
     """Return the report of the step in one precision.
 
-    `seconds` are of every timed step, and rates follow from their median: `gflops` and
-    `matrix_gflops` in 10^9 operations per second, `fraction` of the matrix product's rate.
-    `peak_gigabytes` is the largest memory of the process so far, in 10^9 bytes.
+    `seconds` are of every timed step, and rates follow from their median: `gflops` in 10^9
+    operations per second, `fraction` of the best of `rates`. `floor_seconds` are those of its
+    operations at that rate and of its `least` bytes at `copied` (10^9 bytes per second).
+    `above_limit` names the floors that a step was faster than: they are then no limits, and nothing
+    is clipped.
     """
     median = statistics.median(seconds)
-    gflops = operations / median / 1e9
+    gflops, best = operations / median / 1e9, max(rates.values())
+    floors = {"operations": operations / best / 1e9, "memory": least / copied / 1e9}
     return {
         "precision": precision,
         "seconds": seconds,
         "steps_per_second": 1 / median,
         "gflops": gflops,
-        "matrix_gflops": rate,
-        "fraction": gflops / rate,
-        "peak_gigabytes": peak_bytes() / 1e9,
+        **rates,
+        "fraction": gflops / best,
+        "least_gigabytes": least / 1e9,
+        "floor_seconds": floors,
+        "limit": max(floors, key=lambda name: floors[name]),
+        "above_limit": [name for name, floor in floors.items() if floor > median],
     }
 
 
@@ -155,17 +172,25 @@ def released_seconds(
 def report_table(report: Mapping[str, Any]) -> str:
     """Return the report as lines of text."""
     lines = [
-        f"{report['gflop_per_step']:.1f} GFLOP a step",
-        f"{'':6}{'s/step':>8}{'min':>8}{'max':>8}{'steps/s':>9}"
-        f"{'GFLOP/s':>9}{'matrix':>9}{'fraction':>10}{'peak GB':>9}",
+        f"{report['gflop_per_step']:.1f} GFLOP a step; memory copied at "
+        f"{report['copied_gigabytes_per_second']:.1f} GB/s, read and written",
+        f"{'':6}{'s/step':>8}{'min':>8}{'max':>8}{'GFLOP/s':>9}{'matrix':>9}{'convs':>9}"
+        f"{'fraction':>10}{'floor: s':>10}{'memory s':>10}{'convs s':>9}{'peak GB':>9}",
     ]
     for row in report["runs"]:
-        seconds = row["seconds"]
+        seconds, floors = row["seconds"], row["floor_seconds"]
         lines.append(
             f"{row['precision']:6}{statistics.median(seconds):8.3f}{min(seconds):8.3f}"
-            f"{max(seconds):8.3f}{row['steps_per_second']:9.3f}{row['gflops']:9.1f}"
-            f"{row['matrix_gflops']:9.1f}{row['fraction']:10.1%}{row['peak_gigabytes']:9.2f}"
+            f"{max(seconds):8.3f}{row['gflops']:9.1f}{row['matrix_gflops']:9.1f}"
+            f"{row['convolution_gflops']:9.1f}{row['fraction']:10.1%}{floors['operations']:10.3f}"
+            f"{floors['memory']:10.3f}{row['convolution_seconds']:9.3f}{row['peak_gigabytes']:9.2f}"
         )
+    for row in report["runs"]:
+        for name in row["above_limit"]:
+            lines.append(
+                f"{row['precision']}: a step was faster than its floor of {name}, which is no "
+                "limit then: other work slowed its measurement, or a cache held the maps"
+            )
     if (seconds := report["released_seconds"]) is not None:
         lines.append(f"a step as the released loop makes it: {seconds:.3f} s")
     return "\n".join(lines)
@@ -189,11 +214,18 @@ def run(config: Config) -> dict[str, Any]:
     sources = random_latents(generator, range(config.sources))
     target = torch.randn(1, embedder.embed_dim)
 
-    timings = []
-    for precision in config.precisions:
-        rate = matrix_rate(DTYPES[precision], config.matrix_sizes)
-        seconds = step_seconds(config, scene, target, sources, precision)
-        timings.append(timing_of(precision, seconds, operations, rate))
+    steps = {}
+    for one in config.precisions:
+        steps[one] = step_seconds(config, scene, target, sources, one), peak_bytes() / 1e9
+    copied, timings = copy_rate(config.copied_numbers), []
+    for precision, (seconds, peak) in steps.items():
+        dtype = DTYPES[precision]
+        rate, alone = convolution_rate(config, dtype)
+        matrix = matrix_rate(dtype, config.matrix_sizes)
+        rates = {"matrix_gflops": matrix, "convolution_gflops": rate}
+        least = least_bytes(config, dtype.itemsize)
+        timing = timing_of(precision, seconds, operations, rates, least, copied)
+        timings.append({**timing, "convolution_seconds": alone, "peak_gigabytes": peak})
     released = None
     if config.compare_released:
         released = released_seconds(generator, embedder, target, sources)
@@ -201,6 +233,7 @@ def run(config: Config) -> dict[str, Any]:
         "config": dataclasses.asdict(config) | {"out": None},
         "machine": machine(),
         "gflop_per_step": operations / 1e9,
+        "copied_gigabytes_per_second": copied,
         "runs": timings,
         "released_seconds": released,
     }

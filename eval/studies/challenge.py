@@ -5,7 +5,8 @@
 Writes METHOD/TARGET/SOURCE.png. The methods are those of eval.compare, by their names there, and
 `unedited`: the sources as the generator shows them, inverted and not edited, which bounds what any
 of its edits can keep. Strength is 1. Answers are kept in --out: the same command goes on after an
-interruption, and searches again only where parts or settings have changed. Then:
+interruption, and searches again only where parts or settings have changed. To search on another
+machine, copy OUT/answers from it, and give the same options and --precision on both. Then:
 
     python -m eval.referee --sources data/challenge/sources --targets data/challenge/targets \\
         --results runs/challenge/mapper --world avatars --out runs/challenge/referee
@@ -33,6 +34,7 @@ from eval.methods import METHODS, Bench
 from eval.results import by_name
 from eval.sets import EvalSet
 from targetclip import command
+from targetclip.command import Precision
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
 from targetclip.world import DEFAULT_WORLD, load_world
 
@@ -54,6 +56,8 @@ class Config:
     """Dataset made by data.build, for methods that are fitted to pairs."""
     max_steps: int | None = None
     """Cut every search to so many steps; its folder's name says so."""
+    precision: Precision | None = None
+    """Of methods that search. Default: accelerate's, or else bf16 where the device has it."""
     seed: int = 0
     """Of searches."""
 
@@ -118,6 +122,7 @@ def run(config: Config) -> None:
         world=config.world,
         pairs=config.pairs,
         only=config.methods,
+        precision=config.precision,
         max_steps=config.max_steps,
         seed=config.seed,
     )

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("eval.studies.gpu")
 
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -76,23 +77,41 @@ class Study:
         self.operations_of = cache(
             lambda size, sources: costs.count_operations(replace(self.sizes[size], sources=sources))
         )
+        self.gigabytes_of = cache(
+            lambda size, sources, each: (
+                costs.least_bytes(replace(self.sizes[size], sources=sources), each) / 1e9
+            )
+        )
         self.bench = cache(lambda size: Bench(self.sizes[size], device, self.budget))
 
         self.report: dict[str, Any] = {"machine": {"device": device.type, **costs.machine()}}
         if device.type == "cuda":
             self.report["machine"]["device"] = torch.cuda.get_device_name(device)
-        self.peak = 0.0
-        """Bf16 matrix products, in 10^12 operations a second; 0 until measured."""
+        self.peak = self.copied = 0.0
+        """Best bf16 rate in 10^12 operations, and of copies in 10^9 bytes a second; 0 until
+        measured."""
 
     def ceilings(self) -> Values:
-        sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**28)
+        sides, count = ((256,), 2**20) if self.small else ((8192, 16384), 2**30)
         self.peak = costs.matrix_rate(torch.bfloat16, sides, self.device) / 1e3
+        self.copied = costs.copy_rate(count, self.device)
         with benches.cuda_settings(self.device, tf32=True):
             tf32 = costs.matrix_rate(torch.float32, sides, self.device) / 1e3
-        source, target = torch.zeros(2, count, device=self.device)
-        seconds = median_seconds(lambda: target.copy_(source), self.device, 0.2)
-        copied = 8 * count / seconds / 1e9
-        return {"bf16 TFLOP/s": self.peak, "TF32 TFLOP/s": tf32, "copied GB/s, both ways": copied}
+        values = {"bf16 TFLOP/s": self.peak, "TF32 TFLOP/s": tf32}
+        return {**values, "copied GB/s, both ways": self.copied}
+
+    def convolutions(self, size: int) -> Values:
+        """Time each convolution of a step of `release` alone, and count the step's floors."""
+        sizes = self.sizes[size]
+        rate, seconds = costs.convolution_rate(sizes, torch.bfloat16, self.device)
+        self.peak = max(self.peak, rate / 1e3)
+        operations = self.operations_of(size, sizes.sources) / 1e9
+        values = {"best TFLOP/s": rate / 1e3, "ms of all in a step": 1e3 * seconds}
+        values["least ms of a step by operations"] = operations / self.peak
+        if self.copied:
+            moved = self.gigabytes_of(size, sizes.sources, 2)
+            values["least ms of a step by memory"] = 1e3 * moved / self.copied
+        return values
 
     def parity(self, precision: Precision, tf32: bool | None) -> Values:
         """Compare features of renderings, and directions after 3 steps, with fp32 here."""
@@ -152,6 +171,8 @@ class Study:
         if EXIT not in levers:
             values["TFLOP/s"] = self.operations_of(size, sources) / seconds / 1e12
             values["of bf16 peak"] = values["TFLOP/s"] / self.peak if self.peak else NOT_MEASURED
+            moved = self.gigabytes_of(size, sources, 2 if precision == "bf16" else 4) / seconds
+            values["of copied GB/s"] = moved / self.copied if self.copied else NOT_MEASURED
         return values
 
     def best(self, size: int, name: str, *more: str) -> Values:
@@ -177,11 +198,14 @@ class Study:
             raise ValueError("expected an accelerator")
         bench = copy.copy(self.bench(size))
         bench.budget = 0.0
+        os.environ.setdefault("TEARDOWN_CUPTI", "0")  # CUDA graphs can crash after that
         with profile(record_shapes=True) as found:  # of all kinds of devices
             steps = 4 + len(bench.steps("release"))
         events: Any = found.key_averages(group_by_input_shape=True)
         spent = dict[str, float]()
         for event in events:
+            if event.device_type.name != "CPU":
+                continue  # a kernel: its time is counted for the operation that started it
             name = f"{event.key} {event.input_shapes[:2]}"
             spent[name] = spent.get(name, 0) + event.self_device_time_total / 1e3 / steps
         slowest = sorted(spent, key=lambda name: -spent[name])[:30]
@@ -250,6 +274,9 @@ class Study:
         """Yield part, row, most seconds and work of every measurement, by what it is worth."""
         low, high = self.sizes
         yield "ceilings", "matrix products, copies", 20, self.ceilings
+        for size in (low, high):
+            convolutions = partial(self.convolutions, size)
+            yield "ceilings", f"convolutions of {size} px, bf16", 20, convolutions
         yield "parity", "fp32 without TF32", 30, partial(self.parity, "fp32", False)
         default = "fp32 as torch has it, TF32 in convolutions"
         yield "parity", default, 30, partial(self.parity, "fp32", None)
@@ -260,7 +287,7 @@ class Study:
         for size in (low, high):
             row, step = f"release {size} px", partial(self.step, size, "release")
             for lever in (WHOLE, *ENLARGE, LAYOUT, TUNED):
-                yield "steps", f"{row}, {lever}", 30, partial(step, lever, WHOLE)
+                yield "steps", f"{row}, {lever}", 40, partial(step, lever, WHOLE)
             yield "steps", f"{row}, {GRAPH}", 30, partial(step, GRAPH)
             for kind, tf32 in (("fp32 without TF32", False), ("fp32 with TF32", True)):
                 yield "steps", f"{row}, {kind}", 20, partial(step, precision="fp32", tf32=tf32)
@@ -280,23 +307,25 @@ class Study:
         for size, batch in ((low, 1), (low, 4), (low, 16), (high, 1), (high, 4)):
             row = f"{size} px, {batch} targets at once"
             yield "pairs", row, 20, partial(self.pairs, size, batch)
-        for size in (low, high):
-            best = partial(self.best, size, "release", "sums", COMPILED, WHOLE)
-            yield "steps", f"release {size} px, best and sums, {COMPILED}", 90, best
         two = partial(self.pairs, low, 4, processes=2)
         yield "pairs", f"{low} px, 4 targets at once, two processes", 60, two
-        for size in (low, high):
-            best = partial(self.best, size, "release", COMPILED, WHOLE)
-            yield "steps", f"release {size} px, best, {COMPILED}", 90, best
+        for levers in (["sums", COMPILED, WHOLE], [COMPILED, WHOLE]):
+            for size in (low, high):
+                row = f"release {size} px, best {'and sums, ' * ('sums' in levers)}{COMPILED}"
+                yield "steps", row, 90, partial(self.best, size, "release", *levers)
 
     def take(self, seconds: float, work: Callable[[], Values]) -> Values | str:
         """Measure, or say why not."""
         left = self.end - (begun := self.clock())
         if left < seconds / 4:
             return f"{NOT_MEASURED}: no time was left"
-        costs.free_memory(self.device)
-        with costs.at_most(min(seconds, left)):
-            values = costs.tried(work)
+
+        def within() -> Values:
+            costs.free_memory(self.device)  # an error of the last measurement may show only here
+            with costs.at_most(min(seconds, left)):
+                return work()
+
+        values = costs.tried(within)
         return values if isinstance(values, str) else {**values, "took s": self.clock() - begun}
 
     def run(self) -> dict[str, Any]:

@@ -41,8 +41,7 @@ from eval.methods import mapped
 from eval.metrics import interval
 from eval.reader import BUNDLED
 from eval.report import Series, check_charts, line_chart, number, table, with_bounds
-from eval.sets import EvalSet, Sources, check_sources, in_range, study_set, trained_styles
-from eval.truth import Truth
+from eval.sets import EvalSet, Sources, targets_and_sources
 from predictor.mapper import Mapper, load_mapper
 from predictor.tradeoff import TradeoffConfig, check_keep
 from targetclip import command
@@ -50,7 +49,7 @@ from targetclip.command import Precision, choose_precision
 from targetclip.media.images import write_picture
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
-from targetclip.seeds import TEST_SOURCES, VALIDATION_SOURCES, seed_of
+from targetclip.seeds import seed_of
 from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
 TEACHER = "teacher"
@@ -84,6 +83,8 @@ class Config:
     """The teacher's recipe, but for the two weights. Default: the world's."""
     max_steps: int | None = None
     """Cut every search to so many steps."""
+    max_images: int | None = None
+    """Images at once. Default: 64."""
     precision: Precision | None = None
     """Of searches; scores are in float32. Default: accelerate's, or else fp32."""
     test: bool = False
@@ -94,7 +95,7 @@ class Config:
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for options that are out of range."""
-    command.check_least(config, targets=1, teachers=0, sources=2, max_steps=1)
+    command.check_least(config, targets=1, teachers=0, sources=2, max_steps=1, max_images=1)
     if len(config.keeps) < 2 or len(config.strengths) < 2:
         raise ValueError("--keeps, --strengths: expected two or more to draw a line through")
     for keep in config.keeps:
@@ -107,34 +108,6 @@ def check_config(config: Config) -> None:
 
 
 # What is judged
-
-
-def joined(name: str, sets: Sequence[EvalSet]) -> EvalSet:
-    """Return the targets of sets of known content in turn: the first of each, then the second."""
-    count = min(map(len, sets))
-    parts = [targets.part(i, i + 1) for i in range(count) for targets in sets]
-    truths = [part.truth for part in parts if part.truth is not None]
-    return EvalSet(
-        name=name,
-        ids=tuple(part.ids[0] for part in parts),
-        origins=tuple(part.origins[0] for part in parts),
-        pictures=tuple(part.pictures[0] for part in parts),
-        truth=Truth(
-            tuple(content for truth in truths for content in truth.contents),
-            torch.cat([truth.readings for truth in truths]),
-            torch.cat([truth.seen for truth in truths]),
-        ),
-    )
-
-
-def targets_and_sources(config: Config, scene: Scene) -> tuple[EvalSet, Sources]:
-    """Return the targets, of which every second one is in range, and the sources that judge."""
-    if not config.test:
-        return study_set(config.targets), scene.sources(config.sources, VALIDATION_SOURCES)
-    check_sources(TEST_SOURCES, config.sources)
-    half = -(-config.targets // 2)
-    both = joined("test", [in_range(half), trained_styles(half)])
-    return both.part(0, config.targets), scene.sources(config.sources, TEST_SOURCES)
 
 
 def open_mappers(config: Config, world: World, scene: Scene) -> dict[str, Mapper]:
@@ -320,12 +293,12 @@ def run(config: Config) -> dict[str, Any]:
     check_charts()
     world, precision = load_world(config.world), choose_precision(config.precision)
     command.say(f"loading world {world.name}", error=True)
-    scene = load_scene(world, command.choose_device())
+    scene = load_scene(world, command.choose_device(), max_images=config.max_images)
     mappers = open_mappers(config, world, scene)
     recipe = RECIPES[config.recipe or world.recipe]
     if config.max_steps is not None:
         recipe = replace(recipe, steps=min(recipe.steps, config.max_steps))
-    targets, sources = targets_and_sources(config, scene)
+    targets, sources = targets_and_sources(scene, config.targets, config.sources, config.test)
     judges = face_judges(scene)
     study = Study(
         config=config,

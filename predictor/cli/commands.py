@@ -55,6 +55,7 @@ from predictor.cli.sources import (
     MAX_SHOWN,
     Clip,
     Generated,
+    LatentFile,
     Latents,
     Photos,
     Sources,
@@ -87,6 +88,7 @@ from targetclip.command import (
     say,
     write_file,
 )
+from targetclip.generators import check_render_size
 from targetclip.media.alignment import FaceFinder
 from targetclip.media.frames import write_morph
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
@@ -388,6 +390,8 @@ def read_sources(request: Request, finder: FaceFinder | None, console: Console) 
     """Read the sources and find their faces, before any network is loaded."""
     if request.clip is not None:
         return Clip(request.clip, finder, request.face, request.smooth, console=console)
+    if request.latents is not None:
+        return LatentFile(request.latents)
     if request.sources is not None:
         return Photos(request.sources, finder, request.face, console)
     return Generated(request.num_sources, request.seed)
@@ -401,6 +405,7 @@ def load(request: Request, finder: FaceFinder | None, console: Console) -> Essen
         max_images=request.max_images,
         checkpoint_layers=request.checkpoint_layers,
     )
+    check_render_size(scene.generator, request.recipe.render_size, "--render-size")
     if request.invert_steps:
         inverter = searching_inverter(scene, request.invert_steps, console)
         scene = replace(scene, inverter=inverter)

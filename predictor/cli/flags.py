@@ -85,7 +85,8 @@ class PictureFlags:
     """The pictures that are edited."""
 
     sources: Annotated[tuple[Path, ...] | None, listed("PICTURE")] = None
-    """Source pictures, folders of them, or one video. Default: generated sources."""
+    """Source pictures, folders of them, or one video; or one .npy or .pt file of latents,
+    [sources, num_ws, w_dim]. Default: generated sources."""
     num_sources: Optional[int] = None
     """Number of sources to generate. Default: 6."""
     clip: Switch = False
@@ -199,6 +200,9 @@ class SearchFlags:
     """Steps of the optimizer. Default: the recipe's."""
     patience: Optional[int] = None
     """Stop when the loss has not improved for so many steps. Default: never."""
+    render_size: Optional[int] = None
+    """Size in px of the images that the optimizer renders, without the generator's finest levels.
+    Default: the generator's own."""
     seed: int = 0
     """Seed of all random numbers: generated sources, starts, and those of the optimizer."""
 

@@ -34,12 +34,13 @@ PICTURE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".avif", ".heic", ".heif"),
 )
+LATENT_SUFFIXES = (".npy", ".pt")  # of files that targetclip.directions reads
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".pkl", ".npy")
 URL = re.compile(r"(https?|ftps?|file|s3|gs|hf|data):", re.IGNORECASE)
 NAMED = 5  # files that are left out, at most, in a warning
 NUM_SOURCES, WINDOW = 6, 5
 STEPS_FROM_MEAN = 300  # of a search for latents that no inverter starts
-OF_OPTIMIZER = ("recipe", "initial", "steps", "patience")
+OF_OPTIMIZER = ("recipe", "initial", "steps", "patience", "render_size")
 STRONG = 3.0  # times the usual strength, from which on pictures fall apart
 
 
@@ -81,7 +82,7 @@ def check_picture(flag: str, path: Path) -> None:
     if path.suffix.lower() in WEIGHT_SUFFIXES:
         raise ValueError(
             f"{flag}: expected a picture, found {str(path)!r}: a direction is given by "
-            "--direction, a mapper by --mapper"
+            "--direction, a mapper by --mapper, one file of latents alone by --sources"
         )
 
 
@@ -175,7 +176,9 @@ class Request:
     """Place on the mapper's trade-off; None: its default, if it reads one."""
     direction: Path | None
     sources: tuple[Path, ...] | None
-    """Pictures; None: a clip, or `num_sources` that are generated."""
+    """Pictures; None: latents, a clip, or `num_sources` that are generated."""
+    latents: Path | None
+    """The file of latents that are edited."""
     clip: Path | None
     """The video, or the folder of frames, that is edited."""
     num_sources: int
@@ -223,9 +226,9 @@ class Request:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Pictures and clips that are read while results are written."""
-        clip = () if self.clip is None else (self.clip,)
-        return (*self.pictures, *(self.sources or ()), *clip)
+        """Pictures, latents and clips that are read while results are written."""
+        alone = [path for path in (self.latents, self.clip) if path is not None]
+        return (*self.pictures, *(self.sources or ()), *alone)
 
 
 def check_finding(options: Transfer) -> None:
@@ -241,21 +244,20 @@ def check_finding(options: Transfer) -> None:
             raise ValueError(f"--{flag} is for finding a direction: drop it or --direction")
     if mode == "instant":
         for name in given(search, OF_OPTIMIZER):
-            raise ValueError(f"--{name} is the optimizer's: drop it or --mode instant")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is the optimizer's: drop it or --mode instant")
     if mode == "refine":
         for name in given(search, ("initial", "steps")):
             raise ValueError(f"--{name}: a refinement has its own: drop it or --mode refine")
-    if mode == "optimize" and search.mapper is not None:
-        raise ValueError("--mapper: --mode optimize asks no mapper: drop one of them")
     if mode == "optimize" and edit.one_direction:
         raise ValueError("--one-direction: the optimizer finds no other: drop one of them")
-    if mode == "optimize" and search.keep_identity is not None:
-        raise ValueError("--keep-identity: --mode optimize asks no mapper: drop one of them")
-    for flag in given(search, ("mapper", "keep_identity")) if mode is None else ():
-        for name in given(search, OF_OPTIMIZER):
-            raise ValueError(
-                f"--{name} and --{flag.replace('_', '-')} need a mode: add --mode auto, or drop one"
-            )
+    for other in given(search, ("mapper", "keep_identity")):
+        flag = "--" + other.replace("_", "-")
+        if mode == "optimize":
+            raise ValueError(f"{flag}: --mode optimize asks no mapper: drop one of them")
+        for name in given(search, OF_OPTIMIZER) if mode is None else ():
+            flags = f"--{name.replace('_', '-')} and {flag}"
+            raise ValueError(f"{flags} need a mode: add --mode auto, or drop one")
 
 
 def clip_of(flags: SourceFlags) -> Path | None:
@@ -277,6 +279,18 @@ def clip_of(flags: SourceFlags) -> Path | None:
     if flags.smooth is not None and not videos:
         raise ValueError("--smooth is for clips: drop it, or give a video, or a folder and --clip")
     return videos[0] if videos else None
+
+
+def latents_of(flags: SourceFlags) -> Path | None:
+    """Return the file of latents that is the only source, if it is one.
+    FileNotFoundError, ValueError: as `check_weights`."""
+    if flags.sources is None or len(flags.sources) != 1:
+        return None
+    [path] = flags.sources
+    if path.suffix.lower() not in LATENT_SUFFIXES or path.is_dir():
+        return None
+    check_weights("--sources", path, "latent")
+    return path
 
 
 def strength_notes(strength: float, usual: float, layers: dict[str, float]) -> list[str]:
@@ -329,7 +343,7 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         )
     check_finding(options)
     target, source, edit, search = options.target, options.source, options.edit, options.search
-    output, machine = options.output, options.machine
+    machine = options.machine
     world = load_world(machine.world)
     name = search.recipe or world.recipe
     changes = {key: getattr(search, key) for key in given(search, OF_OPTIMIZER[1:])}
@@ -345,8 +359,8 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
     clip = clip_of(source)
     check_show(options.show, clip)
     pictures = pictures_of("--target", target.target, notes)
-    sources = None
-    if source.sources is not None and clip is None:
+    sources, latents = None, latents_of(source)
+    if source.sources is not None and clip is None and latents is None:
         sources = pictures_of("--sources", source.sources, notes)
     count = len(pictures) + len(target.text)
     if target.weights is not None and len(target.weights) != count:
@@ -376,6 +390,7 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         keep_identity=search.keep_identity,
         direction=edit.direction,
         sources=sources,
+        latents=latents,
         clip=clip,
         num_sources=source.num_sources or NUM_SOURCES,
         face=source.face or 0,
@@ -389,13 +404,9 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         identity_floor=edit.identity_floor,
         layers=layers,
         one_direction=edit.one_direction,
-        strip=options.show.strip,
-        morph=options.show.morph,
         seed=search.seed,
-        out=output.out,
-        overwrite=output.overwrite,
-        quiet=output.quiet,
-        json=output.json,
+        **vars(options.show),
+        **vars(options.output),
         device=machine.device,
         precision=choose_precision(machine.precision),
         max_images=machine.max_images,
@@ -418,10 +429,10 @@ def check_inversion(flags: SourceFlags, request: Request) -> None:
     asked = {"--align": flags.align, "--invert-steps": flags.invert_steps is not None}
     for flag in (flag for flag, is_given in asked.items() if is_given and not request.inverts):
         raise ValueError(
-            f"{flag}: no picture is inverted here: drop it, or give --sources or "
+            f"{flag}: no picture is inverted here: drop it, or give pictures as --sources or "
             "--initial inversion"
         )
-    if flags.face is not None and not request.align:
+    if flags.face is not None and not (request.align and request.inverts_sources):
         raise ValueError("--face: no face is looked for here: drop it, or give --align")
 
 

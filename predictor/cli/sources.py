@@ -1,4 +1,4 @@
-"""Sources of the `targetclip` command: generated ones, squares, faces in photos, and clips.
+"""Sources of the `targetclip` command: generated ones, latents, squares, photos, and clips.
 
 Knows how a face is cut out, inverted, and put back edited, and how it is followed through a clip;
 nothing of how directions are found. A clip's frames are read again in every pass, so that a long
@@ -23,6 +23,7 @@ from predictor.cli.options import WINDOW, Request
 from predictor.cli.output import FRAMES, VIDEO, Console, OutputFolder, unique_names
 from predictor.cli.report import NamedTarget
 from predictor.gallery import Shown
+from targetclip.directions import check_size, read_released
 from targetclip.encoders.inverter import InversionConfig, LatentInverter, OptimizingInverter
 from targetclip.media.alignment import Face, FaceFinder, align, face_quad, paste_back, quad_in
 from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
@@ -178,16 +179,19 @@ def inverted(
         yield scene.invert(batch)
 
 
-class Generated(Sources):
-    """The generator's own samples."""
+class Rendered(Sources):
+    """Sources without a picture but the generator's: results have their numbers, from 0 on."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, facts: Mapping[str, Any]) -> None:
         self.names = [f"{i:03d}" for i in range(count)]
-        self.facts = {"sources": {"count": count, "seed": seed}}
+        self.facts = {"sources": {"count": count, **facts}}
+
+    def ws(self, scene: Scene) -> Float[Tensor, "sources num_ws w_dim"]:
+        """Return the latents, on the scene's device."""
+        raise NotImplementedError
 
     def latents(self, scene: Scene) -> Latents:
-        ws = scene.sources(self.count, self.seed)
+        ws = self.ws(scene)
         shown = range(min(len(ws), MAX_SHOWN))
         rows = {"sources": tensor_to_pictures(scene.render(ws[: len(shown)]))}
         return Latents(scored=ws, shown=shown, rows=rows)
@@ -195,6 +199,35 @@ class Generated(Sources):
     def named(self, latents: Latents) -> list[tuple[str, str | None]]:
         """Return numbers that read as such, and files."""
         return [(f"source {name}", link) for name, link in super().named(latents)]
+
+
+class Generated(Rendered):
+    """The generator's own samples."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        super().__init__(count, {"seed": seed})
+        self.seed = seed
+
+    def ws(self, scene: Scene) -> Float[Tensor, "sources num_ws w_dim"]:
+        return scene.sources(len(self.names), self.seed)
+
+
+class LatentFile(Rendered):
+    """Latents of a file, such as TargetCLIP's release has of faces; read at construction.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_released`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.items = path, read_released(path)
+        super().__init__(len(self.items), {"file": str(path)})
+
+    def ws(self, scene: Scene) -> Float[Tensor, "sources num_ws w_dim"]:
+        """Return the latents; ValueError: another size than the generator's."""
+        generator = scene.generator
+        check_size(self.path, self.items, generator.num_ws, generator.w_dim)
+        return self.items.to(scene.device)
 
 
 class Photos(Sources):

@@ -61,6 +61,13 @@ UPLOADS: dict[str, Any] = {  # of galleries that take pictures
     "fit_columns": False,
     "height": 150,
 }
+CHOICES: dict[str, Any] = {  # of galleries whose pictures are clicked
+    "show_label": False,
+    "fit_columns": False,
+    "height": "auto",
+    "allow_preview": False,
+    "interactive": False,
+}
 CSS = """
 .facts dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem .8rem; margin: 0 }
 .facts dt { font-weight: 600 } .facts dd { margin: 0 }
@@ -99,7 +106,7 @@ class Kept:
     found: Found
     source_key: tuple[Any, ...]
     sources: Sources
-    limit_key: tuple[Any, ...]
+    limit_key: Settings | None
     limit: float
     """The largest strength that keeps the identity asked for."""
     chosen: int
@@ -176,12 +183,8 @@ class Page:
         names = list(self.worlds.known)
         self.world = gr.Dropdown(names, value=names[0], label="World", visible=len(names) > 1)
         gr.Markdown("### 1. Target: its essence is taken")
-        self.targets = gr.Gallery(
-            self.examples[:1] if self.offers else None,
-            label="Targets",
-            elem_id="targets",
-            **UPLOADS,
-        )
+        first_target = self.examples[:1] if self.offers else None
+        self.targets = gr.Gallery(first_target, label="Targets", elem_id="targets", **UPLOADS)
         self.text = gr.Textbox(
             label="Or in words",
             placeholder="green hair and round glasses",
@@ -191,14 +194,10 @@ class Page:
         self.offered = gr.Gallery(
             self.examples or None,
             label="Examples",
-            show_label=False,
             columns=5,
-            fit_columns=False,
-            height="auto",
-            allow_preview=False,
-            interactive=False,
             visible=self.offers,
             elem_id="examples",
+            **CHOICES,
         )
 
     def lay_out_sources(self, first: OpenWorld) -> None:
@@ -255,15 +254,7 @@ class Page:
             0, MAX_FACTOR, first.world.strength, step=0.05, label="Strength", elem_id="strength"
         )
         self.all = gr.Gallery(
-            label="Results",
-            show_label=False,
-            format="png",
-            columns=6,
-            fit_columns=False,
-            height="auto",
-            allow_preview=False,
-            interactive=False,
-            elem_id="results",
+            label="Results", format="png", columns=6, elem_id="results", **CHOICES
         )
         self.facts = gr.HTML(elem_classes="facts", elem_id="facts")
         self.floor = gr.Slider(
@@ -324,13 +315,8 @@ class Page:
         self.offered.select(self.take_example, None, [self.targets, self.text], **private).then(
             self.show_transfer, self.inputs, results, **work
         )
-        moving = {"trigger_mode": "always_last", "show_progress": "hidden", **work}
-        sliding = {
-            "trigger_mode": "always_last",
-            "show_progress": "hidden",
-            "queue": False,
-            **private,
-        }
+        latest = {"trigger_mode": "always_last", "show_progress": "hidden"}
+        moving, sliding = {**latest, **work}, {**latest, **private, "queue": False}
         # While a slider moves, the large picture follows; the others when it is let go.
         moves = [self.strength, self.coarse, self.middle, self.fine, *self.weights]
         gr.on(
@@ -359,16 +345,8 @@ class Page:
             self.change_world,
             self.world,
             [
-                self.text,
-                self.mode,
-                self.kind,
-                self.mine,
-                self.floor,
-                self.keep,
-                self.offered,
-                self.strength,
-                self.targets,
-                *results,
+                *(self.text, self.mode, self.kind, self.mine, self.floor, self.keep),
+                *(self.offered, self.strength, self.targets, *results),
             ],
             **work,
         )
@@ -406,26 +384,24 @@ class Page:
             data[self.seed],
         )
         if kept is not None and kept.source_key == source_key:
-            sources = kept.sources
-        elif data[self.kind] == MINE:
-            sources = read_sources(opened, paths_of(data[self.mine]))
+            sources, chosen, shown = kept.sources, kept.chosen, kept.shown
         else:
-            sources = generate_sources(opened, int(data[self.count]), int(data[self.seed] or 0))
+            if data[self.kind] == MINE:
+                sources = read_sources(opened, paths_of(data[self.mine]))
+            else:
+                sources = generate_sources(opened, int(data[self.count]), int(data[self.seed] or 0))
+            chosen, shown = 0, self.file_of(sources.pictures[0])
         if kept is not None and kept.target_key == target_key:
             found = kept.found
         else:
             found = self.find(opened, pictures, text, mode, keep, request, progress)
-        if kept is not None and kept.source_key == source_key:
-            chosen, shown = kept.chosen, kept.shown
-        else:
-            chosen, shown = 0, self.file_of(sources.pictures[0])
         kept = Kept(
             world=opened.world.name,
             target_key=target_key,
             found=found,
             source_key=source_key,
             sources=sources,
-            limit_key=(),
+            limit_key=None,
             limit=MAX_FACTOR,
             chosen=chosen,
             shown=shown,
@@ -462,14 +438,7 @@ class Page:
     def results(self, kept: Kept, settings: Settings) -> tuple[Any, ...]:
         """Return all edits, what is said of them, and what is kept of the visitor."""
         opened = self.worlds.open(kept.world)
-        limit_key = (
-            settings.floor,
-            settings.weights,
-            settings.coarse,
-            settings.middle,
-            settings.fine,
-            settings.one_direction,
-        )
+        limit_key = replace(settings, strength=0.0)
         if kept.limit_key != limit_key:
             limit = strength_within(opened, kept.found, kept.sources, settings)
             kept = replace(kept, limit_key=limit_key, limit=limit)
@@ -558,10 +527,7 @@ class Page:
             gr.update(visible=bundled and bool(self.examples)),
             opened.world.strength,
             self.examples[:1] if bundled else None,
-            None,
-            None,
-            "",
-            None,
+            *(None, None, "", None),
         )
 
     @explained

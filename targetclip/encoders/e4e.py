@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from targetclip.embedder import SIGNED, EncoderInput, preprocess_images
-from targetclip.encoders.irse import STAGES, IrSe50, counted, fill
+from targetclip.encoders.arcface import STAGES, IrSe50, counted, fill
 from targetclip.generators.rosinality import PARALLEL, read_checkpoint
 from targetclip.generators.stylegan2 import EqualizedLinear
 

@@ -169,9 +169,7 @@ def enlarged(
     return depthwise(transposed_convolution(x, weight), blur, padding=1)
 
 
-def rows_of(
-    x: Float[Tensor, "batch channels height width"],
-) -> Float[Tensor, "batch height row"]:
+def rows_of(x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch height row"]:
     """View images of the layout channels last as rows of width times channels numbers.
 
     A factor for each channel is an inner loop of that length on a CPU, instead of one of a few

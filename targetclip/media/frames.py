@@ -28,7 +28,14 @@ from PIL import Image
 from torch import Tensor
 
 from targetclip.command import full_disk_explained, temporary_beside, whole_file
-from targetclip.media.images import MAX_SIDE, READABLE_SUFFIXES, is_picture, read_picture, write_as
+from targetclip.media.images import (
+    MAX_SIDE,
+    READABLE_SUFFIXES,
+    ending_of,
+    is_picture,
+    read_picture,
+    write_as,
+)
 
 FOLDER_RATE = Fraction(25)
 # Formats that hold a clip and nothing else. FFmpeg also reads playlists, which open other files and
@@ -419,11 +426,7 @@ def write_video(
         OSError: it cannot be written.
     """
     path, av = Path(path), pyav()
-    format_name = WRITABLE_VIDEOS.get(path.suffix.lower())
-    if format_name is None:
-        raise ValueError(
-            f"expected a file name ending in {', '.join(WRITABLE_VIDEOS)}, found {str(path)!r}"
-        )
+    format_name = WRITABLE_VIDEOS[ending_of(path, WRITABLE_VIDEOS)]
     rate = timing.rate if isinstance(timing, Frames) else timing
     times = timing.times() if isinstance(timing, Frames) and timing.times else None
     if rate <= 0:
@@ -481,14 +484,10 @@ def write_morph(path: str | Path, pictures: Iterable[Image.Image]) -> None:
         FileNotFoundError, OSError, ValueError: as `write_video`.
     """
     path, way = Path(path), list(pictures)
-    suffixes = (".gif", *WRITABLE_VIDEOS)
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(
-            f"expected a file name ending in {', '.join(suffixes)}, found {str(path)!r}"
-        )
+    suffix = ending_of(path, (".gif", *WRITABLE_VIDEOS))
     if not way:
         raise ValueError(f"expected at least one picture for {str(path)!r}, found none")
-    if path.suffix.lower() != ".gif":
+    if suffix != ".gif":
         write_video(path, there_and_back(way), MORPH_RATE, None)
         return
     first, *others = there_and_back(in_shared_colours(way))

@@ -9,7 +9,7 @@ import io
 import logging
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -396,16 +396,19 @@ def write_as(picture: Image.Image, path: Path, format_name: str) -> None:
     plain.save(path, format=format_name, quality=95, icc_profile=rgb_profile(picture))
 
 
+def ending_of(path: Path, known: Collection[str]) -> str:
+    """Return the suffix of a file to write, in lower case. ValueError: it is none of `known`."""
+    if (suffix := path.suffix.lower()) not in known:
+        raise ValueError(f"expected a file name ending in {', '.join(known)}, found {str(path)!r}")
+    return suffix
+
+
 def write_picture(picture: Image.Image, path: str | Path) -> None:
     """Write PNG, JPEG or WEBP by the suffix of `path`, whole or not at all.
     FileNotFoundError: the folder does not exist. OSError: it cannot be written. ValueError: another
     suffix."""
     path = Path(path)
-    format_name = WRITABLE_FORMATS.get(path.suffix.lower())
-    if format_name is None:
-        raise ValueError(
-            f"expected a file name ending in {', '.join(WRITABLE_FORMATS)}, found {str(path)!r}"
-        )
+    format_name = WRITABLE_FORMATS[ending_of(path, WRITABLE_FORMATS)]
     with whole_file(path) as temporary:
         write_as(picture, temporary, format_name)
 

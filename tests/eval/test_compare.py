@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_runs import module_exit_code
@@ -22,6 +23,7 @@ from eval.sets import ADVERSARIAL, HELD_OUT_STYLES, IN_RANGE, STYLES
 from predictor.mapper import Mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from targetclip.command import locked_folder
+from targetclip.seeds import TEST_SOURCES
 from targetclip.world import load_scene, load_world
 
 
@@ -194,6 +196,28 @@ def test_a_mapper_that_reads_its_sources_is_judged_beside_its_one_direction(
     assert again["sets"] == report["sets"] and again["released"] == report["released"]
 
 
+def test_latents_of_a_file_are_the_sources_of_every_method(
+    compared: tuple[Config, dict[str, Any]], tmp_path: Path
+) -> None:
+    scene = load_scene(load_world(compared[0].world))
+    path, other = tmp_path / "w_plus.npy", tmp_path / "other.npy"
+    np.save(path, scene.sources(2, TEST_SOURCES).numpy())
+    np.save(other, scene.sources(3, 1).numpy())
+    only = ("mapper", "clip-blending")
+    made = dataclasses.replace(compared[0], out=tmp_path / "out", sources=path, only=only)
+    report = run(made)
+    for name in only:  # as with generated sources, which have the same latents
+        generated, found = (r["sets"][IN_RANGE]["methods"][name] for r in (compared[1], report))
+        for score, values in generated["scores"].items():
+            assert found["scores"][score] == pytest.approx(values, abs=1e-5), score
+    assert report["sources"] == report["released"]["sources"] == 2
+    assert report["seeds"]["sources"] is None and len(report["fingerprints"]["sources"]) == 64
+    assert f"2 sources (latents of {path})" in (made.out / "report.md").read_text()
+    # Edits of single sources, and targets that are pictures of them, are others for other sources.
+    changed = ["adversarial mapper", "in-range clip-blending"]
+    assert run_anew(dataclasses.replace(made, sources=other)) == changed
+
+
 # What it keeps
 
 
@@ -246,6 +270,8 @@ def test_what_changed_is_run_again_and_nothing_else(
         ({"only": ("one-direction",)}, "--only one-direction: .*no correction for each source"),
         ({"only": ("ridge",)}, "--only ridge: .*--pairs"),
         ({"sources": 1}, "--sources: expected 2 or more, found 1"),
+        ({"sources": Path("no.npy")}, "--sources: no file at 'no.npy'"),
+        ({"sources": Path("o.npy"), "only": ("right-answer",)}, "--only right-answer: nobody"),
         ({"slow": 0}, "--slow: expected 1 or more, found 0"),
         ({"mapper": None}, "--mapper: expected a mapper's file"),
         ({"trust_folder": True}, "--trust-folder: expected --folder"),

@@ -233,7 +233,14 @@ def test_attributes_have_known_scores(avatars: Path, avatar_world: Path) -> None
     assert skin["count"] == 2 and skin["low"] <= skin["mean"] <= skin["high"] < 0.5
     less = report["differences"]["right"]["unchanged"]
     assert less["essence"]["mean"] > 0.9 and abs(less["identity_by_attribute"]["mean"]) < 0.05
+    # Of the one target that is held out there are means, and no interval.
+    assert report["held_out"] == ["other"]
+    for score, row in right["held_out"].items():
+        expected = right["by_target"]["other"][score]
+        assert row["mean"] == pytest.approx(expected, abs=1e-6) and row["low"] is None
+    assert {*right["held_out"]} == {*right["by_target"]["other"]}
     text = (avatars / "out" / "report.md").read_text()
+    assert "Over the held-out targets alone, 1 of 2:" in text
     assert "Essence acquired by attribute:" in text and "Identity kept by attribute:" in text
     assert "What targets show, a file says for 1, the reader says for 1." in text
 

@@ -21,6 +21,7 @@ from eval.sets import (
     folder_set,
     held_out_styles,
     in_range,
+    joined,
     samples,
     study_set,
     trained_styles,
@@ -207,3 +208,13 @@ def test_sources_that_others_use_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"16 of sources that {owner}"):
             check_sources(seed, 16)
+
+
+def test_sets_are_joined_in_turn() -> None:
+    targets = study_set(4)
+    halves = [targets.part(0, 2), targets.part(2, 4)]
+    both = joined("both", halves)
+    assert both.ids == tuple(targets.ids[i] for i in (0, 2, 1, 3))
+    assert both.truth is not None and targets.truth is not None
+    assert both.truth.contents == tuple(targets.truth.contents[i] for i in (0, 2, 1, 3))
+    assert both.truth.readings[1].equal(targets.truth.readings[2])

@@ -66,7 +66,7 @@ SAID = {"glasses": "sunglasses", "beard": "", "hat": "", "hair_colour": "pink"}
 
 
 def test_a_file_says_what_pictures_show(tmp_path: Path) -> None:
-    assert read_truth(tmp_path) == {}
+    assert read_truth(tmp_path) == ({}, frozenset())
     rows = {
         "a.png": {**SAID, "style": "micah", "held_out": True},
         "b.png": {**SAID, "beard": "goatee"},
@@ -74,16 +74,16 @@ def test_a_file_says_what_pictures_show(tmp_path: Path) -> None:
     (tmp_path / "truth.json").write_text(json.dumps(rows))
     expected = {"a.png": Shown("sunglasses", hair_colour="pink")}
     expected["b.png"] = Shown("sunglasses", "goatee", hair_colour="pink")
-    assert read_truth(tmp_path) == expected
+    assert read_truth(tmp_path) == (expected, {"a.png"})
     (tmp_path / "truth.json").unlink()
-    names = ["file", "style", *SAID]
+    names = ["file", "style", "held_out", *SAID]
     lines = [
         names,
-        ["a.png", "micah", *SAID.values()],
-        ["b.png", "", "sunglasses", "goatee", "", "pink"],
+        ["a.png", "micah", "True", *SAID.values()],
+        ["b.png", "", "", "sunglasses", "goatee", "", "pink"],
     ]
     (tmp_path / "truth.csv").write_text("\n".join(",".join(line) for line in lines) + "\n")
-    assert read_truth(tmp_path) == expected
+    assert read_truth(tmp_path) == (expected, {"a.png"})
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,9 @@ def check_config(config: Config) -> None:
 # Weights
 
 
-def seeded_generator(config: Config) -> StyleGAN2:
+def seeded_generator(sizes: StyleGAN2Config) -> StyleGAN2:
     """Make a generator whose images keep in bounds; what training moves off zero is moved."""
-    generator = StyleGAN2(network_sizes(config)).eval().requires_grad_(False)
+    generator = StyleGAN2(sizes).eval().requires_grad_(False)
     for rgb in generator.to_rgbs:
         rgb.get_parameter("weight").mul_(0.3)  # levels add up, and pictures end at 1
     for conv in generator.convs:
@@ -168,6 +168,14 @@ def seeded_clip() -> dict[str, Tensor]:
     return state
 
 
+def embedder_lines(clip: Path | None) -> str:
+    """Return the lines of a world file that name a folder of open_clip or, without one, the seeded
+    weights beside the file."""
+    named = [CLIP, f"{CLIP}.safetensors"] if clip is None else [str(clip.absolute())]
+    pairs = zip(("embedder", "pretrained"), map(json.dumps, named), strict=False)
+    return "\n".join(f"{key} = {value}" for key, value in pairs)
+
+
 @torch.no_grad()
 def make_weights(config: Config) -> float:
     """Write weights, two pictures as if aligned, and last the world file.
@@ -179,7 +187,7 @@ def make_weights(config: Config) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        generator = seeded_generator(config)
+        generator = seeded_generator(network_sizes(config))
         state = rosinality_state(generator)
         average = state.pop("latent_avg")
         torch.save({"g_ema": state, "latent_avg": average}, folder / "stylegan2.pt")
@@ -196,10 +204,8 @@ def make_weights(config: Config) -> float:
     for index, ws in enumerate(random_latents(generator, [1, 2]).split(1)):
         (picture,) = tensor_to_pictures(generator.synthesis(ws))
         write_picture(picture, folder / f"{index}.png")
-    named = [CLIP, f"{CLIP}.safetensors"] if config.clip is None else [str(config.clip.absolute())]
-    pairs = zip(("embedder", "pretrained"), map(json.dumps, named), strict=False)
-    embedder = "\n".join(f"{key} = {value}" for key, value in pairs)
-    command.write_file(folder / "world.toml", WORLD.format(embedder=embedder))
+    world = WORLD.format(embedder=embedder_lines(config.clip))
+    command.write_file(folder / "world.toml", world)
     return peak_bytes() / GIB
 
 

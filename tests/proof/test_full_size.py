@@ -168,7 +168,8 @@ def test_full_size_is_config_f() -> None:
 def test_images_of_seeded_weights_are_tame_and_differ_with_the_latent(tiny: Config) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
-        generator = seeded_generator(dataclasses.replace(tiny, resolution=256, width=16))
+        sizes = network_sizes(dataclasses.replace(tiny, resolution=256, width=16))
+        generator = seeded_generator(sizes)
         one, two = generator.synthesis(random_latents(generator, [1, 2]))
     assert one.shape == (3, 256, 256)
     assert 0.1 < one.std() < 1.5

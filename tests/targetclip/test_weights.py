@@ -40,9 +40,9 @@ def test_tensors_and_their_record_come_back(tmp_path: Path) -> None:
 def test_the_same_content_gives_the_same_bytes_in_every_process() -> None:
     runs = [
         subprocess.run([sys.executable, "-c", WRITE], check=True, capture_output=True, text=True)
-        for _ in range(3)
+        for _ in range(2)
     ]
-    assert runs[0].stdout == runs[1].stdout == runs[2].stdout != ""
+    assert runs[0].stdout == runs[1].stdout != ""
     backwards = dict(reversed(METADATA.items()))
     assert tensor_bytes(TENSORS, METADATA) == tensor_bytes(TENSORS, backwards)
 

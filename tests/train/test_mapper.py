@@ -27,7 +27,7 @@ from predictor.mapper import load_mapper
 from targetclip import tracking
 from targetclip.command import Stop, Stopped, guarded, parse
 from targetclip.generators.stylegan2 import StyleGAN2
-from train import encoder
+from train import encoder, mapper_objective
 from train.loop import CHECKPOINT, LOG
 from train.mapper import (
     MAPPER,
@@ -49,7 +49,10 @@ from train.mapper_data import (
 )
 from train.mapper_objective import (
     TERMS,
+    Mixtures,
+    Objective,
     TrainingStage,
+    drawn_mixtures,
     drawn_places,
     noisy,
     parse_schedule,
@@ -267,11 +270,11 @@ def test_a_tracked_training_writes_the_same_file(
     [
         (run, lambda out: Config(out=out, tracker="wandb")),
         (encoder.run, lambda out: encoder.Config(out=out, tracker="wandb")),
-        (generator.run, lambda out: generator.Config(out, tracker="wandb")),
-        (clip.run, lambda out: clip.Config(out, tracker="wandb")),
+        (generator.run, lambda out: generator.Config(out=out, tracker="wandb")),
+        (clip.run, lambda out: clip.Config(out=out, tracker="wandb")),
         *(
-            (module.run, lambda out, kind=module.Config: kind(out / "none", out, tracker="wandb"))
-            for module in (inverter, reader, identity)
+            (m.run, lambda out, kind=m.Config: kind(generator=out, out=out, tracker="wandb"))
+            for m in (inverter, reader, identity)
         ),
     ],
 )
@@ -508,15 +511,15 @@ def test_a_share_of_the_targets_is_edited_by_the_direction_alone(
     assert 0 < losses[0.5] < losses[0.0]
 
 
-@pytest.mark.parametrize("at", [1, 2])
 def test_a_training_of_a_correction_goes_on_as_if_nothing_had_been(
-    at: int, small: Callable[..., Config], start: Path, tmp_path: Path
+    small: Callable[..., Config], start: Path, tmp_path: Path
 ) -> None:
     whole = small(**CORRECTED, start=start, out=tmp_path / "whole")
     run(whole)
     config = small(**CORRECTED, start=start)
-    with pytest.raises(Stopped):
-        run(config, StopAt(at))
+    for more in (1, 0):
+        with pytest.raises(Stopped):
+            run(config, StopAt(more))
     run(config)
     for name in ("network", "average"):
         assert same(state_of(config.out)[name], state_of(whole.out)[name])
@@ -651,16 +654,16 @@ def test_each_target_is_weighed_by_its_own_place(
     assert float(plain(("transfer",), 3)["transfer"]) == pytest.approx(losses[0.5], rel=1e-5)
 
 
-@pytest.mark.parametrize("at", [1, 3])
 def test_a_training_of_the_curve_goes_on_as_if_nothing_had_been_and_logs_it(
-    at: int, small: Callable[..., Config], pairs: Path, who_world: Path, tmp_path: Path
+    small: Callable[..., Config], pairs: Path, who_world: Path, tmp_path: Path
 ) -> None:
     schedule = ("differences:1", "pairs:1", "transfer:3")
     usual = {**CORRECTED, **ENDS, "pairs": pairs, "world": who_world, "schedule": schedule}
     whole, config = small(**usual, out=tmp_path / "whole"), small(**usual)
     run(whole)
-    with pytest.raises(Stopped):
-        run(config, StopAt(at))
+    for more in (1, 1):
+        with pytest.raises(Stopped):
+            run(config, StopAt(more))
     run(config)
     for name in ("network", "average"):
         assert same(state_of(config.out)[name], state_of(whole.out)[name])
@@ -714,6 +717,75 @@ def test_a_curve_that_cannot_be_learned_is_refused(
     with pytest.raises(ValueError, match=message) as caught:
         run(small(**{**ENDS, **changes}))
     assert "\n" not in str(caught.value)
+
+
+# Mixtures
+
+
+def fixed_mixtures(weights: list[float]) -> Callable[..., Mixtures]:
+    """Return what draws mixtures at the same weights always."""
+
+    def drawn(count: int, batch: int, random: torch.Generator) -> Mixtures:
+        mates = drawn_mixtures(count, batch, random).mates
+        return Mixtures(mates, torch.tensor([weights]).float().repeat(count, 1))
+
+    return drawn
+
+
+@pytest.mark.parametrize("curve", [False, True])
+def test_a_mixture_has_its_targets_answers_and_losses_in_its_proportions(
+    curve: bool, small: Callable[..., Config], who_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = {**CORRECTED, "batch_size": 6, "uncorrected": 0.2, "world": who_world}
+    usual |= {"recipe": "identity", **(ENDS if curve else {})}
+    plain = prepared(small(**usual)).objective
+    training = prepared(small(**usual, mixtures=0.5))
+    objective, correction = training.objective, training.trainer.network.correction
+    assert correction is not None and objective.mixtures == 3
+    torch.nn.init.normal_(correction.mix.weight, std=0.1)
+    plain.mapper.load_state_dict(objective.mapper.state_dict())
+
+    def losses(of: Objective, weights: list[float]) -> dict[str, Tensor]:
+        monkeypatch.setattr(mapper_objective, "drawn_mixtures", fixed_mixtures(weights))
+        return of(("transfer",), 7)
+
+    # A mixture of one target alone is that target.
+    own = losses(objective, [1, 0, 0])
+    torch.testing.assert_close(own["transfer"], losses(plain, [1, 0, 0])["transfer"])
+    # Every mate counts, as an answer and as a goal.
+    for weights in ([0, 1, 0], [0, 0, 1], [0.4, 0.6, 0], [0.2, 0.3, 0.5]):
+        assert not torch.isclose(losses(objective, weights)["transfer"], own["transfer"])
+    losses(objective, [0.2, 0.3, 0.5])["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters())
+
+
+def test_mixtures_are_of_two_and_three_targets_by_even_weights() -> None:
+    mixtures = drawn_mixtures(2000, 4000, torch.Generator().manual_seed(0))
+    assert mixtures.mates[-1].tolist() == [3999, 0, 1]
+    torch.testing.assert_close(mixtures.weights.sum(dim=1), torch.ones(2000))
+    two, three = mixtures.weights[::2], mixtures.weights[1::2]
+    assert (two[:, 2] < 1e-9).all()
+    # Even: the mean of each is the same, and of two any part is as likely.
+    torch.testing.assert_close(three.mean(dim=0), torch.full((3,), 1 / 3), atol=0.02, rtol=0)
+    assert 0.22 < float((two[:, 0] < 0.25).float().mean()) < 0.28
+    values = torch.arange(2 * 3 * 2.0).view(6, 2)
+    mixed = Mixtures(
+        torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1.0, 0, 0], [0, 0.5, 0.5]])
+    )
+    assert mixed.mixed(values).tolist() == [[0, 1], [9, 10]]
+
+
+def test_a_training_with_mixtures_says_so_and_one_without_says_nothing(
+    small: Callable[..., Config], straight: Path
+) -> None:
+    assert "mixtures" not in load_mapper(straight / MAPPER)[1].recipe
+    config = small(mixtures=0.5, batch_size=4, schedule=("transfer:1",))
+    run(config)
+    record = load_mapper(config.out / MAPPER)[1]
+    assert record.recipe["mixtures"] == 0.5
+    assert record.command is not None and "--mixtures 0.5" in record.command
+    with pytest.raises(ValueError, match="--mixtures: expected a number below 1"):
+        run(small(mixtures=1.0))
 
 
 # Going on
@@ -920,6 +992,36 @@ def test_the_bank_holds_training_targets_alone_and_is_made_once(
     torch.testing.assert_close(torch.from_numpy(bank[: len(expected)].copy()), expected)
     good = [target for target in open_targets(str(faces)) if isinstance(target, Target)]
     assert len(bank) == len(expected) + sum(split_of(target.id) == "train" for target in good)
+
+
+def test_max_targets_trains_on_a_random_part_of_the_bank(small: Callable[..., Config]) -> None:
+    whole = prepared(small()).objective.targets
+    assert whole is not None
+    parts = {}
+    for count, seed in ((3, 0), (5, 0), (5, 1)):
+        training = prepared(small(max_targets=count, seed=seed))
+        assert training.trainer.settings["max_targets"] == count
+        part = training.objective.targets
+        assert part is not None and len(part) == count
+        parts[count, seed] = {row.tobytes() for row in part}
+        assert len(parts[count, seed]) == count <= len({row.tobytes() for row in whole})
+        assert parts[count, seed] <= {row.tobytes() for row in whole}
+    assert parts[3, 0] < parts[5, 0] != parts[5, 1]
+    for count in (1, len(whole) + 1):
+        with pytest.raises(ValueError, match=f"--max-targets: expected 2 to {len(whole)}"):
+            prepared(small(max_targets=count))
+
+
+def test_the_record_says_of_how_many_targets_and_nothing_where_it_is_all(
+    small: Callable[..., Config], straight: Path
+) -> None:
+    assert "max_targets" not in load_mapper(straight / MAPPER)[1].recipe
+    config = small(max_targets=4, schedule=("transfer:1",))
+    run(config)
+    record = load_mapper(config.out / MAPPER)[1]
+    assert record.recipe["max_targets"] == 4
+    assert record.trained_on.startswith("4 of the targets styles:10@17")
+    assert record.command is not None and "--max-targets 4" in record.command
 
 
 def test_targets_to_validate_on_are_not_trained_on(small: Callable[..., Config]) -> None:

@@ -17,9 +17,8 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
     start("train.world.clip")
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +30,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.illustrated.avatars import (
-    HELD_OUT,
-    TRAINED,
-    bank,
-    by_all_cores,
-    draw,
-    render,
-    to_images,
-)
-from data.illustrated.captions import ABSENT, HAT_WORDS, OPENINGS, Speaker, caption
+from data.illustrated import avatars
+from data.illustrated.avatars import HELD_OUT, TRAINED, by_all_cores, to_images
+from data.illustrated.captions import Speaker, caption
 from data.illustrated.shown import Shown, colours, sample, shown, tables
 from targetclip import command
-from targetclip.tracking import Tracker, check_tracker
 from targetclip.weights import save_tensors
-from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, best_device, pick, random_at
+from train.loop import train_by
+from train.world.generator import HELD_OUT_SEED, Training, begin, pick, random_at
 
 SIZE = 96  # px; a multiple of 32, as the image tower needs it
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -82,8 +73,8 @@ NOT_ASKED = -1
 Key = tuple[str, int, int]  # style, seed, index
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Training):
     out: Path
     """Folder for checkpoint, log and the model's local directory `model/`."""
     start: Path | None = None
@@ -95,13 +86,8 @@ class Config:
     learning_rate: float = 1e-3
     noise: float = 0.15
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
-    seed: int = 0
     tests: int = 200
     """Held-out pictures of each style."""
-    evaluate_every: int = 1000
-    tracker: Tracker | None = None
-    """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
-    It needs the package of that name."""
 
 
 def keys_of(styles: tuple[str, ...], count: int, seed: int) -> list[Key]:
@@ -112,16 +98,16 @@ def keys_of(styles: tuple[str, ...], count: int, seed: int) -> list[Key]:
 def made_of(key: Key) -> tuple[UInt8[ndarray, "96 96 3"], dict[str, str]]:
     """Render the picture that a key names, and return it with what it shows."""
     style, seed, index = key
-    svg, drawn = draw(style, sample(style, seed, index))
-    return render(svg, SIZE), asdict(shown(style, drawn))
+    svg, drawn = avatars.draw(style, sample(style, seed, index))
+    return avatars.render(svg, SIZE), asdict(shown(style, drawn))
 
 
-def avatars(
+def pictures_of(
     folder: Path, styles: tuple[str, ...], count: int, seed: int
 ) -> tuple[UInt8[Tensor, "count 96 96 3"], list[Shown]]:
     """Return pictures of styles and what they show, made on first use and kept in `folder`."""
     name = f"{'held-out' if styles == HELD_OUT else 'trained'}-{count}"
-    pictures, truths = bank(folder, name, keys_of(styles, count, seed), made_of, SIZE)
+    pictures, truths = avatars.bank(folder, name, keys_of(styles, count, seed), made_of, SIZE)
     return pictures, [Shown(**truth) for truth in truths]
 
 
@@ -151,27 +137,26 @@ def answers_of(kind: str) -> tuple[list[str], list[list[str]]]:
 
     The answer "" is that nothing of the kind is there; there is a text for it where people say so.
     """
-    rng = np.random.default_rng(0)
-    speaker = Speaker(rng)
-    texts: dict[str, Callable[[], str]] = {}
+    speaker = Speaker(np.random.default_rng(0))
+    words, absent = tables()["words"], tables()["absent"].get(kind)
+    hat_colours, openings = tables()["hat_colour_words"], tables()["openings"]
 
-    def hair(colour: str) -> str:
-        return speaker.say(speaker.choose(HAIR_WORDS), colour)
+    def say(answer: str) -> str:
+        if kind == "hair_colour":
+            return speaker.say(speaker.choose(HAIR_WORDS), answer)
+        if kind == "hat_colour":
+            return speaker.say("hat", hat_colours.get(answer, answer))
+        return speaker.say(answer) if answer else speaker.choose(absent)
 
-    if kind == "hair_colour":
-        texts = {c: partial(hair, c) for c in colours()}
-    elif kind == "hat_colour":
-        texts = {c: partial(speaker.say, "hat", HAT_WORDS.get(c, c)) for c in colours()}
+    if "colour" in kind:
+        answers = list(colours())
     else:
-        if kind in ABSENT:
-            texts[""] = partial(speaker.choose, ABSENT[kind])
-        words = tables()["words"]
-        known = [*words[kind], *(words["moustache"] if kind == "beard" else [])]
-        texts |= {word: partial(speaker.say, word) for word in known}
-    asked = [
-        [f"{speaker.choose(OPENINGS)} {text()}" for _ in range(WORDINGS)] for text in texts.values()
+        moustaches = words["moustache"] if kind == "beard" else []
+        answers = [*([""] if absent else []), *words[kind], *moustaches]
+    texts = [
+        [f"{speaker.choose(openings)} {say(answer)}" for _ in range(WORDINGS)] for answer in answers
     ]
-    return list(texts), asked
+    return answers, texts
 
 
 class Questions:
@@ -360,18 +345,28 @@ def figures_of(
     return figures
 
 
+def save_local_directory(model: nn.Module, folder: Path) -> None:
+    """Write a model as open_clip reads it from a local directory; weights in half precision."""
+    half = {
+        name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
+        for name, t in model.state_dict().items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / WEIGHTS, half, {"format": "pt"})
+    text = json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2)
+    command.write_file(folder / "open_clip_config.json", text + "\n")
+
+
 def run(config: Config) -> None:
     import open_clip
 
-    check_tracker(config.tracker)
-    torch.manual_seed(config.seed)
-    device = best_device()
+    device = begin(config)
     model = open_clip.CLIP(**MODEL)
     if config.start is not None:
         open_clip.load_checkpoint(model, str(config.start / WEIGHTS))
     model = model.to(device)
     folder = config.out.parent
-    pictures, truths = avatars(folder, TRAINED, config.pictures, config.seed)
+    pictures, truths = pictures_of(folder, TRAINED, config.pictures, config.seed)
     pictures = pictures.to(device)
     questions = Questions(truths, device)
     yes_or_no = tokenizer()(QUESTION_TEXTS).to(device)
@@ -406,43 +401,19 @@ def run(config: Config) -> None:
         return contrast + answered + said
 
     def judged(average: nn.Module, styles: tuple[str, ...]) -> dict[str, dict[str, float]]:
-        drawn = avatars(folder, styles, config.tests * len(styles), HELD_OUT_SEED)
-        return figures_of(Reader(average.eval(), device), *drawn, styles)
+        drawn = pictures_of(folder, styles, config.tests * len(styles), HELD_OUT_SEED)
+        return figures_of(Reader(average, device), *drawn, styles)
 
-    schedule = Schedule(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        decay_from=0.3,
-        ema=0.995,
-        evaluate_every=config.evaluate_every,
-    )
-    average = train(
+    average = train_by(
+        config,
         model,
         loss_at,
-        config.out,
-        schedule,
         lambda average: judged(average, TRAINED)["all"],
-        plain_settings(config),
-        tracker=config.tracker,
+        decay_from=0.3,
+        ema=0.995,
     )
     # Once, at the end: nothing is chosen by styles that are held out.
     report = {"trained": judged(average, TRAINED), "held_out": judged(average, HELD_OUT)}
     command.write_json(config.out / "report.json", report)
     save_local_directory(average, config.out / "model")
     command.say_next(config.out, "model/, report.json", "read report.json")
-
-
-def save_local_directory(model: nn.Module, folder: Path) -> None:
-    """Write a model as open_clip reads it from a local directory; weights in half precision."""
-    half = {
-        name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
-        for name, t in model.state_dict().items()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / WEIGHTS, half, {"format": "pt"})
-    text = json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2)
-    command.write_file(folder / "open_clip_config.json", text + "\n")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m train.world.clip")

@@ -13,15 +13,15 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
 
     start("train.world.generator")
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from data.illustrated.avatars import to_images
 from data.illustrated.codes import (
@@ -41,13 +41,27 @@ from targetclip.generators.rosinality import save_safetensors
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
 from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.tracking import Tracker, check_tracker
-from train.loop import Schedule, plain_settings, train
+from train.loop import train_by
 
 HELD_OUT_SEED = 1_000_003
+ALL = slice(None)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every trainer of the bundled world is asked."""
+
+    out: Path
+    seed: int = 0
+    evaluate_every: int = 1000
+    """Steps between two lines of the log."""
+    tracker: Tracker | None = None
+    """Send the figures of the log to this tracker as well: tensorboard (files beside the log) or
+    wandb. It needs the package of that name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Training):
     out: Path
     """Folder for a folder of each stage (checkpoint, log, pictures) and generator.safetensors."""
     start: Path | None = None
@@ -61,19 +75,16 @@ class Config:
     batch_size: int = 64
     exact_learning_rate: float = 3e-3
     learning_rate: float = 2e-3
-    seed: int = 0
-    evaluate_every: int = 1000
-    tracker: Tracker | None = None
-    """Send the figures of the log to this tracker as well: tensorboard (files in the folder of each
-    stage) or wandb. It needs the package of that name."""
     channels: tuple[int, ...] = (128, 128, 96, 64, 48, 24)
     """Widths at 4, 8, ... 128 px."""
 
 
-def best_device() -> torch.device:
-    """Return the accelerator if there is one, else the processor."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.get_default_device()
+def begin(config: Training) -> torch.device:
+    """Seed what torch draws, and return the accelerator if there is one, else the processor.
+    ValueError: the tracker's package is missing."""
+    check_tracker(config.tracker)
+    torch.manual_seed(config.seed)
+    return command.choose_device()
 
 
 def psnr(
@@ -122,103 +133,65 @@ def load_bundled(path: Path, device: torch.device) -> StyleGAN2:
     return generator.to(device)
 
 
+def pick(limit: int, count: int, random: torch.Generator) -> Int[Tensor, " count"]:
+    """Draw numbers from 0 to `limit` - 1."""
+    return torch.randint(limit, (count,), generator=random, device=random.device)
+
+
+def exact_ws(
+    indices: Int[Tensor, "batch attributes"], layers: int
+) -> Float[Tensor, "batch layers w"]:
+    """Return the exact codes of faces, the same for all layers."""
+    return codes(one_hot(indices))[:, None].expand(-1, layers, -1)
+
+
+def rendered(
+    generator: StyleGAN2, ws: Float[Tensor, "batch layers w"]
+) -> Float[Tensor, "batch 3 128 128"]:
+    """Return a generator's images of latents, a few at a time."""
+    return torch.cat([generator.synthesis(part) for part in ws.split(64)])
+
+
 class Faces:
-    """Training pictures, and codes to ask a generator for them with, on one device."""
+    """Pictures of faces, and codes to ask a generator for them with, on one device."""
 
     def __init__(self, folder: Path, count: int, seed: int, device: torch.device) -> None:
         z, pictures = face_bank(folder, count, seed)
         self.z, self.pictures = z.to(device), pictures.to(device)
         self.indices: Int[Tensor, "count attributes"] = indices_from_z(self.z)
 
-    def images(
-        self, chosen: Int[Tensor, " batch"], size: int = SIZE
-    ) -> Float[Tensor, "batch 3 size size"]:
-        """Return pictures as images in [-1, 1], shrunk to `size` px."""
-        return F.avg_pool2d(to_images(self.pictures[chosen]), SIZE // size)
+    @classmethod
+    def banks(cls, config: Any, device: torch.device) -> tuple["Faces", "Faces"]:
+        """Return the faces that a trainer learns from, and up to 512 others that judge it."""
+        folder, count = config.out.parent, config.faces
+        held = cls(folder, min(512, count), HELD_OUT_SEED, device)
+        return cls(folder, count, config.seed, device), held
 
-    def exact(self, chosen: Int[Tensor, " batch"], layers: int) -> Float[Tensor, "batch layers w"]:
-        """Return the exact codes of faces, the same for all layers."""
-        return codes(one_hot(self.indices[chosen]))[:, None].expand(-1, layers, -1)
+    def images(
+        self, chosen: Int[Tensor, " batch"] | slice = ALL
+    ) -> Float[Tensor, "batch 3 128 128"]:
+        """Return pictures as images in [-1, 1]."""
+        return to_images(self.pictures[chosen])
 
     def blended(
-        self, chosen: Int[Tensor, " batch"], layers: int, random: torch.Generator
+        self, chosen: Int[Tensor, " batch"] | slice, layers: int, random: torch.Generator
     ) -> Float[Tensor, "batch layers w"]:
         """Return codes of faces with values of other faces mixed in, which do not show."""
-        other = self.indices[pick(len(self.z), len(chosen), random)]
-        return codes(blend(self.indices[chosen], other, random, layers))
+        indices = self.indices[chosen]
+        other = self.indices[pick(len(self.z), len(indices), random)]
+        return codes(blend(indices, other, random, layers))
 
-
-def pick(limit: int, count: int, random: torch.Generator) -> Int[Tensor, " count"]:
-    """Draw numbers from 0 to `limit` - 1."""
-    return torch.randint(limit, (count,), generator=random, device=random.device)
-
-
-Latents = Callable[[StyleGAN2, Int[Tensor, " batch"], torch.Generator], Tensor]
-
-
-def exact_latents(faces: Faces) -> Latents:
-    """Return latents that are exact codes."""
-    return lambda network, chosen, random: faces.exact(chosen, network.num_ws)
-
-
-def mixed_latents(faces: Faces) -> Latents:
-    """Return latents of which a half are blended, a quarter exact, and a quarter come from z."""
-
-    def latents(
-        network: StyleGAN2, chosen: Int[Tensor, " batch"], random: torch.Generator
+    def mixed(
+        self, network: StyleGAN2, chosen: Int[Tensor, " batch"], random: torch.Generator
     ) -> Float[Tensor, "batch layers w"]:
+        """Return latents, a half of them blended, a quarter exact, and a quarter from z."""
         exact, mapped, *blended = chosen.tensor_split(4)
         parts = (
-            faces.exact(exact, network.num_ws),
-            network.mapping(faces.z[mapped]),
-            faces.blended(torch.cat(blended), network.num_ws, random),
+            exact_ws(self.indices[exact], network.num_ws),
+            network.mapping(self.z[mapped]),
+            self.blended(torch.cat(blended), network.num_ws, random),
         )
         return torch.cat(parts)
-
-    return latents
-
-
-def train_pictures(
-    config: Config,
-    network: StyleGAN2,
-    faces: Faces,
-    held: Faces,
-    latents: Latents,
-    schedule: Schedule,
-    out: Path,
-) -> StyleGAN2:
-    """Train the synthesis on pictures at its resolution; return the averaged network."""
-    size, device = network.resolution, network.const.device
-    weight = importance(size).to(device)
-    everyone = torch.arange(len(held.z), device=device)
-    truth = held.images(everyone, size)
-
-    def loss_at(step: int) -> Tensor:
-        random = random_at(config.seed, step, device)
-        chosen = pick(len(faces.z), config.batch_size, random)
-        wanted = faces.images(chosen, size)
-        ws = latents(network, chosen, random)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            error = network.synthesis(ws) - wanted
-        return (weight * (error.square() + 0.3 * error.abs())).mean()
-
-    @torch.no_grad()
-    def evaluate(average: StyleGAN2) -> dict[str, float]:
-        layers = average.num_ws
-        kinds = {
-            "exact": held.exact(everyone, layers),
-            "blended": held.blended(everyone, layers, random_at(config.seed, 0, device)),
-            "mapped": average.mapping(held.z),
-        }
-        figures = {}
-        for name, ws in kinds.items():
-            images = torch.cat([average.synthesis(w) for w in ws.split(64)])
-            figures[f"psnr_{name}"] = psnr(images, truth)
-            save_pairs(truth[:32], images[:32], out / f"{name}.png")
-        return figures
-
-    settings = plain_settings(config, stage=out.name)
-    return train(network, loss_at, out, schedule, evaluate, settings, tracker=config.tracker)
 
 
 def new_network(sizes: StyleGAN2Config) -> StyleGAN2:
@@ -235,11 +208,8 @@ def new_network(sizes: StyleGAN2Config) -> StyleGAN2:
 
 
 def run(config: Config) -> None:
-    check_tracker(config.tracker)
-    torch.manual_seed(config.seed)
-    device = best_device()
-    faces = Faces(config.out.parent, config.faces, config.seed, device)
-    held = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)
+    device = begin(config)
+    faces, held = Faces.banks(config, device)
     sizes = StyleGAN2Config(
         resolution=SIZE, w_dim=W_DIM, z_dim=W_DIM, mapping_layers=2, channels=config.channels
     )
@@ -250,26 +220,50 @@ def run(config: Config) -> None:
             raise ValueError(f"--start {config.start}: expected {sizes}, found {network.config}")
     network.mapping_network.requires_grad_(False)
     network = network.to(device)
-    for name, latents, steps, rate, decay_from in (
-        ("exact", exact_latents(faces), config.exact_steps, config.exact_learning_rate, 0.9),
-        ("blends", mixed_latents(faces), config.steps, config.learning_rate, 0.3),
+    weight, truth, layers = importance(SIZE).to(device), held.images(), network.num_ws
+
+    def loss_at(network: StyleGAN2, mixed: bool, step: int) -> Tensor:
+        random = random_at(config.seed, step, device)
+        chosen = pick(len(faces.z), config.batch_size, random)
+        wanted = faces.images(chosen)
+        if mixed:
+            ws = faces.mixed(network, chosen, random)
+        else:
+            ws = exact_ws(faces.indices[chosen], layers)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            error = network.synthesis(ws) - wanted
+        return (weight * (error.square() + 0.3 * error.abs())).mean()
+
+    def evaluate(out: Path, average: StyleGAN2) -> dict[str, float]:
+        kinds = {
+            "exact": exact_ws(held.indices, layers),
+            "blended": held.blended(ALL, layers, random_at(config.seed, 0, device)),
+            "mapped": average.mapping(held.z),
+        }
+        figures = {}
+        for name, ws in kinds.items():
+            images = rendered(average, ws)
+            figures[f"psnr_{name}"] = psnr(images, truth)
+            save_pairs(truth[:32], images[:32], out / f"{name}.png")
+        return figures
+
+    first = {"steps": config.exact_steps, "learning_rate": config.exact_learning_rate}
+    for stage, mixed, schedule in (
+        ("exact", False, {**first, "decay_from": 0.9}),
+        ("blends", True, {"decay_from": 0.3}),
     ):
-        if name == "exact" and config.start is not None:
+        if stage == "exact" and config.start is not None:
             continue
-        schedule = Schedule(
-            steps=steps,
-            learning_rate=rate,
-            decay_from=decay_from,
-            evaluate_every=config.evaluate_every,
-        )
-        network = train_pictures(
-            config, network, faces, held, latents, schedule, config.out / name
+        network = train_by(
+            config,
+            network,
+            partial(loss_at, network, mixed),
+            partial(evaluate, config.out / stage),
+            out=config.out / stage,
+            more={"stage": stage},
+            **schedule,
         ).requires_grad_(True)
         network.mapping_network.requires_grad_(False)
     with command.whole_file(config.out / "generator.safetensors") as temporary:
         save_safetensors(network, temporary)  # the mapping is finer than half precision
     command.say_next(config.out, "generator.safetensors", "train its inverter and reader")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m train.world.generator")

@@ -22,37 +22,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE, codes, one_hot
+from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE
 from targetclip import command
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
-from targetclip.tracking import Tracker, check_tracker
-from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, Faces, best_device, load_bundled, random_at
-from train.world.reader import Sight
+from train.loop import train_by
+from train.world import reader
+from train.world.generator import random_at
 
 IDENTITY = [i for i, attribute in enumerate(ATTRIBUTES) if not attribute.essence]
 FEATURES = sum(COUNTS[i] for i in IDENTITY)
 GALLERY = 100
 
 
-@dataclass(frozen=True)
-class Config:
-    generator: Path
+@dataclass(frozen=True, kw_only=True)
+class Config(reader.Config):
     out: Path
     """Folder for checkpoint, log and identity.safetensors."""
-    faces: int = 40_000
-    """Size of the bank of pictures (that of the generator is used again)."""
-    steps: int = 4000
-    batch_size: int = 96
-    """A third of it generated, a half of these from blended codes."""
     learning_rate: float = 1.5e-3
-    noise: float = 0.1
-    """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
-    seed: int = 0
-    evaluate_every: int = 1000
-    tracker: Tracker | None = None
-    """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
-    It needs the package of that name."""
 
 
 def features_of(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch features"]:
@@ -102,27 +88,16 @@ def figures_of(
 
 
 def run(config: Config) -> None:
-    check_tracker(config.tracker)
-    torch.manual_seed(config.seed)
-    device = best_device()
-    generator = load_bundled(config.generator, device)
+    sight = reader.Sight(config)
+    faces, known = sight.faces, sight.known
+    device, count = faces.z.device, min(4 * GALLERY, len(known.z) // 2 * 2)
     sizes = IdentityConfig(SIZE, (24, 32, 48, 64, 96), 128, FEATURES)
     identity = AvatarIdentity(sizes).to(device)
-    faces = Faces(config.out.parent, config.faces, config.seed, device)
-    known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)
-    sight = Sight(generator, faces, config.noise)
-    count = min(4 * GALLERY, len(known.z) // 2 * 2)
-
-    @torch.no_grad()
-    def generated(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch 3 128 128"]:
-        ws = codes(one_hot(indices))[:, None].expand(-1, generator.num_ws, -1)
-        return torch.cat([generator.synthesis(part).clamp(-1, 1) for part in ws.split(50)])
-
     everyone = known.indices[:count]
     swapped = with_essence_of(everyone, everyone.roll(1, 0))
     pairs = {
-        "generated": (generated(everyone), generated(swapped)),
-        "drawn": (known.images(torch.arange(count, device=device)), generated(swapped)),
+        "generated": (sight.exact(everyone), sight.exact(swapped)),
+        "drawn": (known.images(slice(count)), sight.exact(swapped)),
     }
 
     def loss_at(step: int) -> Tensor:
@@ -133,33 +108,13 @@ def run(config: Config) -> None:
         loss: Tensor = (found - wanted).square().mean()
         return loss
 
-    @torch.no_grad()
     def evaluate(average: AvatarIdentity) -> dict[str, float]:
-        average.eval()
         return {
             f"{kind}_{name}": value
             for kind, sides in pairs.items()
             for name, value in figures_of(average, *sides).items()
         }
 
-    schedule = Schedule(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        ema=0.998,
-        evaluate_every=config.evaluate_every,
-    )
-    average = train(
-        identity,
-        loss_at,
-        config.out,
-        schedule,
-        evaluate,
-        plain_settings(config),
-        tracker=config.tracker,
-    )
+    average = train_by(config, identity, loss_at, evaluate, ema=0.998)
     save_identity(average.cpu(), config.out / "identity.safetensors")
     command.say_next(config.out, "identity.safetensors", "name it in the world's file")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m train.world.identity")

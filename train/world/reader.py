@@ -23,14 +23,21 @@ from torch.nn import functional as F
 from data.illustrated.codes import ATTRIBUTES, COUNTS, one_hot, visible
 from eval.reader import NAMES, PRESENT, AvatarReader, save_reader
 from targetclip import command
-from targetclip.generators.stylegan2 import StyleGAN2
-from targetclip.tracking import Tracker, check_tracker
-from train.loop import Schedule, plain_settings, train
-from train.world.generator import HELD_OUT_SEED, Faces, best_device, load_bundled, pick, random_at
+from train.loop import train_by
+from train.world.generator import (
+    Faces,
+    Training,
+    begin,
+    exact_ws,
+    load_bundled,
+    pick,
+    random_at,
+    rendered,
+)
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Training):
     generator: Path
     out: Path
     """Folder for checkpoint, log and reader.safetensors."""
@@ -42,19 +49,15 @@ class Config:
     learning_rate: float = 1e-3
     noise: float = 0.1
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
-    seed: int = 0
-    evaluate_every: int = 1000
-    tracker: Tracker | None = None
-    """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
-    It needs the package of that name."""
 
 
 class Sight:
     """Pictures to learn to read: drawn ones, and what a generator makes of the same faces."""
 
-    def __init__(self, generator: StyleGAN2, faces: Faces, noise: float) -> None:
-        self.generator, self.faces, self.noise = generator, faces, noise
-        self.device = generator.const.device
+    def __init__(self, config: Config) -> None:
+        device = begin(config)
+        self.generator, self.noise = load_bundled(config.generator, device), config.noise
+        self.faces, self.known = Faces.banks(config, device)
 
     def batch(
         self, count: int, random: torch.Generator
@@ -74,21 +77,18 @@ class Sight:
         """Return the generator's pictures of faces, every second part from blended codes."""
         exact, blended = chosen.tensor_split(2)
         layers = self.generator.num_ws
-        ws = [self.faces.exact(exact, layers), self.faces.blended(blended, layers, random)]
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        ws = (
+            exact_ws(self.faces.indices[exact], layers),
+            self.faces.blended(blended, layers, random),
+        )
+        with torch.autocast(random.device.type, dtype=torch.bfloat16):
             made = self.generator.synthesis(torch.cat(ws))
         return made.float().clamp(-1, 1)
 
-    def held(self) -> dict[str, list[Float[Tensor, "batch 3 128 128"]]]:
-        """Return all faces drawn, and generated from exact codes, in batches of 64."""
-        everyone = torch.arange(len(self.faces.z), device=self.device)
-        parts, layers = everyone.split(64), self.generator.num_ws
-        with torch.no_grad():
-            made = [
-                self.generator.synthesis(self.faces.exact(part, layers)).clamp(-1, 1)
-                for part in parts
-            ]
-        return {"drawn": [self.faces.images(part) for part in parts], "generated": made}
+    @torch.no_grad()
+    def exact(self, indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch 3 128 128"]:
+        """Return the generator's pictures of exact codes."""
+        return rendered(self.generator, exact_ws(indices, self.generator.num_ws)).clamp(-1, 1)
 
 
 def agreements(
@@ -112,52 +112,29 @@ def agreements(
 
 
 def run(config: Config) -> None:
-    check_tracker(config.tracker)
-    torch.manual_seed(config.seed)
-    device = best_device()
-    generator = load_bundled(config.generator, device)
-    reader = AvatarReader().to(device)
-    faces = Faces(config.out.parent, config.faces, config.seed, device)
-    known = Faces(config.out.parent, min(512, config.faces), HELD_OUT_SEED, device)
-    sight = Sight(generator, faces, config.noise)
-    held = Sight(generator, known, 0.0).held()
+    sight = Sight(config)
+    faces, known = sight.faces, sight.known
+    reader = AvatarReader().to(faces.z.device)
+    held = {"drawn": known.images(), "generated": sight.exact(known.indices)}
 
     def loss_at(step: int) -> Tensor:
-        images, chosen = sight.batch(config.batch_size, random_at(config.seed, step, device))
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        images, chosen = sight.batch(
+            config.batch_size, random_at(config.seed, step, faces.z.device)
+        )
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
             logits = reader(images).float()
         truth = one_hot(faces.indices[chosen])
         groups = zip(logits.split(COUNTS, 1), truth.split(COUNTS, 1), strict=True)
         return torch.stack([F.cross_entropy(found, wanted) for found, wanted in groups]).mean()
 
-    @torch.no_grad()
     def evaluate(average: AvatarReader) -> dict[str, float]:
-        average.eval()
         figures: dict[str, float] = {}
         for kind, images in held.items():
-            found = torch.cat([average.values(part) for part in images])
+            found = torch.cat([average.values(part) for part in images.split(64)])
             read = agreements(found.cpu(), known.indices.cpu())
             figures |= {f"{kind}_{name}": value for name, value in read.items()}
         return figures
 
-    schedule = Schedule(
-        steps=config.steps,
-        learning_rate=config.learning_rate,
-        ema=0.998,
-        evaluate_every=config.evaluate_every,
-    )
-    average = train(
-        reader,
-        loss_at,
-        config.out,
-        schedule,
-        evaluate,
-        plain_settings(config),
-        tracker=config.tracker,
-    )
+    average = train_by(config, reader, loss_at, evaluate, ema=0.998)
     save_reader(average, config.out / "reader.safetensors")
     command.say_next(config.out, "reader.safetensors", "give it to eval.reader.load_reader")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m train.world.reader")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.illustrated.captions import HAT_WORDS, caption
+from data.illustrated.captions import caption
 from data.illustrated.shown import Shown, kinds, tables
 
 RICH = Shown(glasses="sunglasses", beard="beard", hair="afro", mouth="smile", hair_colour="auburn")
@@ -46,7 +46,7 @@ def test_what_is_missing_is_said_now_and_then() -> None:
 def test_a_hat_is_spoken_of_and_the_hair_under_it_is_not() -> None:
     for text in captions(Shown(hat="beanie", hat_colour="blonde", glasses="glasses")):
         assert "hair" not in text and "blonde" not in text
-    assert HAT_WORDS["blonde"] == "yellow"
+    assert tables()["hat_colour_words"]["blonde"] == "yellow"
 
 
 @pytest.mark.parametrize("shown", [Shown(), Shown(mouth="frown")])

@@ -5,8 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from eval.costs import count_operations
+from eval.costs import (
+    Convolutions,
+    convolution_rate,
+    count_operations,
+    least_bytes,
+    random_networks,
+    take_shapes_through,
+)
 from eval.studies.benchmark import Config, run
 
 
@@ -21,6 +29,7 @@ def tiny(clip_dir: Path) -> Config:
         mapping_layers=1,
         clip=f"local-dir:{clip_dir}",
         matrix_sizes=(32, 64),
+        copied_numbers=2**10,
     )
 
 
@@ -35,8 +44,14 @@ def test_the_report_says_how_fast_each_precision_was(
         median = sum(timing["seconds"]) / 2
         assert timing["steps_per_second"] == pytest.approx(1 / median)
         assert timing["gflops"] == pytest.approx(report["gflop_per_step"] / median)
-        assert timing["fraction"] == pytest.approx(timing["gflops"] / timing["matrix_gflops"])
-        assert timing["peak_gigabytes"] > 0
+        best = max(timing["matrix_gflops"], timing["convolution_gflops"])
+        assert timing["fraction"] == pytest.approx(timing["gflops"] / best)
+        floors = timing["floor_seconds"]
+        assert floors["operations"] == pytest.approx(report["gflop_per_step"] / best)
+        moved = timing["least_gigabytes"] / report["copied_gigabytes_per_second"]
+        assert floors["memory"] == pytest.approx(moved)
+        assert floors[timing["limit"]] == max(floors.values())
+        assert timing["convolution_seconds"] > 0 and timing["peak_gigabytes"] > 0
     assert report["released_seconds"] is None
     assert report["machine"]["threads"] >= 1
     assert {"python", "torch", "open_clip_torch"} <= set(report["machine"]["versions"])
@@ -75,6 +90,36 @@ def test_chunks_render_once_more_in_the_backward_pass(tiny: Config) -> None:
 
 def test_a_step_at_full_size_is_about_790_gflop() -> None:
     assert count_operations(Config()) / 1e9 == pytest.approx(790, rel=0.02)
+
+
+def test_a_step_that_is_faster_than_a_floor_is_named_and_not_clipped(
+    tiny: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval.studies.benchmark.matrix_rate", lambda *given: 1e-9)
+    monkeypatch.setattr("eval.studies.benchmark.convolution_rate", lambda *given: (1e-6, 1.0))
+    [timing] = run(dataclasses.replace(tiny, precisions=("fp32",)))["runs"]
+    assert timing["fraction"] > 1 and "operations" in timing["above_limit"]
+    assert "faster than its floor of operations" in capsys.readouterr().out
+
+
+def test_bytes_that_a_step_must_move_are_of_maps_and_weights(tiny: Config) -> None:
+    maps = 8 * 4**2 + 2 * (8 * 8**2 + 6 * 16**2 + 4 * 32**2)
+    assert least_bytes(tiny, 4) - least_bytes(tiny, 2) == 5 * tiny.sources * maps * 2
+    weights = least_bytes(tiny, 0) / 8
+    generator, embedder = random_networks(tiny)
+    assert 0 < weights < sum(p.numel() for net in (generator, embedder) for p in net.parameters())
+
+
+def test_convolutions_are_found_both_ways_and_are_most_of_a_step(tiny: Config) -> None:
+    watch = Convolutions()
+    take_shapes_through(tiny, watch)
+    wide = dataclasses.replace(tiny, channels=(64, 64, 64, 64))
+    rate, seconds = convolution_rate(wide, torch.float32)
+    assert {key[0] for key in watch.found} == {
+        torch.ops.aten.convolution.default,
+        torch.ops.aten.convolution_backward.default,
+    }
+    assert 0.5 * count_operations(wide) < rate * 1e9 * seconds
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Folders of edits of the challenge's sources, by methods of the comparison."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,7 @@ def test_every_method_leaves_a_picture_of_each_target_and_source(
         methods=("unedited", "identity", "latent-blending"),
         world=str(face_world),
         max_steps=2,
+        precision="bf16",
     )
     run(config)
     folders = {path.name for path in out.iterdir()} - {"answers"}
@@ -62,7 +65,13 @@ def test_every_method_leaves_a_picture_of_each_target_and_source(
     monkeypatch.setattr(answers, "timed", lambda *_: pytest.fail("searched again"))
     (out / "identity-2-steps" / "a" / "x.png").unlink()
     run(config)
-    assert (out / "identity-2-steps" / "a" / "x.png").is_file()
+    made = (out / "identity-2-steps" / "a" / "x.png").read_bytes()
+    # Nor on another machine, to which answers alone are copied.
+    shutil.copytree(out / "answers", out.with_name("copy") / "answers")
+    run(dataclasses.replace(config, out=out.with_name("copy")))
+    assert (out.with_name("copy") / "identity-2-steps" / "a" / "x.png").read_bytes() == made
+    with pytest.raises(pytest.fail.Exception, match="searched again"):
+        run(dataclasses.replace(config, precision="fp32"))
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ def test_every_row_is_in_the_report_and_what_time_was_not_left_for_says_so(
     assert "CUDA" in report["steps"]["release 16 px, CUDA graph"]
     eager = report["steps"]["release 16 px, eager"]
     assert eager["steps/s"] > 0 and eager["of bf16 peak"] > 0
+    assert eager["of copied GB/s"] > 0
+    convolutions = report["ceilings"]["convolutions of 32 px, bf16"]
+    assert convolutions["best TFLOP/s"] > 0 and convolutions["least ms of a step by memory"] > 0
     assert report["parity"]["fp32 without TF32"]["directions"] == 0
     assert 0 < report["parity"]["bf16"]["directions"] < 0.2
     assert json.loads((tmp_path / "report.json").read_text()) == report
@@ -82,7 +85,7 @@ def test_a_measurement_that_fails_or_lasts_leaves_its_reason(tmp_path: Path) -> 
             pass
 
     assert study.take(1, fail) == f"{NOT_MEASURED}: OutOfMemoryError: too much"
-    assert "took longer" in study.take(0.05, last)
+    assert "Expired: took longer" in study.take(0.05, last)
 
 
 def test_a_time_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.sets import study_set
 from eval.studies import tradeoff
-from eval.studies.tradeoff import TEACHER, Config, area, areas_of, joined, run
+from eval.studies.tradeoff import TEACHER, Config, area, areas_of, run
 from predictor.tradeoff import TradeoffConfig
 
 ENDS = TradeoffConfig(identity_weights=(0.05, 1.0), decays=(1e-3, 3e-2))
@@ -84,16 +83,6 @@ def test_curves_of_other_numbers_of_targets_are_compared_on_those_of_both() -> N
     assert one["low"] is None and one["count"] == 1
 
 
-def test_sets_are_joined_in_turn() -> None:
-    targets = study_set(4)
-    halves = [targets.part(0, 2), targets.part(2, 4)]
-    both = joined("both", halves)
-    assert both.ids == tuple(targets.ids[i] for i in (0, 2, 1, 3))
-    assert both.truth is not None and targets.truth is not None
-    assert both.truth.contents == tuple(targets.truth.contents[i] for i in (0, 2, 1, 3))
-    assert both.truth.readings[1].equal(targets.truth.readings[2])
-
-
 # The command
 
 
@@ -159,6 +148,7 @@ def test_without_a_mapper_that_reads_it_there_is_no_teacher(
         ({"keeps": (0.0, 1.5)}, "--keeps: expected a number from 0 to 1"),
         ({"strengths": (0.0, 1.0)}, "--strengths: expected numbers above 0"),
         ({"sources": 1}, "--sources: expected 2 or more"),
+        ({"max_images": 0}, "--max-images: expected 1 or more"),
     ],
 )
 def test_options_without_sense_are_refused(

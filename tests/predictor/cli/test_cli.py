@@ -125,6 +125,81 @@ def test_source_pictures_are_inverted_and_edited(
     assert report_of(tmp_path / "out")["sources"] == [str(path) for path in faces[1:]]
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_latents_of_a_file_are_edited_and_results_have_their_numbers(
+    run: Run, tmp_path: Path, tiny: EssenceTransfer, direction_file: Path, suffix: str
+) -> None:
+    ws, path = tiny.scene.sources(3, 5), tmp_path / f"latents{suffix}"
+    if suffix == ".npy":
+        np.save(path, ws.numpy())
+    else:  # the release's nesting
+        torch.save([row[None] for row in ws], path)
+    flags = ("--direction", direction_file, "--strip")
+    assert run("transfer", "--sources", path, *flags) == 0
+    out = tmp_path / "out"
+    direction = load_direction(direction_file, tiny.scene.generator).direction
+    pictures = tensor_to_pictures(tiny.edit(ws, direction))
+    for i, picture in enumerate(pictures):
+        found = np.asarray(Image.open(out / f"edited_{i:03d}.png"))
+        np.testing.assert_array_equal(found, np.asarray(picture))
+    report = report_of(out)
+    assert report["sources"] == {"count": 3, "file": str(path)}
+    assert len(report["edited"]) == 3 and "align" not in report
+    # Generated sources of that seed are the same latents.
+    generated = ("--num-sources", 3, "--seed", 5, "--out", tmp_path / "generated")
+    assert run("transfer", *generated, *flags) == 0
+    same = ("grid.png", "strip.png", "edited_002.png")
+    assert {hashes(out)[name] for name in same} <= {*hashes(tmp_path / "generated").values()}
+
+
+class Code:
+    """What a pickle runs when it is opened by a careless reader."""
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("touch ran",)
+
+
+def test_latents_that_cannot_be_are_refused_in_one_line(
+    run: Run, tmp_path: Path, faces: list[Path], unloadable_world: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    good = np.zeros((2, 6, 8), np.float32)
+    np.save("wide.npy", np.zeros((2, 18, 512), np.float32))
+    np.save("flat.npy", np.zeros(8, np.float32))
+    np.save("whole.npy", good.astype(np.int64))
+    np.save("nan.npy", good * np.nan)
+    np.save("objects.npy", np.array([Code()]), allow_pickle=True)
+    np.save("good.npy", good)
+    torch.save(Code(), "code.pt")
+    Path("damaged.npy").write_bytes(Path("good.npy").read_bytes()[:-9])
+    cases: dict[str, str] = {
+        "flat": "expected an array [num_ws, w_dim] or",
+        "whole": "expected an array of floating-point numbers, found ndarray int64",
+        "nan": "expected finite float32 numbers, found NaN",
+        "objects": "read without running code",
+        "code.pt": "read without running code",
+        "damaged": "read without running code",
+        "nowhere": "--sources: no latent file at 'nowhere.npy'",
+    }
+    for name, said in cases.items():
+        path = name if "." in name else f"{name}.npy"
+        # Before any network is loaded.
+        assert run("transfer", "--sources", path, "--world", unloadable_world) == 1
+        assert said in one_line(capsys.readouterr().err), name
+    assert run("transfer", "--sources", "wide.npy") == 1
+    assert "expected [6, 8], the generator's W+" in one_line(capsys.readouterr().err)
+    for flags, said in (
+        (("--sources", "good.npy", faces[0]), "one file of latents alone by --sources"),
+        (("--sources", "good.npy", "--face", 1), "--face: no face is looked for here"),
+        (("--sources", "good.npy", "--align"), "--align: no picture is inverted here"),
+        (("--sources", "good.npy", "--clip"), "--clip: expected --sources with one folder"),
+    ):
+        assert run("transfer", *flags) == 1
+        assert said in one_line(capsys.readouterr().err)
+    assert not Path("ran").exists()  # no code of a file did
+
+
 def test_a_direction_found_once_and_applied_gives_what_transfer_gives(
     run: Run, tmp_path: Path
 ) -> None:
@@ -201,10 +276,11 @@ def test_a_command_given_twice_writes_the_same_and_another_seed_does_not(
 
 def test_the_recipe_and_its_changes_come_from_the_command_line(run: Run, tmp_path: Path) -> None:
     changes = ("--steps", 40, "--patience", 1, "--initial", "zero", "--max-images", 1)
-    assert run("optimize", "--recipe", "paper", *changes) == 0
+    assert run("optimize", "--recipe", "paper", *changes, "--render-size", 8) == 0
     report = report_of(tmp_path / "out")
     assert report["recipe"] == "paper" and report["settings"]["differences"] == "raw"
     assert report["settings"]["initial"] == "zero" and report["settings"]["patience"] == 1
+    assert report["settings"]["render_size"] == 8
     assert 1 <= report["steps"] < 40
 
 
@@ -615,6 +691,10 @@ def test_a_file_that_is_no_picture_is_refused_in_one_line(
         (["--steps", "2.5"], "--steps"),
         (["--steps", "nan"], "--steps"),
         (["--patience", "0"], "--patience: expected 1 or more, found 0"),
+        (
+            ["--mode", "optimize", "--render-size", "9"],
+            "--render-size: expected a size in px of [4",
+        ),
         (["--max-images", "0"], "--max-images: expected 1 or more, found 0"),
         (["--max-images", "-1"], "--max-images"),
         (["--num-sources", "0"], "--num-sources: expected 1 to 1000, found 0"),
@@ -800,7 +880,7 @@ def test_help_and_mistakes_do_not_wait_for_torch() -> None:
     assert json.loads(ended.stdout) == {line: [code, False] for line, code in CODES.items()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_program_with_the_direction_so_far(
     tiny_world: Path, faces: list[Path], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -13,17 +13,25 @@ from predictor.cli.report import edit_facts
 from targetclip.recipes import RECIPES
 
 GIVEN: dict[str, Any] = {"recipe": "paper", "initial": "zero", "steps": 9, "patience": 2}
+GIVEN |= {"render_size": 8}
 FINDING = {**GIVEN, "weights": (1.0,), "mode": "auto", "mapper": Path("m")}
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    *(({"direction": Path("d"), k: v}, f"--{k} is for finding") for k, v in FINDING.items()),
-    *(({"mode": "instant", k: v}, f"--{k} is the optimizer's") for k, v in GIVEN.items()),
-    *(({"mapper": Path("m"), k: v}, f"--{k} and --mapper need a mode") for k, v in GIVEN.items()),
+    *(({"direction": Path("d"), k: v}, f"{flag(k)} is for finding") for k, v in FINDING.items()),
+    *(({"mode": "instant", k: v}, f"{flag(k)} is the optimizer's") for k, v in GIVEN.items()),
+    *(
+        ({"mapper": Path("m"), k: v}, f"{flag(k)} and --mapper need a mode")
+        for k, v in GIVEN.items()
+    ),
     *(({"mode": "refine", k: GIVEN[k]}, f"--{k}: a refinement") for k in ("initial", "steps")),
     ({"mode": "optimize", "mapper": Path("m")}, "--mode optimize asks no mapper"),
     *(
-        ({"keep_identity": 0.5, k: v}, f"--{k} and --keep-identity need a mode")
+        ({"keep_identity": 0.5, k: v}, f"{flag(k)} and --keep-identity need a mode")
         for k, v in GIVEN.items()
     ),
     ({"direction": Path("d"), "keep_identity": 0.5}, "--keep-identity is for finding"),
@@ -104,7 +112,8 @@ def test_what_is_given_goes_before_the_worlds_defaults(
     request = resolve(transfer(**common, **changes))
     assert {name: getattr(request, name) for name in changes} == changes and request.inverts
     steps = resolve(transfer(**common, **{**changes, **GIVEN, "mapper": None})).recipe
-    assert steps == dataclasses.replace(RECIPES["paper"], initial="zero", steps=9, patience=2)
+    expected = {name: value for name, value in GIVEN.items() if name != "recipe"}
+    assert steps == dataclasses.replace(RECIPES["paper"], **expected)
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 4])

@@ -13,9 +13,8 @@ from hostile import Touch
 from torch import Tensor
 from torch.nn import functional as F
 
-from targetclip.encoders.arcface import ArcFace, aligned_face, load_arcface
+from targetclip.encoders.arcface import COUNTER, ArcFace, aligned_face, load_arcface
 from targetclip.encoders.identity import IdentityModel
-from targetclip.encoders.irse import COUNTER
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 KEYS: dict[str, list[int]] = json.loads((FIXTURES / "ir_se50.keys.json").read_text())

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import Module
 
+from targetclip.encoders.arcface import COUNTER, fill
 from targetclip.encoders.e4e import E4eInverter, Encoder4Editing, inverter_of, load_e4e
 from targetclip.encoders.inverter import LatentInverter
-from targetclip.encoders.irse import COUNTER, fill
 from targetclip.media.images import picture_to_tensor
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -54,7 +54,7 @@ def small_model() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("avatars") / "clip"
-    run(Config(out, pictures=22, steps=2, batch_size=8, tests=2))
+    run(Config(out=out, pictures=22, steps=2, batch_size=8, tests=2))
     return out
 
 
@@ -179,7 +179,7 @@ def test_a_model_is_trained_further(trained: Path, tmp_path: Path) -> None:
     for path in trained.parent.glob("*.*"):
         (tmp_path / path.name).hardlink_to(path)
     more = Config(
-        tmp_path / "more", start=trained / "model", pictures=22, steps=1, batch_size=8,
+        out=tmp_path / "more", start=trained / "model", pictures=22, steps=1, batch_size=8,
         learning_rate=1e-9, tests=2,
     )  # fmt: skip
     run(more)

@@ -18,7 +18,6 @@ from train.world.generator import (
     Config,
     Faces,
     importance,
-    mixed_latents,
     new_network,
     psnr,
     run,
@@ -29,7 +28,7 @@ def config(out: Path, **changes: Any) -> Config:
     sizes: dict[str, Any] = {
         "faces": 8, "exact_steps": 2, "steps": 2, "batch_size": 8, "channels": (8,) * 6,
     }  # fmt: skip
-    return Config(out, **{**sizes, **changes})
+    return Config(out=out, **{**sizes, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +87,11 @@ def test_every_latent_asks_for_the_picture_it_is_trained_on(faces: Faces) -> Non
         StyleGAN2Config(resolution=8, w_dim=W_DIM, z_dim=W_DIM, mapping_layers=2, channels=(8, 8))
     )
     chosen = torch.arange(8)
-    ws = mixed_latents(faces)(network, chosen, torch.Generator().manual_seed(0))
+    ws = faces.mixed(network, chosen, torch.Generator().manual_seed(0))
 
     assert ws.shape == (8, network.num_ws, W_DIM)
     for layer in ws.unbind(dim=1):
         assert torch.equal(strongest(layer), indices_from_z(faces.z))
-
-
-def test_pictures_are_shrunk_to_the_size_asked_for(faces: Faces) -> None:
-    images = faces.images(torch.tensor([0, 3]), 32)
-
-    assert images.shape == (2, 3, 32, 32) and images.abs().max() <= 1
 
 
 def test_psnr_of_a_known_error() -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         path = out / "generator.safetensors"
         save_safetensors(network, path)
-        reader.run(reader.Config(path, out / "reader", 8, 2, 6))
-        identity.run(identity.Config(path, out / "identity", 8, 2, 6))
-        inverter.run(inverter.Config(path, out / "inverter", 8, 2, 2, 6))
+        tiny: dict[str, Any] = {"generator": path, "faces": 8, "steps": 2, "batch_size": 6}
+        reader.run(reader.Config(out=out / "reader", **tiny))
+        identity.run(identity.Config(out=out / "identity", **tiny))
+        inverter.run(inverter.Config(out=out / "inverter", code_steps=2, **tiny))
     return out
 
 
@@ -53,7 +55,7 @@ def test_generators_of_other_pictures_are_refused_before_any_is_drawn(
         tmp_path / "g.safetensors",
     )
     with pytest.raises(ValueError, match=r"--generator: expected one made by train\.world"):
-        trainer.run(trainer.Config(tmp_path / "g.safetensors", tmp_path / "out"))
+        trainer.run(trainer.Config(generator=tmp_path / "g.safetensors", out=tmp_path / "out"))
     assert not list(tmp_path.glob("faces*"))
 
 
