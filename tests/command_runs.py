@@ -21,6 +21,7 @@ from predictor.cli.flags import (
     TargetFlags,
     Transfer,
 )
+from targetclip import command
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(  # those that run as `python -m`
@@ -62,7 +63,10 @@ def module_exit_code(module: ModuleType, *arguments: object) -> int:
     """Run a `python -m` command of data, train or eval; return its exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        module.main()
+        if hasattr(module, "main"):
+            module.main()
+        prog = f"python -m {module.__name__}"
+        command.main(module.run, module.Config, module.__doc__, prog)
     return int(ended.value.code or 0)
 
 

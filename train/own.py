@@ -344,8 +344,3 @@ def run(config: Config, call: Call = call) -> int:
     then = f"targetclip transfer --mapper {out / MAPPER} --world {config.world} --num-sources 6"
     command.say_next(out, f"{REPORT}, {MAPPER}, {HUB}/", f"{then} --out OUT --target PICTURE")
     return 0
-
-
-def main() -> None:
-    """Run the command."""
-    command.main(run, Config, __doc__, "python -m train.own")
