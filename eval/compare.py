@@ -406,7 +406,3 @@ def make_report(config: Config, world: World, device: torch.device) -> dict[str,
     for name, picture in charts(report).items():
         write_picture(picture, config.out / f"{name}.png")
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.compare")

@@ -522,7 +522,3 @@ def judge(
     command.write_file(config.out / "report.md", referee_text(report))
     command.say_next(config.out, written, "read report.md")
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.referee")

@@ -57,6 +57,7 @@ RUN_BY = {
     "eval.studies.teachers": "tests/eval/studies/test_teachers.py",
     "eval.studies.texts": "tests/eval/studies/test_texts.py",
     "eval.studies.gap": "tests/eval/studies/test_gap.py",
+    "eval.studies.gpu": "tests/eval/studies/test_gpu.py",
     "eval.studies.tradeoff": "tests/eval/studies/test_tradeoff.py",
     "tests.proof.faults": "tests/proof/test_faults.py",
     "tests.proof.full_size": "tests/proof/test_full_size.py",

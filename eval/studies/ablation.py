@@ -11,7 +11,7 @@ train one.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.ablation")
+    start("eval.studies.ablation", exclusive=True)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -280,7 +280,3 @@ def run(config: Config) -> dict[str, dict[str, Any]]:
     print(text)
     command.say_next(config.out, "report.md, a sheet a mapper", "read report.md", error=True)
     return rows
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.ablation", exclusive=True)

@@ -17,7 +17,7 @@ by --test, once a mapper is final. Writes report.json and report.md.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.arithmetic")
+    start("eval.studies.arithmetic", exclusive=True)
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -313,7 +313,3 @@ def run(config: Config) -> dict[str, Any]:
     print(text)
     command.say_next(config.out, "report.md", "read report.md", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.arithmetic", exclusive=True)

@@ -22,7 +22,7 @@ keeps this project's convolutions; the released ones are grouped and slower.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.benchmark")
+    start("eval.studies.benchmark", exclusive=True)
 
 import dataclasses
 import itertools
@@ -242,7 +242,3 @@ def run(config: Config) -> dict[str, Any]:
         command.write_json(config.out / "report.json", report)
         command.say_next(config.out, "report.json", "the same on another machine", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.benchmark", exclusive=True)

@@ -15,7 +15,7 @@ machine, copy OUT/answers from it, and give the same options and --precision on 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.challenge")
+    start("eval.studies.challenge", exclusive=True)
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -141,7 +141,3 @@ def run(config: Config) -> None:
         write_edits(folder_of(config, name), bench, edits, sources, targets)
     made = ", ".join(folder_of(config, name).name for name in config.methods)
     command.say_next(config.out, made, "python -m eval.referee --help")
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.challenge", exclusive=True)

@@ -17,7 +17,7 @@ The same command goes on after an interruption.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.gap")
+    start("eval.studies.gap", exclusive=True)
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -728,7 +728,3 @@ def run(config: Config) -> dict[str, Any]:
     print(text)
     command.say_next(config.out, "report.md, charts, sheet.png", "read report.md", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.gap", exclusive=True)

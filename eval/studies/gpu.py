@@ -14,7 +14,7 @@ step, forward and backward, over its seconds.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.gpu")
+    start("eval.studies.gpu", exclusive=True)
 
 import copy
 import os
@@ -371,7 +371,3 @@ def run(config: Config, clock: Callable[[], float] = time.monotonic) -> dict[str
     command.say(page(report))
     command.say_next(config.out, "report.json, report.md", "docs/scale.md", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.gpu", exclusive=True)

@@ -14,7 +14,7 @@ Four measurements, each a ratio or a curve within one run, on the bundled world:
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.scale")
+    start("eval.studies.scale", exclusive=True)
 
 import json
 import os
@@ -295,7 +295,3 @@ def run(
             print(name, json.dumps(report[name], indent=2), flush=True)
     command.say_next(config.out, "report.json", "the same on another machine", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.scale", exclusive=True)

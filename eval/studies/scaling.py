@@ -18,7 +18,7 @@ The same command goes on after an interruption.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.scaling")
+    start("eval.studies.scaling", exclusive=True)
 
 import os
 import subprocess
@@ -475,7 +475,3 @@ def run(config: Config, train: Train = train_alone) -> dict[str, Any]:
     print(text)
     command.say_next(config.out, "report.md, chart.png", "read report.md", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.scaling", exclusive=True)

@@ -11,7 +11,7 @@ direction. Quick operations are timed in turns, so that other load on the machin
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.speed")
+    start("eval.studies.speed", exclusive=True)
 
 import time
 from collections.abc import Callable, Mapping
@@ -138,7 +138,3 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{name:40} {value:12.2f}")
     command.say_next(config.out, "report.json", "the same on another machine", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.speed", exclusive=True)

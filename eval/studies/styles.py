@@ -12,7 +12,7 @@ goes on after an interruption.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.styles")
+    start("eval.studies.styles", exclusive=True)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -261,7 +261,3 @@ def run(config: Config) -> dict[str, Any]:
     print(text)
     command.say_next(config.out, "report.md, a sheet a group", "read report.md", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.styles", exclusive=True)

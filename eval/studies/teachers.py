@@ -14,7 +14,7 @@ The same command goes on after an interruption.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.teachers")
+    start("eval.studies.teachers", exclusive=True)
 
 import time
 from collections.abc import Mapping, Sequence
@@ -300,7 +300,3 @@ def run(config: Config) -> dict[str, Any]:
         write_picture(picture, config.out / f"chart_{family}.png")
     command.say_next(config.out, "report.md, sheets, charts", "read report.md", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.teachers", exclusive=True)

@@ -12,7 +12,7 @@ nothing of how a text becomes a target.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.texts")
+    start("eval.studies.texts", exclusive=True)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -350,7 +350,3 @@ def run(config: Config) -> list[dict[str, Any]]:
     print(text)
     command.say_next(config.out, "report.md, grid.png", "read report.md", error=True)
     return rows
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.texts", exclusive=True)

@@ -18,7 +18,7 @@ on after an interruption.
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.tradeoff")
+    start("eval.studies.tradeoff", exclusive=True)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -348,7 +348,3 @@ def run(config: Config) -> dict[str, Any]:
     print(text)
     command.say_next(config.out, "report.md, chart.png", "read report.md", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.tradeoff", exclusive=True)

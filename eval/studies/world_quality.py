@@ -10,7 +10,7 @@ layers of others. What CLIP is worth its own training measures (`train.world.cli
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
     from targetclip.command import start
 
-    start("eval.studies.world_quality")
+    start("eval.studies.world_quality", exclusive=True)
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +140,3 @@ def run(config: Config) -> dict[str, Any]:
     print(text)
     command.say_next(config.out, "report.md, sheets of pictures", "look at them", error=True)
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m eval.studies.world_quality", exclusive=True)

@@ -406,8 +406,3 @@ def outcome(report: dict[str, Any]) -> int:
 def run(config: Config) -> int:
     """Prove, and return the exit code."""
     return outcome(prove(config))
-
-
-def main() -> None:
-    """Run the command."""
-    command.main(run, Config, __doc__, PROG)

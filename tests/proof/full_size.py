@@ -440,7 +440,3 @@ def run(config: Config, run_command: Command = run_command, alone: Alone = alone
         run_steps(config, report, run_command, alone)
     print((config.out / "report.md").read_text())
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m tests.proof.full_size")

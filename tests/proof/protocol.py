@@ -212,7 +212,3 @@ def run(config: Config, run_command: Command = run_command) -> dict[str, Any]:
     check(config, report, again)
     command.say_next(out, "report.md, proof.json", f"{seconds:.0f} s, {peak:.2f} GiB: read both")
     return report
-
-
-def main() -> None:
-    command.main(run, Config, __doc__, "python -m tests.proof.protocol")
