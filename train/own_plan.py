@@ -40,7 +40,10 @@ USABLE = 0.8  # of the free memory
 PROBED = (1, 8)  # images whose backward pass shows what one of them holds
 LOOKED_AT = 500  # pictures of a folder among which one to test by is looked for
 # Of other commands, for estimates alone
-HELD_OUT, EXPECTED_ON = 16, 4  # images that score a pair or a validation target, and an expectation
+SCORED_ON, EXPECTED_ON = (
+    16,
+    4,
+)  # images that score a pair or a validation target, and an expectation
 REFINING = 130  # steps that calibration refines a target's answers by
 METHODS, JUDGED = 8, 40  # of a comparison, and images that it renders of a target by each
 
@@ -185,7 +188,7 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
     building = build_config(words)
     _, recipe = build.chosen_recipe(building, world)
     made = sum(min(size_of(s), building.sample or size_of(s)) for s in building.targets)
-    a_pair = recipe.steps * facts.search + (1 + HELD_OUT) * facts.image
+    a_pair = recipe.steps * facts.search + (1 + SCORED_ON) * facts.image
     pairs = Stage(
         name="pairs",
         words=words,
@@ -216,7 +219,10 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
     total = sum(stage.steps for stage in mapper.stages_of(training))
     validated = sum(map(size_of, training.data.validation or ())) or 64
     looks = (
-        (1 + total // training.evaluate_every) * validated * HELD_OUT * (4 if world.inverter else 2)
+        (1 + total // training.evaluate_every)
+        * validated
+        * SCORED_ON
+        * (4 if world.inverter else 2)
     )
     passes = sum(s.steps * facts.pass_at(s.render_size) for s in transfer_stages(training))
     train = Stage(
