@@ -420,7 +420,7 @@ def test_nothing_is_learned_from_styles_that_are_held_out() -> None:
     trainings = Path(__file__).parents[2].joinpath("train").rglob("*.py")
     naming = {p.stem: p.read_text() for p in trainings if re.search(r"HELD_OUT\b", p.read_text())}
     assert set(naming) == {"clip"}
-    assert "avatars(folder, TRAINED, config.pictures, config.seed)" in naming["clip"]
+    assert "pictures_of(folder, TRAINED, config.pictures, config.seed)" in naming["clip"]
 
 
 # Datasets
