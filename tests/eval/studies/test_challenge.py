@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_runs import module_exit_code
 from PIL import Image
 
 from data.illustrated.codes import draw_face
 from data.targets import draw_avatar, face_at
 from eval import answers
-from eval.studies.challenge import Config, main, run
+from eval.studies import challenge as challenge_study
+from eval.studies.challenge import Config, run
 from targetclip.media.images import read_picture, tensor_to_pictures
 from targetclip.scene import Scene
 
@@ -95,11 +97,8 @@ def test_methods_that_cannot_be_run_are_refused_in_one_line(
 
 
 def test_the_command_refuses_what_is_no_challenge(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--out", str(tmp_path / "out"), "--challenge", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["challenge", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 1
+    arguments = ("--out", tmp_path / "out", "--challenge", tmp_path)
+    assert module_exit_code(challenge_study, *arguments) == 1
     assert "error: --challenge: expected a folder of pictures" in capsys.readouterr().err

@@ -34,7 +34,7 @@ from targetclip.recipes import RECIPES
 
 
 def configured(world: Path, mapper: Path, out: Path, **changes: Any) -> Config:
-    small: dict[str, Any] = {"targets": 2, "sources": 2, "restarts": 2, "times": 2, "max_steps": 6}
+    small: dict[str, Any] = {"targets": 2, "sources": 2, "restarts": 2, "times": 2, "max_steps": 3}
     return Config(out=out, world=str(world), mapper=mapper, **{**small, **changes})
 
 
@@ -133,7 +133,7 @@ def test_a_mapper_stands_between_no_edit_and_the_best_one(
     lost = ("one direction for all sources", "a direction of the mapper's span")
     names = (*lost, "amortization of the direction")
     assert sum(parts[name]["mean"] for name in names) == pytest.approx(whole, abs=1e-4)
-    assert len(report["curves"][TEACHER]) == len(marks_of(6))
+    assert len(report["curves"][TEACHER]) == len(marks_of(3))
     text = (tmp_path / "report.md").read_text()
     assert "| mapper than no edit |" in text
     assert {"steps.png", "seconds.png", "sheet.png"} <= {f.name for f in tmp_path.iterdir()}
@@ -153,8 +153,9 @@ def test_a_mapper_stands_between_no_edit_and_the_best_one(
 def test_parts_of_the_targets_give_what_all_at_once_give(
     face_world: Path, mapper: Path, tmp_path: Path
 ) -> None:
-    whole = run(configured(face_world, mapper, tmp_path / "a", restarts=1))
-    parts = run(configured(face_world, mapper, tmp_path / "b", restarts=1, max_images=1))
+    small: dict[str, Any] = {"restarts": 1, "max_steps": 3, "times": 1}
+    whole = run(configured(face_world, mapper, tmp_path / "a", **small))
+    parts = run(configured(face_world, mapper, tmp_path / "b", max_images=1, **small))
     for name, entry in whole["entries"].items():
         assert parts["entries"][name]["loss"] == pytest.approx(entry["loss"], abs=1e-4), name
 
