@@ -45,7 +45,6 @@ from targetclip.command import Precision, choose_precision, say, sync_folder
 from targetclip.directions import released_direction
 from targetclip.optimize import Optimized
 from targetclip.recipes import RECIPES
-from targetclip.scene import MAX_IMAGES
 from targetclip.world import World, load_scene, load_world
 
 logger = logging.getLogger(__name__)
@@ -274,10 +273,10 @@ def fill(
     """Make the dataset in a folder of its own; return its report.
     ValueError: there is no pair, or the folder is not as it was written."""
     precision = choose_precision(config.precision)
-    images = config.max_images or MAX_IMAGES
     say(f"loading world {world.name}", error=True)
     device = Accelerator(mixed_precision="no").device
-    scene = load_scene(world, device, max_images=images)
+    scene = load_scene(world, device, max_images=config.max_images)
+    scene = scene.with_max_images(scene.at_once)  # no step of a search says how many fit
     recipe = replace(RECIPES[world.recipe], initial="zero")  # no search starts here
     teacher = make_teacher(scene, RECIPE, recipe, config.held_out, precision)
     work = folder / build.WORK

@@ -26,7 +26,7 @@ from data.targets import Target
 from targetclip.command import Precision, in_precision, is_out_of_memory
 from targetclip.optimize import Optimized, Progress
 from targetclip.recipes import Recipe
-from targetclip.scene import MAX_IMAGES, Scene
+from targetclip.scene import Scene
 from targetclip.seeds import PAIR_SOURCES
 
 CHUNK_SECONDS = 300.0  # a chunk of more than one target lasts no longer
@@ -264,7 +264,7 @@ def search_in_batches(
     Returns:
         The directions, and why each failed; None where it did not.
     """
-    at_once = max(1, (scene.max_images or MAX_IMAGES) // recipe.sources)
+    at_once = max(1, scene.at_once // recipe.sources)
     directions, failures = [], list[str | None]()
     with tqdm(total=len(seeds) * recipe.steps, desc=label, unit="step", leave=False) as bar:
         for start in range(0, len(seeds), at_once):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from data.targets import Target, of_split, open_targets
 from predictor.mapper import Mapper
 from predictor.mapper_file import trained_recipe
-from targetclip.scene import MAX_IMAGES, Scene
+from targetclip.scene import Scene
 from targetclip.seeds import seed_of
 
 SOURCES = 4  # edited for each target
@@ -98,7 +98,7 @@ def scores_reached(
     """
     recipe = trained_recipe(mapper.record)
     inputs, reached, places = [], [], list[Tensor]()
-    remaining, at_once = iter(targets), max(1, (scene.max_images or MAX_IMAGES) // SOURCES)
+    remaining, at_once = iter(targets), max(1, scene.at_once // SOURCES)
     bar = tqdm(total=total, desc="expectation", unit="target")
     while batch := list(islice(remaining, at_once)):
         pictures = [target.picture for target in batch]

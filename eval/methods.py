@@ -36,7 +36,7 @@ from targetclip.encoders.inverter import Inverter
 from targetclip.losses import transfer_loss
 from targetclip.optimize import draw_sources, learning_rate, losses_of
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.scene import MAX_IMAGES, Scene
+from targetclip.scene import Scene
 from targetclip.seeds import TEST_SOURCES, seed_of, source_seeds
 
 Part = Literal[
@@ -365,7 +365,7 @@ def by_clip_blending(bench: Bench, targets: EvalSet, recipe: Recipe = BLENDING) 
     embeddings = F.normalize(bench.embed(targets, recipe), dim=1)
     goals = (unedited[None] + embeddings[:, None]).flatten(0, 1)
     ws = sources.repeat(len(targets), 1, 1)
-    at_once = scene.max_images or MAX_IMAGES
+    at_once = scene.at_once
     offsets = []
     for start in tqdm(range(0, len(ws), at_once), "clip-blending", unit="part", leave=False):
         part = slice(start, start + at_once)

@@ -25,7 +25,7 @@ from eval.metrics import (
 from eval.sets import ADVERSARIAL, EvalSet, Sources
 from targetclip.losses import unit_cosines
 from targetclip.media.images import labelled_grid, tensor_to_pictures
-from targetclip.scene import MAX_IMAGES, Scene
+from targetclip.scene import Scene
 from targetclip.seeds import TEST_SOURCES, seed_of
 
 RIGHT_ANSWER = "right-answer"
@@ -140,7 +140,7 @@ def reference_features(judges: Judges, count: int) -> Float[Tensor, "images feat
     """Return the features of so many generated images."""
     scene = judges.scene
     latents = scene.latents([seed_of("reference", i) for i in range(count)])
-    parts = latents.split(scene.max_images or MAX_IMAGES)
+    parts = latents.split(scene.at_once)
     bar = tqdm(parts, "references", unit="batch", leave=False)
     return torch.cat([judges.outputs(scene.render(part)).features for part in bar])
 

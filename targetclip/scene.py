@@ -24,7 +24,8 @@ from targetclip.optimize import Optimized, Progress, embed_latents, optimize_dir
 from targetclip.recipes import Differences, Initial, Preprocess, Recipe
 from targetclip.seeds import BANK, BANK_SEED, source_seeds
 
-MAX_IMAGES = 64  # rendered at once without gradients, where nobody says how many
+MAX_IMAGES = 64  # rendered at once without gradients, where nobody says how many, up to LARGEST
+LARGEST = 256  # px; of larger images fewer: 64 of 1024 px need more than 24 GiB
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,19 @@ class Scene:
     truncation: float = 0.7
     """Of generated sources: 1 is the generator's full variety."""
     max_images: int | None = None
-    """Images rendered at once. None: `MAX_IMAGES`, or all of a step that needs gradients."""
+    """Images rendered at once. None: `at_once`, or all of a step that needs gradients."""
 
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.generator.mean_w.device
+
+    @property
+    def at_once(self) -> int:
+        """Images rendered at once without gradients: `max_images`, or as many as take the memory of
+        MAX_IMAGES of LARGEST px."""
+        larger = max(1, self.generator.resolution // LARGEST)
+        return self.max_images or max(1, MAX_IMAGES // larger**2)
 
     def with_max_images(self, max_images: int | None) -> "Scene":
         """Return this scene with another number of images at once."""
@@ -181,7 +189,7 @@ class Scene:
     ) -> Float[Tensor, "images features"]:
         """Return what `feature_model` makes of renderings; differentiable.
         ValueError: as `feature_model`; the generator has no such `render_size`."""
-        at_once = self.max_images or (len(ws) if ws.requires_grad else MAX_IMAGES)
+        at_once = self.max_images or (len(ws) if ws.requires_grad else self.at_once)
         model = self.feature_model(identity_weight)
         return embed_latents(self.generator, model, ws, preprocess, at_once, render_size)
 
@@ -225,7 +233,7 @@ class Scene:
         self, ws: Float[Tensor, "images num_ws w_dim"]
     ) -> Float[Tensor, "images 3 height width"]:
         """Return images in [-1, 1] of latents, without gradients."""
-        parts = ws.split(self.max_images or MAX_IMAGES)
+        parts = ws.split(self.at_once)
         return torch.cat([self.generator.synthesis(part) for part in parts])
 
     def edit(
@@ -279,7 +287,7 @@ class Scene:
     ) -> Float[Tensor, "images features"]:
         """Return embeddings of images, then identity features if there is an identity model."""
         model = self.feature_model(float(self.identity is not None))
-        parts = images.split(self.max_images or MAX_IMAGES)
+        parts = images.split(self.at_once)
         return torch.cat([model.embed_images(part, "consistent") for part in parts])
 
     def score_images(

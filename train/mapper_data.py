@@ -39,7 +39,7 @@ from predictor.mapper import Mapper, Prediction
 from targetclip.command import whole_file
 from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.recipes import Recipe
-from targetclip.scene import MAX_IMAGES, Scene
+from targetclip.scene import Scene
 from targetclip.seeds import VALIDATION_SOURCES, seed_of
 
 SourceKind = Literal["generated", "mixed", "inverted"]
@@ -267,7 +267,7 @@ def inverted(
         raise ValueError("--source-kinds: inverted sources need a world with an inverter")
     images = scene.render(ws).float().clamp(-1, 1)
     with torch.autocast(scene.device.type, enabled=False):
-        parts = images.split(scene.max_images or MAX_IMAGES)
+        parts = images.split(scene.at_once)
         return torch.cat([scene.inverter(part) for part in parts])
 
 

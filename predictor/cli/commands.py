@@ -94,7 +94,7 @@ from targetclip.media.frames import write_morph
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
 from targetclip.optimize import Progress
 from targetclip.recipes import Recipe
-from targetclip.scene import MAX_IMAGES, Scene, Scores, score_features
+from targetclip.scene import Scene, Scores, score_features
 from targetclip.world import load_scene
 
 IN_SHOWS = 12  # sources of a strip and of a morph
@@ -235,7 +235,7 @@ def lots_of(
     scene: Scene, ws: Float[Tensor, "sources num_ws w_dim"]
 ) -> Iterator[Float[Tensor, "lot num_ws w_dim"]]:
     """Return latents in lots that are rendered at once."""
-    return (lot.to(scene.device) for lot in ws.split(scene.max_images or MAX_IMAGES))
+    return (lot.to(scene.device) for lot in ws.split(scene.at_once))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from targetclip.encoders.inverter import InversionConfig, LatentInverter, Optimi
 from targetclip.media.alignment import Face, FaceFinder, align, face_quad, paste_back, quad_in
 from targetclip.media.frames import Frames, open_frames, smooth_latents, write_frames, write_video
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
-from targetclip.scene import MAX_IMAGES, Scene
+from targetclip.scene import Scene
 
 MAX_SHOWN = 64  # sources in a sheet
 SMALL = 32  # pixels a side, below which a picture shows no face
@@ -175,7 +175,7 @@ def inverted(
 ) -> Iterator[Float[Tensor, "batch num_ws w_dim"]]:
     """Return latents of pictures, batch by batch."""
     pictures = iter(pictures)
-    while batch := list(islice(pictures, scene.max_images or MAX_IMAGES)):
+    while batch := list(islice(pictures, scene.at_once)):
         yield scene.invert(batch)
 
 

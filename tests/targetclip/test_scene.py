@@ -229,3 +229,11 @@ def test_what_a_scene_lacks_is_said(scene: Scene) -> None:
         bare.invert([])
     with pytest.raises(ValueError, match="identity"):
         bare.features(bare.sources(1), identity_weight=0.1)
+
+
+@pytest.mark.parametrize(("resolution", "count"), [(16, 64), (512, 16), (2048, 1)])
+def test_fewer_large_images_are_rendered_at_once(scene: Scene, resolution: int, count: int) -> None:
+    larger = Counting(scene.generator, (), [])
+    larger.resolution = resolution
+    assert dataclasses.replace(scene, generator=larger).at_once == count
+    assert dataclasses.replace(scene, generator=larger, max_images=7).at_once == 7
