@@ -80,7 +80,7 @@ class Config:
     held_out: int = 16
     """Sources that every direction is scored on."""
     max_images: int | None = None
-    """Images rendered at once. Default: 64."""
+    """Images rendered at once. Default: 64, fewer above 256 px."""
     precision: Precision | None = None
     """Of the scores. Default: accelerate's, or else fp32."""
 

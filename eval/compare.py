@@ -115,7 +115,8 @@ class Config:
     max_steps: int | None = None
     """Cut every search to so many steps."""
     max_images: int | None = None
-    """Images rendered at once; fewer need less memory. Default: 64, or a whole step of a search."""
+    """Images rendered at once; fewer need less memory. Default: 64, fewer above 256
+    px, or a whole step of a search."""
     checkpoint_layers: bool = False
     """Keep three fifths of what an image holds for the backward pass, and compute the rest again:
     where not even --max-images 1 fits. The result is the same."""

@@ -108,7 +108,7 @@ class Config:
     keep_pictures: bool = False
     """Write every edited picture: pictures/METHOD/TARGET/SOURCE.png."""
     max_images: int | None = None
-    """Images rendered at once; fewer need less memory. Default: 64."""
+    """Images rendered at once; fewer need less memory. Default: 64, fewer above 256 px."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
     seed: int = 0

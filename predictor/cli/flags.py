@@ -244,7 +244,8 @@ class MachineFlags:
     precision: Optional[Precision] = None
     """Precision of the search; pictures are rendered in fp32. Default: accelerate's, or fp32."""
     max_images: Optional[int] = None
-    """Images rendered at once; less needs less memory. Default: 64, or a step of the optimizer."""
+    """Images rendered at once; less needs less memory. Default: 64, fewer above 256 px,
+    or a step of the optimizer."""
     checkpoint_layers: Switch = False
     """Compute activations twice, where not even --max-images 1 fits. Results are the same."""
 
