@@ -1,15 +1,16 @@
 """A bench: networks of seeded weights on a device, timed as they are and pulled by levers.
 
 A lever is another way to compute the same maps, which may suit a device better; the early exit
-alone gives other ones. Knows how a search computes; nothing of what is reported.
+alone, a setting of a recipe, gives other ones. Knows how a search computes; nothing of what is
+reported.
 """
 
 import copy
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache, partial
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -22,9 +23,9 @@ from predictor.mapper import Mapper
 from predictor.mapper_file import MapperConfig
 from targetclip import command
 from targetclip.command import Precision, in_precision
-from targetclip.generators.stylegan2 import depthwise
-from targetclip.optimize import Progress, losses_of
-from targetclip.recipes import RECIPES
+from targetclip.generators.stylegan2 import depthwise, enlarged, enlarged_by_one, folded_weight
+from targetclip.optimize import Progress
+from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
 from targetclip.world import BUNDLED
 
@@ -54,28 +55,19 @@ def sums(x: Tensor, weight: Tensor, blur: Tensor) -> Tensor:
     return x
 
 
-@lru_cache(maxsize=16)
-def folded_weight(weight: Tensor, blur: Tensor) -> Tensor:
-    """Return a convolution [4 out, in, 3, 3] whose outputs are the even and odd rows and columns,
-    filtered."""
-    with torch.autocast(weight.device.type, enabled=False):
-        whole = F.conv2d(weight.reshape(-1, 1, 3, 3), blur[None, None], padding=3)
-    whole = whole.flip(2, 3).view(*weight.shape[:2], 6, 6)
-    phases = [whole[:, :, 1 - row :: 2, 1 - column :: 2] for row in (0, 1) for column in (0, 1)]
-    return torch.cat(phases).contiguous(memory_format=torch.channels_last)
-
-
 def folded(x: Tensor, weight: Tensor, blur: Tensor) -> Tensor:
-    """Use one convolution of stride 1: four times the operations, and no filter."""
-    x = F.conv2d(x, folded_weight(weight, blur), padding=1)
-    batch, _, height, width = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(batch, height, width, 2, 2, -1).transpose(2, 3)
-    return rows.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+    """Use one convolution of stride 1, as the network itself does on CUDA devices."""
+    return enlarged_by_one(x, folded_weight(weight, blur))
 
 
-ENLARGE = {"one transposed convolution": one_convolution, "sums": sums, "folded filter": folded}
+ENLARGE = {
+    "as a processor enlarges": enlarged,
+    "one transposed convolution": one_convolution,
+    "sums": sums,
+    "folded filter": folded,
+}
 LAYOUT, TUNED, EXIT = "weights channels_last", "cudnn.benchmark", "early exit"
-COMPILED, GRAPH, WHOLE = "compiled", "CUDA graph", "whole step as a CUDA graph"
+COMPILED, EAGER = "compiled", "without CUDA graphs"
 
 
 @contextmanager
@@ -84,8 +76,7 @@ def cuda_settings(
 ) -> Iterator[None]:
     """Choose how CUDA computes: TF32 where fp32 is asked, convolutions chosen by trial.
 
-    `tf32` None is torch's default: in convolutions alone. Does nothing on other devices. The stream
-    is afterwards what it was, also where a CUDA graph could not be captured.
+    `tf32` None is torch's default: in convolutions alone. Does nothing on other devices.
     """
     if device.type != "cuda":
         yield
@@ -97,26 +88,11 @@ def cuda_settings(
     if tf32 is not None:  # set as rarely as can be: torch warns
         cudnn.allow_tf32 = matmul.allow_tf32 = tf32
     try:
-        with torch.cuda.stream(torch.cuda.current_stream(device)):
-            yield
+        yield
     finally:
         cudnn.benchmark = False
         if tf32 is not None:
             cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-def replayed(step: Callable[[], None]) -> Callable[[], None]:
-    """Capture a step in a CUDA graph, and return what replays it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 class Enough(Exception):
@@ -142,7 +118,11 @@ class Bench:
         return torch.randn(count, len(self.features[0]), generator=random, device=self.device)
 
     def steps(
-        self, recipe: str, precision: Precision = "bf16", batch: int = 1, warm: int = 3
+        self,
+        recipe: Recipe,
+        precision: Precision = "bf16",
+        batch: int = 1,
+        warm: int = 6,
     ) -> list[float]:
         """Search for so many targets, and return the seconds of each step after `warm`."""
         ends: list[float] = []
@@ -156,57 +136,30 @@ class Bench:
         start = torch.zeros(batch, *self.bank.shape[1:], device=self.device)
         with suppress(Enough), in_precision(self.device, precision):
             self.scene.search(
-                self.targets(batch), RECIPES[recipe], start, range(batch),
+                self.targets(batch), recipe, start, range(batch),
                 bank=self.bank, bank_features=self.features, on_step=on_step,
             )  # fmt: skip
         return [end - begin for begin, end in zip(ends[warm:], ends[warm + 1 :], strict=False)]
 
-    def whole_step(self, name: str) -> Callable[[], None]:
-        """Return a step of a search of one target as a CUDA graph can hold it: with fixed sources,
-        Adam on the device, and no look at the loss."""
-        recipe, vectors = RECIPES[name], torch.zeros_like(self.bank[:1]).requires_grad_(True)
-        sources, before = self.bank[: recipe.sources], self.features[None, : recipe.sources]
-        targets, decay = self.targets(1), recipe.weight_decay
-        on_device = self.device.type != "cpu"
-        adam = torch.optim.Adam([vectors], lr=0.2, weight_decay=decay, capturable=on_device)
-
-        def step() -> None:
-            with in_precision(self.device, "bf16"):
-                after = self.scene.features(sources + vectors, recipe.preprocess)
-                losses = losses_of(recipe, before, after[None], targets)
-            [vectors.grad] = torch.autograd.grad(losses.loss.sum(), [vectors])
-            adam.step()
-
-        return step
-
-    def pull(self, levers: Sequence[str], recipe: str) -> "Bench":
-        """Return a copy whose networks compute by some levers; the search stays as it is."""
-        other, preprocess = copy.deepcopy(self), RECIPES[recipe].preprocess
+    def pull(self, levers: Sequence[str]) -> "Bench":
+        """Return a copy that computes by some levers; the early exit is the recipe's."""
+        other = (
+            copy.deepcopy(self) if set(levers) & {LAYOUT, COMPILED, *ENLARGE} else copy.copy(self)
+        )
         net: Any = other.scene.generator
         model: Any = other.scene.embedder
+        if EAGER in levers:
+            other.scene = replace(other.scene, graphs=False)
         if LAYOUT in levers:
             net.to(memory_format=torch.channels_last)
             model.to(memory_format=torch.channels_last)
         for lever in ENLARGE.keys() & set(levers):
             for conv in net.convs:
                 conv.enlarge = ENLARGE[lever]
-        if EXIT in levers:
-            net.synthesis = partial(net.synthesis, resolution=net.resolution // 4)
         if COMPILED in levers:
             torch.compiler.reset()
             net.synthesis = torch.compile(net.synthesis)
             model.clip.visual.compile()
-        if GRAPH in levers:
-            synthesis, embed = net.synthesis, model.embed_images
-
-            def forward(ws: Tensor) -> Tensor:
-                with in_precision(ws.device, "bf16"):
-                    features: Tensor = embed(synthesis(ws), preprocess)
-                return features
-
-            given = (self.bank[: RECIPES[recipe].sources].clone().requires_grad_(True),)
-            graphed: Any = torch.cuda.make_graphed_callables(forward, given)
-            net.synthesis, model.embed_images = lambda ws: ws, lambda ws, preprocess: graphed(ws)
         return other
 
     def mapper(self) -> Mapper:
@@ -226,10 +179,10 @@ def beside_another(
     """Time steps of `consistent` when another process is ready too; answer seconds or an error."""
     try:
         bench = Bench(sizes, torch.device(device), 0.0)
-        bench.steps("consistent", batch=batch)
+        bench.steps(RECIPES["consistent"], batch=batch)
         bench.budget = budget
         barrier.wait(60)
-        answers.put(median(bench.steps("consistent", batch=batch)))
+        answers.put(median(bench.steps(RECIPES["consistent"], batch=batch)))
     except Exception as error:
         answers.put(command.one_line(error))
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from targetclip.embedder import EmbedsImages, ImageEmbedder
 from targetclip.encoders.identity import IdentityModel, feature_model
 from targetclip.generators import Generator
+from targetclip.graphs import Replayed
 from targetclip.losses import consistency_loss, identity_loss, transfer_loss
 from targetclip.recipes import Preprocess, Recipe
 
@@ -266,32 +267,34 @@ class Search:
         self,
         recipe: Recipe,
         rate: float,
-        rows: Int[Tensor, " active"],
         gradients: Sequence[Tensor],
         losses: Float[Tensor, "kinds batch"],
     ) -> None:
-        """Take one step of Adam; rows that have ended do not change."""
-        finite = losses[0][rows].isfinite() & gradients[0][rows].flatten(1).isfinite().all(dim=1)
-        for row in rows[~finite].tolist():
+        """Take one step of Adam by gradients of all rows; those that have ended do not change."""
+        finite = losses[0].isfinite() & gradients[0].flatten(1).isfinite().all(dim=1)
+        for row in (self.active & ~finite).nonzero()[:, 0].tolist():
             self.failures[row] = f"the loss of step {self.step} is not finite"
-        self.active[rows[~finite]] = False
+        self.active &= finite
+
+        def where(rows: Bool[Tensor, " batch"], new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *[1] * (new.ndim - 1)), new, old)
 
         self.adam.param_groups[0]["lr"] = rate
         before = self.vectors.detach().clone()
-        self.vectors.grad = torch.where(self.active[:, None, None], gradients[0], 0)
+        self.vectors.grad = where(self.active, gradients[0], torch.zeros_like(gradients[0]))
         self.adam.step()
         with torch.no_grad():
-            self.vectors[~self.active] = before[~self.active]
+            self.vectors.copy_(where(self.active, self.vectors, before))
             if recipe.coefficients:
                 stepped = step_coefficients(self.coefficients, gradients[1])
-                self.coefficients[self.active] = stepped[self.active]
-            self.steps_taken[self.active] += 1
+                self.coefficients.copy_(where(self.active, stepped, self.coefficients))
+            self.steps_taken += self.active
 
             # The release keeps the direction after the update whose loss before it was lowest.
             better = self.active & ((losses[0] < self.kept_losses[0]) | (recipe.keep == "last"))
-            self.kept_vectors[better] = self.vectors[better]
-            self.kept_coefficients[better] = self.coefficients[better]
-            self.kept_losses[:, better] = losses[:, better]
+            self.kept_vectors.copy_(where(better, self.vectors, self.kept_vectors))
+            self.kept_coefficients.copy_(where(better, self.coefficients, self.kept_coefficients))
+            self.kept_losses.copy_(torch.where(better, losses, self.kept_losses))
             if recipe.patience is not None:
                 self.active &= ~self.patience.exhausted(losses[0], recipe.patience)
         self.step += 1
@@ -311,6 +314,7 @@ def optimize_directions(
     bank_features: Float[Tensor, "_ features"] | None = None,
     identity: IdentityModel | None = None,
     held: Float[Tensor, "_ _ num_ws w_dim"] | None = None,
+    graphs: bool = True,
 ) -> Optimized:
     """Find the direction that gives any source each target's essence (paper, section 3).
 
@@ -337,6 +341,8 @@ def optimize_directions(
         identity: the model of the identity loss.
         held: [batch, bank, num_ws, w_dim]: what is added to each source beside the direction, and
             is not searched for: the images are then G(w_i) and G(w_i + h_i + a_i b).
+        graphs: on CUDA devices, replay a step as one graph; see `targetclip.graphs`. Only where
+            all images of a step are rendered at once.
 
     Raises:
         ValueError: shapes disagree, the bank is smaller than `recipe.sources`, or the recipe has an
@@ -373,27 +379,40 @@ def optimize_directions(
     if resume is not None:
         search.restore(resume)
 
+    def measure(
+        vectors: Tensor, coefficients: Tensor, sources: Tensor, before: Tensor, targets: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return losses [kinds, rows] and their gradients in vectors and, if they are learned, in
+        coefficients."""
+        leaves = [each.detach().requires_grad_(True) for each in (vectors, coefficients)]
+        ws = sources + leaves[1][:, :, None, None] * leaves[0][:, None]
+        after = embed_latents(generator, model, ws.flatten(0, 1), *rendering)
+        parts = losses_of(recipe, before, after.unflatten(0, ws.shape[:2]), targets)
+        # A sum, not a mean: the gradient of a row, compared with its weight decay, must not depend
+        # on the number of rows.
+        found = torch.autograd.grad(parts.loss.sum(), leaves[: 1 + recipe.coefficients])
+        measured = torch.stack([parts.loss, parts.transfer, parts.consistency])
+        return measured.detach().to(initial.dtype), *found
+
+    # Several chunks would be rendered again in the backward pass, which no graph can hold.
+    replayed = Replayed(measure, capture=graphs and batch * count <= max_images)
     while search.step < recipe.steps and search.active.any():
         # Losses of the active targets
         rows = search.active.nonzero()[:, 0]
         chosen = draw_sources(len(bank), count, recipe.fresh_sources, search.draws)
         chosen = chosen.to(initial.device)[rows]
-        edits = search.coefficients[rows, :, None, None] * search.vectors[rows, None]
-        unsearched = bank[chosen] if held is None else bank[chosen] + held[rows[:, None], chosen]
-        ws = (unsearched + edits).flatten(0, 1)
-        after = embed_latents(generator, model, ws, *rendering)
-        after = after.unflatten(0, (len(rows), count))
-        parts = losses_of(recipe, before[chosen], after, target_embeddings[rows])
-
-        # A sum, not a mean: the gradient of a row, compared with its weight decay, must not depend
-        # on the number of rows.
-        leaves = [search.vectors, search.coefficients][: 1 + recipe.coefficients]
-        gradients = torch.autograd.grad(parts.loss.sum(), leaves)
-        measured = torch.stack([parts.loss, parts.transfer, parts.consistency])
+        sources = bank[chosen] if held is None else bank[chosen] + held[rows[:, None], chosen]
+        vectors, coefficients = search.vectors.detach()[rows], search.coefficients.detach()[rows]
+        measured, *found = replayed(
+            vectors, coefficients, sources, before[chosen], target_embeddings[rows]
+        )
         losses = initial.new_full((3, batch), math.nan)  # NaN where a target has ended
-        losses[:, rows] = measured.detach().to(initial.dtype)
+        losses[:, rows] = measured
+        gradients = [each.new_zeros(batch, *each.shape[1:]) for each in found]
+        for whole, each in zip(gradients, found, strict=True):
+            whole[rows] = each
         rate = learning_rate(search.step, recipe.steps, recipe.learning_rate)
-        search.update(recipe, rate, rows, gradients, losses)
+        search.update(recipe, rate, gradients, losses)
 
         if on_step is not None:
             on_step(

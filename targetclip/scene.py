@@ -97,6 +97,8 @@ class Scene:
     """Of generated sources: 1 is the generator's full variety."""
     max_images: int | None = None
     """Images rendered at once. None: `at_once`, or all of a step that needs gradients."""
+    graphs: bool = True
+    """Replay steps of a search as CUDA graphs, where the device has them."""
 
     @property
     def device(self) -> torch.device:
@@ -224,6 +226,7 @@ class Scene:
             bank_features=bank_features,
             identity=self.identity,
             held=held,
+            graphs=self.graphs,
         )
 
     # Editing and scoring

@@ -32,7 +32,7 @@ from torch.profiler import profile
 
 from eval import bench as benches
 from eval import costs
-from eval.bench import COMPILED, ENLARGE, EXIT, FULL, GRAPH, LAYOUT, TINY, TUNED, WHOLE, Bench
+from eval.bench import COMPILED, EAGER, ENLARGE, EXIT, FULL, LAYOUT, TINY, TUNED, Bench
 from eval.costs import CPU, NOT_MEASURED, median_seconds, peak_gib
 from predictor.mapper import FoldedMapper
 from targetclip import command
@@ -113,9 +113,10 @@ class Study:
             values["least ms of a step by memory"] = 1e3 * moved / self.copied
         return values
 
-    def parity(self, precision: Precision, tf32: bool | None) -> Values:
-        """Compare features of renderings, and directions after 3 steps, with fp32 here."""
-        recipe = replace(RECIPES["consistent"], steps=3)
+    def parity(self, precision: Precision, tf32: bool | None, steps: int = 3) -> Values:
+        """Compare features of renderings, and directions after so many steps, with fp32 here.
+        A step is replayed as a CUDA graph from the fourth on."""
+        recipe = replace(RECIPES["consistent"], steps=steps)
         wider = replace(TINY[32], resolution=64, channels=(32,) * 5)
         bench = Bench(TINY[16] if self.small else wider, CPU, 0.0)
         targets = bench.targets(2)
@@ -148,47 +149,35 @@ class Study:
         precision: Precision = "bf16",
         tf32: bool | None = None,
     ) -> Values:
-        """Time a search of one target and, where that is a lever, its step as a CUDA graph."""
-        bench, sources = self.bench(size), RECIPES[name].sources
-        if self.device.type != "cuda" and set(levers) <= {GRAPH, WHOLE} and levers:
-            raise ValueError("expected a CUDA device")
+        """Time a search of one target, as commands run it but for some levers."""
+        recipe, bench = RECIPES[name], self.bench(size)
+        if EXIT in levers:
+            recipe = replace(recipe, render_size=size // 4)
         with benches.cuda_settings(self.device, tf32=tf32, tuned=TUNED in levers):
-            if set(levers) - {TUNED, WHOLE}:
-                bench = bench.pull(levers, name)
+            bench = bench.pull(levers)
             costs.free_memory(self.device)
             held = peak_gib(self.device)
-            seconds = median(bench.steps(name, precision))
+            seconds = median(bench.steps(recipe, precision))
             values: Values = {"steps/s": 1 / seconds, "peak GiB": peak_gib(self.device)}
-            if self.device.type != "cpu" and GRAPH not in levers:  # which holds its own memory
-                values["GiB a source"] = (values["peak GiB"] - held) / sources
-            if self.device.type == "cuda" and WHOLE in levers:
-                step = bench.whole_step(name)
-                found = costs.tried(
-                    lambda: median_seconds(benches.replayed(step), self.device, self.budget)
-                )
-                values[f"steps/s, {WHOLE}"] = found if isinstance(found, str) else 1 / found
-                seconds = seconds if isinstance(found, str) else found
+            values["GiB a source"] = (values["peak GiB"] - held) / recipe.sources
         if EXIT not in levers:
-            values["TFLOP/s"] = self.operations_of(size, sources) / seconds / 1e12
+            values["TFLOP/s"] = self.operations_of(size, recipe.sources) / seconds / 1e12
             values["of bf16 peak"] = values["TFLOP/s"] / self.peak if self.peak else NOT_MEASURED
-            moved = self.gigabytes_of(size, sources, 2 if precision == "bf16" else 4) / seconds
+            each = 2 if precision == "bf16" else 4
+            moved = self.gigabytes_of(size, recipe.sources, each) / seconds
             values["of copied GB/s"] = moved / self.copied if self.copied else NOT_MEASURED
         return values
 
     def best(self, size: int, name: str, *more: str) -> Values:
         """Time the levers together that made `release` at least 3 % faster, and some more."""
-        rows, graph = self.report["steps"], f"steps/s, {WHOLE}"
+        rows = self.report["steps"]
 
         def gain(lever: str) -> float:
-            """Compare steps as graphs where there are some: a search may wait for the host."""
-            row = f"release {size} px, "
-            values = [rows[row + name] for name in (lever, WHOLE, "eager")]
-            new, whole, eager = (v if isinstance(v, dict) else {} for v in values)
-            if all(isinstance(one.get(graph), float) for one in (new, whole)):
-                return float(new[graph] / whole[graph])
-            return float(new["steps/s"] / eager["steps/s"]) if new and eager else 0.0
+            old, new = (rows[f"release {size} px{row}"] for row in ("", f", {lever}"))
+            measured = isinstance(old, dict) and isinstance(new, dict)
+            return float(new["steps/s"] / old["steps/s"]) if measured else 0.0
 
-        names = [LAYOUT, TUNED] + ([] if COMPILED in more else [max(ENLARGE, key=gain)])
+        names = [LAYOUT, TUNED, max(ENLARGE, key=gain)]
         levers = [*(lever for lever in names if gain(lever) > 1.03), *more]
         return {"levers": ", ".join(levers), **self.step(size, name, *levers)}
 
@@ -196,11 +185,11 @@ class Study:
         """Return milliseconds of the slowest operations of a step of `release`, by shapes."""
         if self.device.type == "cpu":
             raise ValueError("expected an accelerator")
-        bench = copy.copy(self.bench(size))
+        bench = self.bench(size).pull([EAGER])  # a graph does not say who started a kernel
         bench.budget = 0.0
         os.environ.setdefault("TEARDOWN_CUPTI", "0")  # CUDA graphs can crash after that
         with profile(record_shapes=True) as found:  # of all kinds of devices
-            steps = 4 + len(bench.steps("release"))
+            steps = 7 + len(bench.steps(RECIPES["release"]))
         events: Any = found.key_averages(group_by_input_shape=True)
         spent = dict[str, float]()
         for event in events:
@@ -262,7 +251,7 @@ class Study:
     def pairs(self, size: int, batch: int, processes: int = 1) -> Values:
         """Extrapolate pairs an hour of `consistent` from the seconds of its steps."""
         if processes == 1:
-            seconds = [median(self.bench(size).steps("consistent", batch=batch))]
+            seconds = [median(self.bench(size).steps(RECIPES["consistent"], batch=batch))]
         else:
             sizes, budget = self.sizes[size], 3 * self.budget
             seconds = benches.steps_beside(processes, sizes, self.device, budget, batch)
@@ -281,20 +270,23 @@ class Study:
         default = "fp32 as torch has it, TF32 in convolutions"
         yield "parity", default, 30, partial(self.parity, "fp32", None)
         yield "parity", "bf16", 30, partial(self.parity, "bf16", None)
+        graphs = partial(self.parity, "fp32", False, 8)
+        yield "parity", "fp32 without TF32, 8 steps, the last by a graph", 30, graphs
         for size in (low, high):
             for name in ("release", "consistent"):
-                yield "steps", f"{name} {size} px, eager", 40, partial(self.step, size, name)
+                yield "steps", f"{name} {size} px", 40, partial(self.step, size, name)
         for size in (low, high):
             row, step = f"release {size} px", partial(self.step, size, "release")
-            for lever in (WHOLE, *ENLARGE, LAYOUT, TUNED):
-                yield "steps", f"{row}, {lever}", 40, partial(step, lever, WHOLE)
-            yield "steps", f"{row}, {GRAPH}", 30, partial(step, GRAPH)
+            for lever in (EAGER, *ENLARGE, LAYOUT, TUNED):
+                yield "steps", f"{row}, {lever}", 40, partial(step, lever)
             for kind, tf32 in (("fp32 without TF32", False), ("fp32 with TF32", True)):
-                yield "steps", f"{row}, {kind}", 20, partial(step, precision="fp32", tf32=tf32)
-            best = partial(self.best, size, "release", WHOLE)
+                fp32 = partial(step, precision="fp32", tf32=tf32)
+                yield "steps", f"{row}, {kind}", 20, fp32
+            best = partial(self.best, size, "release")
             yield "steps", f"{row}, best together", 20, best
-        exit_early = partial(self.best, high, "release", EXIT, WHOLE)
-        yield "steps", f"release {high} px, best together, {EXIT}", 20, exit_early
+        for more in ((), (EAGER,)):
+            exit_early = partial(self.step, high, "release", EXIT, *more)
+            yield "steps", ", ".join((f"release {high} px", EXIT, *more)), 20, exit_early
         for size in (low, high):
             yield "ms of a step", f"release {size} px", 20, partial(self.slowest, size)
         for size in (low, high):
@@ -309,10 +301,9 @@ class Study:
             yield "pairs", row, 20, partial(self.pairs, size, batch)
         two = partial(self.pairs, low, 4, processes=2)
         yield "pairs", f"{low} px, 4 targets at once, two processes", 60, two
-        for levers in (["sums", COMPILED, WHOLE], [COMPILED, WHOLE]):
-            for size in (low, high):
-                row = f"release {size} px, best {'and sums, ' * ('sums' in levers)}{COMPILED}"
-                yield "steps", row, 90, partial(self.best, size, "release", *levers)
+        for size in (low, high):
+            compiled = partial(self.best, size, "release", COMPILED)
+            yield "steps", f"release {size} px, best together, {COMPILED}", 90, compiled
 
     def take(self, seconds: float, work: Callable[[], Values]) -> Values | str:
         """Measure, or say why not."""
