@@ -44,6 +44,7 @@ from predictor.mapper import Mapper, load_mapper
 from predictor.mapper_file import trained_recipe
 from targetclip import command
 from targetclip.command import Precision, choose_precision, in_precision
+from targetclip.graphs import Replayed
 from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
 from targetclip.optimize import Progress, draw_sources, learning_rate, losses_of
 from targetclip.recipes import RECIPES, Recipe
@@ -159,7 +160,7 @@ def marks_of(steps: int) -> list[int]:
 
 
 def descend(
-    objective: Callable[[Edits, Tensor, Tensor | None], Losses],
+    objective: Callable[..., Losses],
     targets: Float[Tensor, "rows embed"],
     start: Tensor,
     edits_of: Callable[[Tensor], Edits],
@@ -176,22 +177,27 @@ def descend(
         draw: returns the places of the sources that a step edits. None: all, and the parameters of
             the lowest loss are returned, not the last ones.
     """
-    parameters = start.detach().clone().requires_grad_(True)
+
+    def measure(parameters: Tensor, targets: Tensor, *chosen: Tensor) -> tuple[Tensor, ...]:
+        leaf = parameters.detach().requires_grad_(True)
+        loss = objective(edits_of(leaf), targets, *chosen)
+        return loss.detach(), *torch.autograd.grad(loss.sum(), [leaf])
+
+    parameters, replayed = start.detach().clone(), Replayed(measure)
     adam = torch.optim.Adam([parameters])
     best, lowest = parameters.detach().clone(), torch.full((len(start),), torch.inf)
     lowest, curve = lowest.to(start.device), []
     marks = marks_of(steps)
     for step in tqdm(range(steps + 1), label, unit="step", leave=False):
-        loss = objective(edits_of(parameters), targets, None if draw is None else draw())
+        loss, gradient = replayed(parameters, targets, *(() if draw is None else (draw(),)))
         if not loss.isfinite().all():
             raise FloatingPointError(f"{label}: the loss of step {step} is not finite")
-        with torch.no_grad():
-            better = (loss < lowest) | (draw is not None)
-            best[better], lowest = parameters[better], torch.where(better, loss, lowest)
+        better = (loss < lowest) | (draw is not None)
+        best[better], lowest = parameters[better], torch.where(better, loss, lowest)
         if step in marks:
             curve.append(lowest.cpu())
         if step < steps:
-            (parameters.grad,) = torch.autograd.grad(loss.sum(), [parameters])
+            parameters.grad = gradient
             adam.param_groups[0]["lr"] = learning_rate(step, steps, rate)
             adam.step()
     with torch.no_grad():
