@@ -104,16 +104,11 @@ def run(config: Config) -> None:
         images, chosen = sight.batch(config.batch_size, random_at(config.seed, step, device))
         with torch.autocast(device.type, dtype=torch.bfloat16):
             found = identity(images).float()
-        wanted = features_of(faces.indices[chosen])
-        loss: Tensor = (found - wanted).square().mean()
-        return loss
+        return F.mse_loss(found, features_of(faces.indices[chosen]))
 
     def evaluate(average: AvatarIdentity) -> dict[str, float]:
-        return {
-            f"{kind}_{name}": value
-            for kind, sides in pairs.items()
-            for name, value in figures_of(average, *sides).items()
-        }
+        read = {kind: figures_of(average, *sides) for kind, sides in pairs.items()}
+        return {f"{kind}_{k}": value for kind, one in read.items() for k, value in one.items()}
 
     average = train_by(config, identity, loss_at, evaluate, ema=0.998)
     save_identity(average.cpu(), config.out / "identity.safetensors")

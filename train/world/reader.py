@@ -20,24 +20,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.codes import ATTRIBUTES, COUNTS, one_hot, visible
-from eval.reader import NAMES, PRESENT, AvatarReader, save_reader
+from data.illustrated.codes import COUNTS, one_hot, visible
+from eval.reader import NAMES, PRESENT, SPANS, AvatarReader, save_reader, with_presence
 from targetclip import command
 from train.loop import train_by
-from train.world.generator import (
-    Faces,
-    Training,
-    begin,
-    exact_ws,
-    load_bundled,
-    pick,
-    random_at,
-    rendered,
-)
+from train.world import generator
+from train.world.generator import Faces, exact_ws, pick, random_at
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training):
+class Config(generator.Training):
     generator: Path
     out: Path
     """Folder for checkpoint, log and reader.safetensors."""
@@ -55,8 +47,8 @@ class Sight:
     """Pictures to learn to read: drawn ones, and what a generator makes of the same faces."""
 
     def __init__(self, config: Config) -> None:
-        device = begin(config)
-        self.generator, self.noise = load_bundled(config.generator, device), config.noise
+        device, self.noise = generator.begin(config), config.noise
+        self.generator = generator.load_bundled(config.generator, device)
         self.faces, self.known = Faces.banks(config, device)
 
     def batch(
@@ -77,37 +69,29 @@ class Sight:
         """Return the generator's pictures of faces, every second part from blended codes."""
         exact, blended = chosen.tensor_split(2)
         layers = self.generator.num_ws
-        ws = (
-            exact_ws(self.faces.indices[exact], layers),
-            self.faces.blended(blended, layers, random),
-        )
+        mixed = self.faces.blended(blended, layers, random)
+        ws = torch.cat([exact_ws(self.faces.indices[exact], layers), mixed])
         with torch.autocast(random.device.type, dtype=torch.bfloat16):
-            made = self.generator.synthesis(torch.cat(ws))
-        return made.float().clamp(-1, 1)
+            return self.generator.synthesis(ws).float().clamp(-1, 1)
 
     @torch.no_grad()
     def exact(self, indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch 3 128 128"]:
         """Return the generator's pictures of exact codes."""
-        return rendered(self.generator, exact_ws(indices, self.generator.num_ws)).clamp(-1, 1)
+        ws = exact_ws(indices, self.generator.num_ws)
+        return generator.rendered(self.generator, ws).clamp(-1, 1)
 
 
 def agreements(
     found: Int[Tensor, "batch attributes"], truth: Int[Tensor, "batch attributes"]
 ) -> dict[str, float]:
-    """Return how often a reader is right about each attribute, where the picture shows it.
-
-    And about whether each kind of `PRESENT` is there at all.
-    """
-    seen = visible(truth)
-    figures = {
-        attribute.name: float((found == truth)[seen[:, i], i].float().mean())
-        for i, attribute in enumerate(ATTRIBUTES)
-    }
-    for kind, (name, values) in PRESENT.items():
-        at = NAMES.index(name)
-        known = torch.tensor([ATTRIBUTES[at].values.index(value) for value in values])
-        right = torch.isin(found[:, at], known) == torch.isin(truth[:, at], known)
-        figures[f"{kind}_there"] = float(right.float().mean())
+    """Return how often a reader is right about each attribute, where the picture shows it, and
+    about whether each kind of `PRESENT` is there at all."""
+    right, seen = (found == truth).float(), visible(truth)
+    figures = {name: float(right[seen[:, i], i].mean()) for i, name in enumerate(NAMES)}
+    read, known = (with_presence(one_hot(indices)) for indices in (found, truth))
+    for kind in PRESENT:
+        same = (read == known)[:, SPANS[kind].start]
+        figures[f"{kind}_there"] = float(same.float().mean())
     return figures
 
 
@@ -118,9 +102,8 @@ def run(config: Config) -> None:
     held = {"drawn": known.images(), "generated": sight.exact(known.indices)}
 
     def loss_at(step: int) -> Tensor:
-        images, chosen = sight.batch(
-            config.batch_size, random_at(config.seed, step, faces.z.device)
-        )
+        random = random_at(config.seed, step, faces.z.device)
+        images, chosen = sight.batch(config.batch_size, random)
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
             logits = reader(images).float()
         truth = one_hot(faces.indices[chosen])
