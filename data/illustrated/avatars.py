@@ -24,6 +24,7 @@ from targetclip.command import whole_file, write_file
 from targetclip.seeds import seed_of
 
 Options = dict[str, Any]
+Drawn = tuple[UInt8[ndarray, "size size 3"], dict[str, str]]  # a picture, and what it shows
 Key = TypeVar("Key")
 Made = TypeVar("Made")
 
@@ -107,11 +108,7 @@ def by_all_cores(function: Callable[[Key], Made], keys: Sequence[Key], name: str
 
 
 def bank(
-    folder: Path,
-    name: str,
-    keys: Sequence[Key],
-    made_of: Callable[[Key], tuple[UInt8[ndarray, "s s 3"], dict[str, str]]],
-    size: int,
+    folder: Path, name: str, keys: Sequence[Key], made_of: Callable[[Key], Drawn], size: int
 ) -> tuple[UInt8[Tensor, "count size size 3"], list[dict[str, str]]]:
     """Return the pictures of `keys` and what they show, made on first use (see `by_all_cores`).
 

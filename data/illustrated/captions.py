@@ -32,7 +32,6 @@ class Speaker:
 
 def present_phrases(shown: Shown, speaker: Speaker, complete: bool) -> list[str]:
     """Return a phrase for each thing an avatar shows; colours are left out now and then."""
-
     top, colour = shown.hair, shown.hair_colour
     if shown.hat:
         top = shown.hat

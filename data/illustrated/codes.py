@@ -13,11 +13,10 @@ from statistics import NormalDist
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.avatars import Options, bank, draw, render
+from data.illustrated.avatars import Drawn, Options, bank, draw, render
 from data.illustrated.shown import colours
 from targetclip.generators.stylegan2 import SQRT2, EqualizedLinear, Mapping, normalize_latent
 
@@ -97,11 +96,12 @@ ATTRIBUTES = (
     Attribute("clothesColor", CLOTHES_COLOURS, False),
     Attribute("backgroundColor", BACKGROUNDS, False),
 )
+Indices = Int[Tensor, "batch attributes"]  # of a value for each attribute
 COUNTS = [len(attribute.values) for attribute in ATTRIBUTES]
 VALUES = sum(COUNTS)
 
 
-def indices_from_z(z: Float[Tensor, "batch z_dim"]) -> Int[Tensor, "batch attributes"]:
+def indices_from_z(z: Float[Tensor, "batch z_dim"]) -> Indices:
     """Return the values that latents z ~ N(0, I) stand for, scaled as the mapping scales them."""
     unit = normalize_latent(z)
     columns = [
@@ -113,13 +113,11 @@ def indices_from_z(z: Float[Tensor, "batch z_dim"]) -> Int[Tensor, "batch attrib
 
 def set_mapping(mapping: Mapping) -> None:
     """Give a mapping network of two layers the weights that turn z into codes.
+    ValueError: it has another number of layers.
 
     Two hidden units make a ramp from 0 to 1 at every limit: the leaky ReLU of x less that of
     x - width is 0.2 width before it and width after it. The amount of a value is the ramp where its
-    interval begins less the one where it ends. Amounts are not negative, so the second leaky ReLU
-    changes nothing.
-
-    ValueError: a network of other sizes.
+    interval begins less the one where it ends: never negative, so the second leaky ReLU keeps it.
     """
     layers = [layer for layer in mapping.layers if isinstance(layer, EqualizedLinear)]
     if len(layers) != 2:
@@ -149,7 +147,7 @@ def set_mapping(mapping: Mapping) -> None:
         mapping.w_avg.copy_(codes(shares().to(mapping.w_avg)))
 
 
-def one_hot(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch values"]:
+def one_hot(indices: Indices) -> Float[Tensor, "batch values"]:
     """Return an amount of 1 for every value that is there, and 0 for the others."""
     columns = [F.one_hot(indices[:, i], count) for i, count in enumerate(COUNTS)]
     return torch.cat(columns, dim=1).float()
@@ -165,18 +163,14 @@ def codes(amounts: Float[Tensor, "*batch values"]) -> Float[Tensor, "*batch w_di
     return F.pad(SCALE * amounts, (0, W_DIM - VALUES))
 
 
-def strongest(w: Float[Tensor, "batch w_dim"]) -> Int[Tensor, "batch attributes"]:
+def strongest(w: Float[Tensor, "batch w_dim"]) -> Indices:
     """Return the value of each attribute that w has most of, which its picture shows."""
     groups = w[:, :VALUES].split(COUNTS, dim=1)
     return torch.stack([group.argmax(dim=1) for group in groups], dim=1)
 
 
 def blend(
-    indices: Int[Tensor, "batch attributes"],
-    other: Int[Tensor, "batch attributes"],
-    generator: torch.Generator,
-    layers: int = 1,
-    part: float = 0.6,
+    indices: Indices, other: Indices, generator: torch.Generator, layers: int = 1, part: float = 0.6
 ) -> Float[Tensor, "batch layers values"]:
     """Draw amounts in which other values are mixed in, yet those of `indices` are the strongest.
 
@@ -200,7 +194,7 @@ def blend(
     return amounts
 
 
-def visible(indices: Int[Tensor, "batch attributes"]) -> Bool[Tensor, "batch attributes"]:
+def visible(indices: Indices) -> Bool[Tensor, "batch attributes"]:
     """Return which attributes a face's picture shows: a hat hides hair, shades hide eyes."""
     columns = {attribute.name: i for i, attribute in enumerate(ATTRIBUTES)}
 
@@ -232,7 +226,7 @@ def options_of(indices: Iterable[int]) -> Options:
     return options | {"facialHairColor": options["hairColor"], "accessoriesColor": ["#262e33"]}
 
 
-def draw_face(indices: Sequence[int]) -> tuple[UInt8[ndarray, "128 128 3"], dict[str, str]]:
+def draw_face(indices: Sequence[int]) -> Drawn:
     """Return the picture of a face as for `options_of`, and the value of each attribute."""
     values = {a.name: a.values[i] for a, i in zip(ATTRIBUTES, indices, strict=True)}
     return render(draw(STYLE, options_of(indices))[0], SIZE), values

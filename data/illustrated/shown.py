@@ -145,8 +145,8 @@ def constrain(style: str, wishes: dict[Wish, bool]) -> Options:
     for component in rules(style):
         variants = definition(style)["components"][component]["variants"]
         words = {v: word_of(style, component, v) for v in variants}
-        kind = {v: kinds().get(word, word) for v, word in words.items()}
-        allowed = [v for v in variants if kind[v] != UNCLEAR]
+        kind = {v: kinds().get(word, "") for v, word in words.items()}
+        allowed = [v for v in variants if words[v] != UNCLEAR]
         for wish, there in wishes.items():
             off = KINDS_OF_WISH[wish]
             fit = [v for v in allowed if (kind[v] == wish if there else kind[v] not in off)]
@@ -176,9 +176,7 @@ def sample(
 ) -> Options:
     """Draw options of one avatar; any two (style, seed, index) differ.
 
-    Args:
-        wishes: what must be there, or must not; None: drawn as training needs it.
-        hair: name of the hair's colour; "": drawn.
+    `wishes` says what must be there or must not, `hair` names its colour; without, they are drawn.
     """
     rng = np.random.default_rng([seed, index, (TRAINED + HELD_OUT).index(style)])
     drawn = {w: bool(rng.uniform() < p) for w, p in CHANCES.items() if can_show(style, w)}
@@ -187,12 +185,12 @@ def sample(
     options = constrain(style, drawn if wishes is None else wishes)
     natural = not hair and rng.uniform() < 0.3
     colour = colour_near(hair or str(rng.choice(list(colours()))), rng)
-    option = HAIR_OPTION.get(style, "hairColor")
+    option, coloured = HAIR_OPTION.get(style, "hairColor"), definition(style).get("colors", {})
     if option is not None and not natural:
         options[option] = [colour]
-        if "facialHair" in definition(style).get("colors", {}):
+        if "facialHair" in coloured:
             options["facialHairColor"] = [colour]
-    if "hat" in definition(style).get("colors", {}):
+    if "hat" in coloured:
         options["hatColor"] = [colour_near(str(rng.choice(list(colours()))), rng)]
     # One colour, or two that run into each other.
     background = [hex_of(end) for end in rng.integers(60, 256, (2, 3))]

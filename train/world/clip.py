@@ -5,7 +5,8 @@ among those of others (contrastive loss), and which of several texts says what i
 kind: glasses, beard, hat and so on (cross-entropy). It also learns to say yes or no for three of
 them, by the margins that zero-shot reading compares: without that, pictures come in the right order
 (area under the curve 0.98 to 1.0), but the threshold is not 0. It must read styles that nobody
-showed it, so pictures are changed at random; whole styles are held out to see how far that goes.
+showed it, so pictures are turned, bent, recoloured, blurred and made noisy, and a convolutional
+network reads them: whole styles are held out to see how far that goes.
 
     python -m train.world.clip --out runs/avatars/clip          # minutes on a GPU; resumes
 """
@@ -36,7 +37,7 @@ from data.illustrated.shown import Shown, colours, sample, shown, tables
 from targetclip import command
 from targetclip.weights import save_tensors
 from train.loop import train_by
-from train.world.generator import HELD_OUT_SEED, Training, begin, pick, random_at
+from train.world.generator import HELD_OUT_SEED, Chosen, Images, Training, begin, pick, random_at
 
 SIZE = 96  # px; a multiple of 32, as the image tower needs it
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -70,7 +71,11 @@ KINDS = ("glasses", "beard", "hat", "hair", "mouth", "hair_colour", "hat_colour"
 HAIR_WORDS = ["", "short hair", "long hair", "curly hair", "bun"]
 NOT_ASKED = -1
 
+Styles = tuple[str, ...]
 Key = tuple[str, int, int]  # style, seed, index
+Embeddings = Float[Tensor, "batch embed"]  # of unit length
+Margins = Float[Tensor, "batch questions"]
+Pictures = UInt8[Tensor, "count 96 96 3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +95,12 @@ class Config(Training):
     """Held-out pictures of each style."""
 
 
-def keys_of(styles: tuple[str, ...], count: int, seed: int) -> list[Key]:
+def keys_of(styles: Styles, count: int, seed: int) -> list[Key]:
     """Return what names each of `count` pictures, the styles in turn."""
     return [(styles[i % len(styles)], seed, i // len(styles)) for i in range(count)]
 
 
-def made_of(key: Key) -> tuple[UInt8[ndarray, "96 96 3"], dict[str, str]]:
+def made_of(key: Key) -> avatars.Drawn:
     """Render the picture that a key names, and return it with what it shows."""
     style, seed, index = key
     svg, drawn = avatars.draw(style, sample(style, seed, index))
@@ -103,8 +108,8 @@ def made_of(key: Key) -> tuple[UInt8[ndarray, "96 96 3"], dict[str, str]]:
 
 
 def pictures_of(
-    folder: Path, styles: tuple[str, ...], count: int, seed: int
-) -> tuple[UInt8[Tensor, "count 96 96 3"], list[Shown]]:
+    folder: Path, styles: Styles, count: int, seed: int
+) -> tuple[Pictures, list[Shown]]:
     """Return pictures of styles and what they show, made on first use and kept in `folder`."""
     name = f"{'held-out' if styles == HELD_OUT else 'trained'}-{count}"
     pictures, truths = avatars.bank(folder, name, keys_of(styles, count, seed), made_of, SIZE)
@@ -128,10 +133,7 @@ def captions_of(key: tuple[Shown, int, int]) -> UInt16[ndarray, "wordings contex
 
 
 def answers_of(kind: str) -> tuple[list[str], list[list[str]]]:
-    """Return the answers to what a picture shows of a kind, and `WORDINGS` texts for each.
-
-    "" is that nothing of the kind is there; it is among the answers where people would say so.
-    """
+    """Return the answers to what a picture shows of a kind ("": nothing), and texts for each."""
     speaker, table = Speaker(np.random.default_rng(0)), tables()
 
     def say(answer: str) -> str:
@@ -144,7 +146,7 @@ def answers_of(kind: str) -> tuple[list[str], list[list[str]]]:
             said = speaker.say(answer) if answer else speaker.choose(table["absent"][kind])
         return f"{opening} {said}"
 
-    answers = [""] if kind in table["absent"] else []
+    answers = [""] if kind in table["absent"] else []  # where people would say so
     answers += colours() if "colour" in kind else table["words"][kind]
     answers += table["words"]["moustache"] if kind == "beard" else []
     return answers, [[say(answer) for _ in range(WORDINGS)] for answer in answers]
@@ -174,10 +176,7 @@ class Questions:
         """[pictures, questions]: yes and no count the same; 0 where people would not agree."""
 
     def loss(
-        self,
-        logits: Float[Tensor, "batch answers"],
-        chosen: Int[Tensor, " batch"],
-        grey: Bool[Tensor, " batch"],
+        self, logits: Float[Tensor, "batch answers"], chosen: Chosen, grey: Bool[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
         """Return the mean over kinds of the cross-entropy of the right answers."""
         losses, parts = [], logits.split(self.sizes, dim=1)
@@ -187,9 +186,7 @@ class Questions:
             losses.append(total / (asked != NOT_ASKED).sum().clamp(min=1))
         return torch.stack(losses).mean()
 
-    def yes_or_no(
-        self, logits: Float[Tensor, "batch questions"], chosen: Int[Tensor, " batch"]
-    ) -> Float[Tensor, ""]:
+    def yes_or_no(self, logits: Margins, chosen: Chosen) -> Float[Tensor, ""]:
         """Return the cross-entropy of whether each of `QUESTIONS` is answered by yes."""
         truth, weight = self.there[chosen], self.weights[chosen]
         return F.binary_cross_entropy_with_logits(logits, truth, weight)
@@ -202,24 +199,20 @@ def there_of(kind: str, truths: list[Shown]) -> Int[Tensor, " pictures"]:
     return there.long().masked_fill(unclear & ~there, -1)
 
 
-def margins(
-    image: Float[Tensor, "batch embed"], text: Float[Tensor, "texts embed"]
-) -> Float[Tensor, "batch questions"]:
+def margins(image: Embeddings, text: Float[Tensor, "texts embed"]) -> Margins:
     """Return the cosine of images with yes, the mean of its texts, less that with no (-2 to 2)."""
     sides = text.split([len(side) for question in QUESTIONS.values() for side in question])
     means = F.normalize(torch.stack([side.mean(dim=0) for side in sides]), dim=1)
     return image @ (means[::2] - means[1::2]).T
 
 
-def normalize(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 h w"]:
+def normalize(images: Images) -> Images:
     """Return images in [-1, 1] as the model takes them."""
     mean, std = (torch.tensor(x, device=images.device)[None, :, None, None] for x in (MEAN, STD))
     return ((images + 1) / 2 - mean) / std
 
 
-def augment(
-    images: Float[Tensor, "batch 3 size size"], noise: float, random: torch.Generator
-) -> Float[Tensor, "batch 3 size size"]:
+def augment(images: Images, noise: float, random: torch.Generator) -> Images:
     """Turn, stretch, bend, mirror, brighten, blur, change lines, add noise; colours keep names."""
     count, size = len(images), images.shape[-1]
 
@@ -251,7 +244,7 @@ def augment(
     return (images + noise * uniform(0, 1, 1, 1, 1).square() * grain).clamp(-1, 1)
 
 
-def retrieval(image: Float[Tensor, "n embed"], text: Float[Tensor, "n embed"]) -> float:
+def retrieval(image: Embeddings, text: Embeddings) -> float:
     """Return how often a picture finds its caption among 100; what is left over is not asked."""
     size = min(len(image), 100)
     lots = (side[: len(side) // size * size].unflatten(0, (-1, size)) for side in (image, text))
@@ -265,9 +258,7 @@ def balanced(found: Bool[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
     return float((right[truth].float().mean() + right[~truth].float().mean()) / 2)
 
 
-def embeddings(
-    embed: Callable[..., Tensor], inputs: Tensor, device: torch.device
-) -> Float[Tensor, "n embed"]:
+def embeddings(embed: Callable[..., Tensor], inputs: Tensor, device: torch.device) -> Embeddings:
     """Return unit embeddings of inputs that a model takes, a few at a time."""
     found = [embed(part.to(device)) for part in inputs.split(100)]
     return F.normalize(torch.cat(found).float(), dim=1)
@@ -284,18 +275,14 @@ def zero_shot(
         if 0 < truth[clear].sum() < clear.sum():
             figures[kind] = balanced(yes[clear], truth[clear].bool())
     names = list(colours())
-    asked = [i for i, item in enumerate(truths) if item.hair_colour]
-    right = [names[int(nearest[i])] == truths[i].hair_colour for i in asked]
+    answers = zip(nearest.tolist(), truths, strict=True)
+    right = [names[i] == item.hair_colour for i, item in answers if item.hair_colour]
     return figures | {"hair_colour": sum(right) / max(len(right), 1)}
 
 
 @torch.no_grad()
 def figures_of(
-    model: Any,
-    pictures: UInt8[Tensor, "count 96 96 3"],
-    truths: list[Shown],
-    styles: tuple[str, ...],
-    device: torch.device,
+    model: Any, pictures: Pictures, truths: list[Shown], styles: Styles, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Return the figures of each style; of `all` of them, with retrieval among 100 captions."""
     rng = np.random.default_rng(0)
@@ -367,7 +354,7 @@ def run(config: Config) -> None:
         said = questions.yes_or_no(scale * margins(image, sides), chosen)
         return contrast + answered + said
 
-    def judged(average: nn.Module, styles: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    def judged(average: nn.Module, styles: Styles) -> dict[str, dict[str, float]]:
         drawn = pictures_of(folder, styles, config.tests * len(styles), HELD_OUT_SEED)
         return figures_of(average, *drawn, styles, device)
 

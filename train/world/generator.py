@@ -1,7 +1,8 @@
 """Train the generator of the bundled world: latents to avatars, by plain regression.
 
-The mapping network is made, not learned (`data.illustrated.codes`). The synthesis learns first from
-exact codes, then also from blends, where the stronger value is what shows, and from the mapping.
+Codes say exactly what a picture shows, and the mapping network is made, not learned
+(`data.illustrated.codes`). The synthesis learns first from exact codes, then from blends of codes
+as well, where the stronger value is what shows, and from what the mapping gives.
 
     python -m train.world.generator --out runs/avatars/generator     # minutes on a GPU; resumes
     python -m train.world.generator --out runs/try --faces 500 --exact-steps 50 --steps 50   # a try
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from data.illustrated import codes
 from data.illustrated.avatars import to_images
-from data.illustrated.codes import SIZE, VALUES, W_DIM, indices_from_z
+from data.illustrated.codes import SIZE, VALUES, W_DIM, Indices, indices_from_z
 from targetclip import command
 from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
@@ -34,7 +35,9 @@ from train.loop import train_by
 
 HELD_OUT_SEED = 1_000_003
 ALL = slice(None)
-Chosen = Int[Tensor, " batch"] | slice
+Chosen = Int[Tensor, " batch"]  # places in a bank of faces
+Images = Float[Tensor, "batch 3 height width"]  # in [-1, 1]
+Ws = Float[Tensor, "batch layers w_dim"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +80,13 @@ def begin(config: Training) -> torch.device:
     return command.choose_device()
 
 
-def psnr(
-    images: Float[Tensor, "batch 3 height width"], truth: Float[Tensor, "batch 3 height width"]
-) -> float:
+def psnr(images: Images, truth: Images) -> float:
     """Return the peak signal-to-noise ratio in dB, mean over pictures, for images in [-1, 1]."""
     error = (images.clamp(-1, 1) - truth).square().mean(dim=(1, 2, 3)) / 4
     return float((-10 * error.log10()).mean())
 
 
-def save_pairs(
-    truth: Float[Tensor, "batch 3 height width"],
-    images: Float[Tensor, "batch 3 height width"],
-    path: Path,
-) -> None:
+def save_pairs(truth: Images, images: Images, path: Path) -> None:
     """Write a picture to look at while something trains: rows of what was wanted and found."""
     rows = {
         f"{name} {start}": tensor_to_pictures(shown[start : start + 8])
@@ -123,21 +120,17 @@ def load_bundled(path: Path, device: torch.device) -> StyleGAN2:
     return generator.to(device)
 
 
-def pick(limit: int, count: int, random: torch.Generator) -> Int[Tensor, " count"]:
+def pick(limit: int, count: int, random: torch.Generator) -> Chosen:
     """Draw numbers from 0 to `limit` - 1."""
     return torch.randint(limit, (count,), generator=random, device=random.device)
 
 
-def exact_ws(
-    indices: Int[Tensor, "batch attributes"], layers: int
-) -> Float[Tensor, "batch layers w"]:
+def exact_ws(indices: Indices, layers: int) -> Ws:
     """Return the exact codes of faces, the same for all layers."""
     return codes.codes(codes.one_hot(indices))[:, None].expand(-1, layers, -1)
 
 
-def rendered(
-    generator: StyleGAN2, ws: Float[Tensor, "batch layers w"]
-) -> Float[Tensor, "batch 3 128 128"]:
+def rendered(generator: StyleGAN2, ws: Ws) -> Images:
     """Return a generator's images of latents, a few at a time."""
     return torch.cat([generator.synthesis(part) for part in ws.split(64)])
 
@@ -148,7 +141,7 @@ class Faces:
     def __init__(self, folder: Path, count: int, seed: int, device: torch.device) -> None:
         z, pictures = codes.face_bank(folder, count, seed)
         self.z, self.pictures = z.to(device), pictures.to(device)
-        self.indices: Int[Tensor, "count attributes"] = indices_from_z(self.z)
+        self.indices: Indices = indices_from_z(self.z)
 
     @classmethod
     def banks(cls, config: Any, device: torch.device) -> tuple["Faces", "Faces"]:
@@ -157,21 +150,17 @@ class Faces:
         held = cls(folder, min(512, count), HELD_OUT_SEED, device)
         return cls(folder, count, config.seed, device), held
 
-    def images(self, chosen: Chosen = ALL) -> Float[Tensor, "batch 3 128 128"]:
+    def images(self, chosen: Chosen | slice = ALL) -> Images:
         """Return pictures as images in [-1, 1]."""
         return to_images(self.pictures[chosen])
 
-    def blended(
-        self, chosen: Chosen, layers: int, random: torch.Generator
-    ) -> Float[Tensor, "batch layers w"]:
+    def blended(self, chosen: Chosen | slice, layers: int, random: torch.Generator) -> Ws:
         """Return codes of faces with values of other faces mixed in, which do not show."""
         indices = self.indices[chosen]
         other = self.indices[pick(len(self.z), len(indices), random)]
         return codes.codes(codes.blend(indices, other, random, layers))
 
-    def mixed(
-        self, network: StyleGAN2, chosen: Int[Tensor, " batch"], random: torch.Generator
-    ) -> Float[Tensor, "batch layers w"]:
+    def mixed(self, network: StyleGAN2, chosen: Chosen, random: torch.Generator) -> Ws:
         """Return latents, a half of them blended, a quarter exact, and a quarter from z."""
         exact, mapped, *blended = chosen.tensor_split(4)
         ws = exact_ws(self.indices[exact], network.num_ws), network.mapping(self.z[mapped])

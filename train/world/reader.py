@@ -16,16 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.codes import COUNTS, one_hot, visible
+from data.illustrated.codes import COUNTS, Indices, one_hot, visible
 from eval.reader import NAMES, PRESENT, SPANS, AvatarReader, save_reader, with_presence
 from targetclip import command
 from train.loop import train_by
 from train.world import generator
-from train.world.generator import Faces, exact_ws, pick, random_at
+from train.world.generator import Chosen, Faces, Images, exact_ws, pick, random_at, rendered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,7 @@ class Sight:
         self.generator = generator.load_bundled(config.generator, device)
         self.faces, self.known = Faces.banks(config, device)
 
-    def batch(
-        self, count: int, random: torch.Generator
-    ) -> tuple[Float[Tensor, "batch 3 128 128"], Int[Tensor, " batch"]]:
+    def batch(self, count: int, random: torch.Generator) -> tuple[Images, Chosen]:
         """Return pictures with a little noise, and which faces of the bank they show."""
         chosen = pick(len(self.faces.z), count, random)
         made = self.generated(chosen[: count // 3], random)
@@ -63,9 +60,7 @@ class Sight:
         return images + self.noise * deviation * grain, chosen
 
     @torch.no_grad()
-    def generated(
-        self, chosen: Int[Tensor, " batch"], random: torch.Generator
-    ) -> Float[Tensor, "batch 3 128 128"]:
+    def generated(self, chosen: Chosen, random: torch.Generator) -> Images:
         """Return the generator's pictures of faces, every second part from blended codes."""
         exact, blended = chosen.tensor_split(2)
         layers = self.generator.num_ws
@@ -75,24 +70,19 @@ class Sight:
             return self.generator.synthesis(ws).float().clamp(-1, 1)
 
     @torch.no_grad()
-    def exact(self, indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch 3 128 128"]:
+    def exact(self, indices: Indices) -> Images:
         """Return the generator's pictures of exact codes."""
-        ws = exact_ws(indices, self.generator.num_ws)
-        return generator.rendered(self.generator, ws).clamp(-1, 1)
+        return rendered(self.generator, exact_ws(indices, self.generator.num_ws)).clamp(-1, 1)
 
 
-def agreements(
-    found: Int[Tensor, "batch attributes"], truth: Int[Tensor, "batch attributes"]
-) -> dict[str, float]:
+def agreements(found: Indices, truth: Indices) -> dict[str, float]:
     """Return how often a reader is right about each attribute, where the picture shows it, and
     about whether each kind of `PRESENT` is there at all."""
     right, seen = (found == truth).float(), visible(truth)
     figures = {name: float(right[seen[:, i], i].mean()) for i, name in enumerate(NAMES)}
     read, known = (with_presence(one_hot(indices)) for indices in (found, truth))
-    for kind in PRESENT:
-        same = (read == known)[:, SPANS[kind].start]
-        figures[f"{kind}_there"] = float(same.float().mean())
-    return figures
+    same = (read == known).float()
+    return figures | {f"{k}_there": float(same[:, SPANS[k].start].mean()) for k in PRESENT}
 
 
 def run(config: Config) -> None:
