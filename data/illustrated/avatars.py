@@ -1,8 +1,4 @@
-"""Avatars by outside illustrators: options in, RGB pictures and what they show out.
-
-Knows the DiceBear styles that show human faces, which of them no network may be trained on, and
-how to render one at any size. Needs the extra `avatars`.
-"""
+"""Avatars by outside illustrators, drawn by DiceBear (extra `avatars`): options to RGB pictures."""
 
 import importlib.util
 import io
@@ -28,6 +24,7 @@ from targetclip.command import whole_file, write_file
 from targetclip.seeds import seed_of
 
 Options = dict[str, Any]
+Drawn = tuple[UInt8[ndarray, "size size 3"], dict[str, str]]  # a picture, and what it shows
 Key = TypeVar("Key")
 Made = TypeVar("Made")
 
@@ -64,9 +61,8 @@ def definition(style: str) -> dict[str, Any]:
     if style not in TRAINED + HELD_OUT:
         raise ValueError(f"unknown style {style!r}: expected {', '.join(TRAINED + HELD_OUT)}")
     check_dicebear(f"style {style!r}")
-    text = files("dicebear_styles").joinpath(f"{style}.json").read_text("utf-8")
-    loaded: dict[str, Any] = json.loads(text)
-    return loaded
+    found: dict[str, Any] = json.loads((files("dicebear_styles") / f"{style}.json").read_bytes())
+    return found
 
 
 @cache
@@ -85,10 +81,7 @@ def credit(style: str) -> Credit:
 
 
 def draw(style: str, options: Options) -> tuple[str, Options]:
-    """Return the SVG of one avatar, and every option that was drawn, chosen by its seed or given.
-
-    Equal options give the same avatar on every machine.
-    """
+    """Return the SVG of one avatar, and every option it was drawn from: given, or of the seed."""
     from dicebear import Avatar
 
     drawn = Avatar(drawable(style), options).to_json()
@@ -102,19 +95,12 @@ def render(svg: str, size: int) -> UInt8[ndarray, "size size 3"]:
     png = resvg_py.svg_to_bytes(
         svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
-    picture: UInt8[ndarray, "size size 3"] = np.array(
-        Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    )
-    return picture
+    return np.array(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
 
 
 def by_all_cores(function: Callable[[Key], Made], keys: Sequence[Key], name: str) -> Iterator[Made]:
-    """Yield a function's values in the order of `keys`, computed by a process on every core.
-
-    It must be a module-level function, since the processes import it. So few keys as one process
-    would take are computed here: to start processes takes seconds.
-    """
-    if len(keys) <= AT_ONCE:
+    """Yield the values of a function of a module in the order of `keys`, by a process per core."""
+    if len(keys) <= AT_ONCE:  # one process would take them all, and takes seconds to start
         yield from map(function, tqdm(keys, name))
         return
     with get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
@@ -122,16 +108,11 @@ def by_all_cores(function: Callable[[Key], Made], keys: Sequence[Key], name: str
 
 
 def bank(
-    folder: Path,
-    name: str,
-    keys: Sequence[Key],
-    made_of: Callable[[Key], tuple[UInt8[ndarray, "s s 3"], dict[str, str]]],
-    size: int,
+    folder: Path, name: str, keys: Sequence[Key], made_of: Callable[[Key], Drawn], size: int
 ) -> tuple[UInt8[Tensor, "count size size 3"], list[dict[str, str]]]:
-    """Return the pictures of `keys` and what they show, made by all cores on first use.
+    """Return the pictures of `keys` and what they show, made on first use (see `by_all_cores`).
 
-    Both are kept in `folder`, named by the keys too; a file appears only when it is whole. The
-    pictures are read from disk as they are asked for. For `made_of` see `by_all_cores`.
+    Files in `folder`, named by the keys too, keep both; pictures are read when they are asked for.
     """
     path = folder / f"{name}-{size}px-{seed_of(*keys):014x}.npy"
     shape, known = (len(keys), size, size, 3), path.with_suffix(".json")
@@ -146,8 +127,7 @@ def bank(
             drawing.flush()
             write_file(known, json.dumps(truths))
     # Copied where written to, which nobody does: torch takes no array that is read-only.
-    pictures = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return pictures, json.loads(known.read_text("utf-8"))
+    return torch.from_numpy(np.load(path, mmap_mode="c")), json.loads(known.read_text("utf-8"))
 
 
 def to_images(pictures: UInt8[Tensor, "batch size size 3"]) -> Float[Tensor, "batch 3 size size"]:

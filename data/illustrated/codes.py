@@ -1,9 +1,8 @@
-"""Faces of the bundled generator: attributes, the codes in w that stand for them, and z.
+"""Faces of the bundled generator, of one style: their attributes, z and w.
 
-Knows what the generator can draw, one style only (avataaars): twelve attributes with a few values
-each. Every value has a coordinate of w, so w says exactly what a picture shows: `codes` goes there,
-`strongest` comes back. Every attribute has a coordinate of z, cut into an interval for each value,
-and a mapping network of two layers computes just that: nothing about it needs to be learned.
+Each value of an attribute has a coordinate of w: `codes` goes there, `strongest` comes back. Each
+attribute has a coordinate of z, cut into an interval for each value. The mapping network computes w
+from z exactly, and is not learned.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,11 +13,11 @@ from statistics import NormalDist
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
-from numpy import ndarray
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.avatars import Options, bank, draw, render
+from data.illustrated.avatars import Drawn, Options, bank, draw, render
+from data.illustrated.shown import colours
 from targetclip.generators.stylegan2 import SQRT2, EqualizedLinear, Mapping, normalize_latent
 
 STYLE = "avataaars"
@@ -28,11 +27,7 @@ SCALE = 2.0
 RAMP = 0.05  # part of an interval of z in which one value fades into the next
 NONE = "none"
 
-HAIR_COLOURS = {
-    "black": "#231c1c", "brown": "#6b4028", "auburn": "#a55728", "blonde": "#e0b860",
-    "white": "#f3efe8", "grey": "#979797", "red": "#c8281e", "orange": "#f28322",
-    "pink": "#f46fae", "purple": "#8547c4", "blue": "#3f74d8", "green": "#3fa84c",
-}  # fmt: skip
+HAIR_COLOURS = {name: values[0] for name, values in colours().items()}
 HAT_COLOURS = {
     "black": "#262e33", "white": "#efefef", "grey": "#8d9093", "red": "#e03c3c",
     "yellow": "#f7c948", "green": "#35a86b", "blue": "#3d6fd9", "pink": "#ff5c9e",
@@ -82,6 +77,10 @@ class Attribute:
             return [1 / count] * count
         return [self.first] + [(1 - self.first) / (count - 1)] * (count - 1)
 
+    def limits(self) -> list[float]:
+        """Return where the intervals of its values meet, of z ~ N(0, 1)."""
+        return [NormalDist().inv_cdf(end) for end in accumulate(self.shares()[:-1])]
+
 
 ATTRIBUTES = (
     Attribute("top", HAIR + HATS, True),
@@ -97,24 +96,16 @@ ATTRIBUTES = (
     Attribute("clothesColor", CLOTHES_COLOURS, False),
     Attribute("backgroundColor", BACKGROUNDS, False),
 )
+Indices = Int[Tensor, "batch attributes"]  # of a value for each attribute
 COUNTS = [len(attribute.values) for attribute in ATTRIBUTES]
 VALUES = sum(COUNTS)
 
 
-def limits(attribute: Attribute) -> list[float]:
-    """Return where the intervals of z meet, one for each value, of z ~ N(0, 1)."""
-    ends = accumulate(attribute.shares()[:-1])
-    return [NormalDist().inv_cdf(end) for end in ends]
-
-
-def indices_from_z(z: Float[Tensor, "batch z_dim"]) -> Int[Tensor, "batch attributes"]:
-    """Return the values that latents z ~ N(0, I) stand for: an interval of one coordinate each.
-
-    z is scaled to a mean square of 1 first, as the mapping network scales it.
-    """
+def indices_from_z(z: Float[Tensor, "batch z_dim"]) -> Indices:
+    """Return the values that latents z ~ N(0, I) stand for, scaled as the mapping scales them."""
     unit = normalize_latent(z)
     columns = [
-        torch.bucketize(unit[:, i].contiguous(), unit.new_tensor(limits(attribute)))
+        torch.bucketize(unit[:, i].contiguous(), unit.new_tensor(attribute.limits()))
         for i, attribute in enumerate(ATTRIBUTES)
     ]
     return torch.stack(columns, dim=1)
@@ -122,45 +113,41 @@ def indices_from_z(z: Float[Tensor, "batch z_dim"]) -> Int[Tensor, "batch attrib
 
 def set_mapping(mapping: Mapping) -> None:
     """Give a mapping network of two layers the weights that turn z into codes.
+    ValueError: it has another number of layers.
 
     Two hidden units make a ramp from 0 to 1 at every limit: the leaky ReLU of x less that of
     x - width is 0.2 width before it and width after it. The amount of a value is the ramp where its
-    interval begins less the one where it ends. Amounts are not negative, so the second leaky ReLU
-    changes nothing.
-
-    ValueError: a network of other sizes.
+    interval begins less the one where it ends: never negative, so the second leaky ReLU keeps it.
     """
-    first, second = mapping.layers if len(mapping.layers) == 2 else (None, None)
-    if not isinstance(first, EqualizedLinear) or not isinstance(second, EqualizedLinear):
-        raise ValueError(f"expected a mapping of 2 layers, found {len(mapping.layers)}")
-    weights = [torch.zeros_like(layer.weight) for layer in (first, second)]
-    biases = [torch.zeros_like(layer.bias) for layer in (first, second)]
+    layers = [layer for layer in mapping.layers if isinstance(layer, EqualizedLinear)]
+    if len(layers) != 2:
+        raise ValueError(f"expected a mapping of 2 layers, found {len(layers)}")
+    weights = [torch.zeros_like(layer.weight) for layer in layers]
+    biases = [torch.zeros_like(layer.bias) for layer in layers]
     unit = value = 0
     for column, attribute in enumerate(ATTRIBUTES):
         biases[1][value] = 1.0  # the first value, until its interval ends
-        ends = limits(attribute)
-        edges = [-2.5, *ends, 2.5]
-        for i, end in enumerate(ends):
-            width = RAMP * min(end - edges[i], edges[i + 2] - end)
+        edges = [-2.5, *attribute.limits(), 2.5]
+        for before, end, after in zip(edges, edges[1:-1], edges[2:], strict=False):
+            width = RAMP * min(end - before, after - end)
             weights[0][unit : unit + 2, column] = 1.0
             biases[0][unit] = -end + width / 2
             biases[0][unit + 1] = -end - width / 2
-            for row, sign in ((value + i, -1.0), (value + i + 1, 1.0)):
+            for row, sign in ((value, -1.0), (value + 1, 1.0)):
                 step = sign / (0.8 * width * SQRT2)
                 weights[1][row, unit], weights[1][row, unit + 1] = step, -step
                 biases[1][row] -= sign * 0.25
-            unit += 2
-        value += len(attribute.values)
+            unit, value = unit + 2, value + 1
+        value += 1
+    scales = (1.0, SCALE / SQRT2)
     with torch.no_grad():
-        for layer, weight, bias, scale in zip(
-            (first, second), weights, biases, (1.0, SCALE / SQRT2), strict=True
-        ):
+        for layer, weight, bias, scale in zip(layers, weights, biases, scales, strict=True):
             layer.weight.copy_(scale * weight / layer.weight_gain)
             layer.bias.copy_(scale * bias / layer.bias_gain)
         mapping.w_avg.copy_(codes(shares().to(mapping.w_avg)))
 
 
-def one_hot(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch values"]:
+def one_hot(indices: Indices) -> Float[Tensor, "batch values"]:
     """Return an amount of 1 for every value that is there, and 0 for the others."""
     columns = [F.one_hot(indices[:, i], count) for i, count in enumerate(COUNTS)]
     return torch.cat(columns, dim=1).float()
@@ -176,28 +163,20 @@ def codes(amounts: Float[Tensor, "*batch values"]) -> Float[Tensor, "*batch w_di
     return F.pad(SCALE * amounts, (0, W_DIM - VALUES))
 
 
-def strongest(w: Float[Tensor, "batch w_dim"]) -> Int[Tensor, "batch attributes"]:
+def strongest(w: Float[Tensor, "batch w_dim"]) -> Indices:
     """Return the value of each attribute that w has most of, which its picture shows."""
     groups = w[:, :VALUES].split(COUNTS, dim=1)
     return torch.stack([group.argmax(dim=1) for group in groups], dim=1)
 
 
 def blend(
-    indices: Int[Tensor, "batch attributes"],
-    other: Int[Tensor, "batch attributes"],
-    generator: torch.Generator,
-    layers: int = 1,
-    part: float = 0.6,
+    indices: Indices, other: Indices, generator: torch.Generator, layers: int = 1, part: float = 0.6
 ) -> Float[Tensor, "batch layers values"]:
     """Draw amounts in which other values are mixed in, yet those of `indices` are the strongest.
 
-    Edits of latents add one code to whatever is there, and take others away; a generator trained on
-    such blends learns to show the stronger value, not a mixture.
-
-    Args:
-        layers: every one of these gets blends of its own for half of the faces.
-        part: of the attributes that are blended: 1 to 2 times the value, 0 to 1 times another, and
-            less than nothing of a third, where that is not the value.
+    A generator that learns from such blends shows the stronger value when a latent is edited, not a
+    mixture. A `part` of the attributes are blended: 1 to 2 times the value, 0 to 1 times another,
+    and less than nothing of a third, where that is not the value.
     """
     shape = (len(indices), layers, len(COUNTS))
     drawn = torch.rand((4, *shape), generator=generator, device=generator.device)
@@ -215,21 +194,20 @@ def blend(
     return amounts
 
 
-def visible(indices: Int[Tensor, "batch attributes"]) -> Bool[Tensor, "batch attributes"]:
+def visible(indices: Indices) -> Bool[Tensor, "batch attributes"]:
     """Return which attributes a face's picture shows: a hat hides hair, shades hide eyes."""
-    names = [attribute.name for attribute in ATTRIBUTES]
+    columns = {attribute.name: i for i, attribute in enumerate(ATTRIBUTES)}
 
     def among(name: str, *values: str) -> Bool[Tensor, " batch"]:
-        known = ATTRIBUTES[names.index(name)].values
+        known = ATTRIBUTES[columns[name]].values
         chosen = torch.tensor([known.index(value) for value in values])
-        return torch.isin(indices[:, names.index(name)], chosen)
+        return torch.isin(indices[:, columns[name]], chosen)
 
     seen = torch.ones(indices.shape, dtype=torch.bool)
-    seen[:, names.index("hatColor")] = among("top", *HATS)
-    hairless = among("top", NONE, *HATS) & among("facialHair", NONE)
-    seen[:, names.index("hairColor")] = ~hairless
-    shaded = among("accessories", *SHADES)
-    seen[:, [names.index("eyes"), names.index("eyebrows")]] = ~shaded[:, None]
+    seen[:, columns["hatColor"]] = among("top", *HATS)
+    seen[:, columns["hairColor"]] = ~(among("top", NONE, *HATS) & among("facialHair", NONE))
+    for hidden in ("eyes", "eyebrows"):
+        seen[:, columns[hidden]] = ~among("accessories", *SHADES)
     return seen
 
 
@@ -248,14 +226,10 @@ def options_of(indices: Iterable[int]) -> Options:
     return options | {"facialHairColor": options["hairColor"], "accessoriesColor": ["#262e33"]}
 
 
-def draw_face(indices: Sequence[int]) -> tuple[UInt8[ndarray, "128 128 3"], dict[str, str]]:
-    """Render the picture of a face given as one index of a value for each attribute.
-
-    Returns it with the value of each attribute.
-    """
-    values = zip(ATTRIBUTES, indices, strict=True)
-    picture = render(draw(STYLE, options_of(indices))[0], SIZE)
-    return picture, {attribute.name: attribute.values[index] for attribute, index in values}
+def draw_face(indices: Sequence[int]) -> Drawn:
+    """Return the picture of a face as for `options_of`, and the value of each attribute."""
+    values = {a.name: a.values[i] for a, i in zip(ATTRIBUTES, indices, strict=True)}
+    return render(draw(STYLE, options_of(indices))[0], SIZE), values
 
 
 def face_bank(

@@ -1,9 +1,8 @@
-"""What an avatar shows, in one vocabulary for all styles, known from the options it was drawn from.
-
-Knows which variants of which style are glasses, beards, hats, hair and mouths, and the names of
-colours; and asks a style for avatars with or without something.
+"""What an avatar shows, in the words of words.toml, from the options it was drawn from; and the
+options to ask a style for, so that an avatar has something or has it not.
 """
 
+import math
 import re
 import tomllib
 from dataclasses import dataclass
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Int64
+from numpy import ndarray
+from PIL import ImageColor
 
 from data.illustrated.avatars import HELD_OUT, TRAINED, Options, definition
 
@@ -36,6 +38,7 @@ KINDS_OF_WISH: dict[Wish, tuple[str, ...]] = {
     "beard": ("beard", "moustache"),
     "hat": ("hat",),
 }
+CHANCES: dict[Wish, float] = {"glasses": 0.4, "beard": 0.35, "hat": 0.3}  # that training needs
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,7 @@ def tables() -> dict[str, Any]:
 
 def rules(style: str) -> dict[str, dict[str, str]]:
     """Return patterns of variants, by component, and what they show; the first match counts."""
-    found: dict[str, dict[str, str]] = tables()["variants"][style]
-    return found
+    return dict(tables()["variants"][style])
 
 
 @cache
@@ -74,8 +76,7 @@ def kinds() -> dict[str, str]:
 
 def colours() -> dict[str, list[str]]:
     """Return the names of colours, each with the hex values that stand for it."""
-    found: dict[str, list[str]] = tables()["colours"]
-    return found
+    return dict(tables()["colours"])
 
 
 def word_of(style: str, component: str, variant: str) -> str:
@@ -87,7 +88,7 @@ def word_of(style: str, component: str, variant: str) -> str:
 @cache
 def lab(colour: str) -> tuple[float, float, float]:
     """Return lightness and two opponent colours of a hex colour (CIELAB, D65)."""
-    rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    rgb = np.array(ImageColor.getrgb(colour)) / 255
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     x, y, z = np.cbrt(np.maximum(to_xyz @ linear / np.array([0.9505, 1.0, 1.089]), 1e-4))
@@ -96,20 +97,15 @@ def lab(colour: str) -> tuple[float, float, float]:
 
 def colour_name(colour: str) -> str:
     """Return the name in `colours` nearest to a hex colour."""
-    found = lab(colour[:7].lower())
-    distances = {
-        name: min(sum((a - b) ** 2 for a, b in zip(found, lab(value), strict=True)) for value in v)
-        for name, v in colours().items()
-    }
-    return min(distances, key=distances.__getitem__)
+    known, found = colours(), lab(colour[:7].lower())
+    return min(known, key=lambda name: min(math.dist(found, lab(value)) for value in known[name]))
 
 
 def shown(style: str, drawn: Options) -> Shown:
     """Return what an avatar shows, from the options it was drawn from."""
     words: dict[str, str] = {}
     for component in rules(style):
-        variant = drawn.get(f"{component}Variant")
-        word = word_of(style, component, variant) if variant else ""
+        word = word_of(style, component, drawn.get(f"{component}Variant", ""))
         if word in kinds():
             words.setdefault(kinds()[word], word)
     if style == "avataaars" and "topVariant" not in drawn:
@@ -146,42 +142,31 @@ def constrain(style: str, wishes: dict[Wish, bool]) -> Options:
         if there and not can_show(style, wish):
             raise ValueError(f"{style} draws no {wish}: leave it out, or take another style")
     options: Options = dict(QUIET.get(style, {}))
-    components = definition(style)["components"]
     for component in rules(style):
-        if component not in components:
-            continue
-        words = {v: word_of(style, component, v) for v in components[component]["variants"]}
-        allowed = [v for v, word in words.items() if word != UNCLEAR]
+        variants = definition(style)["components"][component]["variants"]
+        words = {v: word_of(style, component, v) for v in variants}
+        kind = {v: kinds().get(word, "") for v, word in words.items()}
+        allowed = [v for v in variants if words[v] != UNCLEAR]
         for wish, there in wishes.items():
-            unwanted = KINDS_OF_WISH[wish]
-            if there and any(kinds().get(words[v]) == wish for v in allowed):
-                allowed = [v for v in allowed if kinds().get(words[v]) == wish]
-                options[f"{component}Probability"] = 100
-            elif not there:
-                left = [v for v in allowed if kinds().get(words[v]) not in unwanted]
-                if not left:
-                    options[f"{component}Probability"] = 0
-                allowed = left or allowed
+            off = KINDS_OF_WISH[wish]
+            fit = [v for v in allowed if (kind[v] == wish if there else kind[v] not in off)]
+            if there == bool(fit):  # else this component has no part in the wish, or a free choice
+                options[f"{component}Probability"] = 100 if there else 0
+            allowed = fit or allowed
         options[f"{component}Variant"] = allowed
     return options
 
 
-def wishes_of(style: str, rng: np.random.Generator) -> dict[Wish, bool]:
-    """Draw whether glasses, beard and hat are on or off, as often as training needs them."""
-    chances: dict[Wish, float] = {"glasses": 0.4, "beard": 0.35, "hat": 0.3}
-    wishes = {w: bool(rng.uniform() < p) for w, p in chances.items() if can_show(style, w)}
-    if wishes.get("beard") is False and rng.uniform() < 0.4:
-        del wishes["beard"]  # moustaches come with the seed
-    return wishes
+def hex_of(rgb: Int64[ndarray, "3"]) -> str:
+    """Return a colour of three values from 0 to 255 as #rrggbb."""
+    return "#" + rgb.astype(np.uint8).tobytes().hex()
 
 
 def colour_near(name: str, rng: np.random.Generator) -> str:
     """Draw a hex colour that has a name."""
     while True:
-        value = str(rng.choice(colours()[name]))
-        rgb = np.array([int(value[i : i + 2], 16) for i in (1, 3, 5)])
-        jittered = np.clip(rgb + rng.integers(-14, 15, 3), 0, 255)
-        colour = "#" + "".join(f"{channel:02x}" for channel in jittered)
+        rgb = ImageColor.getrgb(str(rng.choice(colours()[name])))
+        colour = hex_of(np.clip(rgb + rng.integers(-14, 15, 3), 0, 255))
         if colour_name(colour) == name:
             return colour
 
@@ -191,25 +176,24 @@ def sample(
 ) -> Options:
     """Draw options of one avatar; any two (style, seed, index) differ.
 
-    Args:
-        wishes: what must be there, or must not; None: drawn as training needs it.
-        hair: name of the hair's colour; "": drawn.
+    `wishes` says what must be there or must not, `hair` names its colour; without, they are drawn.
     """
     rng = np.random.default_rng([seed, index, (TRAINED + HELD_OUT).index(style)])
-    drawn_wishes = wishes_of(style, rng)
-    options = constrain(style, drawn_wishes if wishes is None else wishes)
+    drawn = {w: bool(rng.uniform() < p) for w, p in CHANCES.items() if can_show(style, w)}
+    if drawn.get("beard") is False and rng.uniform() < 0.4:
+        del drawn["beard"]  # moustaches come with the seed
+    options = constrain(style, drawn if wishes is None else wishes)
     natural = not hair and rng.uniform() < 0.3
     colour = colour_near(hair or str(rng.choice(list(colours()))), rng)
-    option = HAIR_OPTION.get(style, "hairColor")
+    option, coloured = HAIR_OPTION.get(style, "hairColor"), definition(style).get("colors", {})
     if option is not None and not natural:
         options[option] = [colour]
-        if "facialHair" in definition(style).get("colors", {}):
+        if "facialHair" in coloured:
             options["facialHairColor"] = [colour]
-    if "hat" in definition(style).get("colors", {}):
+    if "hat" in coloured:
         options["hatColor"] = [colour_near(str(rng.choice(list(colours()))), rng)]
     # One colour, or two that run into each other.
-    ends = rng.integers(60, 256, (2, 3))
-    background = ["#" + "".join(f"{int(c):02x}" for c in end) for end in ends]
+    background = [hex_of(end) for end in rng.integers(60, 256, (2, 3))]
     fill = "linear" if rng.uniform() < 0.3 else "solid"
     return options | {
         "seed": f"{seed}-{index}",

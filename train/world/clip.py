@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
 
     start("train.world.clip")
 
-import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,7 @@ from data.illustrated.shown import Shown, colours, sample, shown, tables
 from targetclip import command
 from targetclip.weights import save_tensors
 from train.loop import train_by
-from train.world.generator import HELD_OUT_SEED, Training, begin, pick, random_at
+from train.world.generator import HELD_OUT_SEED, Chosen, Images, Training, begin, pick, random_at
 
 SIZE = 96  # px; a multiple of 32, as the image tower needs it
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -65,12 +65,17 @@ QUESTIONS = {
     ),
 }
 
+COLOURED = ("a person with {} hair", "short {} hair", "long {} hair")
 QUESTION_TEXTS = [text for question in QUESTIONS.values() for side in question for text in side]
 KINDS = ("glasses", "beard", "hat", "hair", "mouth", "hair_colour", "hat_colour")
 HAIR_WORDS = ["", "short hair", "long hair", "curly hair", "bun"]
 NOT_ASKED = -1
 
+Styles = tuple[str, ...]
 Key = tuple[str, int, int]  # style, seed, index
+Embeddings = Float[Tensor, "batch embed"]  # of unit length
+Margins = Float[Tensor, "batch questions"]
+Pictures = UInt8[Tensor, "count 96 96 3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +95,12 @@ class Config(Training):
     """Held-out pictures of each style."""
 
 
-def keys_of(styles: tuple[str, ...], count: int, seed: int) -> list[Key]:
+def keys_of(styles: Styles, count: int, seed: int) -> list[Key]:
     """Return what names each of `count` pictures, the styles in turn."""
     return [(styles[i % len(styles)], seed, i // len(styles)) for i in range(count)]
 
 
-def made_of(key: Key) -> tuple[UInt8[ndarray, "96 96 3"], dict[str, str]]:
+def made_of(key: Key) -> avatars.Drawn:
     """Render the picture that a key names, and return it with what it shows."""
     style, seed, index = key
     svg, drawn = avatars.draw(style, sample(style, seed, index))
@@ -103,8 +108,8 @@ def made_of(key: Key) -> tuple[UInt8[ndarray, "96 96 3"], dict[str, str]]:
 
 
 def pictures_of(
-    folder: Path, styles: tuple[str, ...], count: int, seed: int
-) -> tuple[UInt8[Tensor, "count 96 96 3"], list[Shown]]:
+    folder: Path, styles: Styles, count: int, seed: int
+) -> tuple[Pictures, list[Shown]]:
     """Return pictures of styles and what they show, made on first use and kept in `folder`."""
     name = f"{'held-out' if styles == HELD_OUT else 'trained'}-{count}"
     pictures, truths = avatars.bank(folder, name, keys_of(styles, count, seed), made_of, SIZE)
@@ -120,60 +125,46 @@ def tokenizer() -> Any:
 
 
 def captions_of(key: tuple[Shown, int, int]) -> UInt16[ndarray, "wordings context"]:
-    """Return the tokens of `WORDINGS` captions of a picture, given with two parts of a seed.
-
-    The first fits a grey copy: it names no colour.
-    """
+    """Return tokens of captions of a picture, by two parts of a seed; the first names no colour."""
     item, *seed = key
     rng = np.random.default_rng(seed)
-    grey = replace(item, hair_colour="", hat_colour="")
-    texts = [caption(grey if i == 0 else item, rng) for i in range(WORDINGS)]
-    tokens: UInt16[ndarray, "wordings context"] = tokenizer()(texts).numpy().astype(np.uint16)
-    return tokens
+    items = [replace(item, hair_colour="", hat_colour=""), *[item] * (WORDINGS - 1)]
+    return np.asarray(tokenizer()([caption(item, rng) for item in items]), np.uint16)
 
 
 def answers_of(kind: str) -> tuple[list[str], list[list[str]]]:
-    """Return the answers to what a picture shows of a kind, and `WORDINGS` texts for each.
-
-    The answer "" is that nothing of the kind is there; there is a text for it where people say so.
-    """
-    speaker = Speaker(np.random.default_rng(0))
-    words, absent = tables()["words"], tables()["absent"].get(kind)
-    hat_colours, openings = tables()["hat_colour_words"], tables()["openings"]
+    """Return the answers to what a picture shows of a kind ("": nothing), and texts for each."""
+    speaker, table = Speaker(np.random.default_rng(0)), tables()
 
     def say(answer: str) -> str:
+        opening = speaker.choose(table["openings"])
         if kind == "hair_colour":
-            return speaker.say(speaker.choose(HAIR_WORDS), answer)
-        if kind == "hat_colour":
-            return speaker.say("hat", hat_colours.get(answer, answer))
-        return speaker.say(answer) if answer else speaker.choose(absent)
+            said = speaker.say(speaker.choose(HAIR_WORDS), answer)
+        elif kind == "hat_colour":
+            said = speaker.say("hat", table["hat_colour_words"].get(answer, answer))
+        else:
+            said = speaker.say(answer) if answer else speaker.choose(table["absent"][kind])
+        return f"{opening} {said}"
 
-    if "colour" in kind:
-        answers = list(colours())
-    else:
-        moustaches = words["moustache"] if kind == "beard" else []
-        answers = [*([""] if absent else []), *words[kind], *moustaches]
-    texts = [
-        [f"{speaker.choose(openings)} {say(answer)}" for _ in range(WORDINGS)] for answer in answers
-    ]
-    return answers, texts
+    answers = [""] if kind in table["absent"] else []  # where people would say so
+    answers += colours() if "colour" in kind else table["words"][kind]
+    answers += table["words"]["moustache"] if kind == "beard" else []
+    return answers, [[say(answer) for _ in range(WORDINGS)] for answer in answers]
 
 
 class Questions:
     """What is asked about every picture: answers of each kind, their texts, and the truth."""
 
     def __init__(self, truths: list[Shown], device: torch.device) -> None:
-        self.sizes: list[int] = []
-        texts: list[list[str]] = []
-        columns = []
+        columns, texts, self.sizes = [], [], []
         for kind in KINDS:
             answers, asked = answers_of(kind)
             self.sizes.append(len(answers))
-            texts += asked
+            texts += [tokenizer()(wordings) for wordings in asked]
             # A moustache is no beard, but no shaven chin either.
             said = [getattr(t, kind) or (t.moustache if kind == "beard" else "") for t in truths]
             columns.append([answers.index(s) if s in answers else NOT_ASKED for s in said])
-        self.tokens = torch.stack([tokenizer()(wordings) for wordings in texts], dim=1).to(device)
+        self.tokens = torch.stack(texts, dim=1).to(device)
         """[wordings, answers of all kinds, context]"""
         self.truth = torch.tensor(columns, device=device)
         """[kinds, pictures]"""
@@ -185,58 +176,43 @@ class Questions:
         """[pictures, questions]: yes and no count the same; 0 where people would not agree."""
 
     def loss(
-        self,
-        logits: Float[Tensor, "batch answers"],
-        chosen: Int[Tensor, " batch"],
-        grey: Bool[Tensor, " batch"],
+        self, logits: Float[Tensor, "batch answers"], chosen: Chosen, grey: Bool[Tensor, " batch"]
     ) -> Float[Tensor, ""]:
         """Return the mean over kinds of the cross-entropy of the right answers."""
-        losses = []
-        for kind, part, truth in zip(
-            KINDS, logits.split(self.sizes, dim=1), self.truth[:, chosen], strict=True
-        ):
+        losses, parts = [], logits.split(self.sizes, dim=1)
+        for kind, part, truth in zip(KINDS, parts, self.truth[:, chosen], strict=True):
             asked = truth.masked_fill(grey, NOT_ASKED) if "colour" in kind else truth
             total = F.cross_entropy(part, asked, ignore_index=NOT_ASKED, reduction="sum")
             losses.append(total / (asked != NOT_ASKED).sum().clamp(min=1))
         return torch.stack(losses).mean()
 
-    def yes_or_no(
-        self, logits: Float[Tensor, "batch questions"], chosen: Int[Tensor, " batch"]
-    ) -> Float[Tensor, ""]:
+    def yes_or_no(self, logits: Margins, chosen: Chosen) -> Float[Tensor, ""]:
         """Return the cross-entropy of whether each of `QUESTIONS` is answered by yes."""
-        return F.binary_cross_entropy_with_logits(
-            logits, self.there[chosen], weight=self.weights[chosen]
-        )
+        truth, weight = self.there[chosen], self.weights[chosen]
+        return F.binary_cross_entropy_with_logits(logits, truth, weight)
 
 
 def there_of(kind: str, truths: list[Shown]) -> Int[Tensor, " pictures"]:
     """Return whether pictures show something, 1 or 0; -1 for a moustache, asked for beards."""
-    unclear = [kind == "beard" and not t.beard and bool(t.moustache) for t in truths]
-    shown = [bool(getattr(t, kind)) for t in truths]
-    return torch.tensor([-1 if u else int(s) for u, s in zip(unclear, shown, strict=True)])
+    there = torch.tensor([bool(getattr(t, kind)) for t in truths])
+    unclear = torch.tensor([kind == "beard" and bool(t.moustache) for t in truths])
+    return there.long().masked_fill(unclear & ~there, -1)
 
 
-def margins(
-    image: Float[Tensor, "batch embed"], text: Float[Tensor, "texts embed"]
-) -> Float[Tensor, "batch questions"]:
-    """Return how much nearer images are to yes than to no, from the texts of `QUESTIONS`.
-
-    Each side is the mean of its texts; cosines differ by -2 to 2.
-    """
+def margins(image: Embeddings, text: Float[Tensor, "texts embed"]) -> Margins:
+    """Return the cosine of images with yes, the mean of its texts, less that with no (-2 to 2)."""
     sides = text.split([len(side) for question in QUESTIONS.values() for side in question])
     means = F.normalize(torch.stack([side.mean(dim=0) for side in sides]), dim=1)
     return image @ (means[::2] - means[1::2]).T
 
 
-def normalize(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 h w"]:
+def normalize(images: Images) -> Images:
     """Return images in [-1, 1] as the model takes them."""
     mean, std = (torch.tensor(x, device=images.device)[None, :, None, None] for x in (MEAN, STD))
     return ((images + 1) / 2 - mean) / std
 
 
-def augment(
-    images: Float[Tensor, "batch 3 size size"], noise: float, random: torch.Generator
-) -> Float[Tensor, "batch 3 size size"]:
+def augment(images: Images, noise: float, random: torch.Generator) -> Images:
     """Turn, stretch, bend, mirror, brighten, blur, change lines, add noise; colours keep names."""
     count, size = len(images), images.shape[-1]
 
@@ -268,13 +244,12 @@ def augment(
     return (images + noise * uniform(0, 1, 1, 1, 1).square() * grain).clamp(-1, 1)
 
 
-def retrieval(image: Float[Tensor, "n embed"], text: Float[Tensor, "n embed"]) -> float:
-    """Return how often a picture finds its caption among 100."""
-    right = [
-        (i @ t.T).argmax(dim=1) == torch.arange(len(i), device=i.device)
-        for i, t in zip(image.split(100), text.split(100), strict=True)
-    ]
-    return float(torch.cat(right).float().mean())
+def retrieval(image: Embeddings, text: Embeddings) -> float:
+    """Return how often a picture finds its caption among 100; what is left over is not asked."""
+    size = min(len(image), 100)
+    lots = (side[: len(side) // size * size].unflatten(0, (-1, size)) for side in (image, text))
+    found = torch.stack([(i @ t.T).argmax(dim=1) for i, t in zip(*lots, strict=True)]).cpu()
+    return float((found == torch.arange(size)).float().mean())
 
 
 def balanced(found: Bool[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
@@ -283,78 +258,59 @@ def balanced(found: Bool[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
     return float((right[truth].float().mean() + right[~truth].float().mean()) / 2)
 
 
-class Reader:
-    """A CLIP model asked in words, with the tokenizer it was trained with."""
-
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self.model, self.device = model, device
-
-    @torch.no_grad()
-    def texts(self, texts: list[str]) -> Float[Tensor, "n embed"]:
-        """Return unit embeddings of texts."""
-        parts = [tokenizer()(texts[i : i + 200]) for i in range(0, len(texts), 200)]
-        found = [self.model.encode_text(part.to(self.device)) for part in parts]  # type: ignore[operator]
-        return F.normalize(torch.cat(found).float(), dim=1)
-
-    @torch.no_grad()
-    def images(self, images: Float[Tensor, "n 3 size size"]) -> Float[Tensor, "n embed"]:
-        """Return unit embeddings of images in [-1, 1]."""
-        parts = [normalize(part.to(self.device)) for part in images.split(100)]
-        found = [self.model.encode_image(part) for part in parts]  # type: ignore[operator]
-        return F.normalize(torch.cat(found).float(), dim=1)
-
-    def mean_text(self, texts: tuple[str, ...]) -> Float[Tensor, " embed"]:
-        """Return the mean direction of several texts."""
-        return F.normalize(self.texts(list(texts)).mean(dim=0), dim=0)
-
-    def zero_shot(self, image: Float[Tensor, "n embed"], truths: list[Shown]) -> dict[str, float]:
-        """Return balanced accuracy of each question, and how often hair colour is right."""
-        figures = {}
-        found = margins(image, self.texts(QUESTION_TEXTS)).cpu() > 0
-        for kind, yes in zip(QUESTIONS, found.unbind(dim=1), strict=True):
-            truth = there_of(kind, truths)
-            clear = truth >= 0
-            if 0 < truth[clear].sum() < clear.sum():
-                figures[kind] = balanced(yes[clear], truth[clear].bool())
-        names = list(colours())
-        texts = torch.stack(
-            [self.mean_text((f"a person with {c} hair", f"short {c} hair", f"long {c} hair"))
-             for c in names]
-        )  # fmt: skip
-        nearest = (image @ texts.T).argmax(dim=1).cpu()
-        asked = [i for i, item in enumerate(truths) if item.hair_colour]
-        right = [names[int(nearest[i])] == truths[i].hair_colour for i in asked]
-        return figures | {"hair_colour": sum(right) / max(len(right), 1)}
+def embeddings(embed: Callable[..., Tensor], inputs: Tensor, device: torch.device) -> Embeddings:
+    """Return unit embeddings of inputs that a model takes, a few at a time."""
+    found = [embed(part.to(device)) for part in inputs.split(100)]
+    return F.normalize(torch.cat(found).float(), dim=1)
 
 
+def zero_shot(
+    said: Bool[Tensor, "n questions"], nearest: Int[Tensor, " n"], truths: list[Shown]
+) -> dict[str, float]:
+    """Return balanced accuracy of each question, and how often hair colour is right."""
+    figures = {}
+    for kind, yes in zip(QUESTIONS, said.unbind(dim=1), strict=True):
+        truth = there_of(kind, truths)
+        clear = truth >= 0
+        if 0 < truth[clear].sum() < clear.sum():
+            figures[kind] = balanced(yes[clear], truth[clear].bool())
+    names = list(colours())
+    answers = zip(nearest.tolist(), truths, strict=True)
+    right = [names[i] == item.hair_colour for i, item in answers if item.hair_colour]
+    return figures | {"hair_colour": sum(right) / max(len(right), 1)}
+
+
+@torch.no_grad()
 def figures_of(
-    reader: Reader,
-    pictures: UInt8[Tensor, "count 96 96 3"],
-    truths: list[Shown],
-    styles: tuple[str, ...],
+    model: Any, pictures: Pictures, truths: list[Shown], styles: Styles, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Return the figures of each style; of `all` of them, with retrieval among 100 captions."""
-    image = reader.images(to_images(pictures))
     rng = np.random.default_rng(0)
-    text = reader.texts([caption(item, rng, complete=True) for item in truths])
-    usable = len(image) // 100 * 100 or len(image)
-    figures = {"all": reader.zero_shot(image, truths)}
-    figures["all"]["caption"] = retrieval(image[:usable], text[:usable])
+    complete = [caption(item, rng, complete=True) for item in truths]
+    coloured = [form.format(c) for c in colours() for form in COLOURED]
+    image = embeddings(model.encode_image, normalize(to_images(pictures)), device)
+    text, questions, hair = (
+        embeddings(model.encode_text, tokenizer()(texts), device)
+        for texts in (complete, QUESTION_TEXTS, coloured)
+    )
+    hair = F.normalize(hair.unflatten(0, (-1, len(COLOURED))).mean(dim=1), dim=1)
+    said, nearest = margins(image, questions).cpu() > 0, (image @ hair.T).argmax(dim=1).cpu()
+    figures = {"all": zero_shot(said, nearest, truths)}
+    figures["all"]["caption"] = retrieval(image, text)
     for i, style in enumerate(styles):
-        figures[style] = reader.zero_shot(image[i :: len(styles)], truths[i :: len(styles)])
+        own = slice(i, None, len(styles))
+        figures[style] = zero_shot(said[own], nearest[own], truths[own])
     return figures
 
 
 def save_local_directory(model: nn.Module, folder: Path) -> None:
     """Write a model as open_clip reads it from a local directory; weights in half precision."""
-    half = {
-        name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
-        for name, t in model.state_dict().items()
-    }
+    weights = model.state_dict().items()
+    half = {name: t.half() if t.is_floating_point() else t for name, t in weights}
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, half, {"format": "pt"})
-    text = json.dumps({"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}, indent=2)
-    command.write_file(folder / "open_clip_config.json", text + "\n")
+    numbers = {"model_cfg": MODEL, "preprocess_cfg": PREPROCESS}
+    command.write_json(folder / "open_clip_config.json", numbers)
 
 
 def run(config: Config) -> None:
@@ -371,8 +327,8 @@ def run(config: Config) -> None:
     questions = Questions(truths, device)
     yes_or_no = tokenizer()(QUESTION_TEXTS).to(device)
     keys = [(item, config.seed, i) for i, item in enumerate(truths)]
-    captions = list(by_all_cores(captions_of, keys, "captions"))
-    tokens = torch.from_numpy(np.stack(captions).astype(np.int32)).to(device)
+    captions = np.stack(list(by_all_cores(captions_of, keys, "captions")))
+    tokens = torch.from_numpy(captions.astype(np.int32)).to(device)
 
     def loss_at(step: int) -> Tensor:
         random = random_at(config.seed, step, device)
@@ -388,10 +344,8 @@ def run(config: Config) -> None:
         model.train()
         # The fused attention's backward pass is twice as slow on a processor.
         with torch.autocast(device.type, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            image, text, scale = model(inputs, texts)
-        image, text, scale = image.float(), text.float(), scale.float()
-        sizes = len(chosen), len(ways), len(yes_or_no)
-        own, answers, sides = text.split(sizes)
+            image, text, scale = (part.float() for part in model(inputs, texts))
+        own, answers, sides = text.split((len(chosen), len(ways), len(yes_or_no)))
         with torch.no_grad():
             model.logit_scale.clamp_(max=np.log(100))
         truth, logits = torch.arange(len(chosen), device=device), scale * image @ own.T
@@ -400,18 +354,14 @@ def run(config: Config) -> None:
         said = questions.yes_or_no(scale * margins(image, sides), chosen)
         return contrast + answered + said
 
-    def judged(average: nn.Module, styles: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    def judged(average: nn.Module, styles: Styles) -> dict[str, dict[str, float]]:
         drawn = pictures_of(folder, styles, config.tests * len(styles), HELD_OUT_SEED)
-        return figures_of(Reader(average, device), *drawn, styles)
+        return figures_of(average, *drawn, styles, device)
 
-    average = train_by(
-        config,
-        model,
-        loss_at,
-        lambda average: judged(average, TRAINED)["all"],
-        decay_from=0.3,
-        ema=0.995,
-    )
+    def evaluate(average: nn.Module) -> dict[str, float]:
+        return judged(average, TRAINED)["all"]
+
+    average = train_by(config, model, loss_at, evaluate, decay_from=0.3, ema=0.995)
     # Once, at the end: nothing is chosen by styles that are held out.
     report = {"trained": judged(average, TRAINED), "held_out": judged(average, HELD_OUT)}
     command.write_json(config.out / "report.json", report)

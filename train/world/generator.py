@@ -20,21 +20,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
+from data.illustrated import codes
 from data.illustrated.avatars import to_images
-from data.illustrated.codes import (
-    SIZE,
-    VALUES,
-    W_DIM,
-    blend,
-    codes,
-    face_bank,
-    indices_from_z,
-    one_hot,
-    set_mapping,
-)
+from data.illustrated.codes import SIZE, VALUES, W_DIM, Indices, indices_from_z
 from targetclip import command
 from targetclip.generators import load_generator
 from targetclip.generators.rosinality import save_safetensors
@@ -45,6 +35,9 @@ from train.loop import train_by
 
 HELD_OUT_SEED = 1_000_003
 ALL = slice(None)
+Chosen = Int[Tensor, " batch"]  # places in a bank of faces
+Images = Float[Tensor, "batch 3 height width"]  # in [-1, 1]
+Ws = Float[Tensor, "batch layers w_dim"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,31 +80,26 @@ def begin(config: Training) -> torch.device:
     return command.choose_device()
 
 
-def psnr(
-    images: Float[Tensor, "batch 3 height width"], truth: Float[Tensor, "batch 3 height width"]
-) -> float:
+def psnr(images: Images, truth: Images) -> float:
     """Return the peak signal-to-noise ratio in dB, mean over pictures, for images in [-1, 1]."""
     error = (images.clamp(-1, 1) - truth).square().mean(dim=(1, 2, 3)) / 4
     return float((-10 * error.log10()).mean())
 
 
-def save_pairs(
-    truth: Float[Tensor, "batch 3 height width"],
-    images: Float[Tensor, "batch 3 height width"],
-    path: Path,
-) -> None:
+def save_pairs(truth: Images, images: Images, path: Path) -> None:
     """Write a picture to look at while something trains: rows of what was wanted and found."""
-    rows: dict[str, list[Image.Image]] = {}
-    for start in range(0, len(truth), 8):
-        rows[f"wanted {start}"] = tensor_to_pictures(truth[start : start + 8])
-        rows[f"found {start}"] = tensor_to_pictures(images[start : start + 8])
+    rows = {
+        f"{name} {start}": tensor_to_pictures(shown[start : start + 8])
+        for start in range(0, len(truth), 8)
+        for name, shown in (("wanted", truth), ("found", images))
+    }
     labelled_grid(None, rows).save(path)
 
 
 def importance(size: int) -> Float[Tensor, "1 1 size size"]:
     """Return the weight of each pixel in the loss: a face counts double; 1 on average."""
-    weight = torch.ones(1, 1, size, size)
-    weight[:, :, size * 9 // 32 : size * 23 // 32, size * 9 // 32 : size * 23 // 32] = 2.0
+    weight, face = torch.ones(1, 1, size, size), slice(size * 9 // 32, size * 23 // 32)
+    weight[:, :, face, face] = 2.0
     return weight / weight.mean()
 
 
@@ -121,8 +109,7 @@ def random_at(seed: int, step: int, device: torch.device) -> torch.Generator:
 
 
 def load_bundled(path: Path, device: torch.device) -> StyleGAN2:
-    """Read a generator of avatars onto a device. ValueError: its latents or images are not those of
-    `data.illustrated.codes`, as those of every other generator."""
+    """Read a generator of avatars. ValueError: its latents or images have other sizes."""
     generator = load_generator(path)
     if (generator.w_dim, generator.resolution) != (W_DIM, SIZE):
         raise ValueError(
@@ -133,21 +120,17 @@ def load_bundled(path: Path, device: torch.device) -> StyleGAN2:
     return generator.to(device)
 
 
-def pick(limit: int, count: int, random: torch.Generator) -> Int[Tensor, " count"]:
+def pick(limit: int, count: int, random: torch.Generator) -> Chosen:
     """Draw numbers from 0 to `limit` - 1."""
     return torch.randint(limit, (count,), generator=random, device=random.device)
 
 
-def exact_ws(
-    indices: Int[Tensor, "batch attributes"], layers: int
-) -> Float[Tensor, "batch layers w"]:
+def exact_ws(indices: Indices, layers: int) -> Ws:
     """Return the exact codes of faces, the same for all layers."""
-    return codes(one_hot(indices))[:, None].expand(-1, layers, -1)
+    return codes.codes(codes.one_hot(indices))[:, None].expand(-1, layers, -1)
 
 
-def rendered(
-    generator: StyleGAN2, ws: Float[Tensor, "batch layers w"]
-) -> Float[Tensor, "batch 3 128 128"]:
+def rendered(generator: StyleGAN2, ws: Ws) -> Images:
     """Return a generator's images of latents, a few at a time."""
     return torch.cat([generator.synthesis(part) for part in ws.split(64)])
 
@@ -156,9 +139,9 @@ class Faces:
     """Pictures of faces, and codes to ask a generator for them with, on one device."""
 
     def __init__(self, folder: Path, count: int, seed: int, device: torch.device) -> None:
-        z, pictures = face_bank(folder, count, seed)
+        z, pictures = codes.face_bank(folder, count, seed)
         self.z, self.pictures = z.to(device), pictures.to(device)
-        self.indices: Int[Tensor, "count attributes"] = indices_from_z(self.z)
+        self.indices: Indices = indices_from_z(self.z)
 
     @classmethod
     def banks(cls, config: Any, device: torch.device) -> tuple["Faces", "Faces"]:
@@ -167,41 +150,28 @@ class Faces:
         held = cls(folder, min(512, count), HELD_OUT_SEED, device)
         return cls(folder, count, config.seed, device), held
 
-    def images(
-        self, chosen: Int[Tensor, " batch"] | slice = ALL
-    ) -> Float[Tensor, "batch 3 128 128"]:
+    def images(self, chosen: Chosen | slice = ALL) -> Images:
         """Return pictures as images in [-1, 1]."""
         return to_images(self.pictures[chosen])
 
-    def blended(
-        self, chosen: Int[Tensor, " batch"] | slice, layers: int, random: torch.Generator
-    ) -> Float[Tensor, "batch layers w"]:
+    def blended(self, chosen: Chosen | slice, layers: int, random: torch.Generator) -> Ws:
         """Return codes of faces with values of other faces mixed in, which do not show."""
         indices = self.indices[chosen]
         other = self.indices[pick(len(self.z), len(indices), random)]
-        return codes(blend(indices, other, random, layers))
+        return codes.codes(codes.blend(indices, other, random, layers))
 
-    def mixed(
-        self, network: StyleGAN2, chosen: Int[Tensor, " batch"], random: torch.Generator
-    ) -> Float[Tensor, "batch layers w"]:
+    def mixed(self, network: StyleGAN2, chosen: Chosen, random: torch.Generator) -> Ws:
         """Return latents, a half of them blended, a quarter exact, and a quarter from z."""
         exact, mapped, *blended = chosen.tensor_split(4)
-        parts = (
-            exact_ws(self.indices[exact], network.num_ws),
-            network.mapping(self.z[mapped]),
-            self.blended(torch.cat(blended), network.num_ws, random),
-        )
-        return torch.cat(parts)
+        ws = exact_ws(self.indices[exact], network.num_ws), network.mapping(self.z[mapped])
+        return torch.cat([*ws, self.blended(torch.cat(blended), network.num_ws, random)])
 
 
 def new_network(sizes: StyleGAN2Config) -> StyleGAN2:
-    """Return an untrained network with the mapping of the codes, which is not to be trained.
-
-    What no code has is without effect: its weights would stay as they were drawn.
-    """
+    """Return an untrained network with the mapping of the codes, which is not to be trained."""
     network = StyleGAN2(sizes)
-    set_mapping(network.mapping_network)
-    with torch.no_grad():
+    codes.set_mapping(network.mapping_network)
+    with torch.no_grad():  # what no code has would keep the weights it was drawn with
         for layer in (*network.convs, *network.to_rgbs):
             layer.affine.weight[:, VALUES:] = 0
     return network
@@ -210,28 +180,23 @@ def new_network(sizes: StyleGAN2Config) -> StyleGAN2:
 def run(config: Config) -> None:
     device = begin(config)
     faces, held = Faces.banks(config, device)
-    sizes = StyleGAN2Config(
-        resolution=SIZE, w_dim=W_DIM, z_dim=W_DIM, mapping_layers=2, channels=config.channels
-    )
+    latents = {"w_dim": W_DIM, "z_dim": W_DIM, "mapping_layers": 2}
+    sizes = StyleGAN2Config(resolution=SIZE, channels=config.channels, **latents)
     network = new_network(sizes)
     if config.start is not None:
-        network = load_generator(config.start).requires_grad_(True)
+        network = load_generator(config.start)
         if network.config != sizes:
             raise ValueError(f"--start {config.start}: expected {sizes}, found {network.config}")
-    network.mapping_network.requires_grad_(False)
     network = network.to(device)
     weight, truth, layers = importance(SIZE).to(device), held.images(), network.num_ws
 
     def loss_at(network: StyleGAN2, mixed: bool, step: int) -> Tensor:
         random = random_at(config.seed, step, device)
         chosen = pick(len(faces.z), config.batch_size, random)
-        wanted = faces.images(chosen)
-        if mixed:
-            ws = faces.mixed(network, chosen, random)
-        else:
-            ws = exact_ws(faces.indices[chosen], layers)
+        exact = exact_ws(faces.indices[chosen], layers)
+        ws = faces.mixed(network, chosen, random) if mixed else exact
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            error = network.synthesis(ws) - wanted
+            error = network.synthesis(ws) - faces.images(chosen)
         return (weight * (error.square() + 0.3 * error.abs())).mean()
 
     def evaluate(out: Path, average: StyleGAN2) -> dict[str, float]:
@@ -240,30 +205,21 @@ def run(config: Config) -> None:
             "blended": held.blended(ALL, layers, random_at(config.seed, 0, device)),
             "mapped": average.mapping(held.z),
         }
-        figures = {}
-        for name, ws in kinds.items():
-            images = rendered(average, ws)
-            figures[f"psnr_{name}"] = psnr(images, truth)
-            save_pairs(truth[:32], images[:32], out / f"{name}.png")
-        return figures
+        images = {name: rendered(average, ws) for name, ws in kinds.items()}
+        for name, found in images.items():
+            save_pairs(truth[:32], found[:32], out / f"{name}.png")
+        return {f"psnr_{name}": psnr(found, truth) for name, found in images.items()}
 
-    first = {"steps": config.exact_steps, "learning_rate": config.exact_learning_rate}
-    for stage, mixed, schedule in (
-        ("exact", False, {**first, "decay_from": 0.9}),
-        ("blends", True, {"decay_from": 0.3}),
-    ):
-        if stage == "exact" and config.start is not None:
-            continue
-        network = train_by(
-            config,
-            network,
-            partial(loss_at, network, mixed),
-            partial(evaluate, config.out / stage),
-            out=config.out / stage,
-            more={"stage": stage},
-            **schedule,
-        ).requires_grad_(True)
-        network.mapping_network.requires_grad_(False)
+    def train(network: StyleGAN2, stage: str, mixed: bool, **schedule: Any) -> StyleGAN2:
+        network.requires_grad_(True).mapping_network.requires_grad_(False)
+        losses, out = partial(loss_at, network, mixed), config.out / stage
+        figures, more = partial(evaluate, out), {"stage": stage}
+        return train_by(config, network, losses, figures, out=out, more=more, **schedule)
+
+    if config.start is None:
+        steps, rate = config.exact_steps, config.exact_learning_rate
+        network = train(network, "exact", False, steps=steps, learning_rate=rate, decay_from=0.9)
+    network = train(network, "blends", True, decay_from=0.3)
     with command.whole_file(config.out / "generator.safetensors") as temporary:
         save_safetensors(network, temporary)  # the mapping is finer than half precision
     command.say_next(config.out, "generator.safetensors", "train its inverter and reader")

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE
+from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE, Indices
 from targetclip import command
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from train.loop import train_by
 from train.world import reader
-from train.world.generator import random_at
+from train.world.generator import Images, random_at
 
 IDENTITY = [i for i, attribute in enumerate(ATTRIBUTES) if not attribute.essence]
 FEATURES = sum(COUNTS[i] for i in IDENTITY)
@@ -41,7 +41,7 @@ class Config(reader.Config):
     learning_rate: float = 1.5e-3
 
 
-def features_of(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch features"]:
+def features_of(indices: Indices) -> Float[Tensor, "batch features"]:
     """Return what the network is to predict: each identity attribute as a vector of length 1.
 
     Vectors of different values have equal angles and the mean 0, so two people who share nothing
@@ -55,20 +55,13 @@ def features_of(indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batc
     return torch.cat(parts, dim=1)
 
 
-def with_essence_of(
-    indices: Int[Tensor, "batch attributes"], other: Int[Tensor, "batch attributes"]
-) -> Int[Tensor, "batch attributes"]:
+def with_essence_of(indices: Indices, other: Indices) -> Indices:
     """Return the same people with the essence of others."""
-    mixed = other.clone()
-    mixed[:, IDENTITY] = indices[:, IDENTITY]
-    return mixed
+    places = torch.tensor(IDENTITY, device=other.device)
+    return other.index_copy(1, places, indices[:, places])
 
 
-def figures_of(
-    model: AvatarIdentity,
-    first: Float[Tensor, "people 3 height width"],
-    second: Float[Tensor, "people 3 height width"],
-) -> dict[str, float]:
+def figures_of(model: AvatarIdentity, first: Images, second: Images) -> dict[str, float]:
     """Return how well a model knows people again among GALLERY, and cosines of same and others."""
     galleries, probes = (
         torch.stack([model.embed_images(part) for part in side.split(GALLERY)])
@@ -76,9 +69,9 @@ def figures_of(
     )
     cosines = probes @ galleries.transpose(1, 2)
     same = cosines.diagonal(dim1=1, dim2=2)
-    people = cosines.shape[1]
-    others = cosines[:, ~torch.eye(people, dtype=torch.bool, device=cosines.device)]
-    right = cosines.argmax(dim=2) == torch.arange(people, device=cosines.device)
+    places = torch.arange(cosines.shape[1], device=cosines.device)
+    others = cosines[:, places[:, None] != places]
+    right = cosines.argmax(dim=2) == places
     return {
         "same": float(same.mean()),
         "same_5_percent": float(same.quantile(0.05)),
@@ -91,8 +84,7 @@ def run(config: Config) -> None:
     sight = reader.Sight(config)
     faces, known = sight.faces, sight.known
     device, count = faces.z.device, min(4 * GALLERY, len(known.z) // 2 * 2)
-    sizes = IdentityConfig(SIZE, (24, 32, 48, 64, 96), 128, FEATURES)
-    identity = AvatarIdentity(sizes).to(device)
+    identity = AvatarIdentity(IdentityConfig(SIZE, (24, 32, 48, 64, 96), 128, FEATURES)).to(device)
     everyone = known.indices[:count]
     swapped = with_essence_of(everyone, everyone.roll(1, 0))
     pairs = {
@@ -104,16 +96,11 @@ def run(config: Config) -> None:
         images, chosen = sight.batch(config.batch_size, random_at(config.seed, step, device))
         with torch.autocast(device.type, dtype=torch.bfloat16):
             found = identity(images).float()
-        wanted = features_of(faces.indices[chosen])
-        loss: Tensor = (found - wanted).square().mean()
-        return loss
+        return F.mse_loss(found, features_of(faces.indices[chosen]))
 
     def evaluate(average: AvatarIdentity) -> dict[str, float]:
-        return {
-            f"{kind}_{name}": value
-            for kind, sides in pairs.items()
-            for name, value in figures_of(average, *sides).items()
-        }
+        read = {kind: figures_of(average, *sides) for kind, sides in pairs.items()}
+        return {f"{kind}_{k}": value for kind, one in read.items() for k, value in one.items()}
 
     average = train_by(config, identity, loss_at, evaluate, ema=0.998)
     save_identity(average.cpu(), config.out / "identity.safetensors")

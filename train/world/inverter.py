@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from data.illustrated.codes import strongest
 from targetclip import command
@@ -60,12 +61,11 @@ def run(config: Config) -> None:
         images, chosen = sight.batch(count, random)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             found = inverter(images).float()
-            codes: Tensor = (found - exact_ws(faces.indices[chosen], layers)).square().mean()
+            codes = F.mse_loss(found, exact_ws(faces.indices[chosen], layers))
             if not pictures:
                 return codes
             error = generator.synthesis(found) - images
-        loss: Tensor = codes + (error.square() + 0.3 * error.abs()).mean()
-        return loss
+        return codes + (error.square() + 0.3 * error.abs()).mean()
 
     def evaluate(average: Inverter) -> dict[str, float]:
         ws = torch.cat([average(part) for part in held.split(64)])
@@ -74,13 +74,12 @@ def run(config: Config) -> None:
         right = strongest(ws.mean(dim=1)) == known.indices
         return {"psnr": psnr(images, held), "right": float(right.float().mean())}
 
-    stages: tuple[tuple[str, bool, dict[str, Any]], ...] = (
-        ("codes", False, {"steps": config.code_steps, "decay_from": 0.6}),
-        ("pictures", True, {"learning_rate": config.learning_rate / 2, "decay_from": 0.3}),
-    )
-    for stage, pictures, schedule in stages:
+    def train(stage: str, pictures: bool, **schedule: Any) -> None:
         losses, out = partial(loss_on, pictures), config.out / stage
         average = train_by(config, inverter, losses, evaluate, out=out, ema=0.998, **schedule)
         inverter.load_state_dict(average.state_dict())
-    save_inverter(average.cpu(), config.out / "inverter.safetensors")
+
+    train("codes", False, steps=config.code_steps, decay_from=0.6)
+    train("pictures", True, learning_rate=config.learning_rate / 2, decay_from=0.3)
+    save_inverter(inverter.cpu(), config.out / "inverter.safetensors")
     command.say_next(config.out, "inverter.safetensors, grid.png", "name it in the world's file")

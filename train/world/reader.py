@@ -16,28 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.illustrated.codes import ATTRIBUTES, COUNTS, one_hot, visible
-from eval.reader import NAMES, PRESENT, AvatarReader, save_reader
+from data.illustrated.codes import COUNTS, Indices, one_hot, visible
+from eval.reader import NAMES, PRESENT, SPANS, AvatarReader, save_reader, with_presence
 from targetclip import command
 from train.loop import train_by
-from train.world.generator import (
-    Faces,
-    Training,
-    begin,
-    exact_ws,
-    load_bundled,
-    pick,
-    random_at,
-    rendered,
-)
+from train.world import generator
+from train.world.generator import Chosen, Faces, Images, exact_ws, pick, random_at, rendered
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Training):
+class Config(generator.Training):
     generator: Path
     out: Path
     """Folder for checkpoint, log and reader.safetensors."""
@@ -55,13 +46,11 @@ class Sight:
     """Pictures to learn to read: drawn ones, and what a generator makes of the same faces."""
 
     def __init__(self, config: Config) -> None:
-        device = begin(config)
-        self.generator, self.noise = load_bundled(config.generator, device), config.noise
+        device, self.noise = generator.begin(config), config.noise
+        self.generator = generator.load_bundled(config.generator, device)
         self.faces, self.known = Faces.banks(config, device)
 
-    def batch(
-        self, count: int, random: torch.Generator
-    ) -> tuple[Float[Tensor, "batch 3 128 128"], Int[Tensor, " batch"]]:
+    def batch(self, count: int, random: torch.Generator) -> tuple[Images, Chosen]:
         """Return pictures with a little noise, and which faces of the bank they show."""
         chosen = pick(len(self.faces.z), count, random)
         made = self.generated(chosen[: count // 3], random)
@@ -71,44 +60,29 @@ class Sight:
         return images + self.noise * deviation * grain, chosen
 
     @torch.no_grad()
-    def generated(
-        self, chosen: Int[Tensor, " batch"], random: torch.Generator
-    ) -> Float[Tensor, "batch 3 128 128"]:
+    def generated(self, chosen: Chosen, random: torch.Generator) -> Images:
         """Return the generator's pictures of faces, every second part from blended codes."""
         exact, blended = chosen.tensor_split(2)
         layers = self.generator.num_ws
-        ws = (
-            exact_ws(self.faces.indices[exact], layers),
-            self.faces.blended(blended, layers, random),
-        )
+        mixed = self.faces.blended(blended, layers, random)
+        ws = torch.cat([exact_ws(self.faces.indices[exact], layers), mixed])
         with torch.autocast(random.device.type, dtype=torch.bfloat16):
-            made = self.generator.synthesis(torch.cat(ws))
-        return made.float().clamp(-1, 1)
+            return self.generator.synthesis(ws).float().clamp(-1, 1)
 
     @torch.no_grad()
-    def exact(self, indices: Int[Tensor, "batch attributes"]) -> Float[Tensor, "batch 3 128 128"]:
+    def exact(self, indices: Indices) -> Images:
         """Return the generator's pictures of exact codes."""
         return rendered(self.generator, exact_ws(indices, self.generator.num_ws)).clamp(-1, 1)
 
 
-def agreements(
-    found: Int[Tensor, "batch attributes"], truth: Int[Tensor, "batch attributes"]
-) -> dict[str, float]:
-    """Return how often a reader is right about each attribute, where the picture shows it.
-
-    And about whether each kind of `PRESENT` is there at all.
-    """
-    seen = visible(truth)
-    figures = {
-        attribute.name: float((found == truth)[seen[:, i], i].float().mean())
-        for i, attribute in enumerate(ATTRIBUTES)
-    }
-    for kind, (name, values) in PRESENT.items():
-        at = NAMES.index(name)
-        known = torch.tensor([ATTRIBUTES[at].values.index(value) for value in values])
-        right = torch.isin(found[:, at], known) == torch.isin(truth[:, at], known)
-        figures[f"{kind}_there"] = float(right.float().mean())
-    return figures
+def agreements(found: Indices, truth: Indices) -> dict[str, float]:
+    """Return how often a reader is right about each attribute, where the picture shows it, and
+    about whether each kind of `PRESENT` is there at all."""
+    right, seen = (found == truth).float(), visible(truth)
+    figures = {name: float(right[seen[:, i], i].mean()) for i, name in enumerate(NAMES)}
+    read, known = (with_presence(one_hot(indices)) for indices in (found, truth))
+    same = (read == known).float()
+    return figures | {f"{k}_there": float(same[:, SPANS[k].start].mean()) for k in PRESENT}
 
 
 def run(config: Config) -> None:
@@ -118,9 +92,8 @@ def run(config: Config) -> None:
     held = {"drawn": known.images(), "generated": sight.exact(known.indices)}
 
     def loss_at(step: int) -> Tensor:
-        images, chosen = sight.batch(
-            config.batch_size, random_at(config.seed, step, faces.z.device)
-        )
+        random = random_at(config.seed, step, faces.z.device)
+        images, chosen = sight.batch(config.batch_size, random)
         with torch.autocast(images.device.type, dtype=torch.bfloat16):
             logits = reader(images).float()
         truth = one_hot(faces.indices[chosen])
