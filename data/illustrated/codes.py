@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.illustrated.avatars import Drawn, Options, bank, draw, render
-from data.illustrated.shown import colours
 from targetclip.generators.stylegan2 import SQRT2, EqualizedLinear, Mapping, normalize_latent
 
 STYLE = "avataaars"
@@ -27,7 +26,11 @@ SCALE = 2.0
 RAMP = 0.05  # part of an interval of z in which one value fades into the next
 NONE = "none"
 
-HAIR_COLOURS = {name: values[0] for name, values in colours().items()}
+HAIR_COLOURS = {
+    "black": "#231c1c", "brown": "#6b4028", "auburn": "#a55728", "blonde": "#e0b860",
+    "white": "#f3efe8", "grey": "#979797", "red": "#c8281e", "orange": "#f28322",
+    "pink": "#f46fae", "purple": "#8547c4", "blue": "#3f74d8", "green": "#3fa84c",
+}  # fmt: skip
 HAT_COLOURS = {
     "black": "#262e33", "white": "#efefef", "grey": "#8d9093", "red": "#e03c3c",
     "yellow": "#f7c948", "green": "#35a86b", "blue": "#3d6fd9", "pink": "#ff5c9e",
