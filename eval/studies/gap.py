@@ -56,8 +56,8 @@ from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 FORMAT = "targetclip-gap/1"
 REFINE_RATE = 0.03  # as the product refines
 # Of searches for edits of each source. With the recipe's 0.2, 600 steps from none end higher than
-# 150 at 0.03 from the mapper's answer; 0.05 lies between and was not tried. In the coordinates of a
-# span, 0.03 never gets below its start and 0.01 does.
+# 150 at 0.03 from the mapper's answer; with 0.05, those from the mapper's answer end lower. In the
+# coordinates of a span, 0.03 never gets below its start and 0.01 does.
 EDIT_RATE, SPAN_RATE = 0.05, 0.01
 LOW_DECAY = 0.2  # of the teacher whose transfer score is higher, as a part of the recipe's
 MARKS = (0, 1, 2, 5, 10, 20, 40, 80, 150, 300, 600, 1200)  # steps at which curves have a point
