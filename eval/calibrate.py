@@ -50,7 +50,7 @@ from targetclip.command import Precision
 from targetclip.media.images import write_picture
 from targetclip.optimize import losses_of
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.scene import score_features
+from targetclip.scores import score_features
 from targetclip.seeds import CALIBRATION_TARGETS, VALIDATION_SOURCES, probe_seeds, seed_of
 from targetclip.world import DEFAULT_WORLD, load_world
 

@@ -28,7 +28,8 @@ from data.teacher import search_in_batches
 from eval.sets import Directions, Embeddings, EvalSet, Sources
 from eval.truth import Truth, with_essence
 from predictor.correction import SourceCorrection, mixed_corrections
-from predictor.mapper import FoldedMapper, Mapper, Prediction
+from predictor.folded import FoldedMapper
+from predictor.mapper import Mapper, Prediction
 from predictor.mapper_file import trained_recipe
 from predictor.transfer import EssenceTransfer
 from targetclip.command import Precision, in_precision

@@ -27,13 +27,15 @@ from predictor.direction import (
     searched_direction,
 )
 from predictor.editing import Editing, Moves
+from predictor.folded import FoldedMapper
 from predictor.inputs import Target, Text, as_recipe, as_target, check_mode
-from predictor.mapper import NO_TRADEOFF, FoldedMapper, Mapper, Prediction, load_mapper
+from predictor.mapper import Mapper, load_mapper
 from predictor.mapper_file import check_made_for, trained_recipe
 from predictor.text import TextEmbedder, TextTargets
-from predictor.tradeoff import check_keep
+from predictor.tradeoff import NO_TRADEOFF, check_keep
 from targetclip.recipes import RECIPES, Initial, Preprocess, Recipe
-from targetclip.scene import Scene, Scores
+from targetclip.scene import Scene
+from targetclip.scores import Scores, score_features
 from targetclip.seeds import probe_seeds, seed_of
 from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
@@ -241,14 +243,6 @@ class EssenceTransfer(Editing):
         )
         return direction.uncorrected() if one_direction else direction
 
-    def predict_embeddings(
-        self, embeddings: Float[Tensor, "targets embed"], keep_identity: float | None = None
-    ) -> Prediction:
-        """Return the mapper's answers to embeddings, raw or unit. ValueError: see `place`."""
-        with torch.no_grad():
-            prediction: Prediction = self.asked_mapper()(embeddings, self.place(keep_identity))
-        return prediction
-
     def probe_score(
         self, embedding: Float[Tensor, " embed"], direction: Moves, probes: int
     ) -> float:
@@ -312,7 +306,8 @@ class EssenceTransfer(Editing):
         edited: Float[Tensor, "sources 3 height width"],
     ) -> Scores:
         """Score edits, through the embedder's own preprocessing whatever the recipe."""
-        return self.scene.score_images(self.embed_target(target), sources, edited)
+        before, after = map(self.scene.image_features, (sources, edited))
+        return score_features(self.embed_target(target), before, after)
 
 
 def essence_of(
@@ -346,11 +341,9 @@ def load_essence(
     Args:
         world: a world, its name or the path of its file.
         device: None: torch's default device.
-        max_images: see `load_scene`.
-        checkpoint_layers: see `load_scene`.
+        max_images, checkpoint_layers: see `load_scene`.
 
-    Raises:
-        FileNotFoundError, ValueError: as `load_world`, `load_scene` and `load_mapper`.
+    FileNotFoundError, ValueError: as `load_world`, `load_scene` and `load_mapper`.
     """
     if not isinstance(world, World):
         world = load_world(str(world))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import datasets
 import numpy as np
@@ -31,7 +31,6 @@ from data.targets import (
     Target,
     TargetSet,
     digest_of,
-    layer_thirds,
     open_targets,
     split_of,
 )
@@ -41,11 +40,7 @@ from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import VALIDATION_SOURCES, seed_of
-
-SourceKind = Literal["generated", "mixed", "inverted"]
-"""Samples of the generator, samples of another latent in each third of the layers, and what the
-inverter answers to renderings of samples, as pictures of people are edited."""
-KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
+from train.mapper_batches import inverted
 
 logger = logging.getLogger(__name__)
 
@@ -56,33 +51,6 @@ FLOOR = 0.05  # of the mean deviation: what hardly varies must not become the lo
 SOURCES = 16  # to validate on
 SHOWN = 8  # targets in the picture, of each kind, and sources + 1
 IN_RANGE = ("avataaars:", "generated:", "mixed:")  # what the bundled generator can show
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSizes:
-    """What one batch of a process holds."""
-
-    batch_size: int = 16
-    """Targets a step and process in the transfer term."""
-    pairs_batch_size: int = 256
-    """Pairs a step and process."""
-    differences_batch_size: int = 64
-    """Differences between two random latents a step and process."""
-    noise: float = 0.0
-    """Expected length of the noise added to the unit embeddings that the mapper is given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceReading:
-    """How the transfer term learns from sources."""
-
-    kinds: tuple[SourceKind, ...] = ("generated",)
-    """Of sources, in equal parts."""
-    uncorrected: float = 0.25
-    """Part of the targets whose sources are moved along the direction alone, so that it stays an
-    answer of its own where there is a correction."""
-    decay: float = 0.0
-    """Weight decay of corrections."""
 
 
 def embed_unit(
@@ -252,45 +220,6 @@ def drawn_targets(
     chosen = np.sort(torch.randperm(len(bank), generator=random)[:count].numpy())
     drawn: ndarray = bank[chosen]
     return drawn
-
-
-# Sources
-
-
-@torch.no_grad()
-def inverted(
-    scene: Scene, ws: Float[Tensor, "sources num_ws w_dim"]
-) -> Float[Tensor, "sources num_ws w_dim"]:
-    """Return the inverter's latents of renderings, in full precision.
-    ValueError: there is no inverter."""
-    if scene.inverter is None:
-        raise ValueError("--source-kinds: inverted sources need a world with an inverter")
-    images = scene.render(ws).float().clamp(-1, 1)
-    with torch.autocast(scene.device.type, enabled=False):
-        parts = images.split(scene.at_once)
-        return torch.cat([scene.inverter(part) for part in parts])
-
-
-def training_sources(
-    scene: Scene, seeds: Sequence[int], kinds: Sequence[SourceKind]
-) -> Float[Tensor, "sources num_ws w_dim"]:
-    """Return one source for each seed, whose kinds take turns.
-
-    Inverted ones are made anew as well: rendering a few without gradients is a small part of a
-    step, and a step then depends on its seeds alone, whatever was drawn before it.
-
-    ValueError: as `inverted`.
-    """
-    ws = scene.latents(seeds)
-    sources, layers = ws.clone(), list(range(ws.shape[1]))
-    for turn, kind in enumerate(kinds):
-        rows = torch.arange(turn, len(ws), len(kinds))
-        if kind == "mixed":
-            others = (rows[:, None] + torch.tensor(layer_thirds(len(layers)))) % len(ws)
-            sources[rows] = ws[others, layers]
-        elif kind == "inverted" and len(rows):
-            sources[rows] = inverted(scene, ws[rows])
-    return sources
 
 
 # Pairs

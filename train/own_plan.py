@@ -30,8 +30,9 @@ from targetclip.recipes import RECIPES
 from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import CALIBRATION_TARGETS, DEFAULT_TARGETS, TRAINING_TARGETS
 from targetclip.world import DEFAULT_WORLD, World, load_scene
-from train import mapper
-from train.mapper_objective import Objective, TrainingStage
+from train import mapper, mapper_settings
+from train.mapper_objective import Objective
+from train.mapper_settings import TrainingStage
 from train.own import MAPPER, PLAN, PROGRESS, Config, Stage, duration, is_done, read, words_of
 
 CLIP_SIDE = 256  # px: CLIP reads 224, so most steps render no more
@@ -110,11 +111,13 @@ def build_config(words: Sequence[str]) -> build.Config:
     return command.parse(build.Config, "python -m data.build", None, [*words[1:]])
 
 
-def mapper_config(words: Sequence[str]) -> mapper.Config:
+def mapper_config(words: Sequence[str]) -> mapper_settings.Config:
     """Read the flags of train.mapper. SystemExit: a usage error, which is one line."""
-    kind = tyro.conf.OmitArgPrefixes[mapper.Config]
-    config: mapper.Config = command.parse(kind, "python -m train.mapper", None, [*words[1:]])
-    mapper.check_config(config)
+    kind = tyro.conf.OmitArgPrefixes[mapper_settings.Config]
+    config: mapper_settings.Config = command.parse(
+        kind, "python -m train.mapper", None, [*words[1:]]
+    )
+    mapper_settings.check_config(config)
     return config
 
 
@@ -141,16 +144,16 @@ def schedule_of(steps: int, pairs: int, side: int | None) -> tuple[str, ...]:
     return first, f"transfer@{side}:{steps - last}", f"transfer:{last}"
 
 
-def images_of_batch(config: mapper.Config, world: World) -> int:
+def images_of_batch(config: mapper_settings.Config, world: World) -> int:
     """Return the images that a batch of the transfer term renders."""
     recipe = RECIPES[config.transfer.recipe or world.recipe]
     sources = config.transfer.sources or recipe.sources
     return config.batches.batch_size * sources
 
 
-def transfer_stages(config: mapper.Config) -> list[TrainingStage]:
+def transfer_stages(config: mapper_settings.Config) -> list[TrainingStage]:
     """Return the stages that render."""
-    return [stage for stage in mapper.stages_of(config) if "transfer" in stage.terms]
+    return [stage for stage in mapper_settings.stages_of(config) if "transfer" in stage.terms]
 
 
 def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) -> list[Stage]:
@@ -216,7 +219,7 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
     if training.max_images is None and facts.fits < images:
         words += ["--max-images", str(facts.fits)]
     pictures = sum(map(size_of, training.data.targets or ()))
-    total = sum(stage.steps for stage in mapper.stages_of(training))
+    total = sum(stage.steps for stage in mapper_settings.stages_of(training))
     validated = sum(map(size_of, training.data.validation or ())) or 64
     looks = (
         (1 + total // training.evaluate_every)
@@ -351,7 +354,7 @@ def fitting_images(scene: Scene, identity_weight: float) -> int:
 
 
 def seconds_of_passes(
-    config: mapper.Config, world: World, device: torch.device
+    config: mapper_settings.Config, world: World, device: torch.device
 ) -> dict[str, float]:
     """Return `Facts.passes`, of a few steps on embeddings at random."""
     _, recipe, scene = mapper.make_scene(config, device)
@@ -397,7 +400,7 @@ def timed_search(config: Config, world: World, device: torch.device) -> Facts:
             ws = scene.latents(range(min(fits, 16)))
             image = timed(lambda: scene.features(ws)) / len(ws)
     at_once = config.max_images or (fits if fits < recipe.sources else None)
-    scene = scene.with_max_images(at_once)
+    scene = replace(scene, max_images=at_once)
     teacher = make_teacher(scene, name, recipe, building.held_out, facts.precision)
     times: dict[int, float] = {}
 

@@ -292,7 +292,7 @@ class Study:
                     if progress.step + 1 in marks:
                         marked.append(progress.directions.detach().clone())
 
-                found = scene.with_max_images(len(embeddings) * count).search(
+                found = replace(scene, max_images=len(embeddings) * count).search(
                     embeddings,
                     recipe,
                     start[part],

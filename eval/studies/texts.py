@@ -225,7 +225,7 @@ def judge_targets(
     """
     judges, texts = setup.judges, [target for target in targets if isinstance(target, str)]
     embeddings = setup.embed_raw(texts) if way == RAW else setup.embed(targets)
-    directions = setup.essence.predict_embeddings(embeddings).directions
+    directions = setup.essence.asked_mapper()(embeddings).directions
     asked = embeddings.float().cpu()
     shown = judges.scene.embedder.embed_pictures(pictures).cpu() if pictures else asked
     goal = Goal(embeddings=shown, second=None, people=None, truth=truth)

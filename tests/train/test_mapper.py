@@ -31,8 +31,6 @@ from train import encoder, mapper_objective
 from train.loop import CHECKPOINT, LOG
 from train.mapper import (
     MAPPER,
-    Config,
-    Data,
     MapperTraining,
     command_of,
     make_scene,
@@ -40,21 +38,20 @@ from train.mapper import (
     run,
     with_targets,
 )
-from train.mapper_data import (
-    Validation,
-    embed_unit,
-    open_pairs,
-    target_bank,
-    training_sources,
-)
-from train.mapper_objective import (
-    TERMS,
+from train.mapper_batches import (
     Mixtures,
-    Objective,
-    TrainingStage,
     drawn_mixtures,
     drawn_places,
     noisy,
+    training_sources,
+)
+from train.mapper_data import Validation, embed_unit, open_pairs, target_bank
+from train.mapper_objective import Objective
+from train.mapper_settings import (
+    TERMS,
+    Config,
+    Data,
+    TrainingStage,
     parse_schedule,
     stage_at,
 )
