@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,7 @@ def test_the_reader_is_not_trusted_with_other_styles(
 def test_attributes_are_left_out_where_faces_cannot_be_drawn(
     avatars: Path, avatar_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "dicebear" or None)
+    monkeypatch.setitem(sys.modules, "dicebear", None)
     report = run(config(avatars, avatar_world, "unchanged"))
     row = report["results"]["unchanged"]
     assert not {*row} & READ and row["by_attribute"] == {} and report["truth"] == {}
