@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.card import SUMS
-from data.dataset import load_pairs, networks_of, recipe_of
-from data.pairs import dimensions
+from data.dataset import check_made_for, load_pairs, recipe_of
 from data.publish import sha256_of
 from data.targets import (
     BadTarget,
@@ -34,9 +33,9 @@ from data.targets import (
     open_targets,
     split_of,
 )
+from predictor.editing import edits_sheet
 from predictor.mapper import Mapper, Prediction
 from targetclip.command import whole_file
-from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import VALIDATION_SOURCES, seed_of
@@ -246,24 +245,6 @@ class Pairs:
         return directions
 
 
-def check_pairs(folder: Path, sizes: tuple[int, int, int], scene: Scene) -> None:
-    """Raise a ValueError unless pairs of these sizes are for this generator and this embedder."""
-    generator, embedder = scene.generator, scene.embedder
-    expected = (embedder.embed_dim, generator.num_ws, generator.w_dim)
-    if sizes != expected:
-        raise ValueError(
-            f"--pairs: expected embed, num_ws, w_dim {expected}, as this world's, found {sizes} in "
-            f"{str(folder)!r}; build pairs for this world, or give theirs as --world"
-        )
-    own = {"generator": generator.fingerprint, "embedder": embedder.fingerprint}
-    for (name, fingerprint), other in zip(own.items(), networks_of(folder), strict=True):
-        if fingerprint != other:
-            raise ValueError(
-                f"--pairs: expected pairs of {name} {fingerprint[:12]}, found {other[:12]} in "
-                f"{str(folder)!r}; build pairs for this world, or give theirs as --world"
-            )
-
-
 def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]) -> Pairs:
     """Return the first `count` pairs of the train split by order of ids, all if None.
 
@@ -272,7 +253,7 @@ def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]
     FileNotFoundError, ValueError: see `load_pairs`; pairs of other networks, or too few.
     """
     rows = load_pairs(folder, "train")
-    check_pairs(folder, dimensions(rows.features), scene)
+    check_made_for(folder, rows.features, scene)
     ids = rows["id"][:]
     order = sorted((i for i in range(len(ids)) if ids[i] not in left_out), key=ids.__getitem__)
     used = len(order) if count is None else count
@@ -446,12 +427,12 @@ class Validation:
         Args:
             edits: a direction for each target, or an offset for each of its sources.
         """
-        sources = self.sources[:SHOWN]
-        unedited = tensor_to_pictures(self.scene.render(sources))
-        rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
         kinds = [self.in_range.nonzero(), (~self.in_range).nonzero()]
-        for i in [int(i) for kind in kinds for i in kind[:SHOWN]]:
-            edit = edits[i] if edits.ndim == 3 else edits[i, :SHOWN]
-            edited = tensor_to_pictures(self.scene.edit(sources, edit))
-            rows[f"target {i} and sources with its essence"] = [self.pictures[i], *edited]
-        return labelled_grid(None, rows)
+        rows = {
+            f"target {i} and sources with its essence": (
+                self.pictures[i],
+                edits[i] if edits.ndim == 3 else edits[i, :SHOWN],
+            )
+            for i in [int(i) for kind in kinds for i in kind[:SHOWN]]
+        }
+        return edits_sheet(self.scene, self.sources[:SHOWN], rows)
