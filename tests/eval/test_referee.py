@@ -16,7 +16,7 @@ from torch import Tensor
 from data.illustrated.codes import draw_face
 from data.illustrated.shown import Shown
 from data.targets import draw_avatar, face_at
-from eval import embeddings, referee
+from eval import judging, referee
 from eval.metrics import (
     essence_acquired,
     essence_by_attribute,
@@ -371,7 +371,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         return embed(self, images)
 
     monkeypatch.setattr(AvatarIdentity, "embed_images", watched)
-    monkeypatch.setattr(embeddings, "AT_ONCE", 2)
+    monkeypatch.setattr(judging, "AT_ONCE", 2)
     made = config(faces, who_world)
     with pytest.raises(KeyboardInterrupt):
         run(made)
