@@ -116,9 +116,8 @@ class EssenceTransfer(Editing):
         key, scene = (preprocess, bool(identity_weight), render_size), self.scene
         if key not in self.bank_features:
             with torch.no_grad():
-                self.bank_features[key] = scene.features(
-                    scene.bank(), preprocess, identity_weight, render_size
-                )
+                features = scene.features(scene.bank(), preprocess, identity_weight, render_size)
+            self.bank_features[key] = features
         return self.bank_features[key]
 
     def embed_target(self, target: Target, recipe: Recipe | None = None) -> Float[Tensor, " embed"]:
@@ -323,9 +322,8 @@ def essence_of(
         loaded.to(scene.device)
     if world.neutral and isinstance(scene.embedder, TextEmbedder):
         texts = TextTargets(scene.embedder, world.neutral)
-    return EssenceTransfer(
-        scene, loaded, texts=texts, aligner=aligner, recipe=RECIPES[world.recipe]
-    )
+    recipe = RECIPES[world.recipe]
+    return EssenceTransfer(scene, loaded, texts=texts, aligner=aligner, recipe=recipe)
 
 
 def load_essence(

@@ -165,8 +165,7 @@ class Objective(nn.Module):
             # ways to share an edit, the cheapest has the mean of all edits in the direction.
             decay = (held * squares[0] + own * squares[1]).mean(dim=1) / 2
         edited = (sources + edits).flatten(0, 1)
-        after = scene.features(edited, *rendering)
-        after = after.unflatten(0, chosen.shape)
+        after = scene.features(edited, *rendering).unflatten(0, chosen.shape)
         losses = losses_of(recipe, before[chosen], after, targets, identity)
         loss = losses.loss + decay
         if mixtures is not None:
@@ -239,7 +238,5 @@ class Objective(nn.Module):
         # score's and the correction's.
         mapper = self.mapper
         heads = (mapper.score, mapper.score_linear, mapper.keep_score, mapper.correction)
-        loss = loss + 0 * sum(
-            p.sum() for head in heads if head is not None for p in head.parameters()
-        )
-        return {"loss": loss, **losses}
+        parts = [p.sum() for head in heads if head is not None for p in head.parameters()]
+        return {"loss": loss + 0 * sum(parts), **losses}
