@@ -40,6 +40,7 @@ from data.pairs import (
 from data.publish import At, go_on, replace_file, sha256_of
 from targetclip.command import one_line, sync_folder
 from targetclip.recipes import Recipe, stored_recipe
+from targetclip.scene import Scene
 
 SHARD_BYTES = 200_000_000  # about what a merge holds in memory
 SHARD = re.compile(rf"data/({'|'.join(SPLITS)})-\d{{5}}-of-\d{{5}}\.parquet")
@@ -342,6 +343,24 @@ def networks_of(out: Path) -> tuple[str, str]:
     raises as `build_settings`."""
     settings = build_settings(out, "generator", "embedder")
     return str(settings["generator"]), str(settings["embedder"])
+
+
+def check_made_for(folder: Path, columns: Features, scene: Scene) -> None:
+    """Raise a ValueError unless pairs of these columns are for a world's generator and embedder."""
+    generator, embedder, sizes = scene.generator, scene.embedder, dimensions(columns)
+    expected = (embedder.embed_dim, generator.num_ws, generator.w_dim)
+    if sizes != expected:
+        raise ValueError(
+            f"--pairs: expected embed, num_ws, w_dim {expected}, as this world's, found {sizes} in "
+            f"{str(folder)!r}; build pairs for this world, or give theirs as --world"
+        )
+    own = {"generator": generator.fingerprint, "embedder": embedder.fingerprint}
+    for (name, fingerprint), other in zip(own.items(), networks_of(folder), strict=True):
+        if fingerprint != other:
+            raise ValueError(
+                f"--pairs: expected pairs of {name} {fingerprint[:12]}, found {other[:12]} in "
+                f"{str(folder)!r}; build pairs for this world, or give theirs as --world"
+            )
 
 
 def recipe_of(out: Path) -> Recipe | None:

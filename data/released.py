@@ -276,7 +276,7 @@ def fill(
     say(f"loading world {world.name}", error=True)
     device = Accelerator(mixed_precision="no").device
     scene = load_scene(world, device, max_images=config.max_images)
-    scene = scene.with_max_images(scene.at_once)  # no step of a search says how many fit
+    scene = replace(scene, max_images=scene.at_once)  # no step of a search says how many fit
     recipe = replace(RECIPES[world.recipe], initial="zero")  # no search starts here
     teacher = make_teacher(scene, RECIPE, recipe, config.held_out, precision)
     work = folder / build.WORK

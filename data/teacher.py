@@ -3,13 +3,12 @@
 Knows the search and the rows that come of it; nothing of who works on what, or of folders.
 """
 
-import dataclasses
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ class Teacher:
         """Return the scene, with the images of a step of so many targets at once unless it limits
         them: the batch size was tried on steps, so the same number fits elsewhere."""
         at_once = self.scene.max_images or targets * self.recipe.sources
-        return self.scene.with_max_images(at_once)
+        return replace(self.scene, max_images=at_once)
 
     def prepare(self, targets: list[Target], seeds: list[int]) -> tuple[Tensor, Tensor | None]:
         """Return raw embeddings of targets and, unless they are zero, starts of directions."""
@@ -232,7 +231,7 @@ def time_step(teacher: Teacher, size: int) -> float:
         float(progress.loss.sum())  # waits for a device that computes in the background
         times.append(time.perf_counter())
 
-    recipe = dataclasses.replace(teacher.recipe, steps=3)
+    recipe = replace(teacher.recipe, steps=3)
     with in_precision(device, teacher.precision):
         teacher.scene_for(size).search(
             torch.randn(size, teacher.scene.embedder.embed_dim, generator=random).to(device),

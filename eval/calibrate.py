@@ -50,9 +50,9 @@ from targetclip.command import Precision
 from targetclip.media.images import write_picture
 from targetclip.optimize import losses_of
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.scene import score_features
+from targetclip.scores import score_features
 from targetclip.seeds import CALIBRATION_TARGETS, VALIDATION_SOURCES, probe_seeds, seed_of
-from targetclip.world import DEFAULT_WORLD, load_world
+from targetclip.world import DEFAULT_WORLD, World, load_world
 
 REFINEMENTS = tuple((rate, steps) for rate in (0.01, 0.03) for steps in (5, 10, 20, 30))
 STRETCHES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
@@ -406,6 +406,70 @@ def command_of(config: Config, precision: Precision) -> str:
     return command.command_line("eval.calibrate", flags, defaults)
 
 
+def opened(config: Config) -> tuple[Config, World, EssenceTransfer]:
+    """Return the options with the world's own targets where none are given, the world, and the
+    product with the mapper. FileNotFoundError, ValueError: see `run`."""
+    command.check_least(config, count=1, fitted=0, sources=2, probes=1, max_images=1)
+    check_charts()
+    if config.keep_identity is not None:
+        check_keep(config.keep_identity, "--keep-identity")
+    world = load_world(config.world)
+    command.make_folder(config.out)
+    command.say(f"loading world {world.name}", error=True)
+    specs = config.targets
+    if specs is None:
+        specs = default_targets(world, CALIBRATION_TARGETS, 2000)
+    check_trainable(specs)
+    essence = load_essence(
+        world,
+        command.choose_device(config.device),
+        config.mapper,
+        max_images=config.max_images,
+        checkpoint_layers=config.checkpoint_layers,
+    )
+    mapper = essence.asked_mapper()
+    if mapper.record is None:
+        raise ValueError(f"{config.mapper}: expected a mapper with a record, found none")
+    if config.keep_identity is not None and mapper.config.tradeoff is None:
+        raise ValueError(
+            f"--keep-identity: the mapper {str(config.mapper)!r} reads no trade-off: drop the flag"
+        )
+    return replace(config, targets=specs), world, essence
+
+
+def report_of(
+    validation: Validation,
+    expected: Float[Tensor, " targets"],
+    scores: Mapping[str, Tensor],
+    teacher_scores: Mapping[str, Tensor],
+    threshold: float,
+    losses: Losses,
+) -> dict[str, Any]:
+    """Return what report.json says of the mapper and of its teacher.
+
+    Args:
+        losses: of refinements, by rate and steps.
+    """
+    teacher_loss = float(teacher_scores["teacher_loss"].mean())
+    return {
+        "passing": validation.means((scores["probe"] >= threshold).float()),
+        "mapper": {name: validation.means(values) for name, values in scores.items()},
+        "teacher": {name: validation.means(values) for name, values in teacher_scores.items()},
+        "loss_by_rate_and_steps": losses,
+        "teacher_steps": validation.teacher.steps,
+        "steps_to_teachers_loss": {
+            r: steps_to_teacher(row, teacher_loss) for r, row in losses["teacher_loss"].items()
+        },
+        "each": {
+            "id": validation.ids,
+            "set": validation.specs,
+            "expected": expected.tolist(),
+            **{f"mapper_{name}": values.tolist() for name, values in scores.items()},
+            **{f"teacher_{name}": values.tolist() for name, values in teacher_scores.items()},
+        },
+    }
+
+
 def run(
     config: Config,
     *,
@@ -423,40 +487,17 @@ def run(
     Raises:
         FileNotFoundError, ValueError: parts that are missing or do not fit; no targets.
     """
-    command.check_least(config, count=1, fitted=0, sources=2, probes=1, max_images=1)
-    check_charts()
-    if config.keep_identity is not None:
-        check_keep(config.keep_identity, "--keep-identity")
-    world = load_world(config.world)
     precision = command.choose_precision(config.precision)
-    command.make_folder(config.out)
-    command.say(f"loading world {world.name}", error=True)
-    specs = config.targets
-    if specs is None:
-        specs = default_targets(world, CALIBRATION_TARGETS, 2000)
-    check_trainable(specs)
-    config = replace(config, targets=specs)
-    essence = load_essence(
-        world,
-        command.choose_device(config.device),
-        config.mapper,
-        max_images=config.max_images,
-        checkpoint_layers=config.checkpoint_layers,
-    )
+    config, world, essence = opened(config)
     mapper, seed = essence.asked_mapper(), config.seed
-    if mapper.record is None:
-        raise ValueError(f"{config.mapper}: expected a mapper with a record, found none")
-    if config.keep_identity is not None and mapper.config.tradeoff is None:
-        raise ValueError(
-            f"--keep-identity: the mapper {str(config.mapper)!r} reads no trade-off: drop the flag"
-        )
+    assert mapper.record is not None and config.targets is not None, "see `opened`"
     validation = open_validation(config, essence, teacher or RECIPES[world.recipe], precision)
     validation, keep = with_default_place(validation, mapper, config.keep_identity)
 
     scene, pictures = essence.scene, validation.pictures
     stretch, by_stretch = stretched(validation, mapped(scene, mapper, pictures))
     mapper.scale.mul_(stretch)
-    reached, places = fit_expectation(scene, mapper, specs, config.fitted, seed)
+    reached, places = fit_expectation(scene, mapper, config.targets, config.fitted, seed)
     reached = reached.cpu()
 
     predicted = mapped(scene, mapper, pictures)
@@ -500,27 +541,12 @@ def run(
     path = config.out / "mapper.safetensors"
     save_mapper(mapper, path, record, half=config.half)
 
-    teacher_loss = float(teacher_scores["teacher_loss"].mean())
     options = {name: str(value) for name, value in vars(config).items()}
-    report: dict[str, Any] = {
+    report = {
         "calibration": record.calibration,
-        "passing": validation.means((scores["probe"] >= threshold).float()),
-        "mapper": {name: validation.means(values) for name, values in scores.items()},
-        "teacher": {name: validation.means(values) for name, values in teacher_scores.items()},
+        **report_of(validation, expected, scores, teacher_scores, threshold, losses),
         **({"tradeoff": curve} if curve else {}),
         "loss_by_stretch": by_stretch,
-        "loss_by_rate_and_steps": losses,
-        "teacher_steps": recipe.steps,
-        "steps_to_teachers_loss": {
-            r: steps_to_teacher(row, teacher_loss) for r, row in losses["teacher_loss"].items()
-        },
-        "each": {
-            "id": validation.ids,
-            "set": validation.specs,
-            "expected": expected.tolist(),
-            **{f"mapper_{name}": values.tolist() for name, values in scores.items()},
-            **{f"teacher_{name}": values.tolist() for name, values in teacher_scores.items()},
-        },
         "config": options | {"precision": precision},
         "versions": command.versions(),
     }

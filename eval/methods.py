@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.card import SUMS
-from data.dataset import load_pairs, networks_of
+from data.dataset import check_made_for, load_pairs
 from data.illustrated.codes import draw_face, indices_from_z
 from data.pairs import dimensions
 from data.publish import sha256_of
@@ -28,7 +28,8 @@ from data.teacher import search_in_batches
 from eval.sets import Directions, Embeddings, EvalSet, Sources
 from eval.truth import Truth, with_essence
 from predictor.correction import SourceCorrection, mixed_corrections
-from predictor.mapper import FoldedMapper, Mapper, Prediction
+from predictor.folded import FoldedMapper
+from predictor.mapper import Mapper, Prediction
 from predictor.mapper_file import trained_recipe
 from predictor.transfer import EssenceTransfer
 from targetclip.command import Precision, in_precision
@@ -120,18 +121,10 @@ def open_pair_table(folder: Path, scene: Scene) -> PairTable:
 
     Its penalty is that of the least squared error on the validation pairs.
 
-    FileNotFoundError, ValueError: see `load_pairs` and `networks_of`; pairs of other networks.
+    FileNotFoundError, ValueError: see `load_pairs` and `check_made_for`.
     """
-    generator, embedder = scene.generator, scene.embedder
     train, validation = load_pairs(folder, "train"), load_pairs(folder, "validation")
-    sizes = dimensions(train.features)
-    expected = (embedder.embed_dim, generator.num_ws, generator.w_dim)
-    prints = (generator.fingerprint, embedder.fingerprint)
-    if sizes != expected or networks_of(folder) != prints:
-        raise ValueError(
-            f"--pairs: expected pairs of generator {prints[0][:12]} and embedder {prints[1][:12]}, "
-            f"{expected}, found others, {sizes}, in {str(folder)!r}; build pairs for this world"
-        )
+    check_made_for(folder, train.features, scene)
     embeddings = F.normalize(train["embedding"][:].double(), dim=1)
     centre = embeddings.mean(dim=0)
     offsets = embeddings - centre
@@ -154,7 +147,7 @@ def open_pair_table(folder: Path, scene: Scene) -> PairTable:
         ids=frozenset(train["id"][:]),
         digest=sha256_of(folder / SUMS),
         centre=centre,
-        mean=mean.unflatten(0, expected[1:]),
+        mean=mean.unflatten(0, dimensions(train.features)[1:]),
         weights=candidates[int(errors.argmin())],
     )
 

@@ -17,7 +17,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from eval.reader import READINGS, seen_identity
 from targetclip.losses import SHORTEST_DIFFERENCE, unit_cosines
-from targetclip.scene import score_features
+from targetclip.scores import score_features
 from targetclip.seeds import seed_of
 
 Images = Float[Tensor, "images 3 height width"]

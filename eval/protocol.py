@@ -21,8 +21,14 @@ from data.released import Published, open_directions
 from data.targets import Target, open_folder
 from eval import compare
 from eval.answers import answer_of
-from eval.embeddings import Embeddings
-from eval.judging import RELEASED_STRENGTH, Judges, load_judge, reader_of, released_scores
+from eval.judging import (
+    RELEASED_STRENGTH,
+    Judges,
+    KeptEmbeddings,
+    load_judge,
+    reader_of,
+    released_scores,
+)
 from eval.methods import METHODS, Bench
 from eval.reader import INPUT
 from eval.report import protocol_text
@@ -130,7 +136,7 @@ def open_targets(
 
 @dataclass(frozen=True)
 class FeatureModel:
-    """The model that makes features for FID, as one that `Embeddings` takes."""
+    """The model that makes features for FID, as one that `KeptEmbeddings` takes."""
 
     judges: Judges
 
@@ -157,7 +163,7 @@ def reference_features(
     """
     if config.references is None:
         return None
-    seen = Embeddings(
+    seen = KeptEmbeddings(
         config.out / "embeddings", {"features": FeatureModel(judges)}, judges.scene.device
     )
     names = []

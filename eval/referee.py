@@ -35,8 +35,7 @@ from tqdm import tqdm
 from data.illustrated.avatars import check_dicebear
 from data.illustrated.shown import Shown
 from eval import protocol
-from eval.embeddings import Embeddings
-from eval.judging import load_judge, reader_of
+from eval.judging import KeptEmbeddings, load_judge, reader_of
 from eval.metrics import (
     Parts,
     edit_scores,
@@ -134,7 +133,7 @@ def look(
     tools: Sequence[Results],
     sources: Mapping[str, Path],
     targets: Mapping[str, Path],
-    seen: Embeddings,
+    seen: KeptEmbeddings,
     notes: list[str],
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Judge all pictures; return the ids of the sources and of the targets that can be read.
@@ -249,7 +248,7 @@ def know(
 class Table:
     """Everything of all pictures that scores are made of."""
 
-    seen: Embeddings
+    seen: KeptEmbeddings
     sources: dict[str, str]
     """Ids by names."""
     targets: dict[str, str]
@@ -479,7 +478,7 @@ def judge(
     notes: list[str] = []
     if identity is None:
         notes.append(f"identity is not scored: world {world.name} names no identity model")
-    seen = Embeddings(config.out / "embeddings", judges, device)
+    seen = KeptEmbeddings(config.out / "embeddings", judges, device)
     of_sources, of_targets = look(tools, sources, targets, seen, notes)
     held_out = [name for name in of_targets if targets[name].name in marked]
     known = None

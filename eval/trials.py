@@ -23,6 +23,7 @@ from eval.metrics import (
     kernel_distance,
 )
 from eval.sets import ADVERSARIAL, EvalSet, Sources
+from predictor.editing import edits_sheet
 from targetclip.losses import unit_cosines
 from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.scene import Scene
@@ -246,14 +247,11 @@ def sheet(
 
     Edits are a direction for each target, or an offset for each of its sources.
     """
-    sources = sources[:9]
-    unedited = tensor_to_pictures(scene.render(sources))
-    rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
-    for i, (picture, edit) in enumerate(zip(targets.pictures, edits, strict=True)):
-        offsets = edit if edit.ndim == 2 else edit[: len(sources)]
-        edited = tensor_to_pictures(scene.edit(sources, offsets))
-        rows[f"target {i} and sources with its essence"] = [picture, *edited]
-    return labelled_grid(None, rows)
+    rows = {
+        f"target {i} and sources with its essence": (picture, edit if edit.ndim == 2 else edit[:9])
+        for i, (picture, edit) in enumerate(zip(targets.pictures, edits, strict=True))
+    }
+    return edits_sheet(scene, sources[:9], rows)
 
 
 def grids(

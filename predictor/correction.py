@@ -1,4 +1,4 @@
-"""Corrections of a direction for each source: the network that learns them, and its folded form.
+"""Corrections of a direction for each source: the network that learns them, and that of one target.
 
 One direction for all sources cannot take away what a source has. The mapper gives a target's
 direction b; a correction c(w) is added for a source of latent w, so that its edit is w + b + c(w).
@@ -197,51 +197,3 @@ def mixed_corrections(
         biases=torch.cat([one.biases for one in corrections]),
         weights=torch.cat([f * one.weights for f, one in zip(weights, corrections, strict=True)]),
     )
-
-
-def transposed(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns rows"]:
-    """Return a transposed copy, which a file can hold."""
-    return matrix.T.clone(memory_format=torch.contiguous_format)
-
-
-class FoldedCorrection:
-    """A copy of a mapper's correction, from the unit embedding of a target to its correction."""
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        correction: Correction,
-        centre: Float[Tensor, " embed"],
-        whitening: Float[Tensor, "embed embed"],
-        scale: Float[Tensor, "num_ws w_dim"],
-    ) -> None:
-        mean, deviation = (
-            joined_layers(units, correction.reads)
-            for units in (correction.mean, correction.deviation)
-        )
-        first = transposed(correction.source.weight / deviation)
-        self.target = whitening @ correction.target.weight.T
-        self.bias = correction.target.bias - centre @ self.target - mean @ first
-        self.shared = {
-            "first": first,
-            "hidden": transposed(correction.hidden.weight),
-            "hidden_bias": correction.hidden.bias.clone(),
-            "mix": transposed(correction.mix.weight),
-            "mix_bias": correction.mix.bias.clone(),
-            "basis": transposed(correction.basis.weight * scale.flatten()[:, None]),
-        }
-        self.weights = torch.ones(1, len(scale), device=scale.device)
-        layers = (correction.keep_enter, correction.keep_gain)
-        self.keep = [transposed(layer.weight) for layer in layers if layer is not None]
-
-    @torch.no_grad()
-    def __call__(
-        self, unit: Float[Tensor, "1 embed"], places: Float[Tensor, "1 degrees"] | None = None
-    ) -> SourceCorrection:
-        """Return the correction for a target, at a place on the trade-off where it is read."""
-        bias, weights = self.bias, self.weights
-        if places is not None:
-            enter, gain = self.keep
-            bias, weights = bias + places @ enter, weights + places @ gain
-        biases = torch.addmm(bias, unit, self.target).float()
-        return SourceCorrection(**self.shared, biases=biases, weights=weights)

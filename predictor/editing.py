@@ -5,7 +5,7 @@ directions are found.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,20 @@ def beside(pictures: Sequence[Image.Image]) -> Image.Image:
     for place, picture in enumerate(pictures):
         canvas.paste(tile_of(picture, side), (place % columns * side, place // columns * side))
     return canvas
+
+
+def edits_sheet(
+    scene: Scene,
+    sources: Float[Tensor, "sources num_ws w_dim"],
+    rows: Mapping[str, tuple[Image.Image, Float[Tensor, "*sources num_ws w_dim"]]],
+) -> Image.Image:
+    """Return one picture: the sources, then under each name a row of a picture and the sources
+    moved along a direction, one for all or an offset for each."""
+    unedited = tensor_to_pictures(scene.render(sources))
+    shown = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
+    for name, (picture, edit) in rows.items():
+        shown[name] = [picture, *tensor_to_pictures(scene.edit(sources, edit))]
+    return labelled_grid(None, shown)
 
 
 class Editing:

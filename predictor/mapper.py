@@ -1,12 +1,12 @@
 """The mapper: from a target's embedding to its direction, in one pass, and to its corrections.
 
-Knows the network, a faster form of it for single targets, and its file; nothing of training, or
-what is done where an answer is not good enough.
+Knows the network and its file; nothing of training, or what is done where an answer is not good
+enough. `predictor.folded` is a faster form of it for single targets.
 """
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -14,12 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from predictor.correction import Correction, FoldedCorrection, SourceCorrection
+from predictor.correction import Correction
 from predictor.mapper_file import (
     FIRST_FORMAT,
-    FORMAT,
-    SECOND_FORMAT,
-    TRADEOFF_FORMAT,
+    FORMATS,
     TRAIN_ONE,
     MapperConfig,
     MapperRecord,
@@ -28,17 +26,20 @@ from predictor.mapper_file import (
     metadata_of,
     parse_metadata,
 )
-from predictor.tradeoff import MIDDLE, UNITS, Keep, check_keep, keep_features, keep_layer
+from predictor.tradeoff import (
+    MIDDLE,
+    NO_TRADEOFF,
+    UNITS,
+    Keep,
+    check_keep,
+    keep_features,
+    keep_layer,
+)
 from targetclip.command import write_file
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, tensor_bytes
 
-FORMATS = (TRADEOFF_FORMAT, FORMAT, SECOND_FORMAT, FIRST_FORMAT)
 START = 0.01  # deviation of fresh directions, as a part of scale
 REMEMBERED = 64  # places on the trade-off whose folded form is kept
-NO_TRADEOFF = (
-    "keep_identity, --keep-identity: this mapper was trained at one identity weight and reads no "
-    "other: drop it, or train one that does: python -m train.mapper --help"
-)
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,14 @@ class Mapper(OnTheHub, nn.Module):
         # Features keep what directions need. How hard a target is shows in the embedding as well.
         self.score_linear = nn.Linear(config.embed_dim, 1, bias=False)
         nn.init.zeros_(self.score_linear.weight)
+        reads_keep = config.tradeoff is not None
         # Last, so that the others start as they do without it.
         self.correction = None
         if config.correction is not None:
             sizes = (config.embed_dim, config.num_ws, config.w_dim)
-            reads = config.tradeoff is not None
-            self.correction = Correction(config.correction, *sizes, tradeoff=reads)
+            self.correction = Correction(config.correction, *sizes, tradeoff=reads_keep)
         # A place shifts what blocks read, and stretches each head: most of a direction is linear
         # in the embedding, and more identity kept is mostly less of what costs it.
-        reads_keep = config.tradeoff is not None
         self.keep_enter = keep_layer(config.width) if reads_keep else None
         self.keep_gain = keep_layer(heads) if reads_keep else None
         self.keep_score = keep_layer(1) if reads_keep else None
@@ -271,121 +271,6 @@ class Mapper(OnTheHub, nn.Module):
         save_mapper(self, path, record)
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a folded mapper computes of a place on the trade-off, for all targets."""
-
-    features: Float[Tensor, "1 degrees"] | None
-    """See `Mapper.places`; None where the mapper reads none, and then there is no gain either."""
-    offset: Float[Tensor, " outputs"]
-    """Bias of the first layer."""
-    gain: Float[Tensor, "1 heads"] | None
-    """Factor of each head, the last of which is the score."""
-
-
-class FoldedMapper:
-    """A copy of a mapper that answers one target at a time, in as few operations as it takes.
-
-    A single answer spends its time on starting operations, not on arithmetic. So linear layers in a
-    row become one matrix: the whitening with the layers that read it, the heads side by side, and
-    the scale with the matrix before it. A place on the trade-off adds to the bias and stretches the
-    heads; no matrix depends on it. Later changes of the mapper do not reach the copy.
-    """
-
-    def __init__(self, mapper: Mapper) -> None:
-        def tensors_of(module: nn.Module) -> list[Tensor]:
-            return [parameter.detach().clone() for parameter in module.parameters()]
-
-        config = mapper.config
-        self.check_size, self.places, self.keep = mapper.check_size, mapper.places, mapper.keep
-        self.width, self.shape = config.width, (config.num_ws, config.w_dim)
-        with torch.no_grad():
-            reads = (mapper.enter.weight, mapper.linear.weight, mapper.score_linear.weight)
-            first = torch.cat(reads) @ mapper.whitening.T
-            added = (mapper.enter.bias, mapper.direction.bias, mapper.score.bias)
-            offset = torch.cat(added) - first @ mapper.centre
-            last = torch.cat((mapper.direction.weight, mapper.score.weight))
-            scale = mapper.scale.flatten()
-            if mapper.basis is None:
-                first[self.width : -1] *= scale[:, None]
-                offset[self.width : -1] *= scale
-                last[:-1] *= scale[:, None]
-                self.basis = None
-            else:
-                # A row of zeros leaves out the score, the last of the heads.
-                self.basis = F.pad((mapper.basis.weight * scale[:, None]).T, (0, 0, 0, 1))
-            self.first, self.offset, self.last = first.T, offset, last.T.contiguous()
-            self.keep_layers = None
-            if mapper.keep_enter is not None:
-                assert mapper.keep_gain is not None and mapper.keep_score is not None
-                gain = mapper.keep_gain.weight
-                shift = mapper.keep_enter.weight, torch.zeros_like(gain), mapper.keep_score.weight
-                stretch = F.pad(gain, (0, 0, 0, 1))  # of all heads but the score
-                self.keep_layers = torch.cat(shift).T.clone(), stretch.T.clone()
-        self.at = lru_cache(REMEMBERED)(self.place)
-        # Plain tensors: a module finds its parameters by name at every call, which takes time here.
-        self.blocks = [tensors_of(block) for block in mapper.blocks]
-        self.norm, self.norm_bias = tensors_of(mapper.norm)
-        self.corrections = None
-        if mapper.correction is not None:
-            units = (mapper.centre, mapper.whitening, mapper.scale)
-            self.corrections = FoldedCorrection(mapper.correction, *units)
-
-    @torch.no_grad()
-    def place(self, keep: float | None) -> Place:
-        """Return what depends on a place on the trade-off alone. ValueError: see
-        `Mapper.places`."""
-        features = self.places(self.keep if keep is None else keep, 1)
-        if features is None or self.keep_layers is None:
-            return Place(None, self.offset, None)
-        shift, gain = self.keep_layers
-        with torch.autocast(features.device.type, enabled=False):  # the next call may have another
-            return Place(features, self.offset + (features @ shift)[0], 1 + features @ gain)
-
-    def __call__(
-        self, embedding: Float[Tensor, "1 embed"], keep: float | None = None
-    ) -> tuple[Float[Tensor, "num_ws w_dim"], float]:
-        """Return the direction of a target and its expected transfer score, from its embedding, raw
-        or unit. They equal the mapper's but for rounding.
-        ValueError: an embedding of another size, or one that is not finite; see `place`."""
-        embedding, factor = self.checked(embedding)
-        place = self.at(keep)
-        entered = torch.addmm(place.offset, embedding, self.first, alpha=factor)
-        x, size = entered[:, : self.width], (self.width,)
-        for norm, norm_bias, inner, inner_bias, outer, outer_bias in self.blocks:
-            hidden = F.silu(F.linear(F.layer_norm(x, size, norm, norm_bias), inner, inner_bias))
-            x = x + F.linear(hidden, outer, outer_bias)
-        features = F.layer_norm(x, size, self.norm, self.norm_bias)
-        heads = torch.addmm(entered[:, self.width :], features, self.last)
-        if place.gain is not None:
-            heads = heads * place.gain
-        direction = heads[:, :-1] if self.basis is None else heads @ self.basis
-        return direction.float().view(self.shape), math.tanh(float(heads[0, -1]))
-
-    def checked(
-        self, embedding: Float[Tensor, "1 embed"]
-    ) -> tuple[Float[Tensor, "1 embed"], float]:
-        """Return an embedding in float32, and the factor that makes it unit."""
-        self.check_size(embedding)
-        embedding = embedding.detach().float()
-        length = math.sqrt(float(embedding @ embedding.T))
-        if not math.isfinite(length):
-            raise ValueError(f"expected an embedding of finite length, found one of {length}")
-        return embedding, 1 / max(length, 1e-12)
-
-    def correction(
-        self, embedding: Float[Tensor, "1 embed"], keep: float | None = None
-    ) -> SourceCorrection | None:
-        """Return the correction for a target, from its embedding, raw or unit; None where the
-        mapper has none. It equals the mapper's but for rounding.
-        ValueError: see `__call__`."""
-        embedding, factor = self.checked(embedding)
-        place = self.at(keep)
-        if self.corrections is None:
-            return None
-        return self.corrections(factor * embedding, place.features)
-
-
 def save_mapper(
     mapper: Mapper, path: str | Path, record: MapperRecord, *, half: bool = False
 ) -> None:
@@ -410,15 +295,10 @@ def save_mapper(
 def load_mapper(
     path: str | Path, generator: str | None = None, embedder: str | None = None
 ) -> tuple[Mapper, MapperRecord]:
-    """Read a mapper, and check that it belongs to the generator and the embedder with fingerprints.
-
-    Returns:
-        The mapper, for inference, on the processor, in float32, its parameters frozen; its record.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a mapper's file, a damaged one, or one of another generator or embedder.
-    """
+    """Read a mapper and its record, and check that it is for the generator and the embedder of
+    these fingerprints. It is ready to answer: on the processor, in float32, its parameters frozen.
+    FileNotFoundError: no such file. ValueError: not a mapper's file, a damaged one, or one of
+    another generator or embedder."""
     path = Path(path)
     metadata, state = read_tensors(path, "mapper", FORMATS, TRAIN_ONE)
     config, record = parse_metadata(metadata, path)

@@ -28,6 +28,7 @@ FORMAT = "targetclip-mapper/3"
 TRADEOFF_FORMAT = "targetclip-mapper/4"
 # Read as well: the first has an expected score of features alone, neither has a correction.
 FIRST_FORMAT, SECOND_FORMAT = "targetclip-mapper/1", "targetclip-mapper/2"
+FORMATS = (TRADEOFF_FORMAT, FORMAT, SECOND_FORMAT, FIRST_FORMAT)
 TRAIN_ONE = "train a mapper for it: python -m train.mapper --help"
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 # Files of a repository, by the names that the Hub's own mixin gives them.

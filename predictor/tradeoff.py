@@ -20,6 +20,10 @@ DEGREES = 4
 # learned first: an answer that is linear in the place, then its bends.
 UNITS = (8.0, 4.0, 2.0, 1.0)
 MIDDLE = 0.5  # the place of a mapper that nobody has calibrated
+NO_TRADEOFF = (
+    "keep_identity, --keep-identity: this mapper was trained at one identity weight and reads no "
+    "other: drop it, or train one that does: python -m train.mapper --help"
+)
 
 Number = TypeVar("Number", float, Tensor)
 Keep = float | Float[Tensor, " targets"]

@@ -27,13 +27,15 @@ from predictor.direction import (
     searched_direction,
 )
 from predictor.editing import Editing, Moves
+from predictor.folded import FoldedMapper
 from predictor.inputs import Target, Text, as_recipe, as_target, check_mode
-from predictor.mapper import NO_TRADEOFF, FoldedMapper, Mapper, Prediction, load_mapper
+from predictor.mapper import Mapper, load_mapper
 from predictor.mapper_file import check_made_for, trained_recipe
 from predictor.text import TextEmbedder, TextTargets
-from predictor.tradeoff import check_keep
+from predictor.tradeoff import NO_TRADEOFF, check_keep
 from targetclip.recipes import RECIPES, Initial, Preprocess, Recipe
-from targetclip.scene import Scene, Scores
+from targetclip.scene import Scene
+from targetclip.scores import Scores, score_features
 from targetclip.seeds import probe_seeds, seed_of
 from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
@@ -114,9 +116,8 @@ class EssenceTransfer(Editing):
         key, scene = (preprocess, bool(identity_weight), render_size), self.scene
         if key not in self.bank_features:
             with torch.no_grad():
-                self.bank_features[key] = scene.features(
-                    scene.bank(), preprocess, identity_weight, render_size
-                )
+                features = scene.features(scene.bank(), preprocess, identity_weight, render_size)
+            self.bank_features[key] = features
         return self.bank_features[key]
 
     def embed_target(self, target: Target, recipe: Recipe | None = None) -> Float[Tensor, " embed"]:
@@ -241,14 +242,6 @@ class EssenceTransfer(Editing):
         )
         return direction.uncorrected() if one_direction else direction
 
-    def predict_embeddings(
-        self, embeddings: Float[Tensor, "targets embed"], keep_identity: float | None = None
-    ) -> Prediction:
-        """Return the mapper's answers to embeddings, raw or unit. ValueError: see `place`."""
-        with torch.no_grad():
-            prediction: Prediction = self.asked_mapper()(embeddings, self.place(keep_identity))
-        return prediction
-
     def probe_score(
         self, embedding: Float[Tensor, " embed"], direction: Moves, probes: int
     ) -> float:
@@ -312,7 +305,8 @@ class EssenceTransfer(Editing):
         edited: Float[Tensor, "sources 3 height width"],
     ) -> Scores:
         """Score edits, through the embedder's own preprocessing whatever the recipe."""
-        return self.scene.score_images(self.embed_target(target), sources, edited)
+        before, after = map(self.scene.image_features, (sources, edited))
+        return score_features(self.embed_target(target), before, after)
 
 
 def essence_of(
@@ -328,9 +322,8 @@ def essence_of(
         loaded.to(scene.device)
     if world.neutral and isinstance(scene.embedder, TextEmbedder):
         texts = TextTargets(scene.embedder, world.neutral)
-    return EssenceTransfer(
-        scene, loaded, texts=texts, aligner=aligner, recipe=RECIPES[world.recipe]
-    )
+    recipe = RECIPES[world.recipe]
+    return EssenceTransfer(scene, loaded, texts=texts, aligner=aligner, recipe=recipe)
 
 
 def load_essence(
@@ -346,11 +339,9 @@ def load_essence(
     Args:
         world: a world, its name or the path of its file.
         device: None: torch's default device.
-        max_images: see `load_scene`.
-        checkpoint_layers: see `load_scene`.
+        max_images, checkpoint_layers: see `load_scene`.
 
-    Raises:
-        FileNotFoundError, ValueError: as `load_world`, `load_scene` and `load_mapper`.
+    FileNotFoundError, ValueError: as `load_world`, `load_scene` and `load_mapper`.
     """
     if not isinstance(world, World):
         world = load_world(str(world))

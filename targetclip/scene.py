@@ -6,7 +6,7 @@ nothing of files, commands or mappers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,58 +18,14 @@ from targetclip.embedder import EmbedsImages, ImageEmbedder
 from targetclip.encoders.identity import IdentityModel, feature_model
 from targetclip.encoders.inverter import LatentInverter
 from targetclip.generators import Generator
-from targetclip.losses import consistency_loss, unit_cosines
 from targetclip.media.images import picture_to_tensor
 from targetclip.optimize import Optimized, Progress, embed_latents, optimize_directions
 from targetclip.recipes import Differences, Initial, Preprocess, Recipe
+from targetclip.scores import Scores, score_features
 from targetclip.seeds import BANK, BANK_SEED, source_seeds
 
 MAX_IMAGES = 64  # rendered at once without gradients, where nobody says how many, up to LARGEST
 LARGEST = 256  # px; of larger images fewer: 64 of 1024 px need more than 24 GiB
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How edits did, by the embedder and the identity model. Cosines of unedited and edited images.
-
-    Leading axes are those of the targets: none for a single target.
-    """
-
-    target_before: Float[Tensor, "*targets sources"]
-    """Unedited sources to the target."""
-    target_after: Float[Tensor, "*targets sources"]
-    """Edited sources to the target."""
-    source_after: Float[Tensor, "*targets sources"]
-    """Edited sources to themselves before the edit."""
-    consistency: Float[Tensor, "*targets"]
-    """1 - consistency loss: mean agreement of the shifts of two sources."""
-    identity: Float[Tensor, "*targets sources"] | None = None
-    """Edited sources to themselves by the identity model; None where it was not asked."""
-
-    @property
-    def transfer(self) -> Float[Tensor, "*targets"]:
-        """The transfer score: the mean cosine of edited sources to the target."""
-        return self.target_after.mean(dim=-1)
-
-
-def score_features(
-    targets: Float[Tensor, "*targets embed"],
-    before: Float[Tensor, "*targets sources features"],
-    after: Float[Tensor, "*targets sources features"],
-    differences: Differences = "unit",
-) -> Scores:
-    """Score edits by the features of unedited and of edited images: an embedding, then identity
-    features if there are any. Embeddings of targets may be raw or unit."""
-    embed, wanted = targets.shape[-1], targets[..., None, :]
-    old, new = before[..., :embed], after[..., :embed]
-    people = before[..., embed:], after[..., embed:]
-    return Scores(
-        target_before=unit_cosines(old, wanted),
-        target_after=unit_cosines(new, wanted),
-        source_after=unit_cosines(old, new),
-        consistency=1 - consistency_loss(old, new, differences),
-        identity=unit_cosines(*people) if people[0].shape[-1] else None,
-    )
 
 
 def random_latents(
@@ -111,10 +67,6 @@ class Scene:
         MAX_IMAGES of LARGEST px."""
         larger = max(1, self.generator.resolution // LARGEST)
         return self.max_images or max(1, MAX_IMAGES // larger**2)
-
-    def with_max_images(self, max_images: int | None) -> "Scene":
-        """Return this scene with another number of images at once."""
-        return replace(self, max_images=max_images)
 
     # Sources
 
@@ -292,12 +244,3 @@ class Scene:
         model = self.feature_model(float(self.identity is not None))
         parts = images.split(self.at_once)
         return torch.cat([model.embed_images(part, "consistent") for part in parts])
-
-    def score_images(
-        self,
-        target: Float[Tensor, " embed"],
-        before: Float[Tensor, "sources 3 height width"],
-        after: Float[Tensor, "sources 3 height width"],
-    ) -> Scores:
-        """Score edited against unedited images of one target, by `image_features`."""
-        return score_features(target, self.image_features(before), self.image_features(after))

@@ -5,7 +5,7 @@ gives them is put in its place.
 """
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +41,7 @@ def test_every_cell_of_the_notebook_runs_and_shows_what_it_says(
     (tmp_path / "examples").symlink_to(ROOT / "examples")  # results go beside it
     monkeypatch.chdir(tmp_path)
     jupyter = ModuleType("IPython.display")
-    monkeypatch.setattr(jupyter, "Image", animation, raising=False)
+    vars(jupyter)["Image"] = animation
     monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", jupyter)
     shown: list[Image.Image] = []
@@ -63,11 +63,11 @@ def test_without_a_clone_the_notebook_takes_the_address_that_it_is_given(
     with pytest.raises(ValueError, match="put the repository's address into REPOSITORY"):
         exec(CODE["install"], {})
 
-    def cloned(command: list[str], check: bool) -> None:
-        calls.append(command)
-        (Path(command[-1]) / "examples").mkdir(parents=True)
-
-    calls: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "run", cloned)
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > asked\nmkdir -p "$5/examples"\n')
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(git.parent), prepend=os.pathsep)
     exec(CODE["install"].replace('REPOSITORY = ""', 'REPOSITORY = "an address"'), {})
-    assert [command[:5] for command in calls] == [["git", "clone", "--depth", "1", "an address"]]
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[:4] == ["clone", "--depth", "1", "an address"]

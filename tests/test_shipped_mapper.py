@@ -70,7 +70,7 @@ def test_the_world_names_a_calibrated_mapper(essence: EssenceTransfer) -> None:
 def test_an_answer_to_one_target_is_that_to_many(essence: EssenceTransfer) -> None:
     targets = [drawn(**each) for each in (SPECTACLED, BEARDED, HATTED)]
     embeddings = torch.stack([essence.embed_target(each, essence.trained) for each in targets])
-    many = essence.predict_embeddings(embeddings)
+    many = essence.asked_mapper()(embeddings)
     for i, target in enumerate(targets):
         one = essence.predict(target)
         torch.testing.assert_close(one.vector, many.directions[i], rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import datasets
 import numpy as np
@@ -23,29 +23,23 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data.card import SUMS
-from data.dataset import load_pairs, networks_of, recipe_of
-from data.pairs import dimensions
+from data.dataset import check_made_for, load_pairs, recipe_of
 from data.publish import sha256_of
 from data.targets import (
     BadTarget,
     Target,
     TargetSet,
     digest_of,
-    layer_thirds,
     open_targets,
     split_of,
 )
+from predictor.editing import edits_sheet
 from predictor.mapper import Mapper, Prediction
 from targetclip.command import whole_file
-from targetclip.media.images import labelled_grid, tensor_to_pictures
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import VALIDATION_SOURCES, seed_of
-
-SourceKind = Literal["generated", "mixed", "inverted"]
-"""Samples of the generator, samples of another latent in each third of the layers, and what the
-inverter answers to renderings of samples, as pictures of people are edited."""
-KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
+from train.mapper_batches import inverted
 
 logger = logging.getLogger(__name__)
 
@@ -56,33 +50,6 @@ FLOOR = 0.05  # of the mean deviation: what hardly varies must not become the lo
 SOURCES = 16  # to validate on
 SHOWN = 8  # targets in the picture, of each kind, and sources + 1
 IN_RANGE = ("avataaars:", "generated:", "mixed:")  # what the bundled generator can show
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchSizes:
-    """What one batch of a process holds."""
-
-    batch_size: int = 16
-    """Targets a step and process in the transfer term."""
-    pairs_batch_size: int = 256
-    """Pairs a step and process."""
-    differences_batch_size: int = 64
-    """Differences between two random latents a step and process."""
-    noise: float = 0.0
-    """Expected length of the noise added to the unit embeddings that the mapper is given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceReading:
-    """How the transfer term learns from sources."""
-
-    kinds: tuple[SourceKind, ...] = ("generated",)
-    """Of sources, in equal parts."""
-    uncorrected: float = 0.25
-    """Part of the targets whose sources are moved along the direction alone, so that it stays an
-    answer of its own where there is a correction."""
-    decay: float = 0.0
-    """Weight decay of corrections."""
 
 
 def embed_unit(
@@ -254,45 +221,6 @@ def drawn_targets(
     return drawn
 
 
-# Sources
-
-
-@torch.no_grad()
-def inverted(
-    scene: Scene, ws: Float[Tensor, "sources num_ws w_dim"]
-) -> Float[Tensor, "sources num_ws w_dim"]:
-    """Return the inverter's latents of renderings, in full precision.
-    ValueError: there is no inverter."""
-    if scene.inverter is None:
-        raise ValueError("--source-kinds: inverted sources need a world with an inverter")
-    images = scene.render(ws).float().clamp(-1, 1)
-    with torch.autocast(scene.device.type, enabled=False):
-        parts = images.split(scene.at_once)
-        return torch.cat([scene.inverter(part) for part in parts])
-
-
-def training_sources(
-    scene: Scene, seeds: Sequence[int], kinds: Sequence[SourceKind]
-) -> Float[Tensor, "sources num_ws w_dim"]:
-    """Return one source for each seed, whose kinds take turns.
-
-    Inverted ones are made anew as well: rendering a few without gradients is a small part of a
-    step, and a step then depends on its seeds alone, whatever was drawn before it.
-
-    ValueError: as `inverted`.
-    """
-    ws = scene.latents(seeds)
-    sources, layers = ws.clone(), list(range(ws.shape[1]))
-    for turn, kind in enumerate(kinds):
-        rows = torch.arange(turn, len(ws), len(kinds))
-        if kind == "mixed":
-            others = (rows[:, None] + torch.tensor(layer_thirds(len(layers)))) % len(ws)
-            sources[rows] = ws[others, layers]
-        elif kind == "inverted" and len(rows):
-            sources[rows] = inverted(scene, ws[rows])
-    return sources
-
-
 # Pairs
 
 
@@ -317,24 +245,6 @@ class Pairs:
         return directions
 
 
-def check_pairs(folder: Path, sizes: tuple[int, int, int], scene: Scene) -> None:
-    """Raise a ValueError unless pairs of these sizes are for this generator and this embedder."""
-    generator, embedder = scene.generator, scene.embedder
-    expected = (embedder.embed_dim, generator.num_ws, generator.w_dim)
-    if sizes != expected:
-        raise ValueError(
-            f"--pairs: expected embed, num_ws, w_dim {expected}, as this world's, found {sizes} in "
-            f"{str(folder)!r}; build pairs for this world, or give theirs as --world"
-        )
-    own = {"generator": generator.fingerprint, "embedder": embedder.fingerprint}
-    for (name, fingerprint), other in zip(own.items(), networks_of(folder), strict=True):
-        if fingerprint != other:
-            raise ValueError(
-                f"--pairs: expected pairs of {name} {fingerprint[:12]}, found {other[:12]} in "
-                f"{str(folder)!r}; build pairs for this world, or give theirs as --world"
-            )
-
-
 def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]) -> Pairs:
     """Return the first `count` pairs of the train split by order of ids, all if None.
 
@@ -343,7 +253,7 @@ def open_pairs(folder: Path, count: int | None, scene: Scene, left_out: Set[str]
     FileNotFoundError, ValueError: see `load_pairs`; pairs of other networks, or too few.
     """
     rows = load_pairs(folder, "train")
-    check_pairs(folder, dimensions(rows.features), scene)
+    check_made_for(folder, rows.features, scene)
     ids = rows["id"][:]
     order = sorted((i for i in range(len(ids)) if ids[i] not in left_out), key=ids.__getitem__)
     used = len(order) if count is None else count
@@ -517,12 +427,12 @@ class Validation:
         Args:
             edits: a direction for each target, or an offset for each of its sources.
         """
-        sources = self.sources[:SHOWN]
-        unedited = tensor_to_pictures(self.scene.render(sources))
-        rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
         kinds = [self.in_range.nonzero(), (~self.in_range).nonzero()]
-        for i in [int(i) for kind in kinds for i in kind[:SHOWN]]:
-            edit = edits[i] if edits.ndim == 3 else edits[i, :SHOWN]
-            edited = tensor_to_pictures(self.scene.edit(sources, edit))
-            rows[f"target {i} and sources with its essence"] = [self.pictures[i], *edited]
-        return labelled_grid(None, rows)
+        rows = {
+            f"target {i} and sources with its essence": (
+                self.pictures[i],
+                edits[i] if edits.ndim == 3 else edits[i, :SHOWN],
+            )
+            for i in [int(i) for kind in kinds for i in kind[:SHOWN]]
+        }
+        return edits_sheet(self.scene, self.sources[:SHOWN], rows)

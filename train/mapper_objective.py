@@ -11,130 +11,35 @@ Knows losses of batches; nothing of optimizers, processes or files. Three terms:
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Float32
 from numpy import ndarray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from predictor.mapper import Mapper, Prediction
 from predictor.tradeoff import MIDDLE, Keep
-from targetclip.command import did_you_mean
 from targetclip.losses import transfer_loss
 from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import seed_of
-from train.mapper_data import BatchSizes, Pairs, SourceReading, training_sources
+from train.mapper_batches import (
+    Mixtures,
+    SourceReading,
+    drawn_mixtures,
+    drawn_places,
+    noisy,
+    training_sources,
+)
+from train.mapper_data import Pairs
+from train.mapper_settings import BatchSizes
 
 TERMS = ("transfer", "pairs", "differences")
 STAGE = re.compile(r"([a-z]+(?:\+[a-z]+)*)(?:@([1-9][0-9]{0,4}))?:([1-9][0-9]{0,8})")
 POOL = 32  # fresh sources a batch; each target edits some of them
 ENDS = 0.1  # part of the targets at each end of the trade-off
-
-
-# Stages
-
-
-@dataclass(frozen=True)
-class TrainingStage:
-    """A part of the schedule: the terms that are minimised, and for how many steps."""
-
-    terms: tuple[str, ...]
-    steps: int
-    render_size: int | None = None
-    """Size in px of the images of the transfer term; None: the generator's own."""
-
-
-def parse_schedule(texts: Sequence[str]) -> tuple[TrainingStage, ...]:
-    """Return the stages of texts NAME[+NAME...][@SIZE]:STEPS.
-    ValueError: no stage, a text of another form, unknown or repeated terms, or a size where nothing
-    is rendered."""
-    if not texts:
-        raise ValueError("--schedule: expected stages such as pairs:1000 transfer:4000, found none")
-    stages = []
-    for text in texts:
-        parts = STAGE.fullmatch(text)
-        names = parts[1].split("+") if parts else []
-        unknown = [name for name in names if name not in TERMS]
-        if not parts or unknown or len(set(names)) < len(names):
-            hint = did_you_mean(unknown[0], TERMS) if unknown else ""
-            raise ValueError(
-                f"--schedule: expected NAME[+NAME...][@SIZE]:STEPS with different names of "
-                f"{', '.join(TERMS)} and 1 step or more, found {text!r}{hint}"
-            )
-        terms = tuple(name for name in TERMS if name in names)
-        size = int(parts[2]) if parts[2] else None
-        if size is not None and "transfer" not in terms:
-            raise ValueError(f"--schedule: @{size} is of transfer, which is not in {text!r}")
-        stages.append(TrainingStage(terms, int(parts[3]), size))
-    return tuple(stages)
-
-
-def stage_at(stages: Sequence[TrainingStage], step: int) -> TrainingStage:
-    """Return the stage that a step belongs to. ValueError: the step is after the last one."""
-    for stage in stages:
-        if step < stage.steps:
-            return stage
-        step -= stage.steps
-    raise ValueError(f"expected a step before the end, found one {step} after it")
-
-
-# Terms
-
-
-def noisy(
-    embeddings: Float[Tensor, "batch embed"], noise: float, random: torch.Generator
-) -> Float[Tensor, "batch embed"]:
-    """Add Gaussian noise of an expected length to unit embeddings, and make them unit again."""
-    if noise == 0:
-        return embeddings
-    drawn = torch.randn(embeddings.shape, generator=random).to(embeddings.device)
-    return F.normalize(embeddings + noise / embeddings.shape[1] ** 0.5 * drawn, dim=1)
-
-
-def drawn_places(count: int, random: torch.Generator) -> Float[Tensor, " {count}"]:
-    """Return a place on the trade-off for each of so many targets: of ENDS at 0, of as many at 1,
-    of the others evenly between.
-
-    Each target draws from a part of the range of its own, so that a batch has all of it: losses
-    differ more by their place than by their target.
-    """
-    parts = torch.randperm(count, generator=random) + torch.rand(count, generator=random)
-    return ((parts / count - ENDS) / (1 - 2 * ENDS)).clamp(0, 1)
-
-
-@dataclass(frozen=True)
-class Mixtures:
-    """The last targets of a batch, as mixtures of two or three of its targets."""
-
-    mates: Int[Tensor, "mixtures 3"]
-    """Rows of the targets that are mixed; the first is the row itself."""
-    weights: Float[Tensor, "mixtures 3"]
-    """They sum to 1."""
-
-    def to(self, device: torch.device) -> "Mixtures":
-        """Return these mixtures on a device."""
-        return Mixtures(self.mates.to(device), self.weights.to(device))
-
-    def mixed(self, parts: Float[Tensor, "parts ..."]) -> Float[Tensor, "mixtures ..."]:
-        """Return weighted sums of what belongs to the rows `mates.flatten()`."""
-        rows = parts.unflatten(0, self.mates.shape)
-        weighted: Tensor = rows * self.weights.view(*self.mates.shape, *[1] * (rows.ndim - 2))
-        return weighted.sum(dim=1)
-
-
-def drawn_mixtures(count: int, batch: int, random: torch.Generator) -> Mixtures:
-    """Return mixtures of so many last targets of a batch with the next ones, by weights that are
-    evenly distributed: of three targets, and of two in every second one."""
-    rows = torch.arange(batch - count, batch)
-    shares = -(1 - torch.rand(count, 3, generator=random)).log()  # in proportion: Dirichlet's
-    shares[::2, 2] = 0
-    return Mixtures(
-        (rows[:, None] + torch.arange(3)) % batch, F.normalize(shares + 1e-12, p=1, dim=1)
-    )
 
 
 class Objective(nn.Module):
@@ -260,8 +165,7 @@ class Objective(nn.Module):
             # ways to share an edit, the cheapest has the mean of all edits in the direction.
             decay = (held * squares[0] + own * squares[1]).mean(dim=1) / 2
         edited = (sources + edits).flatten(0, 1)
-        after = scene.features(edited, *rendering)
-        after = after.unflatten(0, chosen.shape)
+        after = scene.features(edited, *rendering).unflatten(0, chosen.shape)
         losses = losses_of(recipe, before[chosen], after, targets, identity)
         loss = losses.loss + decay
         if mixtures is not None:
@@ -334,7 +238,5 @@ class Objective(nn.Module):
         # score's and the correction's.
         mapper = self.mapper
         heads = (mapper.score, mapper.score_linear, mapper.keep_score, mapper.correction)
-        loss = loss + 0 * sum(
-            p.sum() for head in heads if head is not None for p in head.parameters()
-        )
-        return {"loss": loss, **losses}
+        parts = [p.sum() for head in heads if head is not None for p in head.parameters()]
+        return {"loss": loss + 0 * sum(parts), **losses}

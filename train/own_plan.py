@@ -26,12 +26,13 @@ from data.teacher import fitting_batch_size, make_teacher, memory, time_step
 from targetclip import command
 from targetclip.command import Precision, in_precision, say
 from targetclip.generators import check_render_size
-from targetclip.recipes import RECIPES
+from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import CALIBRATION_TARGETS, DEFAULT_TARGETS, TRAINING_TARGETS
 from targetclip.world import DEFAULT_WORLD, World, load_scene
-from train import mapper
-from train.mapper_objective import Objective, TrainingStage
+from train import mapper, mapper_settings
+from train.mapper_objective import Objective
+from train.mapper_settings import TrainingStage
 from train.own import MAPPER, PLAN, PROGRESS, Config, Stage, duration, is_done, read, words_of
 
 CLIP_SIDE = 256  # px: CLIP reads 224, so most steps render no more
@@ -40,10 +41,7 @@ USABLE = 0.8  # of the free memory
 PROBED = (1, 8)  # images whose backward pass shows what one of them holds
 LOOKED_AT = 500  # pictures of a folder among which one to test by is looked for
 # Of other commands, for estimates alone
-SCORED_ON, EXPECTED_ON = (
-    16,
-    4,
-)  # images that score a pair or a validation target, and an expectation
+SCORED_ON, EXPECTED_ON = 16, 4  # images: of a pair or a validation target; of an expectation
 REFINING = 130  # steps that calibration refines a target's answers by
 METHODS, JUDGED = 8, 40  # of a comparison, and images that it renders of a target by each
 
@@ -110,11 +108,13 @@ def build_config(words: Sequence[str]) -> build.Config:
     return command.parse(build.Config, "python -m data.build", None, [*words[1:]])
 
 
-def mapper_config(words: Sequence[str]) -> mapper.Config:
+def mapper_config(words: Sequence[str]) -> mapper_settings.Config:
     """Read the flags of train.mapper. SystemExit: a usage error, which is one line."""
-    kind = tyro.conf.OmitArgPrefixes[mapper.Config]
-    config: mapper.Config = command.parse(kind, "python -m train.mapper", None, [*words[1:]])
-    mapper.check_config(config)
+    kind = tyro.conf.OmitArgPrefixes[mapper_settings.Config]
+    config: mapper_settings.Config = command.parse(
+        kind, "python -m train.mapper", None, [*words[1:]]
+    )
+    mapper_settings.check_config(config)
     return config
 
 
@@ -141,152 +141,188 @@ def schedule_of(steps: int, pairs: int, side: int | None) -> tuple[str, ...]:
     return first, f"transfer@{side}:{steps - last}", f"transfer:{last}"
 
 
-def images_of_batch(config: mapper.Config, world: World) -> int:
+def images_of_batch(config: mapper_settings.Config, world: World) -> int:
     """Return the images that a batch of the transfer term renders."""
     recipe = RECIPES[config.transfer.recipe or world.recipe]
     sources = config.transfer.sources or recipe.sources
     return config.batches.batch_size * sources
 
 
-def transfer_stages(config: mapper.Config) -> list[TrainingStage]:
+def transfer_stages(config: mapper_settings.Config) -> list[TrainingStage]:
     """Return the stages that render."""
-    return [stage for stage in mapper.stages_of(config) if "transfer" in stage.terms]
+    return [stage for stage in mapper_settings.stages_of(config) if "transfer" in stage.terms]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Makes the stages, each with its command and its estimate, of what was asked and found."""
+
+    config: Config
+    world: World
+    facts: Facts
+    processes: int = 1
+
+    @property
+    def number(self) -> int:
+        """Pairs that are asked for, about."""
+        asked, many = self.config.pairs, self.facts.accelerator
+        return asked if asked is not None else 1000 if many else 200
+
+    @property
+    def usual(self) -> Recipe:
+        """The recipe of searches."""
+        return RECIPES[self.world.recipe]
+
+    def words(self, module: str, further: str, **flags: Any) -> list[str]:
+        """Return the words of a command, with the flags that all stages share; see `words_of`."""
+        shared = {
+            "world": self.config.world,
+            "precision": self.facts.precision,
+            "checkpoint_layers": self.config.checkpoint_layers,
+            "seed": self.config.seed,
+        }
+        return words_of(module, further, **flags, **shared)
+
+    def at_once(self, most: int) -> int | None:
+        """Return --max-images of a stage that renders so many; None: all of them fit."""
+        return self.config.max_images or (self.facts.fits if self.facts.fits < most else None)
+
+    def size_of(self, spec: str) -> int:
+        """Return the number of targets of a set."""
+        seeded = SEEDED.fullmatch(spec)
+        return int(seeded[2]) if seeded else self.facts.pictures
+
+    def search_seconds(self) -> float:
+        """Return the seconds of a step of a search for a target, alone."""
+        return self.facts.pass_at() * self.usual.sources
+
+    def pairs(self) -> Stage:
+        """Return the build of pairs."""
+        config, facts, own = self.config, self.facts, self.config.targets
+        half = -(-max(self.number, 1) // 2)
+        words = self.words(
+            "data.build",
+            config.build_flags,
+            out=config.out / "pairs",
+            targets=own or default_targets(self.world, DEFAULT_TARGETS, half),
+            sample=-(-max(self.number, 1) // len(own)) if own else None,
+            render_size=search_side(facts),
+            batch_size=facts.batch,
+            max_images=self.at_once(self.usual.sources),
+        )
+        building = build_config(words)
+        _, recipe = build.chosen_recipe(building, self.world)
+        sizes = map(self.size_of, building.targets)
+        made = sum(min(size, building.sample or size) for size in sizes)
+        a_pair = recipe.steps * facts.search + (1 + SCORED_ON) * facts.image
+        side = recipe.render_size or facts.resolution
+        return Stage(
+            name="pairs",
+            words=words,
+            result="pairs/SHA256SUMS",
+            what=f"{made} pairs, {recipe.steps} steps at {side} px",
+            seconds=made * a_pair / self.processes,
+            parallel=True,
+        )
+
+    def train(self) -> Stage:
+        """Return the training of the mapper."""
+        config, facts, world, many = self.config, self.facts, self.world, self.facts.accelerator
+        steps = config.steps or (4000 if many else 1000)
+        spread = (20_000, 5_000) if many else (4_000, 1_000)
+        words = self.words(
+            "train.mapper",
+            config.train_flags,
+            out=config.out / "mapper",
+            pairs=config.out / "pairs" if self.number else None,
+            schedule=schedule_of(steps, self.number, search_side(facts)),
+            targets=(*config.targets, *default_targets(world, TRAINING_TARGETS, *spread)),
+            correction=96,
+            max_images=config.max_images,
+            licence=config.licence,
+        )
+        training = mapper_config(words)
+        images = images_of_batch(training, world)
+        if training.max_images is None and facts.fits < images:
+            words += ["--max-images", str(facts.fits)]
+        pictures = sum(map(self.size_of, training.data.targets or ()))
+        total = sum(stage.steps for stage in mapper_settings.stages_of(training))
+        validated = sum(map(self.size_of, training.data.validation or ())) or 64
+        ways = 4 if world.inverter else 2
+        looks = (1 + total // training.evaluate_every) * validated * SCORED_ON * ways
+        passes = sum(s.steps * facts.pass_at(s.render_size) for s in transfer_stages(training))
+        return Stage(
+            name="train",
+            words=words,
+            result=f"mapper/{mapper.MAPPER}",
+            what=f"{total} steps of {images} images, on {pictures} pictures",
+            seconds=training.accumulate * images * passes + (pictures + looks) * facts.image,
+            parallel=True,
+        )
+
+    def calibrate(self) -> Stage:
+        """Return the calibration of the mapper."""
+        config = self.config
+        count, fitted = (32, 2000) if self.facts.accelerator else (8, 400)
+        words = self.words(
+            "eval.calibrate",
+            config.calibrate_flags,
+            mapper=config.out / "mapper" / mapper.MAPPER,
+            out=config.out / "calibrated",
+            targets=default_targets(self.world, CALIBRATION_TARGETS, fitted),
+            count=count,
+            fitted=fitted,
+            half=True,
+            max_images=self.at_once(MAX_IMAGES),
+        )
+        flags = flags_of(words)
+        specs = flags["--targets"].split()
+        judge, teach = (number_of(flags, n) * len(specs) for n in ("--count", "--fitted"))
+        seen = sum(map(self.size_of, specs)) + EXPECTED_ON * teach
+        searched = judge * (self.usual.steps + REFINING) * self.search_seconds()
+        return Stage(
+            name="calibrate",
+            words=words,
+            result=MAPPER,
+            what=f"{judge} targets judge, {teach} teach what to expect",
+            seconds=searched + seen * self.facts.image,
+        )
+
+    def compare(self) -> Stage:
+        """Return the comparison with other methods."""
+        config, facts, world = self.config, self.facts, self.world
+        tested, slow = (32, 4) if facts.accelerator else (16, 2)
+        words = self.words(
+            "eval.compare",
+            config.compare_flags,
+            mapper=config.out / MAPPER,
+            out=config.out / "compare",
+            quick=True,
+            targets=tested,
+            slow=slow,
+            folder=facts.folder,
+            max_images=self.at_once(MAX_IMAGES),
+            pairs=config.out / "pairs" if self.number else None,
+        )
+        flags = flags_of(words)
+        tested, slow = number_of(flags, "--targets"), number_of(flags, "--slow")
+        sets = 3 if world.argument == DEFAULT_WORLD else 1 + bool(facts.folder)
+        cut = number_of({"--max-steps": str(RECIPES["consistent"].steps), **flags}, "--max-steps")
+        searched = slow * (2 if world.identity else 1) * cut * self.search_seconds()
+        return Stage(
+            name="compare",
+            words=words,
+            result="compare/report.json",
+            what=f"{tested} unseen targets a set, {slow} for searches; sets: {sets}",
+            seconds=sets * (searched + tested * METHODS * JUDGED * facts.image),
+        )
 
 
 def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) -> list[Stage]:
     """Return the stages with their commands and estimates: the same for the same facts."""
-    out, own, many, side = config.out, config.targets, facts.accelerator, search_side(facts)
-    number = config.pairs if config.pairs is not None else 1000 if many else 200
-    steps = config.steps or (4000 if many else 1000)
-    usual = RECIPES[world.recipe]
-    shared = {
-        "world": config.world,
-        "precision": facts.precision,
-        "checkpoint_layers": config.checkpoint_layers,
-        "seed": config.seed,
-    }
-
-    def at_once(most: int) -> int | None:
-        return config.max_images or (facts.fits if facts.fits < most else None)
-
-    def size_of(spec: str) -> int:
-        seeded = SEEDED.fullmatch(spec)
-        return int(seeded[2]) if seeded else facts.pictures
-
-    half = -(-max(number, 1) // 2)
-    words = words_of(
-        "data.build",
-        config.build_flags,
-        out=out / "pairs",
-        targets=own or default_targets(world, DEFAULT_TARGETS, half),
-        sample=-(-max(number, 1) // len(own)) if own else None,
-        render_size=side,
-        batch_size=facts.batch,
-        max_images=at_once(usual.sources),
-        **shared,
-    )
-    building = build_config(words)
-    _, recipe = build.chosen_recipe(building, world)
-    made = sum(min(size_of(s), building.sample or size_of(s)) for s in building.targets)
-    a_pair = recipe.steps * facts.search + (1 + SCORED_ON) * facts.image
-    pairs = Stage(
-        name="pairs",
-        words=words,
-        result="pairs/SHA256SUMS",
-        what=f"{made} pairs, {recipe.steps} steps at {recipe.render_size or facts.resolution} px",
-        seconds=made * a_pair / processes,
-        parallel=True,
-    )
-
-    spread = (20_000, 5_000) if many else (4_000, 1_000)
-    words = words_of(
-        "train.mapper",
-        config.train_flags,
-        out=out / "mapper",
-        pairs=out / "pairs" if number else None,
-        schedule=schedule_of(steps, number, side),
-        targets=(*own, *default_targets(world, TRAINING_TARGETS, *spread)),
-        correction=96,
-        max_images=config.max_images,
-        licence=config.licence,
-        **shared,
-    )
-    training = mapper_config(words)
-    images = images_of_batch(training, world)
-    if training.max_images is None and facts.fits < images:
-        words += ["--max-images", str(facts.fits)]
-    pictures = sum(map(size_of, training.data.targets or ()))
-    total = sum(stage.steps for stage in mapper.stages_of(training))
-    validated = sum(map(size_of, training.data.validation or ())) or 64
-    looks = (
-        (1 + total // training.evaluate_every)
-        * validated
-        * SCORED_ON
-        * (4 if world.inverter else 2)
-    )
-    passes = sum(s.steps * facts.pass_at(s.render_size) for s in transfer_stages(training))
-    train = Stage(
-        name="train",
-        words=words,
-        result=f"mapper/{mapper.MAPPER}",
-        what=f"{total} steps of {images} images, on {pictures} pictures",
-        seconds=training.accumulate * images * passes + (pictures + looks) * facts.image,
-        parallel=True,
-    )
-
-    count, fitted = (32, 2000) if many else (8, 400)
-    words = words_of(
-        "eval.calibrate",
-        config.calibrate_flags,
-        mapper=out / "mapper" / mapper.MAPPER,
-        out=out / "calibrated",
-        targets=default_targets(world, CALIBRATION_TARGETS, fitted),
-        count=count,
-        fitted=fitted,
-        half=True,
-        max_images=at_once(MAX_IMAGES),
-        **shared,
-    )
-    flags = flags_of(words)
-    specs = flags["--targets"].split()
-    judge, teach = (number_of(flags, n) * len(specs) for n in ("--count", "--fitted"))
-    a_step = facts.pass_at() * usual.sources  # of a search for a target
-    seen = sum(map(size_of, specs)) + EXPECTED_ON * teach
-    calibrate = Stage(
-        name="calibrate",
-        words=words,
-        result=MAPPER,
-        what=f"{judge} targets judge, {teach} teach what to expect",
-        seconds=judge * (usual.steps + REFINING) * a_step + seen * facts.image,
-    )
-
-    tested, slow = (32, 4) if many else (16, 2)
-    words = words_of(
-        "eval.compare",
-        config.compare_flags,
-        mapper=out / MAPPER,
-        out=out / "compare",
-        quick=True,
-        targets=tested,
-        slow=slow,
-        folder=facts.folder,
-        max_images=at_once(MAX_IMAGES),
-        pairs=out / "pairs" if number else None,
-        **shared,
-    )
-    flags = flags_of(words)
-    tested, slow = number_of(flags, "--targets"), number_of(flags, "--slow")
-    sets = 3 if world.argument == DEFAULT_WORLD else 1 + bool(facts.folder)
-    cut = number_of({"--max-steps": str(RECIPES["consistent"].steps), **flags}, "--max-steps")
-    searched = slow * (2 if world.identity else 1) * cut * a_step
-    compare = Stage(
-        name="compare",
-        words=words,
-        result="compare/report.json",
-        what=f"{tested} unseen targets a set, {slow} for searches; sets: {sets}",
-        seconds=sets * (searched + tested * METHODS * JUDGED * facts.image),
-    )
-    return [pairs, train, calibrate, compare][0 if number else 1 :]
+    planner = Planner(config=config, world=world, facts=facts, processes=processes)
+    stages = [planner.pairs(), planner.train(), planner.calibrate(), planner.compare()]
+    return stages[0 if planner.number else 1 :]
 
 
 # Timing
@@ -351,7 +387,7 @@ def fitting_images(scene: Scene, identity_weight: float) -> int:
 
 
 def seconds_of_passes(
-    config: mapper.Config, world: World, device: torch.device
+    config: mapper_settings.Config, world: World, device: torch.device
 ) -> dict[str, float]:
     """Return `Facts.passes`, of a few steps on embeddings at random."""
     _, recipe, scene = mapper.make_scene(config, device)
@@ -397,7 +433,7 @@ def timed_search(config: Config, world: World, device: torch.device) -> Facts:
             ws = scene.latents(range(min(fits, 16)))
             image = timed(lambda: scene.features(ws)) / len(ws)
     at_once = config.max_images or (fits if fits < recipe.sources else None)
-    scene = scene.with_max_images(at_once)
+    scene = replace(scene, max_images=at_once)
     teacher = make_teacher(scene, name, recipe, building.held_out, facts.precision)
     times: dict[int, float] = {}
 

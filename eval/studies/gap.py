@@ -40,12 +40,13 @@ from eval.metrics import interval, interval_kept
 from eval.reader import BUNDLED
 from eval.report import Series, check_charts, line_chart, table, with_bounds
 from eval.sets import EvalSet, Sources, targets_and_sources
+from predictor.editing import edits_sheet
 from predictor.mapper import Mapper, load_mapper
 from predictor.mapper_file import trained_recipe
 from targetclip import command
 from targetclip.command import Precision, choose_precision, in_precision
 from targetclip.graphs import Replayed
-from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
+from targetclip.media.images import write_picture
 from targetclip.optimize import Progress, draw_sources, learning_rate, losses_of
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene, random_latents
@@ -298,7 +299,7 @@ class Study:
                     if progress.step + 1 in marks:
                         marked.append(progress.directions.detach().clone())
 
-                found = scene.with_max_images(len(embeddings) * count).search(
+                found = replace(scene, max_images=len(embeddings) * count).search(
                     embeddings,
                     recipe,
                     start[part],
@@ -637,14 +638,12 @@ def charts(report: Mapping[str, Any]) -> dict[str, Image.Image]:
 
 def sheet(study: Study, rows: Mapping[str, Row]) -> Image.Image:
     """Return the sources, and as edited for each of a few targets by a few ways."""
-    unedited = tensor_to_pictures(study.scene.render(study.sources))
-    lines = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
-    for i, picture in enumerate(study.targets.pictures[:SHOWN]):
-        for name in (MAPPER, TEACHER, DIRECTION, EDIT):
-            edit = rows[name].edits[i].float().to(study.scene.device)
-            edited = tensor_to_pictures(study.scene.render(study.sources + edit))
-            lines[f"{i}, {name}"] = [picture, *edited]
-    return labelled_grid(None, lines)
+    lines = {
+        f"{i}, {name}": (picture, rows[name].edits[i].float().to(study.scene.device))
+        for i, picture in enumerate(study.targets.pictures[:SHOWN])
+        for name in (MAPPER, TEACHER, DIRECTION, EDIT)
+    }
+    return edits_sheet(study.scene, study.sources, lines)
 
 
 def device_name(device: torch.device) -> str:

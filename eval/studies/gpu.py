@@ -34,7 +34,7 @@ from eval import bench as benches
 from eval import costs
 from eval.bench import COMPILED, EAGER, ENLARGE, EXIT, FULL, LAYOUT, TINY, TUNED, Bench
 from eval.costs import CPU, NOT_MEASURED, median_seconds, peak_gib
-from predictor.mapper import FoldedMapper
+from predictor.folded import FoldedMapper
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.optimize import draw_sources, losses_of

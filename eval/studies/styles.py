@@ -36,10 +36,11 @@ from eval.judging import face_reader
 from eval.methods import mapped
 from eval.reader import BUNDLED, HAIR_COLOURS, AvatarReader
 from eval.report import number, table
+from predictor.editing import edits_sheet
 from predictor.mapper import Mapper
 from predictor.transfer import load_essence
 from targetclip import command
-from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
+from targetclip.media.images import write_picture
 from targetclip.scene import Scene
 from targetclip.seeds import STYLE_TARGETS, TEST_SOURCES
 from targetclip.world import DEFAULT_WORLD, load_world
@@ -192,21 +193,6 @@ def report_table(report: Mapping[str, Any]) -> str:
     return "\n".join(table(["style", *heads], cells))
 
 
-def sheet(
-    scene: Scene,
-    sources: Float[Tensor, "sources num_ws w_dim"],
-    targets: Mapping[str, StyleTarget],
-    edits: Float[Tensor, "targets *sources num_ws w_dim"],
-) -> Image.Image:
-    """Return sources, then for each target a row: its picture, and the sources edited."""
-
-    unedited = tensor_to_pictures(scene.render(sources))
-    rows = {"sources": [Image.new("RGB", unedited[0].size, "white"), *unedited]}
-    for (label, target), edit in zip(targets.items(), edits, strict=True):
-        rows[label] = [target.picture, *tensor_to_pictures(scene.edit(sources, edit))]
-    return labelled_grid(None, rows)
-
-
 def targets_of_sheet(config: Config, styles: Sequence[str]) -> dict[str, StyleTarget]:
     """Return the targets of a sheet, of the styles in turn, by what they show."""
     targets = {}
@@ -257,7 +243,8 @@ def run(config: Config) -> dict[str, Any]:
             shown_targets = targets_of_sheet(config, styles)
             pictures = [target.picture for target in shown_targets.values()]
             edits = edits_of(scene, mapper, pictures, few, config.one_direction)
-            write_picture(sheet(scene, few, shown_targets, edits), config.out / f"{group}.png")
+            rows = dict(zip(shown_targets, zip(pictures, edits, strict=True), strict=True))
+            write_picture(edits_sheet(scene, few, rows), config.out / f"{group}.png")
     print(text)
     command.say_next(config.out, "report.md, a sheet a group", "read report.md", error=True)
     return report

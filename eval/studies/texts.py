@@ -36,11 +36,12 @@ from eval.metrics import interval
 from eval.reader import NAMES, OUTPUTS, PRESENT, SPANS
 from eval.report import number, table, with_bounds
 from eval.truth import Truth, truth_of
+from predictor.editing import edits_sheet
 from predictor.inputs import Text
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
-from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
+from targetclip.media.images import write_picture
 from targetclip.seeds import TEST_SOURCES, TEXT_TARGETS, seed_of
 from targetclip.world import DEFAULT_WORLD, World, load_world
 
@@ -225,7 +226,7 @@ def judge_targets(
     """
     judges, texts = setup.judges, [target for target in targets if isinstance(target, str)]
     embeddings = setup.embed_raw(texts) if way == RAW else setup.embed(targets)
-    directions = setup.essence.predict_embeddings(embeddings).directions
+    directions = setup.essence.asked_mapper()(embeddings).directions
     asked = embeddings.float().cpu()
     shown = judges.scene.embedder.embed_pictures(pictures).cpu() if pictures else asked
     goal = Goal(embeddings=shown, second=None, people=None, truth=truth)
@@ -294,10 +295,9 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def grid(setup: Setup, results: Sequence[Result], faces: DescribedFaces) -> Image.Image:
     """Return the sources, then a row for each of the first faces' targets and for each phrase."""
-    sources = setup.sources[:SHOWN_SOURCES]
-    unedited = tensor_to_pictures(setup.judges.scene.render(sources))
-    blank = Image.new("RGB", unedited[0].size, "white")
-    rows = {"sources": [blank, *unedited]}
+    sources, scene = setup.sources[:SHOWN_SOURCES], setup.judges.scene
+    blank = Image.new("RGB", (scene.generator.resolution,) * 2, "white")
+    rows: dict[str, tuple[Image.Image, Tensor]] = {}
 
     def add(result: Result, place: int, first: Image.Image) -> None:
         label = result.names[place]
@@ -305,8 +305,7 @@ def grid(setup: Setup, results: Sequence[Result], faces: DescribedFaces) -> Imag
             label = f"{label}, by its picture"
         elif result.kind != PHRASE:
             label = f"face {place}, {result.kind}: {label}"
-        edited = setup.judges.scene.edit(sources, result.directions[place])
-        rows[label] = [first, *tensor_to_pictures(edited)]
+        rows[label] = first, result.directions[place]
 
     shown = [result for result in results if result.way != RAW]
     for place, picture in enumerate(faces.pictures[:SHOWN_FACES]):
@@ -317,7 +316,7 @@ def grid(setup: Setup, results: Sequence[Result], faces: DescribedFaces) -> Imag
         if result.kind == PHRASE:
             for place in range(len(result.names)):
                 add(result, place, blank)
-    return labelled_grid(None, rows)
+    return edits_sheet(scene, sources, rows)
 
 
 def run(config: Config) -> list[dict[str, Any]]:

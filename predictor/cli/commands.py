@@ -94,7 +94,8 @@ from targetclip.media.frames import write_morph
 from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
 from targetclip.optimize import Progress
 from targetclip.recipes import Recipe
-from targetclip.scene import Scene, Scores, score_features
+from targetclip.scene import Scene
+from targetclip.scores import Scores, score_features
 from targetclip.world import load_scene
 
 IN_SHOWS = 12  # sources of a strip and of a morph

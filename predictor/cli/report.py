@@ -15,7 +15,8 @@ from predictor.direction import RECORDED, Direction
 from predictor.inputs import Text
 from targetclip.command import Stopwatch, versions
 from targetclip.media.images import center_square, labelled_grid
-from targetclip.scene import Scene, Scores
+from targetclip.scene import Scene
+from targetclip.scores import Scores
 
 WIDEST = 8192  # pixels of a sheet, if its pictures then keep MIN_TILE
 MIN_TILE, MAX_TILE = 128, 512

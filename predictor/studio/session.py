@@ -31,7 +31,7 @@ from targetclip.media.images import (
     tensor_to_pictures,
     write_picture,
 )
-from targetclip.scene import Scores, score_features
+from targetclip.scores import Scores, score_features
 from targetclip.world import World, load_scene
 
 MAX_TARGETS, MAX_SOURCES = 4, 12

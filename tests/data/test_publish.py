@@ -132,14 +132,16 @@ def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(
 ) -> None:
     fsync = os.fsync
 
-    def files_only(descriptor: int, code: int) -> None:
+    codes = [errno.EINVAL]
+
+    def files_only(descriptor: int) -> None:
         if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError(code, os.strerror(code))
+            raise OSError(codes[-1], os.strerror(codes[-1]))
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", lambda file: files_only(file, errno.EINVAL))
+    monkeypatch.setattr(os, "fsync", files_only)
     assert publish_file(tmp_path / "file", NEW)
-    monkeypatch.setattr(os, "fsync", lambda file: files_only(file, errno.EIO))
+    codes.append(errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         write_file(tmp_path / "file", NEW)
 

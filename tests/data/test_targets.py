@@ -358,13 +358,11 @@ def test_another_seed_truncation_or_mixing_gives_another_picture(generator: Gene
 
 
 def test_a_mixed_sample_has_three_latents(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch
+    generator: Generator,
 ) -> None:
     seen = []
     other = Renamed(generator)
-    monkeypatch.setattr(
-        other, "synthesis", lambda ws: (seen.append(ws[0]), generator.synthesis(ws))[1]
-    )
+    other.synthesis = lambda ws: (seen.append(ws[0]), generator.synthesis(ws))[1]
     list(open_targets("generated:1", other))
     list(open_targets("mixed:1", other))
     distances = [(ws[1:] - ws[:-1]).abs().amax(dim=1) > 1e-3 for ws in seen]

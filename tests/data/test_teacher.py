@@ -30,7 +30,7 @@ def short(**changes: Any) -> Recipe:
 def test_batches_of_targets_find_what_each_target_finds_alone(scene: Scene) -> None:
     targets, start = random(3, 32), torch.zeros(3, 6, 8)
     together, failures = search_in_batches(
-        scene.with_max_images(4), targets, short(), start, [7, 8, 9], label="test"
+        dataclasses.replace(scene, max_images=4), targets, short(), start, [7, 8, 9], label="test"
     )
     assert failures == [None] * 3
     for i, seed in enumerate([7, 8, 9]):

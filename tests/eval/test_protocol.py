@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import answers
 from eval.metrics import frechet_distance
 from eval.protocol import KNOWN
 from eval.referee import Config, run
@@ -142,7 +141,7 @@ def test_pictures_that_are_kept_are_those_that_were_judged(
 
 
 def test_methods_find_directions_beside_the_published_ones(
-    release: Path, who_world: Path, reading_mapper: Path, monkeypatch: pytest.MonkeyPatch
+    release: Path, who_world: Path, reading_mapper: Path
 ) -> None:
     asked = config(
         release,
@@ -159,8 +158,10 @@ def test_methods_find_directions_beside_the_published_ones(
     assert text == protocol_text(report)
     head = "| method | semantic | identity, as released | identity, corrected | identity to the"
     assert head in text and "4 pictures to compare with" in text and "| published | " in text
-    monkeypatch.setattr(answers, "timed", lambda *_: pytest.fail("found again"))
+    written = {path: path.stat().st_mtime_ns for path in (release / "out" / "answers").iterdir()}
+    assert len(written) == 3  # of each method
     assert run(asked)["methods"] == report["methods"]
+    assert written == {path: path.stat().st_mtime_ns for path in written}  # not found again
     alone = run(config(release, who_world, direction=None, mapper=reading_mapper))
     assert [*alone["methods"]] == ["mapper"]
     assert alone["methods"]["mapper"]["semantic"] == report["methods"]["mapper"]["semantic"]

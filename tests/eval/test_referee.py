@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from data.illustrated.codes import draw_face
 from data.illustrated.shown import Shown
 from data.targets import draw_avatar, face_at
-from eval import embeddings, referee
+from eval import judging, referee
 from eval.metrics import (
     essence_acquired,
     essence_by_attribute,
@@ -294,7 +295,7 @@ def test_the_reader_is_not_trusted_with_other_styles(
 def test_attributes_are_left_out_where_faces_cannot_be_drawn(
     avatars: Path, avatar_world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "dicebear" or None)
+    monkeypatch.setitem(sys.modules, "dicebear", None)
     report = run(config(avatars, avatar_world, "unchanged"))
     row = report["results"]["unchanged"]
     assert not {*row} & READ and row["by_attribute"] == {} and report["truth"] == {}
@@ -370,7 +371,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
         return embed(self, images)
 
     monkeypatch.setattr(AvatarIdentity, "embed_images", watched)
-    monkeypatch.setattr(embeddings, "AT_ONCE", 2)
+    monkeypatch.setattr(judging, "AT_ONCE", 2)
     made = config(faces, who_world)
     with pytest.raises(KeyboardInterrupt):
         run(made)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from predictor.correction import SourceCorrection, mixed_corrections
-from predictor.mapper import FoldedMapper, Mapper, load_mapper, save_mapper
+from predictor.folded import FoldedMapper
+from predictor.mapper import Mapper, load_mapper, save_mapper
 from predictor.mapper_file import (
     SECOND_FORMAT,
     CorrectionConfig,

@@ -1,4 +1,4 @@
-"""The mapper's network, its faster form, its file, and how the Hub keeps it."""
+"""The mapper's network, its file, and how the Hub keeps it."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from predictor.mapper import FoldedMapper, Mapper, load_mapper, save_mapper
+from predictor.mapper import Mapper, load_mapper, save_mapper
 from predictor.mapper_file import (
     FIRST_FORMAT,
     FORMAT,
@@ -69,16 +69,6 @@ def mapper() -> Mapper:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "mapper.safetensors"
-
-
-def taught_mapper(config: MapperConfig = CONFIG) -> Mapper:
-    """A mapper whose every weight and buffer is far from its start."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = Mapper(config).requires_grad_(False)
-        for tensor in network.state_dict().values():
-            tensor.add_(0.3 * torch.randn(tensor.shape))
-    return network
 
 
 def embeddings(count: int = 4, size: int = 12) -> Tensor:
@@ -228,70 +218,6 @@ def test_embeddings_of_another_size_are_refused(mapper: Mapper) -> None:
         for size in (1, 13):
             with pytest.raises(ValueError, match=r"\[batch, 12\].*eeeeeeeeeeee"):
                 call(torch.zeros(2, size))
-
-
-# Its faster form
-
-
-@pytest.mark.parametrize("rank", [None, 1, 3, 48, 60])
-@pytest.mark.parametrize("depth", [1, 2, 4])
-def test_the_faster_form_answers_as_the_mapper_of_any_size(rank: int | None, depth: int) -> None:
-    mapper = taught_mapper(dataclasses.replace(CONFIG, rank=rank, depth=depth))
-    whole, folded = mapper(embeddings(5)), FoldedMapper(mapper)
-    for i, embedding in enumerate(embeddings(5).split(1)):
-        direction, expected = folded(embedding)
-        torch.testing.assert_close(direction, whole.directions[i], rtol=1e-4, atol=1e-5)
-        assert expected == pytest.approx(float(whole.expected[i]), abs=1e-5)
-    assert whole.directions.std() > 0.1 and whole.expected.std() > 0.01
-
-
-def test_the_faster_form_reads_embeddings_of_any_length() -> None:
-    folded = FoldedMapper(taught_mapper())
-    for embedding in embeddings(5).split(1):
-        direction, expected = folded(embedding)
-        for same in (1e3 * embedding, embedding.double(), embedding / embedding.norm()):
-            found, score = folded(same)
-            torch.testing.assert_close(found, direction, rtol=1e-4, atol=1e-5)
-            assert score == pytest.approx(expected, abs=1e-5)
-
-
-def test_the_faster_form_of_zeros_is_finite() -> None:
-    direction, expected = FoldedMapper(taught_mapper())(torch.zeros(1, 12))
-    assert direction.isfinite().all() and abs(expected) <= 1
-
-
-def test_the_faster_form_refuses_another_size() -> None:
-    with pytest.raises(ValueError, match=r"expected embeddings of shape \[batch, 12\]"):
-        FoldedMapper(taught_mapper())(torch.zeros(1, 13))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_the_faster_form_refuses_an_embedding_that_is_not_finite(value: float) -> None:
-    with pytest.raises(ValueError, match="expected an embedding of finite length"):
-        FoldedMapper(taught_mapper())(torch.full((1, 12), value))
-
-
-def test_the_faster_form_is_a_copy() -> None:
-    for rank in (None, 3):
-        mapper = taught_mapper(dataclasses.replace(CONFIG, rank=rank))
-        before = {name: tensor.clone() for name, tensor in mapper.state_dict().items()}
-        folded = FoldedMapper(mapper)
-        answer = folded(embeddings(1))[0]
-        assert all(torch.equal(before[k], v) for k, v in mapper.state_dict().items())
-        for tensor in mapper.state_dict().values():
-            tensor.mul_(2).add_(1)
-        assert torch.equal(folded(embeddings(1))[0], answer)
-        assert not torch.allclose(FoldedMapper(mapper)(embeddings(1))[0], answer)
-
-
-def test_the_faster_form_does_not_learn_and_answers_in_float32() -> None:
-    folded = FoldedMapper(taught_mapper().requires_grad_(True))
-    direction, _ = folded(embeddings(1).requires_grad_(True))
-    assert not direction.requires_grad
-    with in_precision(direction.device, "bf16"):
-        rounded, _ = folded(embeddings(1))
-    assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, direction, rtol=0.1, atol=0.1)
 
 
 # Its file

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from predictor.correction import mixed_corrections
-from predictor.mapper import FoldedMapper, Mapper, load_mapper, save_mapper
+from predictor.folded import FoldedMapper
+from predictor.mapper import Mapper, load_mapper, save_mapper
 from predictor.mapper_file import (
     TRADEOFF_FORMAT,
     CorrectionConfig,

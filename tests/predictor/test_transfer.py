@@ -52,7 +52,7 @@ def predicting(scene: Scene, tiny_mapper: Path) -> Predicting:
         mapper, record = load_mapper(tiny_mapper)
         calibration = {**record.calibration, "threshold": threshold, **figures}
         mapper.record = dataclasses.replace(record, calibration=calibration)
-        return EssenceTransfer(scene.with_max_images(max_images), mapper)
+        return EssenceTransfer(dataclasses.replace(scene, max_images=max_images), mapper)
 
     return make
 
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_no_direction(scene: Scene) ->
 def test_an_instant_answer_is_the_mappers_row_of_a_batch(predicting: Predicting) -> None:
     essence = predicting()
     pictures = [picture(seed) for seed in range(3)]
-    batch = essence.predict_embeddings(torch.stack([essence.embed_target(p) for p in pictures]))
+    batch = essence.asked_mapper()(torch.stack([essence.embed_target(p) for p in pictures]))
     for i, shown in enumerate(pictures):
         found = essence.direction(shown, "instant")
         torch.testing.assert_close(found.vector, batch.directions[i])
@@ -462,7 +462,7 @@ def test_a_place_on_the_trade_off_is_answered_and_recorded(
         expected = mapper.edits(embedding, ws, place)[0]
         torch.testing.assert_close(found.offsets(ws), expected, rtol=1e-4, atol=1e-5)
         assert found.keep_identity == place and f"keep_identity {place:g}" in repr(found)
-        batch = essence.predict_embeddings(embedding, asked)
+        batch = mapper(embedding, essence.place(asked))
         torch.testing.assert_close(batch.directions[0], found.vector, rtol=1e-4, atol=1e-5)
     found.save(tmp_path / "direction.safetensors")
     assert Direction.load(tmp_path / "direction.safetensors", essence).keep_identity == 0.7

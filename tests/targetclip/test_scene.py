@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene, random_latents
+from targetclip.scores import Scores, score_features
 from targetclip.seeds import BANK
 from targetclip.world import load_scene, load_world
 
@@ -55,6 +56,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def pictures(count: int, seed: int) -> Tensor:
     """Blotches, which the tiny encoder tells apart better than noise."""
     return F.interpolate(random(count, 3, 4, 4, seed=seed).clamp(-1, 1), (16, 16))
+
+
+def image_scores(scene: Scene, target: Tensor, before: Tensor, after: Tensor) -> Scores:
+    return score_features(target, scene.image_features(before), scene.image_features(after))
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -134,7 +139,7 @@ def test_pictures_do_not_depend_on_how_many_are_rendered_at_once(
 ) -> None:
     ws = random(5, 6, 8)
     together = scene.generator.synthesis(ws)
-    images = scene.with_max_images(max_images).render(ws)
+    images = dataclasses.replace(scene, max_images=max_images).render(ws)
     torch.testing.assert_close(images, together, rtol=1e-4, atol=1e-4)
 
 
@@ -146,7 +151,7 @@ def test_no_more_pictures_are_rendered_or_embedded_at_once_than_asked(scene: Sce
         max_images=2,
     )
     images = counted.render(random(5, 6, 8))
-    counted.score_images(random(32), images, images)
+    image_scores(counted, random(32), images, images)
     counted.features(random(5, 6, 8))
     counted.search(random(2, 32), short(), torch.zeros(2, 6, 8), [0, 1])
     assert sizes[:9] == 3 * [2, 2, 1]
@@ -171,7 +176,7 @@ def test_scores_of_images_are_the_cosines_they_say(scene: Scene) -> None:
     embed = scene.embedder.embed_images
     sources, edited = pictures(4, seed=0), pictures(4, seed=1)
     target = embed(pictures(1, seed=2))[0]
-    scores = scene.score_images(3 * target, sources, edited)
+    scores = image_scores(scene, 3 * target, sources, edited)
     before, after = embed(sources), embed(edited)
     close = torch.testing.assert_close
     close(scores.target_before, cosines(before, target))
@@ -195,7 +200,7 @@ def test_scores_of_latents_are_those_of_their_images(scene: Scene) -> None:
         torch.testing.assert_close(scores.target_after, same.target_after)
     for i in range(2):
         images = scene.render(sources), scene.edit(sources, directions[i])
-        alone = seeing.score_images(targets[i], *images)
+        alone = image_scores(seeing, targets[i], *images)
         for name in ("target_before", "target_after", "source_after", "consistency", "identity"):
             torch.testing.assert_close(
                 getattr(scores, name)[i], getattr(alone, name), rtol=1e-3, atol=1e-3
@@ -205,7 +210,7 @@ def test_scores_of_latents_are_those_of_their_images(scene: Scene) -> None:
 
 def test_an_edit_that_does_nothing_leaves_the_similarities_as_they_were(scene: Scene) -> None:
     images = pictures(3, seed=0)
-    scores = scene.score_images(random(32), images, images)
+    scores = image_scores(scene, random(32), images, images)
     assert torch.equal(scores.target_before, scores.target_after)
     torch.testing.assert_close(scores.source_after, torch.ones(3))
     assert float(scores.consistency) == 0
@@ -214,12 +219,12 @@ def test_an_edit_that_does_nothing_leaves_the_similarities_as_they_were(scene: S
 def test_sources_that_become_the_target_have_a_transfer_score_of_one(scene: Scene) -> None:
     target = pictures(1, seed=2)
     embedding = scene.embedder.embed_images(target)[0]
-    scores = scene.score_images(embedding, pictures(3, seed=0), target.expand(3, -1, -1, -1))
+    scores = image_scores(scene, embedding, pictures(3, seed=0), target.expand(3, -1, -1, -1))
     assert float(scores.transfer) == pytest.approx(1, abs=1e-5)
 
 
 def test_one_source_has_scores_too(scene: Scene) -> None:
-    scores = scene.score_images(random(32), pictures(1, seed=0), pictures(1, seed=1))
+    scores = image_scores(scene, random(32), pictures(1, seed=0), pictures(1, seed=1))
     assert scores.target_after.shape == (1,) and float(scores.consistency) == 1
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -234,18 +235,18 @@ def test_a_process_that_fails_ends_the_others_and_gives_the_exit_code(stage: lis
     assert own.call([*stage, "60", "3"], 2, Stop()) == 3
 
 
-def test_a_stage_is_told_to_stop_once_and_says_so_itself(
-    stage: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stop, wait = Stop(), time.sleep
+def test_a_stage_is_told_to_stop_once_and_says_so_itself(stage: list[str], tmp_path: Path) -> None:
+    stop = Stop()
 
-    def wait_and_ask(seconds: float) -> None:
-        wait(seconds)
-        if (tmp_path / "0").exists() and stop.signal is None:
-            stop.ask(signal.SIGTERM, None)
+    def ask_once_it_runs() -> None:
+        while not (tmp_path / "0").exists():
+            time.sleep(0.02)
+        stop.ask(signal.SIGTERM, None)
 
-    monkeypatch.setattr(own.time, "sleep", wait_and_ask)
+    asking = threading.Thread(target=ask_once_it_runs)
+    asking.start()
     assert own.call([*stage, "60", "0"], 1, stop) == STOPPED
+    asking.join()
     assert own.ended("train", STOPPED, stop) == STOPPED
 
 

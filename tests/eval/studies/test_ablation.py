@@ -160,7 +160,7 @@ def test_scores_depend_neither_on_the_other_targets_nor_on_the_batch(
     whole = judged.rows["z"]["each"]
     mapper = load_mapper(judged.config.mappers[0])[0]
     for part, at_once in ((2, None), (4, 1)):
-        targets, small = study_set(part), scene.with_max_images(at_once)
+        targets, small = study_set(part), replace(scene, max_images=at_once)
         answered = predict(small, mapper, targets.pictures)
         judges, sources = face_judges(small), small.sources(2, VALIDATION_SOURCES)
         scores = target_scores(judges, goal_of(judges, targets), sources, answered)

@@ -15,7 +15,7 @@ from eval.costs import (
     random_networks,
     take_shapes_through,
 )
-from eval.studies.benchmark import Config, run
+from eval.studies.benchmark import Config, report_table, run, timing_of
 
 
 @pytest.fixture
@@ -93,13 +93,15 @@ def test_a_step_at_full_size_is_about_790_gflop() -> None:
 
 
 def test_a_step_that_is_faster_than_a_floor_is_named_and_not_clipped(
-    tiny: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny: Config,
 ) -> None:
-    monkeypatch.setattr("eval.studies.benchmark.matrix_rate", lambda *given: 1e-9)
-    monkeypatch.setattr("eval.studies.benchmark.convolution_rate", lambda *given: (1e-6, 1.0))
-    [timing] = run(dataclasses.replace(tiny, precisions=("fp32",)))["runs"]
-    assert timing["fraction"] > 1 and "operations" in timing["above_limit"]
-    assert "faster than its floor of operations" in capsys.readouterr().out
+    report = run(dataclasses.replace(tiny, precisions=("fp32",)))
+    [row] = report["runs"]
+    slow = {"matrix_gflops": 1e-9, "convolution_gflops": 1e-6}
+    timing = timing_of("fp32", row["seconds"], 10**6, slow, 1, 1.0)
+    assert timing["fraction"] > 1 and timing["above_limit"] == ["operations"]
+    table = report_table({**report, "runs": [{**row, **timing}]})
+    assert "faster than its floor of operations" in table
 
 
 def test_bytes_that_a_step_must_move_are_of_maps_and_weights(tiny: Config) -> None:

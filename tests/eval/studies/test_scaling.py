@@ -16,6 +16,7 @@ from predictor.mapper import load_mapper
 from targetclip.command import Stop, parse
 from targetclip.world import load_world
 from train import mapper as trainer
+from train import mapper_settings
 
 SIZES = [16, 64, 256, 1024, 4096]
 TRAINED: list[str] = []
@@ -89,7 +90,7 @@ def train(
 
     def work(words: list[str], log: Path) -> None:
         assert words[1:3] == ["-m", "train.mapper"]
-        config = parse(tyro.conf.OmitArgPrefixes[trainer.Config], "train", None, words[3:])
+        config = parse(tyro.conf.OmitArgPrefixes[mapper_settings.Config], "train", None, words[3:])
         assert log.parent.name == f"{config.data.max_targets} targets, seed {config.seed}"
         TRAINED.append(log.parent.name)
         if TRAINED[-1] == REAL:

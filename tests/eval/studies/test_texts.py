@@ -179,7 +179,7 @@ def test_a_text_is_taken_as_the_product_takes_it_and_raw(setup: Setup, finished:
         row = rows[FACE if way == PICTURE else COMPLETE, way]
         expected = (embeddings * seen).sum(dim=1).tolist()
         assert row["each"]["cosine"] == pytest.approx(expected, abs=1e-5)
-        directions = setup.essence.predict_embeddings(embeddings).directions
+        directions = setup.essence.asked_mapper()(embeddings).directions
         length = float(directions.flatten(1).norm(dim=1).mean())
         assert row["length"] == pytest.approx(length, rel=1e-4)
     assert rows[FACE, PICTURE]["each"]["cosine"] == pytest.approx([1, 1], abs=1e-5)

@@ -1,6 +1,7 @@
 """The study of the trade-off: areas from points, and a small world from command to report."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.studies import tradeoff
 from eval.studies.tradeoff import TEACHER, Config, area, areas_of, run
 from predictor.tradeoff import TradeoffConfig
 
@@ -112,7 +112,7 @@ def test_mappers_and_the_teacher_are_drawn_along_the_trade_off(
 
 
 def test_what_is_there_is_not_made_again(
-    face_world: Path, placed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    face_world: Path, placed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configured(face_world, tmp_path, placed)
     whole, path = run(config), tmp_path / "report.json"
@@ -120,16 +120,12 @@ def test_what_is_there_is_not_made_again(
     report = json.loads(text)
     del report["curves"][TEACHER]["keep 1"], report["areas"], report["differences"]
     path.write_text(json.dumps(report))
-    searched = []
-    search = tradeoff.search_in_batches
-
-    def counted(*arguments: Any, **options: Any) -> Any:
-        searched.append(options["label"])
-        return search(*arguments, **options)
-
-    monkeypatch.setattr(tradeoff, "search_in_batches", counted)
+    assert {*re.findall("teacher, keep [01]", capsys.readouterr().err)} == {
+        "teacher, keep 0",
+        "teacher, keep 1",
+    }
     assert run(config) == whole and path.read_text() == text
-    assert searched == ["teacher, keep 1"]
+    assert {*re.findall("teacher, keep [01]", capsys.readouterr().err)} == {"teacher, keep 1"}
     with pytest.raises(ValueError, match="is of another comparison"):
         run(configured(face_world, tmp_path, placed, sources=3))
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -748,11 +749,11 @@ def test_help_lists_the_options_and_is_no_error(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_usage_error_is_one_line_on_terminals_with_and_without_frames(
-    encoding: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    encoding: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
     long = "a" * 30
-    assert exit_code("optimize", "--initial", long, "--out", long) == 2
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding=encoding)):
+        assert exit_code("optimize", "--initial", long, "--out", long) == 2
     line = one_line(capsys.readouterr().err)
     expected = f"--initial: expected inversion or random or zero, found '{long}'"
     assert line == f"targetclip: {expected} (see --help)"
