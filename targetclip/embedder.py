@@ -26,8 +26,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from targetclip.command import one_line
+from targetclip.generators import Generator
 from targetclip.recipes import Preprocess
 from targetclip.weights import digest_of_weights
 from targetclip.world_files import HUB, LOCAL_DIR, WEIGHT_SUFFIXES
@@ -82,6 +84,32 @@ class ImageEmbedder(EmbedsImages, Protocol):
 
     def embed_pictures(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "batch embed"]:
         """Embed RGB pictures, preprocessed by the encoder's own library. No gradient."""
+
+
+def embed_latents(
+    generator: Generator,
+    embedder: EmbedsImages,
+    ws: Float[Tensor, "images num_ws w_dim"],
+    preprocess: Preprocess,
+    max_images: int,
+    render_size: int | None = None,
+) -> Float[Tensor, "images embed"]:
+    """Render latents and embed the images, at most `max_images` at a time (see
+    `Recipe.render_size`).
+
+    With gradients, each of several chunks is rendered again in the backward pass, so that memory
+    holds one chunk.
+    """
+
+    def embed(part: Tensor) -> Tensor:
+        # A generator of your own need not be able to end early.
+        end = {} if render_size is None else {"resolution": render_size}
+        return embedder.embed_images(generator.synthesis(part, **end), preprocess)
+
+    chunks = ws.split(max_images)
+    if len(chunks) == 1 or not ws.requires_grad:
+        return torch.cat([embed(part) for part in chunks])
+    return torch.cat([checkpoint(embed, part, use_reentrant=False) for part in chunks])
 
 
 def area_matrix(in_size: int, out_size: int) -> Float[Tensor, "{out_size} {in_size}"]:

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from targetclip.embedder import EmbedsImages, ImageEmbedder
+from targetclip.embedder import ImageEmbedder, embed_latents
 from targetclip.encoders.identity import IdentityModel, feature_model
 from targetclip.generators import Generator
 from targetclip.graphs import Replayed
 from targetclip.losses import consistency_loss, identity_loss, transfer_loss
-from targetclip.recipes import Preprocess, Recipe
+from targetclip.recipes import Recipe
 
 COEFFICIENT_RATE = 0.2  # the release steps its coefficients at this rate, whatever the schedule
 COEFFICIENT_DECAY = 0.01
@@ -108,32 +107,6 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
     t = step / steps
     down = 0.5 - 0.5 * math.cos(math.pi * min(1.0, (1 - t) / 0.75))
     return highest * down * min(1.0, t / 0.005)
-
-
-def embed_latents(
-    generator: Generator,
-    embedder: EmbedsImages,
-    ws: Float[Tensor, "images num_ws w_dim"],
-    preprocess: Preprocess,
-    max_images: int,
-    render_size: int | None = None,
-) -> Float[Tensor, "images embed"]:
-    """Render latents and embed the images, at most `max_images` at a time (see
-    `Recipe.render_size`).
-
-    With gradients, each of several chunks is rendered again in the backward pass, so that memory
-    holds one chunk.
-    """
-
-    def embed(part: Tensor) -> Tensor:
-        # A generator of your own need not be able to end early.
-        end = {} if render_size is None else {"resolution": render_size}
-        return embedder.embed_images(generator.synthesis(part, **end), preprocess)
-
-    chunks = ws.split(max_images)
-    if len(chunks) == 1 or not ws.requires_grad:
-        return torch.cat([embed(part) for part in chunks])
-    return torch.cat([checkpoint(embed, part, use_reentrant=False) for part in chunks])
 
 
 def draw_sources(
@@ -275,26 +248,26 @@ class Search:
         for row in (self.active & ~finite).nonzero()[:, 0].tolist():
             self.failures[row] = f"the loss of step {self.step} is not finite"
         self.active &= finite
-
-        def where(rows: Bool[Tensor, " batch"], new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(rows.view(-1, *[1] * (new.ndim - 1)), new, old)
-
+        active = self.active[:, None]
         self.adam.param_groups[0]["lr"] = rate
         before = self.vectors.detach().clone()
-        self.vectors.grad = where(self.active, gradients[0], torch.zeros_like(gradients[0]))
+        self.vectors.grad = torch.where(active[..., None], gradients[0], 0)
         self.adam.step()
         with torch.no_grad():
-            self.vectors.copy_(where(self.active, self.vectors, before))
+            self.vectors.copy_(torch.where(active[..., None], self.vectors, before))
             if recipe.coefficients:
                 stepped = step_coefficients(self.coefficients, gradients[1])
-                self.coefficients.copy_(where(self.active, stepped, self.coefficients))
+                self.coefficients.copy_(torch.where(active, stepped, self.coefficients))
             self.steps_taken += self.active
 
             # The release keeps the direction after the update whose loss before it was lowest.
             better = self.active & ((losses[0] < self.kept_losses[0]) | (recipe.keep == "last"))
-            self.kept_vectors.copy_(where(better, self.vectors, self.kept_vectors))
-            self.kept_coefficients.copy_(where(better, self.coefficients, self.kept_coefficients))
-            self.kept_losses.copy_(torch.where(better, losses, self.kept_losses))
+            for kept, new, rows in (
+                (self.kept_vectors, self.vectors, better[:, None, None]),
+                (self.kept_coefficients, self.coefficients, better[:, None]),
+                (self.kept_losses, losses, better),
+            ):
+                kept.copy_(torch.where(rows, new, kept))
             if recipe.patience is not None:
                 self.active &= ~self.patience.exhausted(losses[0], recipe.patience)
         self.step += 1
@@ -408,9 +381,9 @@ def optimize_directions(
         )
         losses = initial.new_full((3, batch), math.nan)  # NaN where a target has ended
         losses[:, rows] = measured
-        gradients = [each.new_zeros(batch, *each.shape[1:]) for each in found]
-        for whole, each in zip(gradients, found, strict=True):
-            whole[rows] = each
+        gradients = [
+            each.new_zeros(batch, *each.shape[1:]).index_copy_(0, rows, each) for each in found
+        ]
         rate = learning_rate(search.step, recipe.steps, recipe.learning_rate)
         search.update(recipe, rate, gradients, losses)
 

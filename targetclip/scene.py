@@ -14,12 +14,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from targetclip.embedder import EmbedsImages, ImageEmbedder
+from targetclip.embedder import EmbedsImages, ImageEmbedder, embed_latents
 from targetclip.encoders.identity import IdentityModel, feature_model
 from targetclip.encoders.inverter import LatentInverter
 from targetclip.generators import Generator
 from targetclip.media.images import picture_to_tensor
-from targetclip.optimize import Optimized, Progress, embed_latents, optimize_directions
+from targetclip.optimize import Optimized, Progress, optimize_directions
 from targetclip.recipes import Differences, Initial, Preprocess, Recipe
 from targetclip.scores import Scores, score_features
 from targetclip.seeds import BANK, BANK_SEED, source_seeds

@@ -20,8 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from eval.studies.scale import FFHQ_CHANNELS
 from targetclip.command import Precision, in_precision
 from targetclip.directions import load_direction
+from targetclip.embedder import embed_latents
 from targetclip.generators import load_generator
-from targetclip.optimize import embed_latents
 from targetclip.scene import random_latents
 from tests.proof.full_size import (
     LAST,
