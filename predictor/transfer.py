@@ -47,6 +47,7 @@ class EssenceTransfer(Editing):
 
     Args:
         mapper: trained for the generator and the embedder of the scene; None: only mode "optimize".
+        tradeoff: another one, which answers where a place on the trade-off is asked for.
         texts: how a text becomes a target; None: texts are refused.
         aligner: cuts the face out of a picture before the picture is inverted; None: pictures are
             inverted whole. The embedder always gets the whole picture.
@@ -60,16 +61,29 @@ class EssenceTransfer(Editing):
         scene: Scene,
         mapper: Mapper | None = None,
         *,
+        tradeoff: Mapper | None = None,
         texts: TextTargets | None = None,
         aligner: Callable[[Image.Image], Image.Image] | None = None,
         recipe: Recipe = RECIPES["consistent"],
     ) -> None:
         super().__init__(scene, aligner)
-        self.mapper, self.texts, self.recipe = mapper, texts, recipe
+        self.mapper, self.tradeoff, self.texts, self.recipe = mapper, tradeoff, texts, recipe
         self.bank_features: dict[tuple[Preprocess, bool, int | None], Tensor] = {}
-        if mapper is not None:
-            fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
-            check_made_for(mapper.config, *fingerprints, "the mapper")
+        fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
+        for each in (mapper, tradeoff):
+            if each is not None:
+                check_made_for(each.config, *fingerprints, "the mapper")
+
+    @cached_property
+    def along(self) -> "EssenceTransfer":
+        """This transfer by the mapper that reads the trade-off; itself, if there is no other."""
+        if self.tradeoff is None:
+            return self
+        found = EssenceTransfer(
+            self.scene, self.tradeoff, texts=self.texts, aligner=self.aligner, recipe=self.recipe
+        )
+        found.bank_features = self.bank_features
+        return found
 
     @cached_property
     def trained(self) -> Recipe:
@@ -171,7 +185,8 @@ class EssenceTransfer(Editing):
             text: the target in words, in the place of `target`.
             watch_probe: called in "auto" with every score on the probe sources, and the threshold.
             one_direction: leave out the mapper's correction for each source.
-            keep_identity: place on the trade-off, for a mapper that reads one: from 0, most
+            keep_identity: place on the trade-off, for a mapper that reads one or a world that has
+                another mapper which does: from 0, most
                 essence, to 1, most identity kept. Searches then weigh identity and length as
                 the mapper's training did there. None: the mapper's default, and the optimizer
                 weighs as the recipe says.
@@ -186,6 +201,11 @@ class EssenceTransfer(Editing):
         """
         check_mode(mode)
         target, recipe = as_target(target, text), as_recipe(recipe, self.recipe)
+        if keep_identity is not None and self.along is not self:
+            return self.along.direction(
+                target, mode, recipe, seed, watch,
+                watch_probe=watch_probe, one_direction=one_direction, keep_identity=keep_identity,
+            )  # fmt: skip
         if mode == "optimize":
             if keep_identity is not None:
                 raise ValueError(
@@ -229,6 +249,8 @@ class EssenceTransfer(Editing):
     ) -> Direction:
         """Return the mapper's answer, with its correction for each source unless that is left out
         or the mapper has none. ValueError: see `place`."""
+        if keep_identity is not None and self.along is not self:
+            return self.along.predict(target, one_direction, keep_identity)
         folded, place = self.folded, self.place(keep_identity)  # before anything is embedded
         embedding = self.embed_target(target, self.trained)[None]
         vector, expected = folded(embedding, place)
@@ -315,15 +337,19 @@ def essence_of(
     mapper: str | Path | None = None,
     aligner: Callable[[Image.Image], Image.Image] | None = None,
 ) -> EssenceTransfer:
-    """Join a scene of a world with a mapper, loaded as by `load_mapper`; None: the world's."""
-    loaded = texts = None
-    if path := mapper or world.mapper:
-        loaded, _ = load_mapper(path, scene.generator.fingerprint, scene.embedder.fingerprint)
-        loaded.to(scene.device)
+    """Join a scene of a world with a mapper, loaded as by `load_mapper`; None: the world's, and the
+    world's other one, which reads the trade-off."""
+    texts, prints = None, (scene.generator.fingerprint, scene.embedder.fingerprint)
+    paths = (mapper, None) if mapper else (world.mapper, world.tradeoff)
+    loaded, tradeoff = (
+        None if path is None else load_mapper(path, *prints)[0].to(scene.device) for path in paths
+    )
     if world.neutral and isinstance(scene.embedder, TextEmbedder):
         texts = TextTargets(scene.embedder, world.neutral)
     recipe = RECIPES[world.recipe]
-    return EssenceTransfer(scene, loaded, texts=texts, aligner=aligner, recipe=recipe)
+    return EssenceTransfer(
+        scene, loaded, tradeoff=tradeoff, texts=texts, aligner=aligner, recipe=recipe
+    )
 
 
 def load_essence(

@@ -10,7 +10,7 @@ from PIL import Image
 from data.illustrated.codes import ATTRIBUTES, HAIR_COLOURS, HAT_COLOURS, draw_face
 from eval.reader import SPANS, AvatarReader, load_reader
 from predictor import EssenceTransfer, load_essence, mixed
-from predictor.direction import Direction, layer_weights
+from predictor.direction import Direction, Gate, layer_weights
 from targetclip import load_world
 from targetclip.encoders.identity import identity_similarity
 from targetclip.recipes import RECIPES
@@ -134,6 +134,29 @@ def test_an_identity_floor_is_kept_by_less_strength(essence: EssenceTransfer) ->
     floors = (whole - 0.1, (whole + 1) / 2, (whole + 3) / 4)
     found = [essence.strength_at_identity(sources, direction, floor) for floor in floors]
     assert 0 < found[2] < found[1] < found[0] == 1
+
+
+def test_a_place_on_the_trade_off_trades_essence_for_identity(
+    essence: EssenceTransfer, read: Read
+) -> None:
+    sources = essence.scene.sources(COUNT, seed=3)
+    directions = [
+        essence.direction(drawn(**SPECTACLED), "instant", keep_identity=keep)
+        for keep in (0.0, 0.5, 1.0)
+    ]
+    assert essence.scene.identity is not None
+    before = essence.edit(sources, directions[0], 0.0)
+    people = [
+        float(
+            identity_similarity(essence.scene.identity, before, essence.edit(sources, one)).mean()
+        )
+        for one in directions
+    ]
+    assert people == sorted(people) and people[-1] > people[0] + 0.02
+    arrived = [read(one)["glasses"] for one in directions]
+    assert arrived[0] > arrived[-1] and arrived[0] > read(directions[0], 0)["glasses"]
+    gate = Gate.of(essence.along.asked_mapper(), 1.0)
+    assert gate.threshold < Gate.of(essence.along.asked_mapper(), 0.0).threshold
 
 
 def test_words_bring_what_they_say(essence: EssenceTransfer, read: Read) -> None:

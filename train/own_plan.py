@@ -29,7 +29,7 @@ from targetclip.generators import check_render_size
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import CALIBRATION_TARGETS, DEFAULT_TARGETS, TRAINING_TARGETS
-from targetclip.world import DEFAULT_WORLD, World, load_scene
+from targetclip.world import DEFAULT_WORLD, MAPPERS, World, load_scene
 from train import mapper, mapper_settings
 from train.mapper_objective import Objective
 from train.mapper_settings import TrainingStage
@@ -330,7 +330,7 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
 
 def world_files(world: World) -> dict[str, str]:
     """Return the hash of each single file that a world names, but that of a mapper."""
-    paths = {file.role: file.path for file in world.files if file.role != "mapper"}
+    paths = {file.role: file.path for file in world.files if file.role not in MAPPERS}
     return {role: sha256_of(path) for role, path in paths.items() if path and path.is_file()}
 
 

@@ -348,7 +348,8 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
     name = search.recipe or world.recipe
     changes = {key: getattr(search, key) for key in given(search, OF_OPTIMIZER[1:])}
     recipe = replace(recipe_named(name), **changes)
-    mode, mapper = search.mode, search.mapper or world.mapper
+    asks_place = search.keep_identity is not None
+    mode, mapper = search.mode, search.mapper or (asks_place and world.tradeoff) or world.mapper
     if mode is None and edit.direction is None:
         mode = "optimize" if mapper is None or given(search, OF_OPTIMIZER) else "auto"
     for text in target.text:

@@ -69,9 +69,15 @@ class OpenWorld:
 
     @property
     def keep(self) -> float | None:
-        """The mapper's place on the trade-off between essence and identity, where none is asked
-        for; None: it reads none."""
-        return None if self.essence.mapper is None else self.essence.mapper.keep
+        """Default place on the trade-off between essence and identity; None: no mapper of this
+        world reads it."""
+        mapper = self.essence.along.mapper
+        return None if mapper is None else mapper.keep
+
+    @property
+    def always_reads(self) -> bool:
+        """Whether every answer is for a place, since there is no mapper that reads none."""
+        return self.keep is not None and self.essence.along is self.essence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +201,8 @@ def find_targets(
         FloatingPointError: no direction was found.
     """
     essence, text = opened.essence, " ".join(text.split())
+    if keep_identity is not None:
+        essence = essence.along
     mode = mode or opened.modes[0]
     if mode not in opened.modes:
         raise ValueError(f"expected one of {', '.join(opened.modes)}, found {mode!r}")
@@ -215,7 +223,7 @@ def find_targets(
     seconds = time.perf_counter() - start
     threshold = None
     if mode in ("auto", "refine"):
-        threshold = Gate.of(essence.asked_mapper()).threshold
+        threshold = Gate.of(essence.asked_mapper(), essence.place(keep_identity)).threshold
     return Found(
         names=tuple(name for name, _ in named),
         targets=tuple(target for _, target in named),

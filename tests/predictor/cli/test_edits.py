@@ -136,6 +136,13 @@ def test_a_place_on_the_trade_off_is_answered_and_named(
     assert run("transfer", "--world", world, *INSTANT, *out) == 1
     assert "reads no other" in capsys.readouterr().err
     assert not (tmp_path / "none" / "report.json").exists()
+    path = with_mapper(who_world, tiny_mapper, "both.toml")
+    path.write_text(f'tradeoff = "{tradeoff_mapper}"\n{path.read_text()}')
+    flags = ("--world", path, *INSTANT)
+    assert run("transfer", *flags, "--keep-identity", 0.9, "--out", tmp_path / "both") == 0
+    assert same(pictures(tmp_path / "both"), results["most"][1])
+    assert run("transfer", *flags, "--out", tmp_path / "blind") == 0
+    assert "keep_identity" not in report_of(tmp_path / "blind")
 
 
 def test_where_there_is_no_correction_to_leave_out_a_warning_says_so(
