@@ -39,8 +39,9 @@ from data.pairs import (
 )
 from data.publish import At, go_on, replace_file, sha256_of
 from targetclip.command import one_line, sync_folder
-from targetclip.recipes import Recipe, stored_recipe
+from targetclip.recipes import Recipe
 from targetclip.scene import Scene
+from targetclip.weights import stored_recipe
 
 SHARD_BYTES = 200_000_000  # about what a merge holds in memory
 SHARD = re.compile(rf"data/({'|'.join(SPLITS)})-\d{{5}}-of-\d{{5}}\.parquet")

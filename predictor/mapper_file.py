@@ -18,8 +18,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from predictor.tradeoff import TradeoffConfig, check_keep
 from targetclip.command import one_line, write_file
-from targetclip.recipes import RECIPES, Recipe, stored_recipe
-from targetclip.weights import GET_AGAIN
+from targetclip.recipes import RECIPES, Recipe
+from targetclip.weights import GET_AGAIN, stored_recipe
 
 Kept = TypeVar("Kept", bound="OnTheHub")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,7 +48,7 @@ class EssenceTransfer(Editing):
 
     Args:
         mapper: trained for the generator and the embedder of the scene; None: only mode "optimize".
-        tradeoff: another one, which answers where a place on the trade-off is asked for.
+        along: answers in its place where a place on the trade-off is asked for.
         texts: how a text becomes a target; None: texts are refused.
         aligner: cuts the face out of a picture before the picture is inverted; None: pictures are
             inverted whole. The embedder always gets the whole picture.
@@ -61,29 +62,17 @@ class EssenceTransfer(Editing):
         scene: Scene,
         mapper: Mapper | None = None,
         *,
-        tradeoff: Mapper | None = None,
+        along: "EssenceTransfer | None" = None,
         texts: TextTargets | None = None,
         aligner: Callable[[Image.Image], Image.Image] | None = None,
         recipe: Recipe = RECIPES["consistent"],
     ) -> None:
         super().__init__(scene, aligner)
-        self.mapper, self.tradeoff, self.texts, self.recipe = mapper, tradeoff, texts, recipe
+        self.mapper, self.along, self.texts, self.recipe = mapper, along, texts, recipe
         self.bank_features: dict[tuple[Preprocess, bool, int | None], Tensor] = {}
-        fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
-        for each in (mapper, tradeoff):
-            if each is not None:
-                check_made_for(each.config, *fingerprints, "the mapper")
-
-    @cached_property
-    def along(self) -> "EssenceTransfer":
-        """This transfer by the mapper that reads the trade-off; itself, if there is no other."""
-        if self.tradeoff is None:
-            return self
-        found = EssenceTransfer(
-            self.scene, self.tradeoff, texts=self.texts, aligner=self.aligner, recipe=self.recipe
-        )
-        found.bank_features = self.bank_features
-        return found
+        if mapper is not None:
+            fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
+            check_made_for(mapper.config, *fingerprints, "the mapper")
 
     @cached_property
     def trained(self) -> Recipe:
@@ -185,8 +174,7 @@ class EssenceTransfer(Editing):
             text: the target in words, in the place of `target`.
             watch_probe: called in "auto" with every score on the probe sources, and the threshold.
             one_direction: leave out the mapper's correction for each source.
-            keep_identity: place on the trade-off, for a mapper that reads one or a world that has
-                another mapper which does: from 0, most
+            keep_identity: place on the trade-off, for a mapper that reads one: from 0, most
                 essence, to 1, most identity kept. Searches then weigh identity and length as
                 the mapper's training did there. None: the mapper's default, and the optimizer
                 weighs as the recipe says.
@@ -201,7 +189,7 @@ class EssenceTransfer(Editing):
         """
         check_mode(mode)
         target, recipe = as_target(target, text), as_recipe(recipe, self.recipe)
-        if keep_identity is not None and self.along is not self:
+        if keep_identity is not None and self.along is not None:
             return self.along.direction(
                 target, mode, recipe, seed, watch,
                 watch_probe=watch_probe, one_direction=one_direction, keep_identity=keep_identity,
@@ -249,7 +237,7 @@ class EssenceTransfer(Editing):
     ) -> Direction:
         """Return the mapper's answer, with its correction for each source unless that is left out
         or the mapper has none. ValueError: see `place`."""
-        if keep_identity is not None and self.along is not self:
+        if keep_identity is not None and self.along is not None:
             return self.along.predict(target, one_direction, keep_identity)
         folded, place = self.folded, self.place(keep_identity)  # before anything is embedded
         embedding = self.embed_target(target, self.trained)[None]
@@ -339,17 +327,18 @@ def essence_of(
 ) -> EssenceTransfer:
     """Join a scene of a world with a mapper, loaded as by `load_mapper`; None: the world's, and the
     world's other one, which reads the trade-off."""
-    texts, prints = None, (scene.generator.fingerprint, scene.embedder.fingerprint)
-    paths = (mapper, None) if mapper else (world.mapper, world.tradeoff)
-    loaded, tradeoff = (
-        None if path is None else load_mapper(path, *prints)[0].to(scene.device) for path in paths
-    )
+    texts = along = None
     if world.neutral and isinstance(scene.embedder, TextEmbedder):
         texts = TextTargets(scene.embedder, world.neutral)
-    recipe = RECIPES[world.recipe]
-    return EssenceTransfer(
-        scene, loaded, tradeoff=tradeoff, texts=texts, aligner=aligner, recipe=recipe
-    )
+    shared: Any = {"texts": texts, "aligner": aligner, "recipe": RECIPES[world.recipe]}
+
+    def loaded(path: str | Path | None) -> Mapper | None:
+        prints = scene.generator.fingerprint, scene.embedder.fingerprint
+        return None if path is None else load_mapper(path, *prints)[0].to(scene.device)
+
+    if mapper is None and world.tradeoff is not None:
+        along = EssenceTransfer(scene, loaded(world.tradeoff), **shared)
+    return EssenceTransfer(scene, loaded(mapper or world.mapper), along=along, **shared)
 
 
 def load_essence(

@@ -4,9 +4,8 @@ Knows settings only, and imports no torch.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from targetclip.command import did_you_mean
 
@@ -62,15 +61,6 @@ class Recipe:
             )
         if not 0 <= self.identity_weight < math.inf:
             raise ValueError(f"expected an identity weight from 0 on, found {self.identity_weight}")
-
-
-def stored_recipe(settings: Mapping[str, Any]) -> Recipe:
-    """Return the recipe of a file's settings, with defaults for settings it does not have.
-    ValueError: a setting is unknown or has an impossible value."""
-    try:
-        return Recipe(**settings)
-    except TypeError as error:
-        raise ValueError(f"a recipe unknown here: {error}") from error
 
 
 RECIPES: dict[str, Recipe] = {

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from targetclip.command import write_file
 from targetclip.media.images import refuse_picture
+from targetclip.recipes import Recipe
 
 GET_AGAIN = "get the file again"
 
@@ -97,3 +99,12 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
         raise ValueError(f"{path}: the weights do not fit the config: {GET_AGAIN}") from error
     if not all(tensor.isfinite().all() for tensor in floats.values()):
         raise ValueError(f"{path}: the weights hold NaN or infinity: {GET_AGAIN}")
+
+
+def stored_recipe(settings: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a file's settings, with defaults for settings it does not have.
+    ValueError: a setting is unknown or has an impossible value."""
+    try:
+        return Recipe(**settings)
+    except TypeError as error:
+        raise ValueError(f"a recipe unknown here: {error}") from error

@@ -155,8 +155,9 @@ def test_a_place_on_the_trade_off_trades_essence_for_identity(
     assert people == sorted(people) and people[-1] > people[0] + 0.02
     arrived = [read(one)["glasses"] for one in directions]
     assert arrived[0] > arrived[-1] and arrived[0] > read(directions[0], 0)["glasses"]
-    gate = Gate.of(essence.along.asked_mapper(), 1.0)
-    assert gate.threshold < Gate.of(essence.along.asked_mapper(), 0.0).threshold
+    assert essence.along is not None
+    mapper = essence.along.asked_mapper()
+    assert Gate.of(mapper, 1.0).threshold < Gate.of(mapper, 0.0).threshold
 
 
 def test_words_bring_what_they_say(essence: EssenceTransfer, read: Read) -> None:

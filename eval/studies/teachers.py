@@ -36,9 +36,10 @@ from targetclip import command
 from targetclip.command import Precision, choose_precision, did_you_mean, in_precision
 from targetclip.media.images import write_picture
 from targetclip.optimize import Optimized, Progress
-from targetclip.recipes import RECIPES, Recipe, stored_recipe
+from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
 from targetclip.seeds import BANK, VALIDATION_SOURCES, seed_of
+from targetclip.weights import stored_recipe
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 
 MAX_IMAGES = 512  # rendered at once: all targets of a step

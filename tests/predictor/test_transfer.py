@@ -516,7 +516,7 @@ def test_another_mapper_answers_where_a_place_is_asked_for(
     predicting: Predicting, placed: Predicting
 ) -> None:
     plain, reads = predicting(), placed()
-    both = EssenceTransfer(reads.scene, plain.asked_mapper(), tradeoff=reads.asked_mapper())
+    both = EssenceTransfer(reads.scene, plain.asked_mapper(), along=reads)
     for asked, one in ((None, plain), (0.0, reads), (0.7, reads)):
         for mode in ("instant", "auto"):
             expected = one.direction(picture(), mode, quick(), keep_identity=asked)
