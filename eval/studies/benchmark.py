@@ -15,8 +15,9 @@ settings, good for any long optimization, let the process keep it:
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 python -m eval.studies.benchmark
 
 `--compare-released` also times a step of the released loop: sources rendered again at every step,
-gradients for the generator's weights, images enlarged seven times before they are averaged. It
-keeps this project's convolutions; the released ones are grouped and slower.
+gradients for the generator's weights, images enlarged seven times before they are averaged. Once it
+keeps this project's convolutions, and once it has those of the release, which build the weights of
+each sample and apply them in groups.
 """
 
 if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
@@ -26,6 +27,7 @@ if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one li
 
 import dataclasses
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -35,7 +37,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.costs import (
@@ -52,7 +54,7 @@ from eval.costs import (
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder
-from targetclip.generators.stylegan2 import StyleGAN2
+from targetclip.generators.stylegan2 import DEMODULATION_EPSILON, SQRT2, StyledConv, StyleGAN2
 from targetclip.losses import consistency_loss, transfer_loss
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES
@@ -72,7 +74,7 @@ class Config(Sizes):
     copied_numbers: int = 2**27
     """Numbers of 4 bytes that are copied to measure memory; more than a cache holds."""
     compare_released: bool = False
-    """Also time a step as the released loop makes it, in float32; for resolutions from 32 px."""
+    """Also time steps as the released loop makes them, in float32; for resolutions from 32 px."""
 
 
 def check_config(config: Config) -> None:
@@ -141,13 +143,43 @@ def timing_of(
     }
 
 
+class GroupedConv(nn.Module):
+    """A layer as the release computes it: it builds the weights of each sample, and applies them in
+    one convolution of as many groups as samples (Karras et al. 2020, section 2.2)."""
+
+    def __init__(self, layer: StyledConv) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"], w: Float[Tensor, "batch w_dim"]
+    ) -> Float[Tensor, "batch out out_height out_width"]:
+        layer, (batch, channels, height, width) = self.layer, x.shape
+        weight = layer.weight / math.sqrt(layer.weight[0].numel())
+        weight = weight * layer.affine(w)[:, None, :, None, None]
+        power = weight.square().sum(dim=(2, 3, 4), keepdim=True)
+        weight = weight * torch.rsqrt(power + DEMODULATION_EPSILON)
+        x = x.reshape(1, batch * channels, height, width)
+        if layer.upsample:
+            weight = weight.transpose(1, 2).flatten(0, 1)
+            x = F.conv_transpose2d(x, weight, stride=2, groups=batch)
+            x = F.conv2d(x.transpose(0, 1), layer.blur[None, None], padding=1)
+        else:
+            x = F.conv2d(x, weight.flatten(0, 1), padding=1, groups=batch)
+        x = x.reshape(batch, -1, *x.shape[2:]) + layer.noise_strength * layer.noise
+        x = F.leaky_relu(x + layer.bias[:, None, None], 0.2) * SQRT2
+        return x if layer.clamp is None else x.clamp(-layer.clamp, layer.clamp)
+
+
 def released_seconds(
     generator: StyleGAN2,
     embedder: ClipEmbedder,
     target: Float[Tensor, "1 embed"],
     sources: Float[Tensor, "sources num_ws w_dim"],
+    grouped: bool,
 ) -> float:
-    """Return the seconds of a step as the released loop makes it (see the module docstring)."""
+    """Return the seconds of a step as the released loop makes it (see the module docstring), with
+    its own convolutions if `grouped`."""
 
     def embed(ws: Tensor) -> Tensor:
         images = F.interpolate(generator.synthesis(ws), scale_factor=embedder.image_size // 32)
@@ -155,7 +187,10 @@ def released_seconds(
         embeddings: Tensor = embedder.clip.encode_image(small)
         return embeddings[None]
 
-    recipe = RECIPES["release"]
+    recipe, convs = RECIPES["release"], generator.convs
+    if grouped:
+        layers: Any = convs
+        generator.convs = nn.ModuleList(GroupedConv(layer) for layer in layers)
     generator.requires_grad_(True)
     start = time.perf_counter()
     direction = sources[:1].clone().requires_grad_(True)
@@ -164,6 +199,7 @@ def released_seconds(
     loss = loss + recipe.consistency_weight * consistency_loss(before, after, recipe.differences)
     loss.sum().backward()
     seconds = time.perf_counter() - start
+    generator.convs = convs
     generator.requires_grad_(False)
     generator.zero_grad(set_to_none=True)
     return seconds
@@ -191,8 +227,12 @@ def report_table(report: Mapping[str, Any]) -> str:
                 f"{row['precision']}: a step was faster than its floor of {name}, which is no "
                 "limit then: other work slowed its measurement, or a cache held the maps"
             )
-    if (seconds := report["released_seconds"]) is not None:
-        lines.append(f"a step as the released loop makes it: {seconds:.3f} s")
+    for name, seconds in report["released_seconds"].items():
+        times = ", ".join(
+            f"{row['precision']} {seconds / statistics.median(row['seconds']):.1f}"
+            for row in report["runs"]
+        )
+        lines.append(f"the released loop, {name}: {seconds:.3f} s a step; so many times: {times}")
     return "\n".join(lines)
 
 
@@ -226,9 +266,10 @@ def run(config: Config) -> dict[str, Any]:
         least = least_bytes(config, dtype.itemsize)
         timing = timing_of(precision, seconds, operations, rates, least, copied)
         timings.append({**timing, "convolution_seconds": alone, "peak_gigabytes": peak})
-    released = None
+    released = {}
     if config.compare_released:
-        released = released_seconds(generator, embedder, target, sources)
+        for name, grouped in (("convolutions of this project", False), ("its own", True)):
+            released[name] = released_seconds(generator, embedder, target, sources, grouped)
     report = {
         "config": dataclasses.asdict(config) | {"out": None},
         "machine": machine(),

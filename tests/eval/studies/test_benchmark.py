@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from eval.costs import (
     Convolutions,
@@ -15,7 +17,7 @@ from eval.costs import (
     random_networks,
     take_shapes_through,
 )
-from eval.studies.benchmark import Config, report_table, run, timing_of
+from eval.studies.benchmark import Config, GroupedConv, report_table, run, timing_of
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_the_report_says_how_fast_each_precision_was(
         assert floors["memory"] == pytest.approx(moved)
         assert floors[timing["limit"]] == max(floors.values())
         assert timing["convolution_seconds"] > 0 and timing["peak_gigabytes"] > 0
-    assert report["released_seconds"] is None
+    assert report["released_seconds"] == {}
     assert report["machine"]["threads"] >= 1
     assert {"python", "torch", "open_clip_torch"} <= set(report["machine"]["versions"])
 
@@ -74,8 +76,23 @@ def test_the_released_step_is_timed_when_asked_for(
     tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = run(dataclasses.replace(tiny, precisions=("fp32",), compare_released=True))
-    assert report["released_seconds"] > 0
-    assert "released loop" in capsys.readouterr().out
+    assert len(report["released_seconds"]) == 2
+    assert all(seconds > 0 for seconds in report["released_seconds"].values())
+    assert capsys.readouterr().out.count("the released loop, ") == 2
+
+
+def test_the_released_convolutions_give_the_same_images(tiny: Config) -> None:
+    torch.manual_seed(0)
+    generator, _ = random_networks(tiny)
+    generator.double()
+    with torch.no_grad():
+        for layer in generator.convs:
+            layer.noise_strength.fill_(0.3)  # type: ignore[operator,union-attr]
+        ws = generator.mapping(torch.randn(3, 8, dtype=torch.float64))
+        expected = generator.synthesis(ws)
+        layers: Any = generator.convs
+        generator.convs = nn.ModuleList(GroupedConv(layer) for layer in layers)
+        torch.testing.assert_close(generator.synthesis(ws), expected)
 
 
 def test_twice_the_sources_are_twice_the_operations(tiny: Config) -> None:
