@@ -24,6 +24,7 @@ from predictor.mapper_file import MapperConfig
 from targetclip import command
 from targetclip.command import Precision, in_precision
 from targetclip.generators.stylegan2 import depthwise, enlarged, enlarged_by_one, folded_weight
+from targetclip.graphs import WARM
 from targetclip.optimize import Progress
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
@@ -113,6 +114,11 @@ class Bench:
         with in_precision(device, "bf16"):
             self.features = self.scene.features(self.bank).float()
 
+    @property
+    def warm(self) -> int:
+        """Number of steps that are not timed."""
+        return 3 + WARM * (self.device.type == "cuda")
+
     def targets(self, count: int) -> Tensor:
         random = torch.Generator(self.device).manual_seed(0)
         return torch.randn(count, len(self.features[0]), generator=random, device=self.device)
@@ -122,10 +128,10 @@ class Bench:
         recipe: Recipe,
         precision: Precision = "bf16",
         batch: int = 1,
-        warm: int = 6,
     ) -> list[float]:
-        """Search for so many targets, and return the seconds of each step after `warm`."""
-        ends: list[float] = []
+        """Search for so many targets, and return the seconds of each step after the first ones:
+        one of them captures a CUDA graph, where there are such."""
+        ends, warm = list[float](), self.warm
 
         def on_step(progress: Progress) -> None:
             wait_for(self.device)

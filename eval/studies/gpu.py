@@ -189,7 +189,7 @@ class Study:
         bench.budget = 0.0
         os.environ.setdefault("TEARDOWN_CUPTI", "0")  # CUDA graphs can crash after that
         with profile(record_shapes=True) as found:  # of all kinds of devices
-            steps = 7 + len(bench.steps(RECIPES["release"]))
+            steps = 1 + len(bench.steps(RECIPES["release"])) + bench.warm
         events: Any = found.key_averages(group_by_input_shape=True)
         spent = dict[str, float]()
         for event in events:
