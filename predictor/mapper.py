@@ -39,7 +39,6 @@ from targetclip.command import write_file
 from targetclip.weights import digest_of_weights, load_weights, read_tensors, tensor_bytes
 
 START = 0.01  # deviation of fresh directions, as a part of scale
-REMEMBERED = 64  # places on the trade-off whose folded form is kept
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Replayed:
                 self.capture, self.graph = False, None
                 reason = (str(error).splitlines() or [""])[0]
                 warnings.warn(
-                    "expected steps that a CUDA graph can hold; the search goes on without one, "
+                    "expected steps that a CUDA graph can hold; they are taken one by one instead, "
                     f"more slowly: {reason}",
                     stacklevel=2,
                 )
