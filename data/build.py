@@ -10,11 +10,6 @@ Plans, runs and merges. Kill it at any time and start it again by the same comma
 once if you like: finished work stays finished.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("data.build")
-
 import dataclasses
 import json
 import logging
@@ -27,56 +22,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from accelerate import Accelerator
-from tqdm import tqdm
-
-from data.card import CARD, REPORT, SUMS, DatasetInfo
-from data.claims import Claim, claim, clock_ns, owner_name
-from data.dataset import verify
-from data.pairs import Failure, Pair
-from data.plan import (
-    RECORD,
-    Plan,
-    PlanTaken,
-    check_plan,
-    check_settings,
-    check_targets,
-    load_plan,
-    make_plan,
-)
-from data.publish import At, go_on, sha256_of
-from data.targets import TargetSet, check_trainable, open_targets, sampled
-from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
-from data.worker import Worker, merge_all, remove_leftovers
 from targetclip import command
-from targetclip.command import Precision, Stop, choose_precision, make_folder, say, say_next
-from targetclip.generators import check_render_size
-from targetclip.optimize import Progress
+from targetclip.command import (
+    Precision,
+    Stop,
+    Tracker,
+    choose_precision,
+    make_folder,
+    say,
+    say_next,
+    start,
+)
 from targetclip.recipes import RECIPES, Initial, Recipe, recipe_named
-from targetclip.scene import Scene
-from targetclip.tracking import Tracker, check_tracker, tracked
 from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
-logger = logging.getLogger(__name__)
-
 Stage = Literal["plan", "run", "merge", "verify"]
-
-TRACKED = (
-    "loss",
-    "transfer",
-    "consistency",
-    "held_out_transfer",
-    "held_out_consistency",
-    "seconds",
-)
-SCHEDULE = "pairs:1000 transfer:4000"  # schedule of a mapper's training
-LATER = {  # where results are and what comes next, after a part of the work
-    "plan": ("planned", "the same command without --only, on as many workers as you like"),
-    "run": ("this worker's chunks are done", "the same command with --only merge"),
-}
-TRACKERS = "trackers"  # folder of a folder for each launch
-WORK = ".build"  # hidden, so that a loader finds the dataset alone
-ACCELERATE_NAMES: dict[Precision, str] = {"fp32": "no", "bf16": "bf16"}  # as plans record them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +91,55 @@ class Config:
     """Send what is done, and mean scores of this launch's own chunks, to this tracker: tensorboard
     (files in --out/.build/trackers) or wandb. Every launch is a run of its own there. It needs the
     package of that name."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("data.build", Config)
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from data.card import CARD, REPORT, SUMS, DatasetInfo
+from data.claims import Claim, claim, clock_ns, owner_name
+from data.dataset import verify
+from data.pairs import Failure, Pair
+from data.plan import (
+    RECORD,
+    Plan,
+    PlanTaken,
+    check_plan,
+    check_settings,
+    check_targets,
+    load_plan,
+    make_plan,
+)
+from data.publish import At, go_on, sha256_of
+from data.targets import TargetSet, check_trainable, open_targets, sampled
+from data.teacher import Teacher, fitting_batch_size, make_teacher, time_step
+from data.worker import Worker, merge_all, remove_leftovers
+from targetclip.generators import check_render_size
+from targetclip.optimize import Progress
+from targetclip.scene import Scene
+from targetclip.tracking import check_tracker, tracked
+
+logger = logging.getLogger(__name__)
+
+TRACKED = (
+    "loss",
+    "transfer",
+    "consistency",
+    "held_out_transfer",
+    "held_out_consistency",
+    "seconds",
+)
+SCHEDULE = "pairs:1000 transfer:4000"  # schedule of a mapper's training
+LATER = {  # where results are and what comes next, after a part of the work
+    "plan": ("planned", "the same command without --only, on as many workers as you like"),
+    "run": ("this worker's chunks are done", "the same command with --only merge"),
+}
+TRACKERS = "trackers"  # folder of a folder for each launch
+WORK = ".build"  # hidden, so that a loader finds the dataset alone
+ACCELERATE_NAMES: dict[Precision, str] = {"fp32": "no", "bf16": "bf16"}  # as plans record them
 
 
 def check_config(config: Config) -> None:

@@ -13,11 +13,6 @@ The folder is as `data.build` leaves one; its `--only verify` checks it. It appe
 all.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("data.released")
-
 import logging
 import secrets
 import shlex
@@ -27,6 +22,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from targetclip.command import Precision, choose_precision, say, start, sync_folder
+from targetclip.recipes import RECIPES
+from targetclip.world import World, load_scene, load_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path
+    """Folder of the dataset; it must not be there, or be empty."""
+    directions: Path
+    """Folder of published directions, one in each .npy."""
+    targets: Path
+    """Folder of their target pictures; a picture has the name of its direction."""
+    world: str
+    """World of the generator they were found on: a bundled one's name, or a .toml file's path."""
+    held_out: int = 16
+    """Sources that every direction is scored on."""
+    max_images: int | None = None
+    """Images rendered at once. Default: 64, fewer above 256 px."""
+    precision: Precision | None = None
+    """Of the scores. Default: accelerate's, or else fp32."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("data.released", Config)
 
 import torch
 from accelerate import Accelerator
@@ -41,11 +62,8 @@ from data.publish import At, go_on, publish_file
 from data.targets import FolderTargets, Target, brief, open_folder, printable
 from data.teacher import Teacher, make_teacher
 from data.worker import chunk_name, merge_all
-from targetclip.command import Precision, choose_precision, say, sync_folder
 from targetclip.directions import released_direction
 from targetclip.optimize import Optimized
-from targetclip.recipes import RECIPES
-from targetclip.world import World, load_scene, load_world
 
 logger = logging.getLogger(__name__)
 
@@ -65,24 +83,6 @@ LICENCE = (
 
 Named = dict[str, list[str]]
 """File names by their stem, in lower case."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    out: Path
-    """Folder of the dataset; it must not be there, or be empty."""
-    directions: Path
-    """Folder of published directions, one in each .npy."""
-    targets: Path
-    """Folder of their target pictures; a picture has the name of its direction."""
-    world: str
-    """World of the generator they were found on: a bundled one's name, or a .toml file's path."""
-    held_out: int = 16
-    """Sources that every direction is scored on."""
-    max_images: int | None = None
-    """Images rendered at once. Default: 64, fewer above 256 px."""
-    precision: Precision | None = None
-    """Of the scores. Default: accelerate's, or else fp32."""
 
 
 def stem_of(name: str) -> str:

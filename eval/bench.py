@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.costs import Sizes, random_networks, wait_for
+from eval.costs import random_networks, wait_for
+from eval.sizes import Sizes
 from predictor.mapper import Mapper
 from predictor.mapper_file import MapperConfig
 from targetclip import command

@@ -15,11 +15,6 @@ best. All figures are those of this place; at others the threshold is moved by a
 score on the probe sources differs there.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.calibrate", exclusive=True)
-
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -27,40 +22,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Bool, Float
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from data.targets import Target, check_trainable, default_targets, of_split, open_targets, portable
-from data.teacher import search_in_batches
-from eval.expectation import fit_expectation
-from eval.methods import Answer, mapped
-from eval.report import Series, check_charts, line_chart
-from eval.sets import Embeddings, Sources
-from predictor.direction import THRESHOLD_AT, Gate
-from predictor.mapper import Mapper, save_mapper
-from predictor.mapper_file import MapperRecord
-from predictor.tradeoff import check_keep
-from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
-from targetclip.command import Precision
-from targetclip.media.images import write_picture
-from targetclip.optimize import losses_of
+from targetclip.command import Precision, start
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.scores import score_features
 from targetclip.seeds import CALIBRATION_TARGETS, VALIDATION_SOURCES, probe_seeds, seed_of
 from targetclip.world import DEFAULT_WORLD, World, load_world
-
-REFINEMENTS = tuple((rate, steps) for rate in (0.01, 0.03) for steps in (5, 10, 20, 30))
-STRETCHES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
-NEAR = 0.002  # a shorter refinement is preferred whose loss exceeds the lowest by no more
-TOLERANCE = 0.005  # part of the better score of mapper and teacher that passing answers may lose
-RARE = 0.01  # part of the validation targets that count as unlike all others
-PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)  # on the trade-off, that are measured
-LOST = 0.01  # of the best transfer score, that the default place may lose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +66,40 @@ class Config:
     """Of every random number of the searches, and of the sources of the expected score."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.calibrate", Config, exclusive=True)
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.targets import Target, check_trainable, default_targets, of_split, open_targets, portable
+from data.teacher import search_in_batches
+from eval.expectation import fit_expectation
+from eval.methods import Answer, mapped
+from eval.report import Series, check_charts, line_chart
+from eval.sets import Embeddings, Sources
+from predictor.direction import THRESHOLD_AT, Gate
+from predictor.mapper import Mapper, save_mapper
+from predictor.mapper_file import MapperRecord
+from predictor.tradeoff import check_keep
+from predictor.transfer import EssenceTransfer, load_essence
+from targetclip.media.images import write_picture
+from targetclip.optimize import losses_of
+from targetclip.scores import score_features
+
+REFINEMENTS = tuple((rate, steps) for rate in (0.01, 0.03) for steps in (5, 10, 20, 30))
+STRETCHES = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25)
+NEAR = 0.002  # a shorter refinement is preferred whose loss exceeds the lowest by no more
+TOLERANCE = 0.005  # part of the better score of mapper and teacher that passing answers may lose
+RARE = 0.01  # part of the validation targets that count as unlike all others
+PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)  # on the trade-off, that are measured
+LOST = 0.01  # of the best transfer score, that the default place may lose
 
 
 # Figures from scores

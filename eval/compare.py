@@ -10,67 +10,16 @@ them. Answers are kept in --out: the same command goes on after an interruption,
 methods whose parts or settings have changed.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.compare")
-
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from tqdm import tqdm
-
-from data.publish import sha256_of
-from eval.answers import answer_of
-from eval.costs import machine
-from eval.judging import Judges, load_judge, reader_of
-from eval.methods import LACKING, METHODS, Answer, Bench, Part, needs_of, open_pair_table
-from eval.report import charts, check_charts, report_text
-from eval.sets import (
-    ADVERSARIAL,
-    IN_RANGE,
-    EvalSet,
-    Sources,
-    adversarial,
-    check_sources,
-    check_unseen,
-    folder_set,
-    held_out_styles,
-    in_range,
-    samples,
-    trained_styles,
-)
-from eval.trials import (
-    RELEASED_SOURCES,
-    RIGHT_ANSWER,
-    Comparison,
-    grids,
-    reference_features,
-    released_report,
-    set_report,
-    sweep_report,
-)
-from predictor.direction import Gate
-from predictor.mapper import load_mapper
-from predictor.transfer import load_essence
 from targetclip import command
-from targetclip.command import Precision
-from targetclip.directions import released_latents
-from targetclip.encoders.inverter import load_inverter
-from targetclip.media.images import tensor_to_pictures, write_picture
-from targetclip.scene import Scene
+from targetclip.command import Precision, start
 from targetclip.seeds import TEST_SOURCES, TEST_TARGETS
 from targetclip.world import DEFAULT_WORLD, World, load_world
-
-NAMES = (*METHODS, RIGHT_ANSWER)
-ADVERSARIES = 6
-TEACHERS = ("consistent", "identity")
-UNKNOWN = "nobody knows what the latents of --sources show"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +88,57 @@ class Config:
     def first(self) -> int:
         """Targets of a set that every method answers."""
         return min(self.slow or (2 if self.quick else 4), self.count)
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.compare", Config)
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data.publish import sha256_of
+from eval.answers import answer_of
+from eval.costs import machine
+from eval.judging import Judges, load_judge, reader_of
+from eval.methods import LACKING, METHODS, Answer, Bench, Part, needs_of, open_pair_table
+from eval.report import charts, check_charts, report_text
+from eval.sets import (
+    ADVERSARIAL,
+    IN_RANGE,
+    EvalSet,
+    Sources,
+    adversarial,
+    check_sources,
+    check_unseen,
+    folder_set,
+    held_out_styles,
+    in_range,
+    samples,
+    trained_styles,
+)
+from eval.trials import (
+    RELEASED_SOURCES,
+    RIGHT_ANSWER,
+    Comparison,
+    grids,
+    reference_features,
+    released_report,
+    set_report,
+    sweep_report,
+)
+from predictor.direction import Gate
+from predictor.mapper import load_mapper
+from predictor.transfer import load_essence
+from targetclip.directions import released_latents
+from targetclip.encoders.inverter import load_inverter
+from targetclip.media.images import tensor_to_pictures, write_picture
+from targetclip.scene import Scene
+
+NAMES = (*METHODS, RIGHT_ANSWER)
+ADVERSARIES = 6
+TEACHERS = ("consistent", "identity")
+UNKNOWN = "nobody knows what the latents of --sources show"
 
 
 def check_config(config: Config) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from eval.sizes import Sizes
 from targetclip.command import one_line, versions
 from targetclip.embedder import ClipEmbedder, EncoderInput
 from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
@@ -38,24 +38,6 @@ aten = torch.ops.aten
 NOT_MEASURED = "not measured"
 Measured = TypeVar("Measured")
 MEMORY_SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "THP_MEM_ALLOC_ENABLE")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Sizes of a generator and an embedder. Default: StyleGAN2's config-f at 256 px, ViT-B/32."""
-
-    resolution: int = 256
-    channels: tuple[int, ...] = (512, 512, 512, 512, 512, 256, 128)
-    """Widths at 4, 8, ... `resolution` px."""
-    w_dim: int = 512
-    mapping_layers: int = 8
-    clip: str = "ViT-B-32"
-    """A model of open_clip, or local-dir:FOLDER; its sizes are used, never its weights."""
-    sources: int = RECIPES["release"].sources
-    """Sources that a step of the optimizer edits."""
-    max_images: int | None = None
-    """Images rendered at once; fewer than `sources` bounds memory and renders twice. Default: all
-    of a step."""
 
 
 def no_reader(thing: object) -> Tensor:

@@ -16,60 +16,14 @@ does what the evaluation of TargetCLIP's release does: it edits latents along di
 report.md.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.referee")
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from data.illustrated.avatars import check_dicebear
-from data.illustrated.shown import Shown
-from eval import protocol
-from eval.judging import KeptEmbeddings, load_judge, reader_of
-from eval.metrics import (
-    Parts,
-    edit_scores,
-    essence_acquired,
-    essence_parts,
-    frechet_distance,
-    identity_kept,
-    identity_parts,
-    interval,
-    interval_kept,
-    kernel_distance,
-    outside_change,
-    sharpness_kept,
-)
-from eval.reader import READINGS, AvatarReader
-from eval.report import REFEREE, check_charts, referee_chart, referee_text
-from eval.results import Pair, Results, by_name, fault_lines, find_results, judged_part
-from eval.truth import Content, Truth, face_of, read_truth, truth_of
-from predictor.cli.options import NAMED
 from targetclip import command
-from targetclip.losses import unit_cosines
-from targetclip.media.images import (
-    labelled_grid,
-    picture_to_tensor,
-    read_picture,
-    write_picture,
-)
+from targetclip.command import start
 from targetclip.world import World, load_encoders, load_world
-
-SHOWN_TARGETS, SHOWN_SOURCES = 6, 8
-OF_RELEASE = (  # options of --protocol targetclip alone
-    *("direction", "methods", "mapper", "references", "leave_out", "keep_pictures", "max_images"),
-)
-NAMES = {"transfer": "clip", "person": "identity", "target_person": "target_identity"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +66,53 @@ class Config:
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
     seed: int = 0
     """Of the bootstrap, and of methods that search."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.referee", Config)
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.illustrated.avatars import check_dicebear
+from data.illustrated.shown import Shown
+from eval import protocol
+from eval.judging import KeptEmbeddings, load_judge, reader_of
+from eval.metrics import (
+    Parts,
+    edit_scores,
+    essence_acquired,
+    essence_parts,
+    frechet_distance,
+    identity_kept,
+    identity_parts,
+    interval,
+    interval_kept,
+    kernel_distance,
+    outside_change,
+    sharpness_kept,
+)
+from eval.reader import READINGS, AvatarReader
+from eval.report import REFEREE, check_charts, referee_chart, referee_text
+from eval.results import Pair, Results, by_name, fault_lines, find_results, judged_part
+from eval.truth import Content, Truth, face_of, read_truth, truth_of
+from predictor.cli.options import NAMED
+from targetclip.losses import unit_cosines
+from targetclip.media.images import (
+    labelled_grid,
+    picture_to_tensor,
+    read_picture,
+    write_picture,
+)
+
+SHOWN_TARGETS, SHOWN_SOURCES = 6, 8
+OF_RELEASE = (  # options of --protocol targetclip alone
+    *("direction", "methods", "mapper", "references", "leave_out", "keep_pictures", "max_images"),
+)
+NAMES = {"transfer": "clip", "person": "identity", "target_person": "target_identity"}
 
 
 # Looking at every picture

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import torch
 
 Precision = Literal["fp32", "bf16"]
+Tracker = Literal["tensorboard", "wandb"]
+"""Where a long work's figures can be sent; see `targetclip.tracking`."""
 Asked = TypeVar("Asked")
 
 FAILED, USAGE, STOPPED = 1, 2, 130
@@ -272,24 +274,24 @@ def main(
     sys.exit(guarded(work, prog))
 
 
-def start(name: str, *, exclusive: bool = False) -> NoReturn:
-    """Import a module that is a command, call its `run` with the command line as its `Config`, or
-    its `main` if it has one, and end the process.
+def start(name: str, kind: Any, *, exclusive: bool = False) -> NoReturn:
+    """Check the command line of a module that is a command, import the module, call its `run` with
+    its `Config`, and end the process.
 
-    For the first lines of such a module, so that Ctrl-C is answered in one line while it imports.
+    Such a module calls this where its imports of torch begin, which take seconds: --help and usage
+    errors are answered before them, and Ctrl-C while they run is answered in one line.
 
     Args:
+        kind: its `Config`, which stands above the call.
         exclusive: see `main`.
     """
     prog = f"python -m {name}"
 
     def work() -> NoReturn:
-        # Importing torch takes seconds. Of a launch, only the first process speaks.
-        if not {"-h", "--help"} & {*sys.argv} and os.environ.get("RANK", "0") == "0":
+        parse(kind, prog, sys.modules["__main__"].__doc__)
+        if os.environ.get("RANK", "0") == "0":  # of a launch, only the first process speaks
             say(f"{name}: starting", error=True)
         module = import_module(name)
-        if hasattr(module, "main"):
-            module.main()
         main(module.run, module.Config, module.__doc__, prog, exclusive=exclusive)
 
     sys.exit(guarded(work, prog))

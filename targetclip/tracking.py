@@ -9,13 +9,12 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from targetclip.command import write_file
+from targetclip.command import Tracker, write_file
 
-Tracker = Literal["tensorboard", "wandb"]
 Track = Callable[[Mapping[str, Any], int], None]
 """Sends the figures of a step; what is no number stays out."""
 

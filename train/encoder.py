@@ -11,11 +11,6 @@ Kill it whenever you like: the same command goes on. Knows pictures of targets, 
 command; the steps are `train.loop`'s.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("train.encoder")
-
 import shlex
 from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
@@ -23,47 +18,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from jaxtyping import Float, UInt8
-from numpy import ndarray
-from PIL import Image
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from data.targets import check_trainable, default_targets, digest_of, open_targets
 from targetclip import command
 from targetclip.command import (
     Precision,
     Stop,
+    Tracker,
     choose_device,
     choose_precision,
     in_precision,
     make_folder,
     say,
     say_next,
+    start,
 )
-from targetclip.encoders.inverter import Inverter, load_inverter, save_inverter
-from targetclip.media.images import center_square
-from targetclip.optimize import draw_sources, losses_of
 from targetclip.recipes import RECIPES, Recipe, recipe_named
-from targetclip.scene import Scene
 from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
-from targetclip.tracking import Tracker, check_tracker
-from targetclip.weights import digest_of_weights
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
-from train.loop import LOG, Schedule, train
-from train.mapper_data import (
-    Validation,
-    embed_unit,
-    kept_array,
-    settings_of_scene,
-    training_pictures,
-)
-from train.mapper_objective import POOL
-
-ENCODER = "encoder.safetensors"
-EMA = 0.998
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +70,38 @@ class Config:
     tracker: Tracker | None = None
     """Send the figures of the log to this tracker as well: tensorboard (files in --out) or wandb.
     It needs the package of that name."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("train.encoder", Config)
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+from PIL import Image
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from data.targets import check_trainable, default_targets, digest_of, open_targets
+from targetclip.encoders.inverter import Inverter, load_inverter, save_inverter
+from targetclip.media.images import center_square
+from targetclip.optimize import draw_sources, losses_of
+from targetclip.scene import Scene
+from targetclip.tracking import check_tracker
+from targetclip.weights import digest_of_weights
+from train.loop import LOG, Schedule, train
+from train.mapper_data import (
+    Validation,
+    embed_unit,
+    kept_array,
+    settings_of_scene,
+    training_pictures,
+)
+from train.mapper_objective import POOL
+
+ENCODER = "encoder.safetensors"
+EMA = 0.998
 
 
 def check_config(config: Config) -> None:

@@ -24,13 +24,14 @@ from data.plan import changed_settings
 from targetclip.command import (
     Stop,
     Stopped,
+    Tracker,
     locked_folder,
     make_folder,
     one_line,
     whole_file,
     write_file,
 )
-from targetclip.tracking import Track, Tracker, tracked
+from targetclip.tracking import Track, tracked
 
 Network = TypeVar("Network", bound=nn.Module)
 

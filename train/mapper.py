@@ -12,11 +12,6 @@ Knows the command and how the parts make a training: `mapper_settings` holds its
 `mapper_data` what is learned from, `mapper_objective` what is minimised, `loop` the steps.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("train.mapper")
-
 import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -25,8 +20,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from targetclip.command import (
+    Precision,
+    Stop,
+    choose_precision,
+    command_line,
+    in_precision,
+    locked_folder,
+    say,
+    say_next,
+    start,
+    versions,
+    write_json,
+)
+from targetclip.recipes import RECIPES, Recipe
+from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
+from targetclip.world import load_scene, load_world
+from train.mapper_settings import (
+    KINDS,
+    Config,
+    Reading,
+    TrainingStage,
+    asked_correction,
+    asked_tradeoff,
+    check_config,
+    flags_of,
+    stage_at,
+    stages_of,
+    tradeoff_of,
+)
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("train.mapper", Config)
+
 import torch
-import tyro
 from accelerate import Accelerator
 from jaxtyping import Float32
 from numpy import ndarray
@@ -42,27 +69,11 @@ from data.targets import (
 from predictor.mapper import Mapper, load_mapper, save_mapper
 from predictor.mapper_file import MapperConfig, MapperRecord
 from predictor.tradeoff import MIDDLE
-from targetclip import command
-from targetclip.command import (
-    Precision,
-    Stop,
-    choose_precision,
-    command_line,
-    in_precision,
-    locked_folder,
-    say,
-    say_next,
-    versions,
-    write_json,
-)
 from targetclip.generators import check_render_size
 from targetclip.media.images import write_picture
-from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
-from targetclip.seeds import TRAINING_TARGETS, VALIDATION_TARGETS, seed_of
-from targetclip.world import load_scene, load_world
 from train.loop import LOG, Schedule, Trainer
-from train.mapper_batches import KINDS, SourceReading
+from train.mapper_batches import SourceReading
 from train.mapper_data import (
     Pairs,
     Validation,
@@ -76,18 +87,6 @@ from train.mapper_data import (
     whitening_of,
 )
 from train.mapper_objective import Objective
-from train.mapper_settings import (
-    Config,
-    Reading,
-    TrainingStage,
-    asked_correction,
-    asked_tradeoff,
-    check_config,
-    flags_of,
-    stage_at,
-    stages_of,
-    tradeoff_of,
-)
 
 MAPPER = "mapper.safetensors"
 WHITENED = 20_000  # targets of the bank that say how embeddings vary
@@ -500,9 +499,3 @@ def run(config: Config, stop: Stop | None = None) -> Mapper:
             say_next(config.out, f"{MAPPER}, {LOG}, grid.png", then)
     accelerator.end_training()
     return average
-
-
-def main() -> None:
-    """Run the command line."""
-    kind = tyro.conf.OmitArgPrefixes[Config]
-    command.main(run, kind, __doc__, "python -m train.mapper")

@@ -5,7 +5,6 @@ Knows tensors and seeds; nothing of losses. Each draw depends on its seed or its
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -14,13 +13,9 @@ from torch.nn import functional as F
 
 from data.targets import layer_thirds
 from targetclip.scene import Scene
+from train.mapper_settings import SourceKind
 
 ENDS = 0.1  # part of the targets at each end of the trade-off
-
-SourceKind = Literal["generated", "mixed", "inverted"]
-"""Samples of the generator, samples of another latent in each third of the layers, and what the
-inverter answers to renderings of samples, as pictures of people are edited."""
-KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 
 
 @dataclass(frozen=True, kw_only=True)

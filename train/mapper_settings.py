@@ -1,6 +1,6 @@
 """The settings of a mapper's training: its flags, the stages of its schedule, and their checks.
 
-Knows flags only: nothing is loaded here, and nothing trained.
+Knows flags only: nothing is loaded here, and nothing trained. Importing it does not import torch.
 """
 
 import math
@@ -8,17 +8,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from predictor.mapper import Mapper
-from predictor.mapper_file import CorrectionConfig
-from predictor.tradeoff import TradeoffConfig
-from targetclip.command import Precision, did_you_mean
+from targetclip.command import Precision, Tracker, did_you_mean
 from targetclip.recipes import recipe_named
-from targetclip.tracking import Tracker, check_tracker
 from targetclip.world import DEFAULT_WORLD
-from train.mapper_batches import SourceKind
 
+if TYPE_CHECKING:
+    from predictor.mapper import Mapper
+    from predictor.mapper_file import CorrectionConfig
+    from predictor.tradeoff import TradeoffConfig
+
+SourceKind = Literal["generated", "mixed", "inverted"]
+"""Samples of the generator, samples of another latent in each third of the layers, and what the
+inverter answers to renderings of samples, as pictures of people are edited."""
+KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
 TERMS = ("transfer", "pairs", "differences")
 STAGE = re.compile(r"([a-z]+(?:\+[a-z]+)*)(?:@([1-9][0-9]{0,4}))?:([1-9][0-9]{0,8})")
 
@@ -236,8 +240,10 @@ def flags_of(config: Config) -> dict[str, Any]:
     return flags
 
 
-def asked_correction(config: Config) -> CorrectionConfig | None:
+def asked_correction(config: Config) -> "CorrectionConfig | None":
     """Return the sizes of the correction that flags ask for."""
+    from predictor.mapper_file import CorrectionConfig
+
     reading = config.reading
     if reading.correction is None:
         return None
@@ -246,9 +252,11 @@ def asked_correction(config: Config) -> CorrectionConfig | None:
     )
 
 
-def asked_tradeoff(config: Config) -> TradeoffConfig | None:
+def asked_tradeoff(config: Config) -> "TradeoffConfig | None":
     """Return the ends of the trade-off that flags ask for.
     ValueError: ends that cannot be, or those of one weight alone."""
+    from predictor.tradeoff import TradeoffConfig
+
     term = config.transfer
     weights, decays = term.keep_identity_weights, term.keep_identity_decays
     if weights is None and decays is None:
@@ -263,7 +271,7 @@ def asked_tradeoff(config: Config) -> TradeoffConfig | None:
         raise ValueError(f"--keep-identity-weights, --keep-identity-decays: {error}") from None
 
 
-def tradeoff_of(config: Config, start: Mapper | None) -> TradeoffConfig | None:
+def tradeoff_of(config: Config, start: "Mapper | None") -> "TradeoffConfig | None":
     """Return the ends of the trade-off that the mapper reads, by flags or by its start.
     ValueError: a flag of one weight alone is given as well."""
     tradeoff = asked_tradeoff(config) or (start.config.tradeoff if start is not None else None)
@@ -278,6 +286,8 @@ def tradeoff_of(config: Config, start: Mapper | None) -> TradeoffConfig | None:
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for a flag that cannot be."""
+    from targetclip.tracking import check_tracker
+
     check_tracker(config.tracker)
     for name, value in flags_of(config).items():
         flag = f"--{name.replace('_', '-')}"

@@ -10,11 +10,6 @@ first, and the plan is printed before anything else is done. The same command go
 interruption, and finished stages are not done again.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("train.own")
-
 import importlib.util
 import json
 import math
@@ -32,13 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from targetclip import command
-from targetclip.command import STOPPED, Precision, Stop, say
+from targetclip.command import STOPPED, Precision, Stop, say, start
 from targetclip.world import load_world
-
-PLAN, PROGRESS, REPORT = "plan.json", "progress.json", "report.md"
-HUB = "hub"  # folder that can be uploaded as it is
-MAPPER = "calibrated/mapper.safetensors"
-GRACE = 30.0  # seconds that processes have to end after another one failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +67,16 @@ class Config:
     """Further flags of eval.calibrate."""
     compare_flags: str = ""
     """Further flags of eval.compare."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("train.own", Config)
+
+
+PLAN, PROGRESS, REPORT = "plan.json", "progress.json", "report.md"
+HUB = "hub"  # folder that can be uploaded as it is
+MAPPER = "calibrated/mapper.safetensors"
+GRACE = 30.0  # seconds that processes have to end after another one failed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
 from data import build
 from data.plan import check_settings
@@ -110,9 +109,8 @@ def build_config(words: Sequence[str]) -> build.Config:
 
 def mapper_config(words: Sequence[str]) -> mapper_settings.Config:
     """Read the flags of train.mapper. SystemExit: a usage error, which is one line."""
-    kind = tyro.conf.OmitArgPrefixes[mapper_settings.Config]
     config: mapper_settings.Config = command.parse(
-        kind, "python -m train.mapper", None, [*words[1:]]
+        mapper_settings.Config, "python -m train.mapper", None, [*words[1:]]
     )
     mapper_settings.check_config(config)
     return config

@@ -9,11 +9,6 @@ LICENCES.md who drew its style, SHA256SUMS holds the checksum of every file. Pic
 are drawn again; other files in --out stay. Needs the extra avatars.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("data.illustrated.challenge")
-
 import hashlib
 import io
 import json
@@ -23,6 +18,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from targetclip import command
+from targetclip.command import start
+from targetclip.seeds import CHALLENGE, seed_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path
+    """Folder for targets, sources, LICENCES.md and SHA256SUMS."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("data.illustrated.challenge", Config)
+
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -30,8 +39,6 @@ from tqdm import tqdm
 from data.illustrated.avatars import HELD_OUT, TRAINED, check_dicebear, credit, draw, render
 from data.illustrated.codes import VALUES, draw_face, indices_from_z
 from data.illustrated.shown import Wish, can_show, colours, sample, shown
-from targetclip import command
-from targetclip.seeds import CHALLENGE, seed_of
 
 SIZE = 256  # px of a target; sources have the size of the generator's pictures
 SOURCES = 16
@@ -55,12 +62,6 @@ MIT.
 | style | illustrator | licence | source |
 |---|---|---|---|
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    out: Path
-    """Folder for targets, sources, LICENCES.md and SHA256SUMS."""
 
 
 @dataclass(frozen=True)

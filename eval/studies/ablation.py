@@ -8,40 +8,15 @@ has been judged is not judged again. Knows the record of a mapper's training; no
 train one.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.ablation", exclusive=True)
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from data.publish import sha256_of
-from eval.answers import earlier_report
-from eval.judging import Goal, Judges, face_judges, goal_of, judge_edits, study_means
-from eval.methods import predict
-from eval.metrics import interval
-from eval.reader import BUNDLED
-from eval.report import number, table, with_bounds
-from eval.sets import study_set
-from eval.trials import sheet
-from predictor.mapper import Mapper, Prediction, load_mapper
-from predictor.mapper_file import MapperConfig, MapperRecord, trained_recipe
 from targetclip import command
-from targetclip.media.images import tensor_to_pictures, write_picture
-from targetclip.scene import Scene
+from targetclip.command import start
 from targetclip.seeds import VALIDATION_SOURCES
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
-
-SHOWN = 12  # targets on a sheet of pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +37,32 @@ class Config:
     """Judge on inversions of the sources' pictures, as photographs are edited."""
     seed: int = 0
     """Decides what the bootstrap draws; targets and sources are always the same."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.ablation", Config, exclusive=True)
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.publish import sha256_of
+from eval.answers import earlier_report
+from eval.judging import Goal, Judges, face_judges, goal_of, judge_edits, study_means
+from eval.methods import predict
+from eval.metrics import interval
+from eval.reader import BUNDLED
+from eval.report import number, table, with_bounds
+from eval.sets import study_set
+from eval.trials import sheet
+from predictor.mapper import Mapper, Prediction, load_mapper
+from predictor.mapper_file import MapperConfig, MapperRecord, trained_recipe
+from targetclip.media.images import tensor_to_pictures, write_picture
+from targetclip.scene import Scene
+
+SHOWN = 12  # targets on a sheet of pictures
 
 
 # The mappers

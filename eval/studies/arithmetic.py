@@ -14,51 +14,14 @@ subtracts it from sources that have it. Targets are validation targets; test tar
 by --test, once a mapper is final. Writes report.json and report.md.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.arithmetic", exclusive=True)
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from data.illustrated.codes import ATTRIBUTES, NONE, draw_face
-from eval.judging import face_reader
-from eval.metrics import identity_kept, interval, interval_kept
-from eval.reader import NAMES, PRESENT, SPANS, AvatarReader
-from eval.report import number, table, with_bounds
-from eval.sets import EvalSet, Sources, targets_and_sources
-from eval.truth import Content, Truth
-from predictor.direction import Direction, mixed
-from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
+from targetclip.command import start
 from targetclip.world import DEFAULT_WORLD, load_world
-
-COLOUR = "hair colour"
-MIXTURES = (("glasses", "hat"), ("glasses", "beard"), (COLOUR, "beard"))
-HALF, SUM, LESS = "half of each", "sum", "sum, less the second without"
-SUBTRACTED, ADDED = "with less without, subtracted", "with less without, added"
-WHOLE, THERE_AND_BACK = "with, subtracted", "with, added, then subtracted"
-BARE = {"glasses": NONE, "beard": NONE, "hat": "shortFlat"}  # what stands in its place
-
-Readings = Float[Tensor, "sources outputs"]
-
-READING = f"""## How to read it
-
-Shares of sources, as means over pairs or faces; brackets hold 95 % of bootstrap means. `{HALF}`
-is 0.5 a + 0.5 b, `{SUM}` is a + b, and `{LESS}` is a + b - c, with c the face of b
-without the attribute: all with their corrections, as the product mixes. Kept: sources on which the
-attribute arrives with the mixture, as a part of those on which it arrives with its target alone;
-targets that alone bring it to no source are left out.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +42,44 @@ class Config:
     """Judge on test targets and test sources, instead of those of validation."""
     seed: int = 0
     """Of the bootstrap."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.arithmetic", Config, exclusive=True)
+
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.illustrated.codes import ATTRIBUTES, NONE, draw_face
+from eval.judging import face_reader
+from eval.metrics import identity_kept, interval, interval_kept
+from eval.reader import NAMES, PRESENT, SPANS, AvatarReader
+from eval.report import number, table, with_bounds
+from eval.sets import EvalSet, Sources, targets_and_sources
+from eval.truth import Content, Truth
+from predictor.direction import Direction, mixed
+from predictor.transfer import EssenceTransfer, load_essence
+
+COLOUR = "hair colour"
+MIXTURES = (("glasses", "hat"), ("glasses", "beard"), (COLOUR, "beard"))
+HALF, SUM, LESS = "half of each", "sum", "sum, less the second without"
+SUBTRACTED, ADDED = "with less without, subtracted", "with less without, added"
+WHOLE, THERE_AND_BACK = "with, subtracted", "with, added, then subtracted"
+BARE = {"glasses": NONE, "beard": NONE, "hat": "shortFlat"}  # what stands in its place
+
+Readings = Float[Tensor, "sources outputs"]
+
+READING = f"""## How to read it
+
+Shares of sources, as means over pairs or faces; brackets hold 95 % of bootstrap means. `{HALF}`
+is 0.5 a + 0.5 b, `{SUM}` is a + b, and `{LESS}` is a + b - c, with c the face of b
+without the attribute: all with their corrections, as the product mixes. Kept: sources on which the
+attribute arrives with the mixture, as a part of those on which it arrives with its target alone;
+targets that alone bring it to no source are left out.
+"""
 
 
 # Targets

@@ -20,11 +20,6 @@ keeps this project's convolutions, and once it has those of the release, which b
 each sample and apply them in groups.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.benchmark", exclusive=True)
-
 import dataclasses
 import itertools
 import math
@@ -35,32 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from eval.costs import (
-    Sizes,
-    convolution_rate,
-    copy_rate,
-    count_operations,
-    least_bytes,
-    machine,
-    matrix_rate,
-    peak_bytes,
-    random_networks,
-)
+from eval.sizes import Sizes
 from targetclip import command
-from targetclip.command import Precision, in_precision
-from targetclip.embedder import ClipEmbedder
-from targetclip.generators.stylegan2 import DEMODULATION_EPSILON, SQRT2, StyledConv, StyleGAN2
-from targetclip.losses import consistency_loss, transfer_loss
-from targetclip.optimize import Progress
+from targetclip.command import Precision, in_precision, start
 from targetclip.recipes import RECIPES
-from targetclip.scene import Scene, random_latents
-
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +48,33 @@ class Config(Sizes):
     """Numbers of 4 bytes that are copied to measure memory; more than a cache holds."""
     compare_released: bool = False
     """Also time steps as the released loop makes them, in float32; for resolutions from 32 px."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.benchmark", Config, exclusive=True)
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eval.costs import (
+    convolution_rate,
+    copy_rate,
+    count_operations,
+    least_bytes,
+    machine,
+    matrix_rate,
+    peak_bytes,
+    random_networks,
+)
+from targetclip.embedder import ClipEmbedder
+from targetclip.generators.stylegan2 import DEMODULATION_EPSILON, SQRT2, StyledConv, StyleGAN2
+from targetclip.losses import consistency_loss, transfer_loss
+from targetclip.optimize import Progress
+from targetclip.scene import Scene, random_latents
+
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def check_config(config: Config) -> None:

@@ -12,34 +12,15 @@ machine, copy OUT/answers from it, and give the same options and --precision on 
         --results runs/challenge/mapper --world avatars --out runs/challenge/referee
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.challenge", exclusive=True)
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from data.targets import picture_id
-from eval import compare
-from eval.answers import answer_of
-from eval.methods import METHODS, Bench
-from eval.results import by_name
-from eval.sets import EvalSet
 from targetclip import command
-from targetclip.command import Precision
-from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
+from targetclip.command import Precision, start
 from targetclip.world import DEFAULT_WORLD, load_world
 
 UNEDITED = "unedited"
-KNOWN = (*(name for name, method in METHODS.items() if not method.per_source), UNEDITED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +41,26 @@ class Config:
     """Of methods that search. Default: accelerate's, or else bf16 where the device has it."""
     seed: int = 0
     """Of searches."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.challenge", Config, exclusive=True)
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.targets import picture_id
+from eval import compare
+from eval.answers import answer_of
+from eval.methods import METHODS, Bench
+from eval.results import by_name
+from eval.sets import EvalSet
+from targetclip.media.images import read_picture, tensor_to_pictures, write_picture
+
+KNOWN = (*(name for name, method in METHODS.items() if not method.per_source), UNEDITED)
 
 
 def pictures_in(folder: Path, flag: str) -> dict[str, Image.Image]:

@@ -14,11 +14,6 @@ mapper is final. Writes report.json after each search, report.md, charts and a s
 The same command goes on after an interruption.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.gap", exclusive=True)
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,59 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
-
-from data.publish import sha256_of
-from eval.answers import earlier_report
-from eval.costs import seconds_of
-from eval.judging import Judges, face_judges, goal_of, judge_edits
-from eval.metrics import interval, interval_kept
-from eval.reader import BUNDLED
-from eval.report import Series, check_charts, line_chart, table, with_bounds
-from eval.sets import EvalSet, Sources, targets_and_sources
-from predictor.editing import edits_sheet
-from predictor.mapper import Mapper, load_mapper
-from predictor.mapper_file import trained_recipe
 from targetclip import command
-from targetclip.command import Precision, choose_precision, in_precision
-from targetclip.graphs import Replayed
-from targetclip.media.images import write_picture
-from targetclip.optimize import Progress, draw_sources, learning_rate, losses_of
+from targetclip.command import Precision, choose_precision, in_precision, start
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.scene import Scene, random_latents
 from targetclip.seeds import seed_of
-from targetclip.weights import read_tensors, save_tensors
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
-
-FORMAT = "targetclip-gap/1"
-REFINE_RATE = 0.03  # as the product refines
-# Of searches for edits of each source. With the recipe's 0.2, 600 steps from none end higher than
-# 150 at 0.03 from the mapper's answer; with 0.05, those from the mapper's answer end lower. In the
-# coordinates of a span, 0.03 never gets below its start and 0.01 does.
-EDIT_RATE, SPAN_RATE = 0.05, 0.01
-LOW_DECAY = 0.2  # of the teacher whose transfer score is higher, as a part of the recipe's
-MARKS = (0, 1, 2, 5, 10, 20, 40, 80, 150, 300, 600, 1200)  # steps at which curves have a point
-REACHED = 0.99
-SHORTEST = 1e-6  # way of a loss, of those that are divided by
-SHOWN = 4  # targets of the sheet
-SCORES = ("transfer", "consistency", "essence", "identity")
-
-NOTHING, MAPPER, ALONE = "no edit", "mapper", "mapper, its direction alone"
-TEACHER, SHIPPED, LOW = "teacher", "teacher, its recipe's decay", "teacher, a fifth of that decay"
-DIRECTION, EDIT = "best direction", "best edit of each source"
-DIRECTION_IN_SPAN, EDIT_IN_SPAN = f"{DIRECTION}, mapper's span", f"{EDIT}, mapper's span"
-REFINED_DIRECTION, REFINED = "mapper, direction refined", "mapper, edit of each source refined"
-REFINED_IN_SPAN, SECOND = f"{REFINED}, its span", "mapper, second pass"
-PARTS = (0.0, 0.25, 0.5, 1.0)  # of a second pass's answer, the best of which is added
-
-ALL = slice(None)
-Edits = Float[Tensor, "rows #sources num_ws w_dim"]
-"""An edit for each source, or one for all."""
-Losses = Float[Tensor, " rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +54,59 @@ class Config:
     """Judge on test targets and test sources, instead of those of validation."""
     seed: int = 0
     """Of searches and bootstrap."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.gap", Config, exclusive=True)
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data.publish import sha256_of
+from eval.answers import earlier_report
+from eval.costs import seconds_of
+from eval.judging import Judges, face_judges, goal_of, judge_edits
+from eval.metrics import interval, interval_kept
+from eval.reader import BUNDLED
+from eval.report import Series, check_charts, line_chart, table, with_bounds
+from eval.sets import EvalSet, Sources, targets_and_sources
+from predictor.editing import edits_sheet
+from predictor.mapper import Mapper, load_mapper
+from predictor.mapper_file import trained_recipe
+from targetclip.graphs import Replayed
+from targetclip.media.images import write_picture
+from targetclip.optimize import Progress, draw_sources, learning_rate, losses_of
+from targetclip.scene import Scene, random_latents
+from targetclip.weights import read_tensors, save_tensors
+
+FORMAT = "targetclip-gap/1"
+REFINE_RATE = 0.03  # as the product refines
+# Of searches for edits of each source. With the recipe's 0.2, 600 steps from none end higher than
+# 150 at 0.03 from the mapper's answer; with 0.05, those from the mapper's answer end lower. In the
+# coordinates of a span, 0.03 never gets below its start and 0.01 does.
+EDIT_RATE, SPAN_RATE = 0.05, 0.01
+LOW_DECAY = 0.2  # of the teacher whose transfer score is higher, as a part of the recipe's
+MARKS = (0, 1, 2, 5, 10, 20, 40, 80, 150, 300, 600, 1200)  # steps at which curves have a point
+REACHED = 0.99
+SHORTEST = 1e-6  # way of a loss, of those that are divided by
+SHOWN = 4  # targets of the sheet
+SCORES = ("transfer", "consistency", "essence", "identity")
+
+NOTHING, MAPPER, ALONE = "no edit", "mapper", "mapper, its direction alone"
+TEACHER, SHIPPED, LOW = "teacher", "teacher, its recipe's decay", "teacher, a fifth of that decay"
+DIRECTION, EDIT = "best direction", "best edit of each source"
+DIRECTION_IN_SPAN, EDIT_IN_SPAN = f"{DIRECTION}, mapper's span", f"{EDIT}, mapper's span"
+REFINED_DIRECTION, REFINED = "mapper, direction refined", "mapper, edit of each source refined"
+REFINED_IN_SPAN, SECOND = f"{REFINED}, its span", "mapper, second pass"
+PARTS = (0.0, 0.25, 0.5, 1.0)  # of a second pass's answer, the best of which is added
+
+ALL = slice(None)
+Edits = Float[Tensor, "rows #sources num_ws w_dim"]
+"""An edit for each source, or one for all."""
+Losses = Float[Tensor, " rows"]
 
 
 # The objective and its descent

@@ -11,11 +11,6 @@ Seconds are medians of synchronized repeats after a warm-up. TFLOP/s are counted
 step, forward and backward, over its seconds.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.gpu", exclusive=True)
-
 import copy
 import os
 import time
@@ -26,22 +21,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.profiler import profile
-
-from eval import bench as benches
-from eval import costs
-from eval.bench import COMPILED, EAGER, ENLARGE, EXIT, FULL, LAYOUT, TINY, TUNED, Bench
-from eval.costs import CPU, NOT_MEASURED, median_seconds, peak_gib
-from predictor.folded import FoldedMapper
 from targetclip import command
-from targetclip.command import Precision, in_precision
-from targetclip.optimize import draw_sources, losses_of
+from targetclip.command import Precision, in_precision, start
 from targetclip.recipes import RECIPES
-from targetclip.scene import Scene
-
-Values = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +36,24 @@ class Config:
     """Tiny networks and few repeats. Always so where there is no accelerator."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.gpu", Config, exclusive=True)
+
+import torch
+from torch import Tensor
+from torch.profiler import profile
+
+from eval import bench as benches
+from eval import costs
+from eval.bench import COMPILED, EAGER, ENLARGE, EXIT, FULL, LAYOUT, TINY, TUNED, Bench
+from eval.costs import CPU, NOT_MEASURED, median_seconds, peak_gib
+from predictor.folded import FoldedMapper
+from targetclip.optimize import draw_sources, losses_of
+from targetclip.scene import Scene
+
+Values = dict[str, Any]
 
 
 # The measurements

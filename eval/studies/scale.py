@@ -11,11 +11,6 @@ Four measurements, each a ratio or a curve within one run, on the bundled world:
 `plan`: operations counted for FFHQ pairs and a mapper's training, and their cost at some rates.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.scale", exclusive=True)
-
 import json
 import os
 import shutil
@@ -27,33 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from PIL import Image
-
-from data.build import WORK, dataset_info, settings_of
-from data.build import Config as Build
-from data.plan import Plan, make_plan
-from data.targets import SeededTargets, TargetSet, open_targets
-from data.teacher import Teacher, make_teacher
-from data.worker import Worker, merge_all
-from eval.costs import Sizes, alone, count_operations, machine, peak_bytes
+from eval.sizes import Sizes
 from targetclip import command
-from targetclip.command import Precision, Stop, Stopwatch, choose_precision
-from targetclip.optimize import Optimized
+from targetclip.command import Precision, Stop, Stopwatch, choose_precision, start
 from targetclip.recipes import RECIPES
-from targetclip.scene import Scene
 from targetclip.seeds import DEFAULT_TARGETS
 from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
 
 Measure = Literal["overhead", "throughput", "memory", "plan"]
-
-# Config-f, as the checkpoints of FFHQ that people have, by the resolution.
-FFHQ_CHANNELS = (512, 512, 512, 512, 512, 256, 128, 64, 32)
-WIDTHS = {256: FFHQ_CHANNELS[:7], 1024: FFHQ_CHANNELS}
-RATES = (22, 45, 100, 247)  # TFLOP/s that one GPU may reach: see docs/scale.md
-PRICE, SPOT_PRICE = 2.5, 1.25  # dollars an hour of one H100, assumed
-MAPPER_STEPS, MAPPER_IMAGES = 4500, 48 * 2  # of an earlier mapper, and images a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +49,31 @@ class Config:
     """Of the teacher where time is measured. Default: accelerate's, or else fp32."""
     pairs: tuple[int, ...] = (10, 100, 1000, 10_000)
     """Sizes of the builds whose memory is measured."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.scale", Config, exclusive=True)
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.build import WORK, dataset_info, settings_of
+from data.build import Config as Build
+from data.plan import Plan, make_plan
+from data.targets import SeededTargets, TargetSet, open_targets
+from data.teacher import Teacher, make_teacher
+from data.worker import Worker, merge_all
+from eval.costs import alone, count_operations, machine, peak_bytes
+from targetclip.optimize import Optimized
+from targetclip.scene import Scene
+
+# Config-f, as the checkpoints of FFHQ that people have, by the resolution.
+FFHQ_CHANNELS = (512, 512, 512, 512, 512, 256, 128, 64, 32)
+WIDTHS = {256: FFHQ_CHANNELS[:7], 1024: FFHQ_CHANNELS}
+RATES = (22, 45, 100, 247)  # TFLOP/s that one GPU may reach: see docs/scale.md
+PRICE, SPOT_PRICE = 2.5, 1.25  # dollars an hour of one H100, assumed
+MAPPER_STEPS, MAPPER_IMAGES = 4500, 48 * 2  # of an earlier mapper, and images a step
 
 
 # Builds in this process

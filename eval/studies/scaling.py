@@ -15,11 +15,6 @@ it holds that form as well. Its interval is of the mean over the seeds: residual
 The same command goes on after an interruption.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.scaling", exclusive=True)
-
 import os
 import subprocess
 import sys
@@ -31,45 +26,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Float64
-from numpy import ndarray
-from PIL import Image
-from torch import Tensor
-
-from data.publish import sha256_of
-from eval.answers import earlier_report
-from eval.judging import Judges, face_judges, goal_of, judge_edits
-from eval.methods import mapped
-from eval.reader import BUNDLED
-from eval.report import Series, check_charts, line_chart, number, table
-from eval.sets import EvalSet, Sources, targets_and_sources
-from predictor.mapper import Mapper, load_mapper
-from predictor.mapper_file import trained_recipe
 from targetclip import command
-from targetclip.command import Precision, choose_precision
-from targetclip.media.images import write_picture
-from targetclip.optimize import losses_of
-from targetclip.scene import Scene
+from targetclip.command import Precision, choose_precision, start
 from targetclip.seeds import seed_of
 from targetclip.world import DEFAULT_WORLD, load_scene, load_world
-
-# As the shipped mapper was trained (docs/results.md), but for what is varied here.
-TRAINING = (
-    "--recipe identity --sources 3 --learning-rate 2e-3 --direction-decay 3e-3 --width 256 "
-    "--depth 1 --rank 128 --correction 96 --correction-rate 0.75 --uncorrected 0.1"
-)
-RENDER_SIZE = 64  # px of images in training
-# What is fitted, as losses. Identity kept is not: a mapper that edits nothing keeps all of it.
-LOSSES: dict[str, Callable[[Mapping[str, float]], float]] = {
-    "objective": lambda row: row["objective"],
-    "score missed": lambda row: 1 - row["transfer"],
-    "essence missed": lambda row: 1 - row["essence"],
-}
-JUDGED = ("objective", "transfer", "essence", "identity")
-EXPONENTS = np.linspace(0.005, 2, 400)
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +68,46 @@ class Config:
     """Sources that judge."""
     precision: Precision | None = None
     """Of trainings; scores are in float32. Default: accelerate's, or else fp32."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.scaling", Config, exclusive=True)
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from numpy import ndarray
+from PIL import Image
+from torch import Tensor
+
+from data.publish import sha256_of
+from eval.answers import earlier_report
+from eval.judging import Judges, face_judges, goal_of, judge_edits
+from eval.methods import mapped
+from eval.reader import BUNDLED
+from eval.report import Series, check_charts, line_chart, number, table
+from eval.sets import EvalSet, Sources, targets_and_sources
+from predictor.mapper import Mapper, load_mapper
+from predictor.mapper_file import trained_recipe
+from targetclip.media.images import write_picture
+from targetclip.optimize import losses_of
+from targetclip.scene import Scene
+
+# As the shipped mapper was trained (docs/results.md), but for what is varied here.
+TRAINING = (
+    "--recipe identity --sources 3 --learning-rate 2e-3 --direction-decay 3e-3 --width 256 "
+    "--depth 1 --rank 128 --correction 96 --correction-rate 0.75 --uncorrected 0.1"
+)
+RENDER_SIZE = 64  # px of images in training
+# What is fitted, as losses. Identity kept is not: a mapper that edits nothing keeps all of it.
+LOSSES: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "objective": lambda row: row["objective"],
+    "score missed": lambda row: 1 - row["transfer"],
+    "essence missed": lambda row: 1 - row["essence"],
+}
+JUDGED = ("objective", "transfer", "essence", "identity")
+EXPONENTS = np.linspace(0.005, 2, 400)
+RESAMPLES = 2000
 
 
 def check_config(config: Config) -> None:

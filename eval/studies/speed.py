@@ -8,11 +8,6 @@ edited image against one encoding and one rendering; the optimizer against targe
 direction. Quick operations are timed in turns, so that other load on the machine falls on all.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.speed", exclusive=True)
-
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,15 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-from PIL import Image
-from tqdm import tqdm
-
-from eval.costs import machine, seconds_of, wait_for
-from predictor.transfer import EssenceTransfer, load_essence
 from targetclip import command
-from targetclip.command import Precision, choose_precision, in_precision
-from targetclip.media.images import tensor_to_pictures
+from targetclip.command import Precision, choose_precision, in_precision, start
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.seeds import VALIDATION_SOURCES
 from targetclip.world import DEFAULT_WORLD, load_world
@@ -50,6 +38,18 @@ class Config:
     """Of all that is timed. Default: accelerate's, or else fp32."""
     device: str | None = None
     """Where to compute, as torch names it. Default: an accelerator if there is one."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.speed", Config, exclusive=True)
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from eval.costs import machine, seconds_of, wait_for
+from predictor.transfer import EssenceTransfer, load_essence
+from targetclip.media.images import tensor_to_pictures
 
 
 def median_seconds(

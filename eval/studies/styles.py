@@ -9,16 +9,40 @@ report.md and a sheet of pictures for each group of styles, and prints the table
 goes on after an interruption.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.styles", exclusive=True)
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+from targetclip import command
+from targetclip.command import start
+from targetclip.seeds import STYLE_TARGETS, TEST_SOURCES
+from targetclip.world import DEFAULT_WORLD, load_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path
+    """Folder for report.json, report.md and the sheets."""
+    world: str = DEFAULT_WORLD
+    """Name of a bundled world, or the path of a world's .toml file."""
+    mapper: Path | None = None
+    """Mapper's file. Default: the world's."""
+    one_direction: bool = False
+    """Edit all sources by one direction, also where the mapper corrects it for each."""
+    styles: tuple[str, ...] = ()
+    """Styles to take targets from. Default: all."""
+    count: int = 30
+    """Targets of each style."""
+    sources: int = 16
+    """Sources that are edited."""
+    seed: int = STYLE_TARGETS
+    """Of the targets; sources are always the same."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.styles", Config, exclusive=True)
 
 import numpy as np
 import torch
@@ -39,14 +63,12 @@ from eval.report import number, table
 from predictor.editing import edits_sheet
 from predictor.mapper import Mapper
 from predictor.transfer import load_essence
-from targetclip import command
 from targetclip.media.images import write_picture
 from targetclip.scene import Scene
-from targetclip.seeds import STYLE_TARGETS, TEST_SOURCES
-from targetclip.world import DEFAULT_WORLD, load_world
 
 KINDS: tuple[Wish, ...] = ("glasses", "beard", "hat")
 GROUPS = {"trained": TRAINED, "held-out": HELD_OUT}
+ALL = TRAINED + HELD_OUT
 SHOWN_TARGETS, SHOWN_SOURCES = 8, 6  # on a sheet
 
 READING = """## How to read it
@@ -58,35 +80,12 @@ not draw it. Means are over styles.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    out: Path
-    """Folder for report.json, report.md and the sheets."""
-    world: str = DEFAULT_WORLD
-    """Name of a bundled world, or the path of a world's .toml file."""
-    mapper: Path | None = None
-    """Mapper's file. Default: the world's."""
-    one_direction: bool = False
-    """Edit all sources by one direction, also where the mapper corrects it for each."""
-    styles: tuple[str, ...] = TRAINED + HELD_OUT
-    """Styles to take targets from."""
-    count: int = 30
-    """Targets of each style."""
-    sources: int = 16
-    """Sources that are edited."""
-    seed: int = STYLE_TARGETS
-    """Of the targets; sources are always the same."""
-
-
 def check_config(config: Config) -> None:
     """Raise a ValueError for an option that cannot be."""
     command.check_least(config, count=1, sources=1)
-    known = TRAINED + HELD_OUT
-    if unknown := [style for style in config.styles if style not in known]:
-        hint = command.did_you_mean(unknown[0], known)
-        raise ValueError(
-            f"--styles: expected some of {', '.join(known)}, found {unknown[0]!r}{hint}"
-        )
+    if unknown := [style for style in config.styles if style not in ALL]:
+        hint = command.did_you_mean(unknown[0], ALL)
+        raise ValueError(f"--styles: expected some of {', '.join(ALL)}, found {unknown[0]!r}{hint}")
     check_dicebear("a style")
 
 
@@ -226,7 +225,8 @@ def run(config: Config) -> dict[str, Any]:
     command.make_folder(config.out)
     unedited = reader.present(scene.render(sources).clamp(-1, 1))
     report["unedited"] = {kind: float(unedited[kind].float().mean()) for kind in KINDS}
-    for style in tqdm(config.styles, unit="style"):
+    asked = config.styles or ALL
+    for style in tqdm(asked, unit="style"):
         if style in report["styles"]:
             continue
         targets = [style_target(style, config.seed, i) for i in range(config.count)]
@@ -239,7 +239,7 @@ def run(config: Config) -> dict[str, Any]:
     command.write_file(config.out / "report.md", f"# Styles as targets\n\n{text}\n{READING}")
     few = sources[:SHOWN_SOURCES]
     for group, known in GROUPS.items():
-        if styles := [style for style in known if style in config.styles]:
+        if styles := [style for style in known if style in asked]:
             shown_targets = targets_of_sheet(config, styles)
             pictures = [target.picture for target in shown_targets.values()]
             edits = edits_of(scene, mapper, pictures, few, config.one_direction)

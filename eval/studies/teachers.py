@@ -11,16 +11,45 @@ that change the same thing.
 The same command goes on after an interruption.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.teachers", exclusive=True)
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from targetclip import command
+from targetclip.command import Precision, choose_precision, did_you_mean, in_precision, start
+from targetclip.recipes import RECIPES, Recipe
+from targetclip.seeds import BANK, VALIDATION_SOURCES, seed_of
+from targetclip.world import DEFAULT_WORLD, load_scene, load_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path
+    """Folder for the report, the sheets and the charts."""
+    world: str = DEFAULT_WORLD
+    """Name of a bundled world, or the path of a world's .toml file."""
+    variants: Literal["named", "all"] = "named"
+    """The named recipes, or variants of `consistent` as well."""
+    only: tuple[str, ...] = ()
+    """Run these alone, by name."""
+    targets: int = 12
+    held_out: int = 16
+    """Sources that no recipe edits while it optimizes."""
+    strengths: tuple[float, ...] = (0.6, 0.8, 1.0, 1.2)
+    """How far along the direction to judge, besides 1."""
+    twice: bool = True
+    """Run everything a second time, to measure what two runs agree on."""
+    precision: Precision | None = None
+    """Of the optimizer; scores are always in float32. Default: accelerate's, or else fp32."""
+    max_steps: int | None = None
+    """Cut every recipe to so many steps."""
+    seed: int = 0
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.teachers", Config, exclusive=True)
 
 from PIL import Image
 from torch.nn import functional as F
@@ -32,15 +61,10 @@ from eval.methods import right_answer
 from eval.report import Series, check_charts, line_chart, table
 from eval.sets import Directions, EvalSet, Sources, study_set
 from eval.trials import sheet
-from targetclip import command
-from targetclip.command import Precision, choose_precision, did_you_mean, in_precision
 from targetclip.media.images import write_picture
 from targetclip.optimize import Optimized, Progress
-from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import Scene
-from targetclip.seeds import BANK, VALIDATION_SOURCES, seed_of
 from targetclip.weights import stored_recipe
-from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 
 MAX_IMAGES = 512  # rendered at once: all targets of a step
 RIGHT_ANSWER = "right answer"
@@ -87,30 +111,6 @@ def variants() -> dict[str, Recipe]:
     base = RECIPES[BASE]
     changed = {name: replace(base, **change) for name, change in CHANGES.items()}
     return RECIPES | {name: recipe for name, recipe in changed.items() if recipe != base}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    out: Path
-    """Folder for the report, the sheets and the charts."""
-    world: str = DEFAULT_WORLD
-    """Name of a bundled world, or the path of a world's .toml file."""
-    variants: Literal["named", "all"] = "named"
-    """The named recipes, or variants of `consistent` as well."""
-    only: tuple[str, ...] = ()
-    """Run these alone, by name."""
-    targets: int = 12
-    held_out: int = 16
-    """Sources that no recipe edits while it optimizes."""
-    strengths: tuple[float, ...] = (0.6, 0.8, 1.0, 1.2)
-    """How far along the direction to judge, besides 1."""
-    twice: bool = True
-    """Run everything a second time, to measure what two runs agree on."""
-    precision: Precision | None = None
-    """Of the optimizer; scores are always in float32. Default: accelerate's, or else fp32."""
-    max_steps: int | None = None
-    """Cut every recipe to so many steps."""
-    seed: int = 0
 
 
 def chosen_recipes(config: Config) -> dict[str, Recipe]:

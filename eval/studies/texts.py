@@ -9,15 +9,35 @@ report.json, report.md and grid.png, and prints the tables. Knows targets and ho
 nothing of how a text becomes a target.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.texts", exclusive=True)
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from targetclip import command
+from targetclip.command import start
+from targetclip.seeds import TEST_SOURCES, TEXT_TARGETS, seed_of
+from targetclip.world import DEFAULT_WORLD, World, load_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path
+    """Folder for report.json, report.md and grid.png."""
+    world: str = DEFAULT_WORLD
+    """Name of a bundled world, or the path of a world's .toml file."""
+    mapper: Path | None = None
+    """Mapper's file. Default: the world's."""
+    count: int = 32
+    """Faces."""
+    sources: int = 8
+    """Sources that are edited."""
+    seed: int = 5
+    """Decides the wording of captions and the draws of the bootstrap; faces are always the same."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.texts", Config, exclusive=True)
 
 import numpy as np
 import torch
@@ -40,10 +60,7 @@ from predictor.editing import edits_sheet
 from predictor.inputs import Text
 from predictor.text import TextTargets
 from predictor.transfer import EssenceTransfer, load_essence
-from targetclip import command
 from targetclip.media.images import write_picture
-from targetclip.seeds import TEST_SOURCES, TEXT_TARGETS, seed_of
-from targetclip.world import DEFAULT_WORLD, World, load_world
 
 SHOWN_FACES, SHOWN_SOURCES = 6, 6  # on the grid
 
@@ -90,22 +107,6 @@ PHRASES: dict[str, dict[str, str]] = {
     "an open mouth": {"mouth": "screamOpen"},
     "pink hair and glasses": {"hairColor": PINK, "glasses": THERE},
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    out: Path
-    """Folder for report.json, report.md and grid.png."""
-    world: str = DEFAULT_WORLD
-    """Name of a bundled world, or the path of a world's .toml file."""
-    mapper: Path | None = None
-    """Mapper's file. Default: the world's."""
-    count: int = 32
-    """Faces."""
-    sources: int = 8
-    """Sources that are edited."""
-    seed: int = 5
-    """Decides the wording of captions and the draws of the bootstrap; faces are always the same."""
 
 
 def check_config(config: Config, world: World) -> None:

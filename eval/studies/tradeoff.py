@@ -15,50 +15,17 @@ keep more, the highest essence. Writes report.json, report.md and chart.png. The
 on after an interruption.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.tradeoff", exclusive=True)
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float64
-from numpy import ndarray
-from PIL import Image
-from tqdm import tqdm
-
-from data.publish import sha256_of
-from data.teacher import search_in_batches
-from eval.answers import earlier_report
-from eval.judging import Judges, face_judges, goal_of, judge_edits
-from eval.methods import mapped
-from eval.metrics import interval
-from eval.reader import BUNDLED
-from eval.report import Series, check_charts, line_chart, number, table, with_bounds
-from eval.sets import EvalSet, Sources, targets_and_sources
-from predictor.mapper import Mapper, load_mapper
-from predictor.tradeoff import TradeoffConfig, check_keep
 from targetclip import command
-from targetclip.command import Precision, choose_precision
-from targetclip.media.images import write_picture
+from targetclip.command import Precision, choose_precision, start
 from targetclip.recipes import RECIPES, Recipe
-from targetclip.scene import Scene
 from targetclip.seeds import seed_of
 from targetclip.world import DEFAULT_WORLD, World, load_scene, load_world
-
-TEACHER = "teacher"
-SCORES = ("essence", "identity", "transfer", "person")  # of a point, those that there are
-RESAMPLES = 2000
-
-Points = Mapping[str, Mapping[str, Sequence[float]]]
-"""The points of a curve by their labels: of each score a number a target."""
-Values = Float64[ndarray, "points targets"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +58,39 @@ class Config:
     """Judge on test targets and test sources, instead of those of validation."""
     seed: int = 0
     """Of searches and bootstrap."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.tradeoff", Config, exclusive=True)
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from numpy import ndarray
+from PIL import Image
+from tqdm import tqdm
+
+from data.publish import sha256_of
+from data.teacher import search_in_batches
+from eval.answers import earlier_report
+from eval.judging import Judges, face_judges, goal_of, judge_edits
+from eval.methods import mapped
+from eval.metrics import interval
+from eval.reader import BUNDLED
+from eval.report import Series, check_charts, line_chart, number, table, with_bounds
+from eval.sets import EvalSet, Sources, targets_and_sources
+from predictor.mapper import Mapper, load_mapper
+from predictor.tradeoff import TradeoffConfig, check_keep
+from targetclip.media.images import write_picture
+from targetclip.scene import Scene
+
+TEACHER = "teacher"
+SCORES = ("essence", "identity", "transfer", "person")  # of a point, those that there are
+RESAMPLES = 2000
+
+Points = Mapping[str, Mapping[str, Sequence[float]]]
+"""The points of a curve by their labels: of each score a number a target."""
+Values = Float64[ndarray, "points targets"]
 
 
 def check_config(config: Config) -> None:

@@ -7,14 +7,28 @@ report.json, a table, and sheets of pictures: reproductions, inversions, interpo
 layers of others. What CLIP is worth its own training measures (`train.world.clip`).
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("eval.studies.world_quality", exclusive=True)
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from targetclip import command
+from targetclip.command import start
+from targetclip.seeds import WORLD_TARGETS
+from targetclip.world import DEFAULT_WORLD, load_scene, load_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path
+    """Folder for report.json, report.md and sheets of pictures."""
+    world: str = DEFAULT_WORLD
+    """Name of a bundled world, or the path of a world's .toml file."""
+    faces: int = 500
+    """Faces to measure on, at least 32."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("eval.studies.world_quality", Config, exclusive=True)
 
 import numpy as np
 import torch
@@ -28,24 +42,11 @@ from eval.judging import face_reader
 from eval.reader import PRESENT, READINGS, AvatarReader
 from eval.report import number, table
 from eval.truth import Truth, truth_of
-from targetclip import command
 from targetclip.media.images import labelled_grid, tensor_to_pictures, write_picture
 from targetclip.scene import Scene
-from targetclip.seeds import WORLD_TARGETS
-from targetclip.world import DEFAULT_WORLD, load_scene, load_world
 
 SHOWN = 32  # faces on a sheet
 Images = Float[Tensor, "faces 3 height width"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    out: Path
-    """Folder for report.json, report.md and sheets of pictures."""
-    world: str = DEFAULT_WORLD
-    """Name of a bundled world, or the path of a world's .toml file."""
-    faces: int = 500
-    """Faces to measure on, at least 32."""
 
 
 def decibels(images: Images, truth: Images) -> float:

@@ -7,11 +7,6 @@ what must follow; nothing of how pairs are made. Every decision is drawn from th
 number of the round, and every fault is logged; only the clock is not the same twice.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("tests.proof.faults")
-
 import json
 import os
 import random
@@ -25,22 +20,8 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from tqdm import tqdm
-
-from data.claims import create, remove_only
-from data.plan import PICTURES, load_plan
-from data.worker import chunk_name
 from targetclip import command
-from targetclip.command import FAILED, one_line, write_json
-from tests.proof.damage import KINDS, check_damages, flip_bit, rows_of, truncate, unequal_rows
-from tests.proof.forked import DISK, BuildFolder, Child, Fault, Stage, make_world
-from tests.proof.forked import start as start_child
-
-STAGES: tuple[Stage, ...] = ("plan", "run", "merge")
-PATIENCE = 600.0  # seconds after which a worker that should end counts as hanging
-OWNER = "faults"  # of the claims made here
-PROG = "python -m tests.proof.faults"
-ROUNDS = 10  # for every kill and stall, before they count as impossible
+from targetclip.command import FAILED, one_line, start, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +76,25 @@ class Config:
             "--initial zero --held-out 4 --max-attempts 1000000"
         )
         return ["--out", str(out), "--world", str(world), *rest.split()]
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("tests.proof.faults", Config)
+
+from tqdm import tqdm
+
+from data.claims import create, remove_only
+from data.plan import PICTURES, load_plan
+from data.worker import chunk_name
+from tests.proof.damage import KINDS, check_damages, flip_bit, rows_of, truncate, unequal_rows
+from tests.proof.forked import DISK, BuildFolder, Child, Fault, Stage, make_world
+from tests.proof.forked import start as start_child
+
+STAGES: tuple[Stage, ...] = ("plan", "run", "merge")
+PATIENCE = 600.0  # seconds after which a worker that should end counts as hanging
+OWNER = "faults"  # of the claims made here
+PROG = "python -m tests.proof.faults"
+ROUNDS = 10  # for every kill and stall, before they count as impossible
 
 
 class DisturbedBuild:

@@ -14,11 +14,6 @@ steps of 1, 2 and 4 sources, with layers kept and computed again. Runs on the pr
 2**30 bytes.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("tests.proof.full_size")
-
 import argparse
 import dataclasses
 import json
@@ -35,6 +30,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eval.sizes import Sizes
+from targetclip import command
+from targetclip.command import Precision, in_precision, start
+from targetclip.recipes import RECIPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path
+    """Folder for weights, results and reports."""
+    resolution: int = 1024
+    """Of the generator, in pixels."""
+    width: int = 512
+    """Length of w and width of the widest layers; 512 is config-f."""
+    clip: Path | None = None
+    """A folder of open_clip. Default: ViT-B/32 with seeded weights."""
+    seed: int = 0
+    """Of the weights."""
+    limit: float = 20.0
+    """GiB that no step may hold more than."""
+    memory: bool = False
+    """Count and measure the memory of a step of the optimizer instead."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("tests.proof.full_size", Config)
+
 import open_clip
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -43,17 +65,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from eval.costs import Sizes, alone, machine, peak_bytes, random_networks
+from eval.costs import alone, machine, peak_bytes, random_networks
 from eval.report import table
-from targetclip import command
-from targetclip.command import Precision, in_precision
 from targetclip.embedder import ClipEmbedder, resize_matrix
 from targetclip.encoders.arcface import ArcFace
 from targetclip.encoders.e4e import Encoder4Editing
 from targetclip.generators.rosinality import rosinality_state
 from targetclip.generators.stylegan2 import StyledConv, StyleGAN2, StyleGAN2Config
 from targetclip.media.images import tensor_to_pictures, write_picture
-from targetclip.recipes import RECIPES
 from targetclip.scene import Scene, random_latents
 
 GIB = 2**30
@@ -93,24 +112,6 @@ STEPS = {
     "--slow 1 --references 8 --sources 2 --max-images 2",
 }
 LAST = {"weights": "world.toml", "train": "mapper.safetensors"}  # file of a step; else report.json
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    out: Path
-    """Folder for weights, results and reports."""
-    resolution: int = 1024
-    """Of the generator, in pixels."""
-    width: int = 512
-    """Length of w and width of the widest layers; 512 is config-f."""
-    clip: Path | None = None
-    """A folder of open_clip. Default: ViT-B/32 with seeded weights."""
-    seed: int = 0
-    """Of the weights."""
-    limit: float = 20.0
-    """GiB that no step may hold more than."""
-    memory: bool = False
-    """Count and measure the memory of a step of the optimizer instead."""
 
 
 def network_sizes(config: Config) -> StyleGAN2Config:

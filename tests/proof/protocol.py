@@ -9,17 +9,34 @@ from the pictures that it kept. Pictures come out as noise: nothing is said of q
 proof.json: both numbers, seconds and memory.
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("tests.proof.protocol")
-
 import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from targetclip import command
+from targetclip.command import start
+from targetclip.world import load_encoders, load_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: Path
+    """Folder for weights, files, the report and the pictures; new or empty."""
+    sources: int = 68
+    """Latents."""
+    channels: int = 512
+    """Most channels of a layer; 512 is config-f."""
+    clip: Path | None = None
+    """A folder of open_clip. Default: ViT-B/32 with seeded weights."""
+    seed: int = 0
+    """Of weights, latents and directions."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("tests.proof.protocol", Config)
 
 import numpy as np
 import torch
@@ -30,7 +47,6 @@ from torch import Tensor
 from eval.costs import machine
 from eval.judging import RELEASED_STRENGTH
 from eval.metrics import frechet_distance, released_score, spread
-from targetclip import command
 from targetclip.embedder import ImageEmbedder
 from targetclip.encoders.arcface import ArcFace
 from targetclip.encoders.identity import IdentityModel
@@ -42,7 +58,6 @@ from targetclip.media.images import (
     write_picture,
 )
 from targetclip.scene import random_latents
-from targetclip.world import load_encoders, load_world
 from tests.proof.full_size import (
     CLIP,
     Command,
@@ -64,20 +79,6 @@ identity = "model_ir_se50.pth"
 """
 # Numbers of pictures, of 8 bits, beside those of images before they are rounded.
 COSINES, DISTANCES = 0.1, 0.02  # of 100, at most; of the distance, or of 1 where it is less
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    out: Path
-    """Folder for weights, files, the report and the pictures; new or empty."""
-    sources: int = 68
-    """Latents."""
-    channels: int = 512
-    """Most channels of a layer; 512 is config-f."""
-    clip: Path | None = None
-    """A folder of open_clip. Default: ViT-B/32 with seeded weights."""
-    seed: int = 0
-    """Of weights, latents and directions."""
 
 
 @torch.no_grad()

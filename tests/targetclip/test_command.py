@@ -160,9 +160,11 @@ def test_the_nearest_name_is_found_if_any_is_near(name: str, near: str | None) -
 
 def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
+        "from targetclip.command import start\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Config: ...\n"
         'if __name__ == "__main__":\n'
-        "    from targetclip.command import start\n\n"
-        '    start("slow")\n'
+        '    start("slow", Config)\n'
         'import time\nprint("importing", flush=True)\ntime.sleep(60)\n'
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
@@ -183,9 +185,37 @@ def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path: Path) -> None:
     assert message.startswith("slow: starting\n")  # before the import, which takes long
 
 
-def test_importing_a_command_does_not_import_torch() -> None:
-    code = "import sys, targetclip.command, targetclip.recipes; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+COMMANDS = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("targetclip", "predictor", "data", "train", "eval", "tests/proof")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if '\nif __name__ == "__main__":' in path.read_text()
+]
+WITH_A_MISTAKE = """
+import json, runpy, sys
+answers = {}
+for name in json.loads(sys.argv[1]):
+    for flag in ("--help", "--mistake"):
+        sys.argv[1:] = [flag]
+        try:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            answers[f"{name} {flag}"] = ended.code or 0, "torch" in sys.modules
+print("answers", json.dumps(answers))
+"""
+
+
+def test_help_and_mistakes_of_every_command_do_not_wait_for_torch() -> None:
+    assert "data.build" in COMMANDS and "eval.compare" in COMMANDS
+    program = [sys.executable, "-c", WITH_A_MISTAKE, json.dumps(COMMANDS)]
+    ended = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    expected = {
+        f"{name} {flag}": [code, False]
+        for name in COMMANDS
+        for flag, code in (("--help", 0), ("--mistake", 2))
+    }
+    assert json.loads(ended.stdout.rpartition("answers ")[2]) == expected
 
 
 # Signals

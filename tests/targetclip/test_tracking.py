@@ -9,7 +9,8 @@ import pytest
 from trackers_read import distinct_seconds, scalars_of
 
 from targetclip import tracking
-from targetclip.tracking import Tracker, check_tracker, tracked
+from targetclip.command import Tracker
+from targetclip.tracking import check_tracker, tracked
 
 
 def test_tensorboard_is_sent_numbers_alone_and_settings_once(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import builds_made
 import pytest
 import slurm_jobs
 import torch
-import tyro
 from accelerate import Accelerator
 from torch import Tensor
 from trackers_read import scalars_of
@@ -101,9 +100,7 @@ def arguments(world: Path, bank: Path, out: Path, **changes: Any) -> list[str]:
 
 def configured(world: Path, bank: Path, out: Path, **changes: Any) -> Config:
     """Return the configuration of these flags."""
-    config: Config = parse(
-        tyro.conf.OmitArgPrefixes[Config], "train", None, arguments(world, bank, out, **changes)
-    )
+    config: Config = parse(Config, "train", None, arguments(world, bank, out, **changes))
     return config
 
 
@@ -245,7 +242,7 @@ def test_the_record_names_the_command_and_the_scores_of_the_last_line_of_the_log
     words = shlex.split(record.command)
     assert words[:3] == ["python", "-m", "train.mapper"] and str(bank) not in record.command
     words[words.index("--world") + 1] = str(tiny_world)
-    again: Config = parse(tyro.conf.OmitArgPrefixes[Config], "train", None, words[3:])
+    again: Config = parse(Config, "train", None, words[3:])
     first = configured(tiny_world, bank, straight)
     assert replace(again, out=straight, data=replace(again.data, bank=bank)) == first
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -269,8 +267,3 @@ def test_of_a_launch_the_first_process_does_all_and_several_machines_are_refused
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(ValueError, match="on one machine, found 1 of 2"):
         run(small())
-
-
-def test_a_reader_of_the_help_waits_for_no_torch() -> None:
-    asks = "import sys, train.own; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", asks]).returncode == 0

@@ -11,16 +11,36 @@ network reads them: whole styles are held out to see how far that goes.
     python -m train.world.clip --out runs/avatars/clip          # minutes on a GPU; resumes
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("train.world.clip")
-
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from targetclip import command
+from targetclip.command import start
+from train.world.settings import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Training):
+    out: Path
+    """Folder for checkpoint, log and the model's local directory `model/`."""
+    start: Path | None = None
+    """A model's local directory to train further, instead of starting at random weights."""
+    pictures: int = 66_000
+    """Pictures rendered once, beside `out`, and kept to train on."""
+    steps: int = 6000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    noise: float = 0.15
+    """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
+    tests: int = 200
+    """Held-out pictures of each style."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("train.world.clip", Config)
 
 import numpy as np
 import torch
@@ -34,10 +54,9 @@ from data.illustrated import avatars
 from data.illustrated.avatars import HELD_OUT, TRAINED, by_all_cores, to_images
 from data.illustrated.captions import Speaker, caption
 from data.illustrated.shown import Shown, colours, sample, shown, tables
-from targetclip import command
 from targetclip.weights import save_tensors
 from train.loop import train_by
-from train.world.generator import HELD_OUT_SEED, Chosen, Images, Training, begin, pick, random_at
+from train.world.generator import HELD_OUT_SEED, Chosen, Images, begin, pick, random_at
 
 SIZE = 96  # px; a multiple of 32, as the image tower needs it
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -76,23 +95,6 @@ Key = tuple[str, int, int]  # style, seed, index
 Embeddings = Float[Tensor, "batch embed"]  # of unit length
 Margins = Float[Tensor, "batch questions"]
 Pictures = UInt8[Tensor, "count 96 96 3"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Training):
-    out: Path
-    """Folder for checkpoint, log and the model's local directory `model/`."""
-    start: Path | None = None
-    """A model's local directory to train further, instead of starting at random weights."""
-    pictures: int = 66_000
-    """Pictures rendered once, beside `out`, and kept to train on."""
-    steps: int = 6000
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    noise: float = 0.15
-    """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
-    tests: int = 200
-    """Held-out pictures of each style."""
 
 
 def keys_of(styles: Styles, count: int, seed: int) -> list[Key]:

@@ -8,49 +8,14 @@ as well, where the stronger value is what shows, and from what the mapping gives
     python -m train.world.generator --out runs/try --faces 500 --exact-steps 50 --steps 50   # a try
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("train.world.generator")
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from data.illustrated import codes
-from data.illustrated.avatars import to_images
-from data.illustrated.codes import SIZE, VALUES, W_DIM, Indices, indices_from_z
 from targetclip import command
-from targetclip.generators import load_generator
-from targetclip.generators.rosinality import save_safetensors
-from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
-from targetclip.media.images import labelled_grid, tensor_to_pictures
-from targetclip.tracking import Tracker, check_tracker
-from train.loop import train_by
-
-HELD_OUT_SEED = 1_000_003
-ALL = slice(None)
-Chosen = Int[Tensor, " batch"]  # places in a bank of faces
-Images = Float[Tensor, "batch 3 height width"]  # in [-1, 1]
-Ws = Float[Tensor, "batch layers w_dim"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What every trainer of the bundled world is asked."""
-
-    out: Path
-    seed: int = 0
-    evaluate_every: int = 1000
-    """Steps between two lines of the log."""
-    tracker: Tracker | None = None
-    """Send the figures of the log to this tracker as well: tensorboard (files beside the log) or
-    wandb. It needs the package of that name."""
+from targetclip.command import start
+from train.world.settings import Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +35,30 @@ class Config(Training):
     learning_rate: float = 2e-3
     channels: tuple[int, ...] = (128, 128, 96, 64, 48, 24)
     """Widths at 4, 8, ... 128 px."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("train.world.generator", Config)
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from data.illustrated import codes
+from data.illustrated.avatars import to_images
+from data.illustrated.codes import SIZE, VALUES, W_DIM, Indices, indices_from_z
+from targetclip.generators import load_generator
+from targetclip.generators.rosinality import save_safetensors
+from targetclip.generators.stylegan2 import StyleGAN2, StyleGAN2Config
+from targetclip.media.images import labelled_grid, tensor_to_pictures
+from targetclip.tracking import check_tracker
+from train.loop import train_by
+
+HELD_OUT_SEED = 1_000_003
+ALL = slice(None)
+Chosen = Int[Tensor, " batch"]  # places in a bank of faces
+Images = Float[Tensor, "batch 3 height width"]  # in [-1, 1]
+Ws = Float[Tensor, "batch layers w_dim"]
 
 
 def begin(config: Training) -> torch.device:

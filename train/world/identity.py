@@ -9,13 +9,23 @@ from the attribute reader, which judges edits beside it.
         --out runs/avatars/identity
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("train.world.identity")
-
 from dataclasses import dataclass
 from pathlib import Path
+
+from targetclip import command
+from targetclip.command import start
+from train.world.settings import SeeingTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SeeingTraining):
+    out: Path
+    """Folder for checkpoint, log and identity.safetensors."""
+    learning_rate: float = 1.5e-3
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("train.world.identity", Config)
 
 import torch
 from jaxtyping import Float
@@ -23,7 +33,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.illustrated.codes import ATTRIBUTES, COUNTS, SIZE, Indices
-from targetclip import command
 from targetclip.encoders.identity import AvatarIdentity, IdentityConfig, save_identity
 from train.loop import train_by
 from train.world import reader
@@ -32,13 +41,6 @@ from train.world.generator import Images, random_at
 IDENTITY = [i for i, attribute in enumerate(ATTRIBUTES) if not attribute.essence]
 FEATURES = sum(COUNTS[i] for i in IDENTITY)
 GALLERY = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(reader.Config):
-    out: Path
-    """Folder for checkpoint, log and identity.safetensors."""
-    learning_rate: float = 1.5e-3
 
 
 def features_of(indices: Indices) -> Float[Tensor, "batch features"]:

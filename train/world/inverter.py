@@ -7,30 +7,18 @@ the pictures it is rendered back to must look like what it saw as well.
         --out runs/avatars/inverter
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("train.world.inverter")
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from data.illustrated.codes import strongest
 from targetclip import command
-from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
-from train.loop import train_by
-from train.world import reader
-from train.world.generator import exact_ws, psnr, random_at, rendered, save_pairs
+from targetclip.command import start
+from train.world.settings import SeeingTraining
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(reader.Config):
+class Config(SeeingTraining):
     out: Path
     """Folder for a folder of each stage, and inverter.safetensors."""
     code_steps: int = 4000
@@ -39,6 +27,20 @@ class Config(reader.Config):
     """Steps on codes and on what they are rendered to."""
     noise: float = 0.05
     """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("train.world.inverter", Config)
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.illustrated.codes import strongest
+from targetclip.encoders.inverter import Inverter, InverterConfig, save_inverter
+from train.loop import train_by
+from train.world import reader
+from train.world.generator import exact_ws, psnr, random_at, rendered, save_pairs
 
 
 def run(config: Config) -> None:

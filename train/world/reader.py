@@ -7,13 +7,22 @@ is ever trained through the reader.
         --out runs/avatars/reader
 """
 
-if __name__ == "__main__":  # before torch is imported, so that Ctrl-C is one line
-    from targetclip.command import start
-
-    start("train.world.reader")
-
 from dataclasses import dataclass
 from pathlib import Path
+
+from targetclip import command
+from targetclip.command import start
+from train.world.settings import SeeingTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(SeeingTraining):
+    out: Path
+    """Folder for checkpoint, log and reader.safetensors."""
+
+
+if __name__ == "__main__":  # before torch is imported, so that errors come at once
+    start("train.world.reader", Config)
 
 import torch
 from torch import Tensor
@@ -21,31 +30,15 @@ from torch.nn import functional as F
 
 from data.illustrated.codes import COUNTS, Indices, one_hot, visible
 from eval.reader import NAMES, PRESENT, SPANS, AvatarReader, save_reader, with_presence
-from targetclip import command
 from train.loop import train_by
 from train.world import generator
 from train.world.generator import Chosen, Faces, Images, exact_ws, pick, random_at, rendered
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(generator.Training):
-    generator: Path
-    out: Path
-    """Folder for checkpoint, log and reader.safetensors."""
-    faces: int = 40_000
-    """Size of the bank of pictures (that of the generator is used again)."""
-    steps: int = 4000
-    batch_size: int = 96
-    """A third of it generated, a half of these from blended codes."""
-    learning_rate: float = 1e-3
-    noise: float = 0.1
-    """Largest deviation of the noise added to a picture, for values in [-1, 1]."""
-
-
 class Sight:
     """Pictures to learn to read: drawn ones, and what a generator makes of the same faces."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: SeeingTraining) -> None:
         device, self.noise = generator.begin(config), config.noise
         self.generator = generator.load_bundled(config.generator, device)
         self.faces, self.known = Faces.banks(config, device)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from eval.bench import EAGER, ENLARGE, LAYOUT, TINY, Bench, beside_another
-from eval.costs import CPU, NOT_MEASURED, Sizes, random_networks
+from eval.costs import CPU, NOT_MEASURED, random_networks
+from eval.sizes import Sizes
 from eval.studies.gpu import Config, Study, run
 from targetclip.generators.stylegan2 import blur_kernel, enlarged
 from targetclip.recipes import RECIPES

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tyro
 
 from data.targets import default_targets
 from eval.studies.scaling import Config, fitted, predicted, run, train_alone
@@ -90,7 +89,7 @@ def train(
 
     def work(words: list[str], log: Path) -> None:
         assert words[1:3] == ["-m", "train.mapper"]
-        config = parse(tyro.conf.OmitArgPrefixes[mapper_settings.Config], "train", None, words[3:])
+        config = parse(mapper_settings.Config, "train", None, words[3:])
         assert log.parent.name == f"{config.data.max_targets} targets, seed {config.seed}"
         TRAINED.append(log.parent.name)
         if TRAINED[-1] == REAL:
