@@ -12,8 +12,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from eval.reader import READINGS, seen_identity
 from targetclip.losses import SHORTEST_DIFFERENCE, unit_cosines
@@ -276,6 +274,8 @@ def frechet_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m feature
 
     ValueError: fewer than two rows in a sample.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes two seconds
+
     check_samples("FID", a, b)
     fid = FrechetInceptionDistance(feature=PassThrough(a.shape[1]))
     fid.update(a.double(), real=True)
@@ -292,6 +292,8 @@ def kernel_distance(a: Float[Tensor, "n features"], b: Float[Tensor, "m features
 
     ValueError: fewer than two rows in a sample.
     """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     check_samples("KID", a, b)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all")

@@ -89,6 +89,7 @@ def arguments(world: Path, bank: Path, out: Path, **changes: Any) -> list[str]:
         "differences_batch_size": 4,
         "learning_rate": 1e-2,
         "evaluate_every": 3,
+        "max_images": 64,
     }
     flags: list[str] = []
     for name, value in {"out": out, "world": world, "bank": bank, **usual, **changes}.items():
@@ -497,7 +498,7 @@ def test_a_share_of_the_targets_is_edited_by_the_direction_alone(
         assert correction is not None
 
         def transfer(training: MapperTraining = training) -> torch.Tensor:
-            batches = [training.objective(("transfer",), seed)["transfer"] for seed in range(16)]
+            batches = [training.objective(("transfer",), seed)["transfer"] for seed in range(6)]
             return torch.stack(batches).detach()
 
         zero = transfer()
