@@ -25,6 +25,7 @@ from predictor.direction import (
     WatchProbe,
     WatchSearch,
     WatchStep,
+    mixed,
     searched_direction,
 )
 from predictor.editing import Editing, Moves
@@ -239,18 +240,39 @@ class EssenceTransfer(Editing):
         or the mapper has none. ValueError: see `place`."""
         if keep_identity is not None and self.along is not None:
             return self.along.predict(target, one_direction, keep_identity)
-        folded, place = self.folded, self.place(keep_identity)  # before anything is embedded
-        embedding = self.embed_target(target, self.trained)[None]
-        vector, expected = folded(embedding, place)
-        direction = Direction(
+        place = self.place(keep_identity)  # an error comes before anything is embedded
+        direction = self.answer(self.embed_target(target, self.trained), place)
+        return direction.uncorrected() if one_direction else direction
+
+    def answer(self, embedding: Float[Tensor, " embed"], place: float | None) -> Direction:
+        """Return the mapper's answer to an embedding, at a `place` that it answers for."""
+        vector, expected = self.folded(embedding[None], place)
+        return Direction(
             vector=vector,
             method="mapper",
             generator=self.scene.generator.fingerprint,
             expected=expected,
             keep_identity=place,
-            correction=folded.correction(embedding, place),
+            correction=self.folded.correction(embedding[None], place),
         )
-        return direction.uncorrected() if one_direction else direction
+
+    def only_named(self, direction: Direction) -> Direction:
+        """Return a text's direction less the mapper's answer to the mean source: for mixtures.
+
+        The target of a text is the mean source with a difference, so its direction also brings the
+        mean source's hair and whatever else the text does not name, against the other targets.
+
+        ValueError: there is no mapper.
+        """
+        if direction.keep_identity is not None and self.along is not None:
+            return self.along.only_named(direction)
+        self.asked_mapper()
+        sources = F.normalize(self.source_features("consistent", 0.0).float(), dim=1)
+        shared = self.answer(F.normalize(sources.mean(dim=0), dim=0), direction.keep_identity)
+        if direction.correction is None:
+            shared = shared.uncorrected()
+        less = mixed([direction, shared], [1, -1])
+        return replace(direction, vector=less.vector, correction=less.correction)
 
     def probe_score(
         self, embedding: Float[Tensor, " embed"], direction: Moves, probes: int

@@ -7,11 +7,13 @@ colour, so of hair colour and a beard the second has another colour. The second 
 generator's style, so that its face is drawn without the attribute as well. An attribute arrives
 where the attribute reader sees it on an edited source and did not before. What a mixture keeps is
 the number of sources on which it arrives, as a part of those on which it arrives with its target
-alone.
+alone. In one way words for its attribute stand for the second picture, and are to bring it to as
+many sources.
 
 Subtraction takes the direction of a face with an attribute, less that of the same face without, and
-subtracts it from sources that have it. Targets are validation targets; test targets are asked for
-by --test, once a mapper is final. Writes report.json and report.md.
+subtracts it from sources that have it; or it subtracts that of words. Targets are validation
+targets; test targets are asked for by --test, once a mapper is final. Writes report.json and
+report.md.
 """
 
 from collections.abc import Iterator, Mapping
@@ -66,8 +68,11 @@ from predictor.transfer import EssenceTransfer, load_essence
 COLOUR = "hair colour"
 MIXTURES = (("glasses", "hat"), ("glasses", "beard"), (COLOUR, "beard"))
 HALF, SUM, LESS = "half of each", "sum", "sum, less the second without"
+WORDS, LOUDER = "sum with words", 1.5
 SUBTRACTED, ADDED = "with less without, subtracted", "with less without, added"
 WHOLE, THERE_AND_BACK = "with, subtracted", "with, added, then subtracted"
+NAMED = "words, subtracted"
+NAMES_OF = {"glasses": "glasses", "beard": "a beard", "hat": "a hat"}
 BARE = {"glasses": NONE, "beard": NONE, "hat": "shortFlat"}  # what stands in its place
 
 Readings = Float[Tensor, "sources outputs"]
@@ -76,9 +81,10 @@ READING = f"""## How to read it
 
 Shares of sources, as means over pairs or faces; brackets hold 95 % of bootstrap means. `{HALF}`
 is 0.5 a + 0.5 b, `{SUM}` is a + b, and `{LESS}` is a + b - c, with c the face of b
-without the attribute: all with their corrections, as the product mixes. Kept: sources on which the
-attribute arrives with the mixture, as a part of those on which it arrives with its target alone;
-targets that alone bring it to no source are left out.
+without the attribute. `{WORDS}` is a + {LOUDER:g} d, with d the words for what b has, as mixtures
+take them. All have their corrections, as the product mixes. Kept: sources on which the attribute
+arrives with the mixture, as a part of those on which it arrives with its target alone; targets that
+alone bring it to no source are left out.
 """
 
 
@@ -149,6 +155,11 @@ class Setup:
         """Return the mapper's answer."""
         return self.essence.direction(picture, "instant")
 
+    def words(self, kind: str) -> Direction:
+        """Return what words for an attribute bring or take away in a mixture."""
+        found = self.essence.direction(text=NAMES_OF[kind], mode="instant")
+        return self.essence.only_named(found)
+
     def bare(self, face: Content, kind: str) -> Direction:
         """Return the answer to a face in the generator's style, drawn without an attribute."""
         return self.direction(Image.fromarray(draw_face(without(face, kind))[0]))
@@ -160,12 +171,16 @@ def readings_of(essence: EssenceTransfer, reader: AvatarReader, ws: Sources) -> 
     return reader.read(essence.scene.render(ws))[1].cpu()
 
 
-def mixtures(one: Direction, other: Direction, bare: Direction) -> dict[str, Direction]:
-    """Return each way to mix two directions; `bare` is that of the second without what it has."""
+def mixtures(
+    one: Direction, other: Direction, bare: Direction, words: Direction
+) -> dict[str, Direction]:
+    """Return each way to mix two directions; `bare` is that of the second without what it has, and
+    `words` name it."""
     return {
         HALF: mixed([one, other], [0.5, 0.5]),
         SUM: mixed([one, other], [1.0, 1.0]),
         LESS: mixed([one, other, bare], [1.0, 1.0, -1.0]),
+        WORDS: mixed([one, words], [1.0, LOUDER]),
     }
 
 
@@ -180,13 +195,13 @@ def mixture_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, Any]
     for kinds in MIXTURES:
         pairs = pairs_of(setup.truth, *kinds, count)
         found: dict[tuple[str, str], list[list[float]]] = {}
-        apart = 0.0
+        apart, words = 0.0, setup.words(kinds[1])
         for pair in tqdm(pairs, " + ".join(kinds), unit="pair", leave=False):
             one, other = (setup.direction(setup.targets.pictures[row]) for row in pair)
             alone = [setup.read(setup.sources + d.offsets(setup.sources)) for d in (one, other)]
             apart = max(apart, order_matters(one, other, setup.sources))
             bare = setup.bare(setup.truth.contents[pair[1]], kinds[1])
-            for way, direction in mixtures(one, other, bare).items():
+            for way, direction in mixtures(one, other, bare, words).items():
                 after = setup.read(setup.sources + direction.offsets(setup.sources))
                 kept = float(identity_kept(after[None], setup.before))
                 for kind, row, its in zip(kinds, pair, alone, strict=True):
@@ -223,6 +238,7 @@ def difference_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, A
         ][:count]
         has = setup.before[:, place] > 0.5
         found: dict[str, list[list[float]]] = {}
+        words = setup.words(kind)
         for face in tqdm(faces, kind, unit="face", leave=False):
             one = setup.direction(Image.fromarray(draw_face(face)[0]))
             bare = setup.bare(face, kind)
@@ -230,11 +246,14 @@ def difference_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, A
             there = setup.read(forth)[:, place] > 0.5
             ways = {
                 SUBTRACTED: (mixed([one, bare], [-1.0, 1.0]).offsets(sources), has, False),
+                NAMED: (mixed([words], [-1.0]).offsets(sources), has, False),
                 WHOLE: (mixed([one], [-1.0]).offsets(sources), has, False),
                 THERE_AND_BACK: (forth - one.offsets(forth) - sources, there & ~has, False),
                 ADDED: (mixed([one, bare], [1.0, -1.0]).offsets(sources), ~has, True),
             }
             for way, (offsets, chosen, wanted) in ways.items():
+                if way == NAMED and way in found:
+                    continue  # the same for every face
                 after = setup.read(sources + offsets)
                 reached = ((after[:, place] > 0.5) == wanted)[chosen]
                 if len(reached):

@@ -189,8 +189,14 @@ def find_direction(
             raise
         console.progress("interrupted; going on with the direction so far")
         parts, interrupted = [stopped.direction], True
-    weights = [target.weight for target in targets]
-    direction = parts[0] if weights == [1] else mixed(parts, weights)
+    taken, weights = parts, [target.weight for target in targets]
+    if request.mixes and request.mode != "optimize":
+        # Of a text, what it does not name would work against the other targets.
+        taken = [
+            essence.only_named(part) if isinstance(target.content, Text) else part
+            for target, part in zip(targets, parts, strict=True)
+        ]
+    direction = taken[0] if weights == [1] else mixed(taken, weights)
     record = record_of(essence, direction, targets, request)
     if interrupted:
         record["interrupted"] = True
@@ -224,7 +230,7 @@ def record_of(
             record["one_direction"] = True
         if request.mode != "instant":
             record["gate"] = asdict(Gate.of(mapper, request.keep_identity))
-    if [target.weight for target in targets] != [1]:
+    if request.mixes:
         record["targets"] = [{"target": t.name, "weight": t.weight} for t in targets]
     return record
 

@@ -54,7 +54,8 @@ class TargetFlags:
     """Mix all targets, in equal parts, into one result."""
     weights: Annotated[tuple[float, ...] | None, listed("NUMBER")] = None
     """Mix all targets by these weights, pictures first, then texts.
-    A negative weight takes an essence away."""
+    A negative weight takes an essence away. With weights, also with a
+    single one, a text brings or takes what it names and nothing else."""
 
     def __post_init__(self) -> None:
         if not self.target and not self.text:

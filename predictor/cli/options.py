@@ -163,6 +163,8 @@ class Request:
     """Targets: pictures, then texts."""
     weights: tuple[float, ...]
     """One for each target, where they are mixed; otherwise all are 1."""
+    mixes: bool
+    """Whether weights count. A text then brings or takes what it names alone."""
     separate: bool
     """Whether each of several targets has a result of its own."""
     mode: Mode | None
@@ -382,6 +384,7 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         pictures=pictures,
         texts=target.text,
         weights=target.weights or equal,
+        mixes=mixes,
         separate=separate,
         mode=mode,
         falls_back=falls_back and not given(search, OF_OPTIMIZER),

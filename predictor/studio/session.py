@@ -220,6 +220,8 @@ def find_targets(
             parts.append(essence.direction(target, mode, watch=watch, keep_identity=keep_identity))
         except Interrupted as stopped:
             parts.append(stopped.direction)
+    if len(named) > 1 and text and mode != "optimize":
+        parts[-1] = essence.only_named(parts[-1])  # to be mixed
     seconds = time.perf_counter() - start
     threshold = None
     if mode in ("auto", "refine"):

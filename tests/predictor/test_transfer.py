@@ -525,6 +525,8 @@ def test_another_mapper_answers_where_a_place_is_asked_for(
             assert (found.method, found.keep_identity) == (expected.method, expected.keep_identity)
         predicted = both.predict(picture(), keep_identity=asked)
         assert torch.equal(predicted.vector, one.predict(picture(), keep_identity=asked).vector)
+        named = both.only_named(predicted).vector
+        assert torch.equal(named, one.only_named(predicted).vector)
     with pytest.raises(ValueError, match="keep_identity: expected a number from 0 to 1"):
         both.direction(picture(), "instant", keep_identity=2.0)
 
@@ -686,6 +688,25 @@ def test_a_text_becomes_a_target_beside_the_bank_of_sources(scene: Scene) -> Non
     assert essence.texts is not None
     expected = essence.texts.embed("a hat", bank)
     torch.testing.assert_close(essence.embed_target(Text("a hat")), expected)
+
+
+@pytest.mark.parametrize("one_direction", [False, True])
+def test_what_a_text_does_not_name_is_the_answer_to_the_mean_source(
+    one_direction: bool, scene: Scene, reading_mapper: Path
+) -> None:
+    essence = reading(scene, load_mapper(reading_mapper)[0])
+    mean = F.normalize(F.normalize(essence.source_features("consistent", 0), dim=1).mean(0), dim=0)
+    shared = essence.asked_mapper().edits(mean[None], ws := scene.sources(3))[0]
+    whole = essence.direction(text="green hair", mode="instant", one_direction=one_direction)
+    named = essence.only_named(whole)
+    if one_direction:
+        assert named.correction is None
+        shared = essence.asked_mapper()(mean[None]).directions
+    expected = ws + whole.offsets(ws) - shared
+    torch.testing.assert_close(ws + named.offsets(ws), expected, rtol=1e-3, atol=1e-5)
+    assert (named.method, named.expected) == (whole.method, whole.expected)
+    with pytest.raises(ValueError, match="there is no mapper"):
+        reading(scene).only_named(whole)
 
 
 def test_a_text_is_a_target_like_any_other(scene: Scene) -> None:

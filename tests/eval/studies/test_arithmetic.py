@@ -24,9 +24,12 @@ from eval.studies.arithmetic import (
     HALF,
     LESS,
     MIXTURES,
+    NAMED,
+    NAMES_OF,
     SUBTRACTED,
     SUM,
     THERE_AND_BACK,
+    WORDS,
     Config,
     Setup,
     column,
@@ -109,13 +112,22 @@ class Additive(EssenceTransfer):
         self.known = {id(picture): readings for picture, readings in pairs}
         self.lacks = lacks
 
-    def direction(self, target: Any = None, mode: Any = "auto", *_: Any, **__: Any) -> Direction:
+    def direction(
+        self, target: Any = None, mode: Any = "auto", *_: Any, text: str | None = None, **__: Any
+    ) -> Direction:
         readings = self.known.get(id(target))
-        if readings is None:  # a face, drawn as its numbers
+        if text is not None:
+            readings = torch.zeros(OUTPUTS)
+            [kind] = [kind for kind, words in NAMES_OF.items() if words == text]
+            readings[SPANS[kind].start + 1] = 1
+        elif readings is None:  # a face, drawn as its numbers
             face = torch.from_numpy(np.asarray(target)[:1, :, 0].astype(np.int64))
             readings = with_presence(one_hot(face))[0]
         vector = torch.where(readings == 1, 1.0, -self.lacks)
         return Direction(vector=vector[None], method="mapper")
+
+    def only_named(self, direction: Direction) -> Direction:
+        return Direction(vector=direction.vector.clamp_min(0), method="mapper")
 
 
 class Reads(AvatarReader):
@@ -156,7 +168,7 @@ def test_a_sum_keeps_all_where_targets_say_only_what_they_have(
     setup: Callable[..., Setup],
 ) -> None:
     rows = list(mixture_rows(setup(lacks=0.0), 3, 0))
-    assert len(rows) == 3 * 3 * 2 and {row["order"] for row in rows} == {0.0}
+    assert len(rows) == 3 * 4 * 2 and {row["order"] for row in rows} == {0.0}
     for row in rows:
         assert row["alone"]["mean"] == 1 and row["pairs"] == 3
         assert row["kept"]["mean"] == (0 if row["way"] == HALF else 1)
@@ -168,8 +180,10 @@ def test_a_sum_keeps_nothing_where_a_target_takes_what_it_lacks(
 ) -> None:
     for row in mixture_rows(setup(lacks=1.0), 3, 0):
         assert row["alone"]["mean"] == 1
-        # Less the same face without, the second takes nothing and keeps what it brings.
-        assert row["kept"]["mean"] == (row["way"] == LESS)
+        # Less the same face without, the second takes nothing and keeps what it brings. Words take
+        # nothing either, but the first takes what they bring.
+        first = row["mixture"].startswith(row["attribute"])
+        assert row["kept"]["mean"] == (row["way"] == LESS or (row["way"] == WORDS and first))
     kept = [r["kept"]["mean"] for r in mixture_rows(setup(lacks=0.4), 3, 0) if r["way"] == SUM]
     assert set(kept) == {1.0}
 
@@ -180,8 +194,9 @@ def test_a_difference_takes_away_and_brings_where_edits_add_up(
 ) -> None:
     rows = {(row["attribute"], row["way"]): row for row in difference_rows(setup(lacks), 2, 0)}
     for kind in BARE:
-        for way in (SUBTRACTED, ADDED, THERE_AND_BACK):
-            assert rows[kind, way]["share"]["mean"] == 1 and rows[kind, way]["faces"] == 2
+        for way in (SUBTRACTED, NAMED, ADDED, THERE_AND_BACK):
+            assert rows[kind, way]["share"]["mean"] == 1
+            assert rows[kind, way]["faces"] == (1 if way == NAMED else 2)
 
 
 # The command

@@ -393,7 +393,8 @@ def test_several_targets_pictures_and_texts_are_mixed_by_their_weights(
     arguments = ("--world", rich_world, "--mode", "instant", "--num-sources", 2)
     assert run("transfer", *arguments, *targets, "--weights", 1, 0.5, "-0.25") == 0
     wanted = [read_picture(faces[0]), read_picture(faces[1]), Text("green hair")]
-    vectors = [rich.direction(target, "instant").vector for target in wanted]
+    parts = [rich.direction(target, "instant") for target in wanted]
+    vectors = [part.vector for part in (*parts[:2], rich.only_named(parts[2]))]
     expected = vectors[0] + 0.5 * vectors[1] - 0.25 * vectors[2]
     stored = load_direction(tmp_path / "out" / "direction.safetensors", rich.scene.generator)
     torch.testing.assert_close(stored.direction, expected)
@@ -422,6 +423,19 @@ def test_a_text_alone_is_a_target(run: Run, tmp_path: Path, rich_world: Path) ->
     [target] = report["targets"]
     assert (target["target"], target["kind"], target["weight"]) == ("green hair", "text", 1)
     assert report["scores_on_own_sources"]["transfer"] == target["direction"]["transfer"]
+
+
+def test_a_text_with_a_weight_brings_what_it_names_alone(
+    run: Run, tmp_path: Path, rich_world: Path, rich: EssenceTransfer
+) -> None:
+    whole = rich.direction(text="green hair", mode="instant")
+    for weights, expected in (((), whole), (("--weights", 1), rich.only_named(whole))):
+        arguments = ("--world", rich_world, "--text", "green hair", "--num-sources", 1, *weights)
+        assert run("transfer", *arguments, "--mode", "instant") == 0
+        path = tmp_path / "out" / "direction.safetensors"
+        stored = load_direction(path, rich.scene.generator)
+        torch.testing.assert_close(stored.direction, expected.vector)
+        assert ("targets" in stored.record) == bool(weights)
 
 
 def test_the_weight_of_an_only_target_counts(

@@ -161,7 +161,7 @@ def test_where_there_is_no_correction_to_leave_out_a_warning_says_so(
 def test_mixtures_texts_layers_and_the_identity_floor_use_corrections(
     run: Run, tmp_path: Path, reading_world: Path, essence: EssenceTransfer, faces: list[Path]
 ) -> None:
-    text = essence.direction(text="green hair", mode="instant")
+    text = essence.only_named(essence.direction(text="green hair", mode="instant"))
     direction = essence.predict(read_picture(faces[0])) - 0.5 * text
     direction = direction.weighted(layer_weights(6, coarse=0, middle=0.5))
     ws, model = essence.scene.sources(3), essence.scene.identity

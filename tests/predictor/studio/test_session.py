@@ -82,6 +82,19 @@ def test_several_targets_are_mixed_by_their_weights(opened: OpenWorld, faces: li
     assert {"Transfer score, target 1 (target)", "Transfer score, target 2 (a)"} <= {*words}
 
 
+def test_a_text_brings_to_a_mixture_what_it_names_alone(
+    who_world: Path, tiny_mapper: Path, faces: list[Path]
+) -> None:
+    world = replace(load_world(str(who_world)), neutral=("a face",))
+    opened = open_world(world, "cpu", tiny_mapper)
+    whole = opened.essence.direction(text="green hair", mode="instant")
+    [alone] = find_targets(opened, [], "green hair", mode="instant").parts
+    assert torch.equal(alone.vector, whole.vector)
+    named = find_targets(opened, texts(faces[:1]), "green hair", mode="instant").parts[1]
+    assert torch.equal(named.vector, opened.essence.only_named(whole).vector)
+    assert not torch.equal(named.vector, whole.vector)
+
+
 def test_one_direction_and_layers_are_those_of_the_command(
     opened: OpenWorld, faces: list[Path]
 ) -> None:
