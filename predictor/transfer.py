@@ -256,23 +256,30 @@ class EssenceTransfer(Editing):
             correction=self.folded.correction(embedding[None], place),
         )
 
-    def only_named(self, direction: Direction) -> Direction:
+    def only_named(self, direction: Direction, keep_identity: float | None = None) -> Direction:
         """Return a text's direction less the mapper's answer to the mean source: for mixtures.
 
-        The target of a text is the mean source with a difference, so its direction also brings the
-        mean source's hair and whatever else the text does not name, against the other targets.
+        The target of a text is the mean source with a difference, so the mapper's answer also
+        brings the mean source's hair and whatever else the text does not name, against the other
+        targets. A direction that the optimizer found from its own start is returned as it is.
 
-        ValueError: there is no mapper.
+        Args:
+            direction: of a text, as `direction` found it.
+            keep_identity: what `direction` was asked for.
+
+        ValueError: there is no mapper, or as `place`.
         """
-        if direction.keep_identity is not None and self.along is not None:
-            return self.along.only_named(direction)
-        self.asked_mapper()
+        if direction.method == "optimizer":
+            return direction
+        if keep_identity is not None and self.along is not None:
+            return self.along.only_named(direction, keep_identity)
+        place = self.place(keep_identity)
         sources = F.normalize(self.source_features("consistent", 0.0).float(), dim=1)
-        shared = self.answer(F.normalize(sources.mean(dim=0), dim=0), direction.keep_identity)
+        shared = self.answer(F.normalize(sources.mean(dim=0), dim=0), place)
         if direction.correction is None:
             shared = shared.uncorrected()
         less = mixed([direction, shared], [1, -1])
-        return replace(direction, vector=less.vector, correction=less.correction)
+        return direction.changed(less.vector, less.correction)
 
     def probe_score(
         self, embedding: Float[Tensor, " embed"], direction: Moves, probes: int

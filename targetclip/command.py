@@ -288,6 +288,7 @@ def start(name: str, kind: Any, *, exclusive: bool = False) -> NoReturn:
     prog = f"python -m {name}"
 
     def work() -> NoReturn:
+        # Read again below: the class of the module that runs is another one than that imported.
         parse(kind, prog, sys.modules["__main__"].__doc__)
         if os.environ.get("RANK", "0") == "0":  # of a launch, only the first process speaks
             say(f"{name}: starting", error=True)

@@ -69,9 +69,8 @@ class Config:
     """Further flags of eval.compare."""
 
 
-if __name__ == "__main__":  # before torch is imported, so that errors come at once
+if __name__ == "__main__":
     start("train.own", Config)
-
 
 PLAN, PROGRESS, REPORT = "plan.json", "progress.json", "report.md"
 HUB = "hub"  # folder that can be uploaded as it is

@@ -7,11 +7,11 @@ colour, so of hair colour and a beard the second has another colour. The second 
 generator's style, so that its face is drawn without the attribute as well. An attribute arrives
 where the attribute reader sees it on an edited source and did not before. What a mixture keeps is
 the number of sources on which it arrives, as a part of those on which it arrives with its target
-alone. In one way words for its attribute stand for the second picture, and are to bring it to as
-many sources.
+alone. One mixture takes words for the attribute in place of the second picture. It counts against
+the sources on which that picture brings it.
 
 Subtraction takes the direction of a face with an attribute, less that of the same face without, and
-subtracts it from sources that have it; or it subtracts that of words. Targets are validation
+subtracts it from sources that have it; or the direction of words. Targets are validation
 targets; test targets are asked for by --test, once a mapper is final. Writes report.json and
 report.md.
 """
@@ -244,16 +244,15 @@ def difference_rows(setup: Setup, count: int, seed: int) -> Iterator[dict[str, A
             bare = setup.bare(face, kind)
             forth = sources + one.offsets(sources)
             there = setup.read(forth)[:, place] > 0.5
-            ways = {
+            # Words are the same for every face.
+            ways = {NAMED: (-1.0 * words.offsets(sources), has, False)} if face == faces[0] else {}
+            ways |= {
                 SUBTRACTED: (mixed([one, bare], [-1.0, 1.0]).offsets(sources), has, False),
-                NAMED: (mixed([words], [-1.0]).offsets(sources), has, False),
                 WHOLE: (mixed([one], [-1.0]).offsets(sources), has, False),
                 THERE_AND_BACK: (forth - one.offsets(forth) - sources, there & ~has, False),
                 ADDED: (mixed([one, bare], [1.0, -1.0]).offsets(sources), ~has, True),
             }
             for way, (offsets, chosen, wanted) in ways.items():
-                if way == NAMED and way in found:
-                    continue  # the same for every face
                 after = setup.read(sources + offsets)
                 reached = ((after[:, place] > 0.5) == wanted)[chosen]
                 if len(reached):
@@ -306,6 +305,10 @@ def run(config: Config) -> dict[str, Any]:
     command.say(f"loading world {world.name}", error=True)
     essence = load_essence(world, command.choose_device(), config.mapper)
     mapper, reader = essence.asked_mapper(), face_reader(essence.scene)
+    if essence.texts is None:
+        raise ValueError(
+            f"--world: expected a world with neutral texts, found none in {world.name!r}"
+        )
     command.make_folder(config.out)
     targets, sources = targets_and_sources(
         essence.scene, config.targets, config.sources, config.test

@@ -189,13 +189,12 @@ def find_direction(
             raise
         console.progress("interrupted; going on with the direction so far")
         parts, interrupted = [stopped.direction], True
-    taken, weights = parts, [target.weight for target in targets]
-    if request.mixes and request.mode != "optimize":
-        # Of a text, what it does not name would work against the other targets.
-        taken = [
-            essence.only_named(part) if isinstance(target.content, Text) else part
-            for target, part in zip(targets, parts, strict=True)
-        ]
+    taken, weights = [*parts], [target.weight for target in targets]
+    for i, target in enumerate(targets):
+        if request.mixes and isinstance(target.content, Text):
+            # What it does not name would work against the other targets.
+            with in_precision(essence.scene.device, request.precision):
+                taken[i] = essence.only_named(parts[i], request.keep_identity)
     direction = taken[0] if weights == [1] else mixed(taken, weights)
     record = record_of(essence, direction, targets, request)
     if interrupted:

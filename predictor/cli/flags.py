@@ -51,11 +51,11 @@ class TargetFlags:
     text: Annotated[tuple[str, ...], listed("TEXT")] = ()
     """Texts that describe a target, such as "green hair and round glasses"."""
     mix: Switch = False
-    """Mix all targets, in equal parts, into one result."""
+    """Mix all targets into one result: pictures in equal parts, every text with the weight 1."""
     weights: Annotated[tuple[float, ...] | None, listed("NUMBER")] = None
     """Mix all targets by these weights, pictures first, then texts.
-    A negative weight takes an essence away. With weights, also with a
-    single one, a text brings or takes what it names and nothing else."""
+    A negative weight takes an essence away. In a mixture, and with any weights, what a text does
+    not name is left out of the mapper's answer; the optimizer's stays as it is."""
 
     def __post_init__(self) -> None:
         if not self.target and not self.text:

@@ -164,7 +164,7 @@ class Request:
     weights: tuple[float, ...]
     """One for each target, where they are mixed; otherwise all are 1."""
     mixes: bool
-    """Whether weights count. A text then brings or takes what it names alone."""
+    """Whether weights count. Of a text's answer, what the text does not name is then left out."""
     separate: bool
     """Whether each of several targets has a result of its own."""
     mode: Mode | None
@@ -373,7 +373,9 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         raise ValueError("--mix: expected two targets or more, found 1: drop it, or add a target")
     mixes = target.mix or target.weights is not None
     separate = count > 1 and not mixes and edit.direction is None
-    equal = (1.0,) * count if separate else (1 / count,) * count
+    # Pictures share a whole. A text adds what it names, and is short already.
+    share = 1.0 if separate else 1 / max(1, len(pictures))
+    equal = (share,) * len(pictures) + (1.0,) * len(target.text)
     search_steps = STEPS_FROM_MEAN if world.inverter is None else 0
     layers = {group: getattr(edit, group) for group in ("coarse", "middle", "fine")}
     strength = world.strength if edit.strength is None else edit.strength

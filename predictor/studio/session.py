@@ -87,6 +87,9 @@ class Found:
     names: tuple[str, ...]
     targets: tuple[Image.Image | Text, ...]
     parts: tuple[Direction, ...]
+    """Of a text beside others twice what it names: half of each is where the page begins."""
+    probes: tuple[float, ...]
+    """Scores of answers that were checked."""
     embeddings: Float[Tensor, "targets embed"]
     threshold: float | None
     """Transfer score on the probe sources that is enough; None: the mapper is not calibrated."""
@@ -220,8 +223,9 @@ def find_targets(
             parts.append(essence.direction(target, mode, watch=watch, keep_identity=keep_identity))
         except Interrupted as stopped:
             parts.append(stopped.direction)
-    if len(named) > 1 and text and mode != "optimize":
-        parts[-1] = essence.only_named(parts[-1])  # to be mixed
+    probes = tuple(part.probe for part in parts if part.probe is not None)
+    if len(named) > 1 and text:
+        parts[-1] = 2 * essence.only_named(parts[-1], keep_identity)
     seconds = time.perf_counter() - start
     threshold = None
     if mode in ("auto", "refine"):
@@ -230,6 +234,7 @@ def find_targets(
         names=tuple(name for name, _ in named),
         targets=tuple(target for _, target in named),
         parts=tuple(parts),
+        probes=probes,
         embeddings=torch.stack([essence.embed_target(target) for _, target in named]),
         threshold=threshold,
         seconds=seconds,
@@ -368,13 +373,12 @@ def write_files(
 
 def check_in_words(found: Found) -> str | None:
     """Return what the check of the mapper's answers said; None where there was none."""
-    probes = [part.probe for part in found.parts if part.probe is not None]
-    if found.threshold is None or not probes:
+    if found.threshold is None or not found.probes:
         return None
-    usual = f"{found.threshold:.2f} or more is usual"
-    if min(probes) >= found.threshold:
-        return f"passed: {min(probes):.2f} on sources kept for it, where {usual}"
-    return f"the target looks out of place: {min(probes):.2f} on sources kept for it, where {usual}"
+    lowest, usual = min(found.probes), f"{found.threshold:.2f} or more is usual"
+    if lowest >= found.threshold:
+        return f"passed: {lowest:.2f} on sources kept for it, where {usual}"
+    return f"the target looks out of place: {lowest:.2f} on sources kept for it, where {usual}"
 
 
 def in_words(found: Found, edited: Edited, settings: Settings) -> dict[str, str]:

@@ -525,8 +525,8 @@ def test_another_mapper_answers_where_a_place_is_asked_for(
             assert (found.method, found.keep_identity) == (expected.method, expected.keep_identity)
         predicted = both.predict(picture(), keep_identity=asked)
         assert torch.equal(predicted.vector, one.predict(picture(), keep_identity=asked).vector)
-        named = both.only_named(predicted).vector
-        assert torch.equal(named, one.only_named(predicted).vector)
+        named = both.only_named(predicted, asked).vector
+        assert torch.equal(named, one.only_named(predicted, asked).vector)
     with pytest.raises(ValueError, match="keep_identity: expected a number from 0 to 1"):
         both.direction(picture(), "instant", keep_identity=2.0)
 
@@ -704,9 +704,11 @@ def test_what_a_text_does_not_name_is_the_answer_to_the_mean_source(
         shared = essence.asked_mapper()(mean[None]).directions
     expected = ws + whole.offsets(ws) - shared
     torch.testing.assert_close(ws + named.offsets(ws), expected, rtol=1e-3, atol=1e-5)
-    assert (named.method, named.expected) == (whole.method, whole.expected)
+    assert (named.method, named.expected) == (whole.method, None)  # no score of another direction
     with pytest.raises(ValueError, match="there is no mapper"):
         reading(scene).only_named(whole)
+    found = essence.direction(text="green hair", mode="optimize", recipe=quick())
+    assert essence.only_named(found) is found
 
 
 def test_a_text_is_a_target_like_any_other(scene: Scene) -> None:

@@ -436,6 +436,7 @@ def test_a_text_with_a_weight_brings_what_it_names_alone(
         stored = load_direction(path, rich.scene.generator)
         torch.testing.assert_close(stored.direction, expected.vector)
         assert ("targets" in stored.record) == bool(weights)
+    assert not torch.allclose(whole.vector, expected.vector, atol=0.1)
 
 
 def test_the_weight_of_an_only_target_counts(

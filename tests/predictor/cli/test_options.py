@@ -117,14 +117,15 @@ def test_what_is_given_goes_before_the_worlds_defaults(
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 4])
-def test_weights_of_a_mixture_are_all_the_same_and_one_together_unless_given(
+def test_pictures_of_a_mixture_share_a_whole_and_texts_have_1_unless_weights_are_given(
     worlds: dict[bool, str], faces: list[Path], pictures: int
 ) -> None:
     given: dict[str, Any] = {
         "target": (faces[0],) * pictures, "text": ("green hair", "a hat"), "world": worlds[True]
     }  # fmt: skip
     request = resolve(transfer(**given, mix=True))
-    assert request.weights == pytest.approx([1 / (pictures + 2)] * (pictures + 2))
+    shares = [1 / pictures] * pictures if pictures else []
+    assert request.weights == pytest.approx([*shares, 1, 1])
     weights = (1.0, -0.5, *range(pictures))
     mixed = resolve(transfer(**given, weights=weights))
     assert mixed.weights == weights and not mixed.separate
