@@ -60,9 +60,11 @@ def exit_code(*arguments: object) -> int:
 
 
 def module_exit_code(module: ModuleType, *arguments: object) -> int:
-    """Run a `python -m` command of data, train or eval; return its exit code."""
+    """Run a `python -m` command of data, train or eval, or targetclip; return its exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        if hasattr(module, "main"):  # predictor.cli
+            module.main()
         prog = f"python -m {module.__name__}"
         command.main(module.run, module.Config, module.__doc__, prog)
     return int(ended.value.code or 0)
