@@ -60,7 +60,7 @@ def exit_code(*arguments: object) -> int:
 
 
 def module_exit_code(module: ModuleType, *arguments: object) -> int:
-    """Run a `python -m` command of data, train or eval, or targetclip; return its exit code."""
+    """Run a `python -m` command of data, train or eval, or predictor.cli; return its exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         if hasattr(module, "main"):  # predictor.cli
