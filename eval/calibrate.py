@@ -10,9 +10,10 @@ directions, which weight decay leaves too short. The expected score is fitted an
 mapper with its calibration, report.json and reliability.png.
 
 A mapper that reads the trade-off between essence and identity gets its default place there: that of
---keep-identity, or else the one of most identity kept whose transfer score is within 0.01 of the
-best. All figures are those of this place; at others the threshold is moved by as much as the mean
-score on the probe sources differs there.
+--keep-identity; or its own, where it answers as the mapper that it was trained from; or else the
+one of most identity kept whose transfer score is within 0.01 of the best. All figures are those of
+this place; at others the threshold is moved by as much as the mean score on the probe sources
+differs there.
 """
 
 import json
@@ -51,7 +52,8 @@ class Config:
     probes: int = 8
     """Sources that the mapper's answers will be checked on."""
     keep_identity: float | None = None
-    """Default place on the trade-off, from 0 to 1, of a mapper that reads one. Default: chosen."""
+    """Default place on the trade-off, from 0 to 1, of a mapper that reads one. Default: that where
+    it answers as the mapper that it was trained from, or else chosen."""
     precision: Precision | None = None
     """Of the optimizer; scores are in float32. Default: accelerate's, or else fp32."""
     half: bool = False
@@ -325,7 +327,9 @@ def with_default_place(
     tradeoff, record = mapper.config.tradeoff, mapper.record
     if tradeoff is None or record is None:
         return validation, None
-    keep = default_place(curve_of(validation, mapper)) if asked is None else asked
+    keep = tradeoff.origin if asked is None else asked
+    if keep is None:
+        keep = default_place(curve_of(validation, mapper))
     mapper.record = replace(record, calibration={**record.calibration, "keep_identity": keep})
     return replace(validation, refined=tradeoff.recipe_at(validation.refined, keep)), keep
 

@@ -71,12 +71,8 @@ def training_targets(specs: Sequence[str], count: int, scene: Scene) -> Iterator
         yield from of_split(targets, "train", count)
 
 
-def places_of(
-    mapper: Mapper, targets: Sequence[Target], seed: int
-) -> Float[Tensor, " targets"] | None:
-    """Return a random place on the trade-off for each target; None where the mapper reads none."""
-    if mapper.config.tradeoff is None:
-        return None
+def places_of(mapper: Mapper, targets: Sequence[Target], seed: int) -> Float[Tensor, " targets"]:
+    """Return a random place on the trade-off for each target."""
     seeds = [seed_of("expectation place", seed, target.id) for target in targets]
     drawn = [torch.rand((), generator=torch.Generator().manual_seed(one)) for one in seeds]
     return torch.stack(drawn).to(mapper.scale.device)
@@ -84,17 +80,24 @@ def places_of(
 
 @torch.no_grad()
 def scores_reached(
-    scene: Scene, mapper: Mapper, targets: Iterable[Target], seed: int, total: int | None = None
+    scene: Scene,
+    mapper: Mapper,
+    targets: Iterable[Target],
+    seed: int,
+    total: int | None = None,
+    *,
+    everywhere: bool = False,
 ) -> tuple[
     Float[Tensor, "targets embed"], Float[Tensor, " targets"], Float[Tensor, " targets"] | None
 ]:
     """Return the mapper's inputs, the transfer scores of its answers, and their places on the
-    trade-off (see `places_of`).
+    trade-off (see `places_of`), None where all are at the mapper's own.
 
     Each target has SOURCES sources of its own.
 
     Args:
         total: the most targets there can be, for the progress bar.
+        everywhere: ask for an answer at a random place for each target.
     """
     recipe = trained_recipe(mapper.record)
     inputs, reached, places = [], [], list[Tensor]()
@@ -106,7 +109,7 @@ def scores_reached(
         seeds = [seed_of("expectation", seed, t.id, i) for t in batch for i in range(SOURCES)]
         sources = scene.latents(seeds).unflatten(0, (len(batch), SOURCES))
         judged = scene.embedder.embed_pictures(pictures)
-        keep = places_of(mapper, batch, seed)
+        keep = places_of(mapper, batch, seed) if everywhere else None
         scores = scene.score(judged, sources, mapper.edits(embeddings, sources, keep))
         inputs.append(embeddings)
         reached.append(scores.transfer)
@@ -116,6 +119,23 @@ def scores_reached(
     if not inputs:
         return torch.empty(0, mapper.config.embed_dim), torch.empty(0), None
     return torch.cat(inputs), torch.cat(reached), torch.cat(places) if places else None
+
+
+@torch.no_grad()
+def fit_places(
+    mapper: Mapper,
+    inputs: Float[Tensor, "targets embed"],
+    reached: Float[Tensor, " targets"],
+    keep: Float[Tensor, " targets"] | None,
+) -> None:
+    """Fit what a place adds to the expected score, in place; nothing else of the score changes."""
+    places = mapper.places(keep, len(inputs))
+    assert places is not None and mapper.keep_score is not None, "the mapper reads the trade-off"
+    mapper.keep_score.weight.zero_()
+    expected = mapper(inputs, keep).expected
+    missed = torch.atanh(reached.clamp(-HIGHEST, HIGHEST)) - torch.atanh(expected)
+    solved = torch.linalg.lstsq(places.cpu(), missed[:, None].cpu()).solution
+    mapper.keep_score.weight.copy_(solved.T)
 
 
 @torch.no_grad()
@@ -130,27 +150,37 @@ def fit_expectation(
 
     Returns:
         The transfer scores that the mapper's answers to these targets reach, and their places on
-        the trade-off (see `places_of`).
+        the trade-off (see `places_of`). None: all are at the place where it answers as the mapper
+        that it was trained from, whose score is fitted first; or it reads none.
 
     Raises:
         ValueError: fewer than two targets of the training split.
     """
     if count == 0:
         return torch.empty(0), None
+    tradeoff, total = mapper.config.tradeoff, count * len(specs)
+    everywhere = tradeoff is not None and tradeoff.origin is None
     targets = training_targets(specs, count, scene)
-    inputs, reached, keep = scores_reached(scene, mapper, targets, seed, count * len(specs))
+    inputs, reached, keep = scores_reached(
+        scene, mapper, targets, seed, total, everywhere=everywhere
+    )
     if len(reached) < 2:
         raise ValueError(
             f"--fitted: expected 2 or more targets of the training split (nine in ten) for the "
             f"expected score, found {len(reached)}: give more, or --fitted 0 to leave it as it is"
         )
     white, places = mapper.whitened_targets(inputs), mapper.places(keep, len(inputs))
-    read = [mapper.features(white, places), white, *([] if places is None else [places])]
+    read, heads = [mapper.features(white, places), white], [mapper.score, mapper.score_linear]
+    if everywhere and places is not None and mapper.keep_score is not None:
+        read, heads = [*read, places], [*heads, mapper.keep_score]
     outputs = torch.atanh(reached.clamp(-HIGHEST, HIGHEST))
     weights, offset = ridge(torch.cat(read, dim=1).cpu(), outputs.cpu())
-    heads = [mapper.score.weight, mapper.score_linear.weight]
-    heads += [] if mapper.keep_score is None else [mapper.keep_score.weight]
-    for head, part in zip(heads, weights.split([head.shape[1] for head in heads]), strict=True):
-        head.copy_(part[None])
+    parts = weights.split([head.in_features for head in heads])
+    for head, part in zip(heads, parts, strict=True):
+        head.weight.copy_(part[None])
     mapper.score.bias.fill_(offset)
+    if mapper.keep_score is not None and not everywhere:
+        targets = training_targets(specs, count, scene)
+        found = scores_reached(scene, mapper, targets, seed, total, everywhere=True)
+        fit_places(mapper, *found)
     return reached, keep

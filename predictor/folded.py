@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from predictor.correction import Correction, SourceCorrection, joined_layers
 from predictor.mapper import Mapper
+from predictor.tradeoff import DEGREES, UNITS
 
-REMEMBERED = 64  # places on the trade-off whose folded form is kept
+REMEMBERED = 8  # places on the trade-off whose folded form is kept
 
 
 def transposed(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns rows"]:
@@ -73,17 +74,19 @@ class Place:
     """What a folded mapper computes of a place on the trade-off, for all targets."""
 
     features: Float[Tensor, "1 degrees"] | None
-    """See `Mapper.places`; None where the mapper reads none, and then there is no gain either."""
+    """See `Mapper.places`; None where the mapper reads none."""
     offset: Float[Tensor, " outputs"]
     """Bias of the first layer."""
-    gain: Float[Tensor, "1 heads"] | None
-    """Factor of each head, the last of which is the score."""
+    first: Float[Tensor, "outputs embed"]
+    """What features, heads and, as the last head, the score read of the embedding."""
+    last: Float[Tensor, "width heads"]
+    """What heads read of features."""
 
 
 class FoldedMapper:
     """A copy of a mapper that answers one target at a time; later changes do not reach it.
 
-    A place on the trade-off adds to the bias and stretches the heads; no matrix depends on it.
+    Places on the trade-off have matrices of their own, which are made once for those in use.
     """
 
     def __init__(self, mapper: Mapper) -> None:
@@ -108,14 +111,10 @@ class FoldedMapper:
             else:
                 # A row of zeros leaves out the score, the last of the heads.
                 self.basis = F.pad((mapper.basis.weight * scale[:, None]).T, (0, 0, 0, 1))
-            self.first, self.offset, self.last = first.T, offset, last.T.contiguous()
-            self.keep_layers = None
+            self.first, self.offset, self.last = first, offset, last.T.contiguous()
+            self.centre, self.keep_layers = mapper.centre.clone(), None
             if mapper.keep_enter is not None:
-                assert mapper.keep_gain is not None and mapper.keep_score is not None
-                gain = mapper.keep_gain.weight
-                shift = mapper.keep_enter.weight, torch.zeros_like(gain), mapper.keep_score.weight
-                stretch = F.pad(gain, (0, 0, 0, 1))  # of all heads but the score
-                self.keep_layers = torch.cat(shift).T.clone(), stretch.T.clone()
+                self.keep_layers = self.folded_places(mapper)
         self.at = lru_cache(REMEMBERED)(self.place)
         # Plain tensors: a module finds its parameters by name at every call, which takes time here.
         self.blocks = [tensors_of(block) for block in mapper.blocks]
@@ -125,16 +124,37 @@ class FoldedMapper:
             units = (mapper.centre, mapper.whitening, mapper.scale)
             self.corrections = FoldedCorrection(mapper.correction, *units)
 
+    @staticmethod
+    def folded_places(mapper: Mapper) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what shifts the first layer, what stretches all heads but the score, and both
+        matrices of what is added to them, the first with the whitening."""
+        assert mapper.keep_enter and mapper.keep_gain and mapper.keep_score
+        assert mapper.keep_read and mapper.keep_heads, "they come together"
+        gain, width = mapper.keep_gain.weight, mapper.config.width
+        shift = mapper.keep_enter.weight, torch.zeros_like(gain), mapper.keep_score.weight
+        added = mapper.keep_heads.weight
+        if mapper.basis is None:
+            added = added * mapper.scale.flatten()[:, None]
+        read = (mapper.keep_read.weight / UNITS[0]).unflatten(1, (DEGREES, -1))
+        read = torch.cat((read[..., :width], read[..., width:] @ mapper.whitening.T), dim=2)
+        row = (0, 0, 0, 1)  # of the score
+        return torch.cat(shift).T.clone(), F.pad(gain, row).T.clone(), read, F.pad(added, row)
+
     @torch.no_grad()
     def place(self, keep: float | None) -> Place:
         """Return what depends on a place on the trade-off alone. ValueError: see
         `Mapper.places`."""
         features = self.places(self.keep if keep is None else keep, 1)
         if features is None or self.keep_layers is None:
-            return Place(None, self.offset, None)
-        shift, gain = self.keep_layers
+            return Place(None, self.offset, self.first, self.last)
+        (shift, gain, read, added), width = self.keep_layers, self.width
         with torch.autocast(features.device.type, enabled=False):  # the next call may have another
-            return Place(features, self.offset + (features @ shift)[0], 1 + features @ gain)
+            factor = F.pad(1 + (features @ gain)[0], (width, 0), value=1.0)
+            own = added @ torch.einsum("k,rki->ri", features[0], read)
+            seen = F.pad(own[:, width:], (0, 0, width, 0))
+            offset = self.offset * factor + (features @ shift)[0] - seen @ self.centre
+            last = self.last * factor[width:] + own[:, :width].T
+            return Place(features, offset, self.first * factor[:, None] + seen, last)
 
     def __call__(
         self, embedding: Float[Tensor, "1 embed"], keep: float | None = None
@@ -144,15 +164,13 @@ class FoldedMapper:
         ValueError: an embedding of another size, or one that is not finite; see `place`."""
         embedding, factor = self.checked(embedding)
         place = self.at(keep)
-        entered = torch.addmm(place.offset, embedding, self.first, alpha=factor)
+        entered = torch.addmm(place.offset, embedding, place.first.T, alpha=factor)
         x, size = entered[:, : self.width], (self.width,)
         for norm, norm_bias, inner, inner_bias, outer, outer_bias in self.blocks:
             hidden = F.silu(F.linear(F.layer_norm(x, size, norm, norm_bias), inner, inner_bias))
             x = x + F.linear(hidden, outer, outer_bias)
         features = F.layer_norm(x, size, self.norm, self.norm_bias)
-        heads = torch.addmm(entered[:, self.width :], features, self.last)
-        if place.gain is not None:
-            heads = heads * place.gain
+        heads = torch.addmm(entered[:, self.width :], features, place.last)
         direction = heads[:, :-1] if self.basis is None else heads @ self.basis
         return direction.float().view(self.shape), math.tanh(float(heads[0, -1]))
 

@@ -18,6 +18,7 @@ from predictor.correction import Correction
 from predictor.mapper_file import (
     FIRST_FORMAT,
     FORMATS,
+    PLACES_FORMAT,
     TRAIN_ONE,
     MapperConfig,
     MapperRecord,
@@ -27,6 +28,8 @@ from predictor.mapper_file import (
     parse_metadata,
 )
 from predictor.tradeoff import (
+    DEGREES,
+    KEEP_RANK,
     MIDDLE,
     NO_TRADEOFF,
     UNITS,
@@ -120,13 +123,18 @@ class Mapper(OnTheHub, nn.Module):
         if config.correction is not None:
             sizes = (config.embed_dim, config.num_ws, config.w_dim)
             self.correction = Correction(config.correction, *sizes, tradeoff=reads_keep)
-        # A place shifts what blocks read, and stretches each head: most of a direction is linear
-        # in the embedding, and more identity kept is mostly less of what costs it.
+        # A place shifts what blocks read, stretches each head, and adds to the heads what it makes
+        # of the same inputs, by matrices of a low rank: with shift and stretch alone, and all other
+        # weights held, a mapper gives up hardly more for identity than a lower strength does.
         self.keep_enter = keep_layer(config.width) if reads_keep else None
         self.keep_gain = keep_layer(heads) if reads_keep else None
         self.keep_score = keep_layer(1) if reads_keep else None
+        self.keep_read = self.keep_heads = None
         if reads_keep:
             self.register_buffer("keep_units", torch.tensor(UNITS))
+            self.keep_read = keep_layer(KEEP_RANK, config.width + config.embed_dim)
+            self.keep_heads = nn.Linear(KEEP_RANK, heads, bias=False)
+            nn.init.normal_(self.keep_heads.weight, std=1 / math.sqrt(KEEP_RANK))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -142,7 +150,8 @@ class Mapper(OnTheHub, nn.Module):
         if self.config.tradeoff is None:
             return None
         figures = {} if self.record is None else self.record.calibration
-        return float(figures.get("keep_identity", MIDDLE))
+        origin = self.config.tradeoff.origin
+        return float(figures.get("keep_identity", MIDDLE if origin is None else origin))
 
     def places(self, keep: Keep | None, count: int) -> Float[Tensor, "{count} degrees"] | None:
         """Return what the network reads of the trade-off, a row for each of so many targets; None
@@ -156,7 +165,7 @@ class Mapper(OnTheHub, nn.Module):
         rows = torch.as_tensor(asked, dtype=torch.float32, device=self.scale.device)
         check_keep(float(rows.min()))
         check_keep(float(rows.max()))
-        return keep_features(rows.expand(count)) * self.keep_units
+        return keep_features(rows.expand(count), self.config.tradeoff.origin) * self.keep_units
 
     def check_size(self, embeddings: Float[Tensor, "batch embed"]) -> None:
         """Raise a ValueError for embeddings of another size."""
@@ -198,8 +207,12 @@ class Mapper(OnTheHub, nn.Module):
     ) -> Float[Tensor, "batch num_ws w_dim"]:
         """Return the directions of whitened differences, their features and `places`."""
         out = self.direction(features) + self.linear(white)
-        if self.keep_gain is not None:
-            out = out * (1 + self.keep_gain(places))
+        if places is not None:
+            assert self.keep_gain and self.keep_read and self.keep_heads, "they come together"
+            read = torch.cat((features, white), dim=1)[:, None] * places[:, :, None] / UNITS[0]
+            out = out * (1 + self.keep_gain(places)) + self.keep_heads(
+                self.keep_read(read.flatten(1))
+            )
         if self.basis is not None:
             out = self.basis(out)
         shape = (self.config.num_ws, self.config.w_dim)
@@ -302,6 +315,10 @@ def load_mapper(
     metadata, state = read_tensors(path, "mapper", FORMATS, TRAIN_ONE)
     config, record = parse_metadata(metadata, path)
     check_made_for(config, generator, embedder, str(path))
+    if metadata["format"] == PLACES_FORMAT:  # nothing was added to heads
+        width, size = config.width + config.embed_dim, config.rank or config.num_ws * config.w_dim
+        state["keep_read.weight"] = torch.zeros(KEEP_RANK, width * DEGREES)
+        state["keep_heads.weight"] = torch.zeros(size, KEEP_RANK)
     if metadata["format"] == FIRST_FORMAT and "score_linear.weight" not in state:
         state["score_linear.weight"] = torch.zeros(1, config.embed_dim)  # scores read features
     # No memory and no random numbers are spent on weights that are replaced at once.

@@ -25,10 +25,11 @@ Kept = TypeVar("Kept", bound="OnTheHub")
 
 FORMAT = "targetclip-mapper/3"
 # Of mappers that read the trade-off, so that a reader that does not know of it says so.
-TRADEOFF_FORMAT = "targetclip-mapper/4"
+TRADEOFF_FORMAT = "targetclip-mapper/5"
 # Read as well: the first has an expected score of features alone, neither has a correction.
 FIRST_FORMAT, SECOND_FORMAT = "targetclip-mapper/1", "targetclip-mapper/2"
-FORMATS = (TRADEOFF_FORMAT, FORMAT, SECOND_FORMAT, FIRST_FORMAT)
+PLACES_FORMAT = "targetclip-mapper/4"  # a place shifts and stretches, and adds nothing to heads
+FORMATS = (TRADEOFF_FORMAT, PLACES_FORMAT, FORMAT, SECOND_FORMAT, FIRST_FORMAT)
 TRAIN_ONE = "train a mapper for it: python -m train.mapper --help"
 DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 # Files of a repository, by the names that the Hub's own mixin gives them.
@@ -293,7 +294,9 @@ def parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[MapperConfi
         if (correction := config.get("correction")) is not None:
             config["correction"] = CorrectionConfig(**correction)
         if (tradeoff := config.get("tradeoff")) is not None:
-            ends = {name: tuple(pair) for name, pair in tradeoff.items()}
+            ends: dict[str, Any] = dict(tradeoff)
+            for name in ("identity_weights", "decays"):
+                ends[name] = tuple(ends[name])
             config["tradeoff"] = TradeoffConfig(**ends)
             check_keep(calibration.get("keep_identity", 0.0))
         return MapperConfig(**config), record

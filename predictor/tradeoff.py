@@ -19,6 +19,7 @@ DEGREES = 4
 # Factors of the polynomials of a fresh mapper. Adam moves all weights alike, so they say what is
 # learned first: an answer that is linear in the place, then its bends.
 UNITS = (8.0, 4.0, 2.0, 1.0)
+KEEP_RANK = 64  # of the matrices that a place adds to a mapper's heads
 MIDDLE = 0.5  # the place of a mapper that nobody has calibrated
 NO_TRADEOFF = (
     "keep_identity, --keep-identity: this mapper was trained at one identity weight and reads no "
@@ -28,6 +29,12 @@ NO_TRADEOFF = (
 Number = TypeVar("Number", float, Tensor)
 Keep = float | Float[Tensor, " targets"]
 """One place for all targets, or one for each."""
+
+
+def check_keep(keep: float, name: str = "keep_identity") -> None:
+    """Raise a ValueError for a place that is not from 0 to 1; NaN is not."""
+    if not 0 <= keep <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, found {keep}")
 
 
 def between(ends: tuple[float, float], keep: Number) -> Number:
@@ -45,8 +52,13 @@ class TradeoffConfig:
     """Of the identity loss, at 0 and at 1."""
     decays: tuple[float, float]
     """Weight decay of directions, at 0 and at 1."""
+    origin: float | None = None
+    """The place where a mapper answers, to the bit, as the one that it was trained from, which was
+    trained at one identity weight. None: it was trained at all places from the start."""
 
     def __post_init__(self) -> None:
+        if self.origin is not None:
+            check_keep(self.origin, "origin")
         for name in ("identity_weights", "decays"):
             low, high = getattr(self, name)
             if not 0 < low <= high < math.inf:
@@ -73,7 +85,10 @@ class TradeoffConfig:
         return between(self.decays, keep)
 
     def recipe_at(self, recipe: Recipe, keep: float) -> Recipe:
-        """Return a recipe with the identity weight and the weight decay of a place."""
+        """Return a recipe with the identity weight and the weight decay of a place. That of the
+        origin is as it is: `origin` is the place of the curve nearest to it."""
+        if keep == self.origin:
+            return recipe
         return replace(
             recipe, identity_weight=self.identity_weight(keep), weight_decay=self.decay(keep)
         )
@@ -92,21 +107,23 @@ class TradeoffConfig:
         return min(max(along / sum(span**2 for span in self.spans), 0.0), 1.0)
 
 
-def check_keep(keep: float, name: str = "keep_identity") -> None:
-    """Raise a ValueError for a place that is not from 0 to 1; NaN is not."""
-    if not 0 <= keep <= 1:
-        raise ValueError(f"{name}: expected a number from 0 to 1, found {keep}")
-
-
-def keep_features(keep: Float[Tensor, " targets"]) -> Float[Tensor, "targets degrees"]:
+def keep_features(
+    keep: Float[Tensor, " targets"], origin: float | None = None
+) -> Float[Tensor, "targets degrees"]:
     """Return what networks read of places: the Chebyshev polynomials of 2 keep - 1 of degrees 1 to
-    DEGREES, which are in [-1, 1]."""
+    DEGREES, which are in [-1, 1]; less those of an origin, so that they are zeros there."""
     degrees = torch.arange(1, DEGREES + 1, device=keep.device)
-    return torch.cos(torch.arccos(2 * keep - 1)[:, None] * degrees)
+    rows = keep if origin is None else torch.cat([keep, keep.new_tensor([origin])])
+    polynomials = torch.cos(torch.arccos(2 * rows - 1)[:, None] * degrees)
+    if origin is None:
+        return polynomials
+    # Zeros to the bit, which a difference of two roundings need not be.
+    return torch.where((keep == rows[-1])[:, None], 0.0, polynomials[:-1] - polynomials[-1])
 
 
-def keep_layer(size: int) -> nn.Linear:
-    """Return a layer that reads `keep_features`. A fresh one answers zero, whatever it reads."""
-    layer = nn.Linear(DEGREES, size, bias=False)
+def keep_layer(size: int, inputs: int = 1) -> nn.Linear:
+    """Return a layer that reads `keep_features`, or products of each of them with so many inputs. A
+    fresh one answers zero, whatever it reads."""
+    layer = nn.Linear(DEGREES * inputs, size, bias=False)
     nn.init.zeros_(layer.weight)
     return layer

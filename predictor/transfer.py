@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,7 +48,6 @@ class EssenceTransfer(Editing):
 
     Args:
         mapper: trained for the generator and the embedder of the scene; None: only mode "optimize".
-        along: answers in its place where a place on the trade-off is asked for.
         texts: how a text becomes a target; None: texts are refused.
         aligner: cuts the face out of a picture before the picture is inverted; None: pictures are
             inverted whole. The embedder always gets the whole picture.
@@ -63,13 +61,12 @@ class EssenceTransfer(Editing):
         scene: Scene,
         mapper: Mapper | None = None,
         *,
-        along: "EssenceTransfer | None" = None,
         texts: TextTargets | None = None,
         aligner: Callable[[Image.Image], Image.Image] | None = None,
         recipe: Recipe = RECIPES["consistent"],
     ) -> None:
         super().__init__(scene, aligner)
-        self.mapper, self.along, self.texts, self.recipe = mapper, along, texts, recipe
+        self.mapper, self.texts, self.recipe = mapper, texts, recipe
         self.bank_features: dict[tuple[Preprocess, bool, int | None], Tensor] = {}
         if mapper is not None:
             fingerprints = scene.generator.fingerprint, scene.embedder.fingerprint
@@ -190,11 +187,6 @@ class EssenceTransfer(Editing):
         """
         check_mode(mode)
         target, recipe = as_target(target, text), as_recipe(recipe, self.recipe)
-        if keep_identity is not None and self.along is not None:
-            return self.along.direction(
-                target, mode, recipe, seed, watch,
-                watch_probe=watch_probe, one_direction=one_direction, keep_identity=keep_identity,
-            )  # fmt: skip
         if mode == "optimize":
             if keep_identity is not None:
                 raise ValueError(
@@ -238,8 +230,6 @@ class EssenceTransfer(Editing):
     ) -> Direction:
         """Return the mapper's answer, with its correction for each source unless that is left out
         or the mapper has none. ValueError: see `place`."""
-        if keep_identity is not None and self.along is not None:
-            return self.along.predict(target, one_direction, keep_identity)
         place = self.place(keep_identity)  # an error comes before anything is embedded
         direction = self.answer(self.embed_target(target, self.trained), place)
         return direction.uncorrected() if one_direction else direction
@@ -271,8 +261,6 @@ class EssenceTransfer(Editing):
         """
         if direction.method == "optimizer":
             return direction
-        if keep_identity is not None and self.along is not None:
-            return self.along.only_named(direction, keep_identity)
         place = self.place(keep_identity)
         sources = F.normalize(self.source_features("consistent", 0.0).float(), dim=1)
         shared = self.answer(F.normalize(sources.mean(dim=0), dim=0), place)
@@ -354,20 +342,15 @@ def essence_of(
     mapper: str | Path | None = None,
     aligner: Callable[[Image.Image], Image.Image] | None = None,
 ) -> EssenceTransfer:
-    """Join a scene of a world with a mapper, loaded as by `load_mapper`; None: the world's, and the
-    world's other one, which reads the trade-off."""
-    texts = along = None
+    """Join a scene of a world with a mapper, loaded as by `load_mapper`; None: the world's."""
+    texts, path, loaded = None, mapper or world.mapper, None
     if world.neutral and isinstance(scene.embedder, TextEmbedder):
         texts = TextTargets(scene.embedder, world.neutral)
-    shared: Any = {"texts": texts, "aligner": aligner, "recipe": RECIPES[world.recipe]}
-
-    def loaded(path: str | Path | None) -> Mapper | None:
+    if path is not None:
         prints = scene.generator.fingerprint, scene.embedder.fingerprint
-        return None if path is None else load_mapper(path, *prints)[0].to(scene.device)
-
-    if mapper is None and world.tradeoff is not None:
-        along = EssenceTransfer(scene, loaded(world.tradeoff), **shared)
-    return EssenceTransfer(scene, loaded(mapper or world.mapper), along=along, **shared)
+        loaded = load_mapper(path, *prints)[0].to(scene.device)
+    recipe = RECIPES[world.recipe]
+    return EssenceTransfer(scene, loaded, texts=texts, aligner=aligner, recipe=recipe)
 
 
 def load_essence(

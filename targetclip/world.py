@@ -39,9 +39,8 @@ if TYPE_CHECKING:
 BUNDLED = Path(__file__).parent / "worlds"
 DEFAULT_WORLD = "avatars"  # where nobody names one
 NEEDED = ("name", "generator", "embedder")
-MAPPERS = ("mapper", "tradeoff")
-OPTIONAL = ("makes", "pretrained", "inverter", "identity", "aligner", *MAPPERS, "recipe")
-FILES = ("generator", "embedder", "inverter", "identity", *MAPPERS)
+OPTIONAL = ("makes", "pretrained", "inverter", "identity", "aligner", "mapper", "recipe")
+FILES = ("generator", "embedder", "inverter", "identity", "mapper")
 NUMBERS = {"strength": 1.0, "truncation": 0.7}
 RECIPE = "consistent"
 
@@ -75,9 +74,6 @@ class World:
     """Of generated sources: 1 is the generator's full variety, less is nearer its mean."""
     mapper: Path | None
     """Mapper file. None: only the optimizer finds directions."""
-    tradeoff: Path | None
-    """File of the mapper that answers where a place on the trade-off between essence and identity
-    is asked for. None: the mapper itself must read it."""
     neutral: tuple[str, ...]
     """Neutral texts that text targets are compared with. Empty: no text can be a target."""
     files: tuple[WorldFile, ...]
@@ -222,7 +218,6 @@ def parse_world(content: Mapping[str, Any], path: Path) -> World:
         aligner=content.get("aligner"),
         recipe=content.get("recipe", RECIPE),
         mapper=paths.get("mapper"),
-        tradeoff=paths.get("tradeoff"),
         neutral=tuple(content.get("neutral", [])),
         files=tuple(files.values()),
         **{key: float(content.get(key, default)) for key, default in NUMBERS.items()},
@@ -303,7 +298,7 @@ def load_scene(
 
     for file in world.files:
         # Another mapper may be given instead; ClipEmbedder checks every kind of embedder.
-        if file.role not in (*MAPPERS, "embedder"):
+        if file.role not in ("mapper", "embedder"):
             require(file, world.argument)
     device = device or torch.get_default_device()
     generator = load_generator(world.generator).to(device)

@@ -191,12 +191,11 @@ def test_a_page_is_checked_for_what_could_be_wrong_with_it() -> None:
 
 
 @pytest.fixture(scope="module")
-def small_world(who_world: Path, reading_mapper: Path, tradeoff_mapper: Path) -> Path:
+def small_world(who_world: Path, tradeoff_mapper: Path) -> Path:
     """The tiny world with all that the bundled one has, its defaults included."""
     world = who_world.with_name("docs.toml")
     text = who_world.read_text().replace('recipe = "consistent"', 'recipe = "identity"')
-    text += f"tradeoff = {json.dumps(str(tradeoff_mapper))}\n"
-    text += f'mapper = {json.dumps(str(reading_mapper))}\nneutral = ["a face", "a person"]\n'
+    text += f'mapper = {json.dumps(str(tradeoff_mapper))}\nneutral = ["a face", "a person"]\n'
     world.write_text(text)
     return world
 

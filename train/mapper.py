@@ -67,7 +67,7 @@ from data.targets import (
     portable,
 )
 from predictor.mapper import Mapper, load_mapper, save_mapper
-from predictor.mapper_file import MapperConfig, MapperRecord
+from predictor.mapper_file import MapperConfig, MapperRecord, trained_recipe
 from predictor.tradeoff import MIDDLE
 from targetclip.generators import check_render_size
 from targetclip.media.images import write_picture
@@ -101,7 +101,8 @@ FIXED |= {"weight_decay": WEIGHT_DECAY, "clip": CLIP, "ema": EMA}
 # What may change between a run and its continuation, or is in its settings by its content.
 FREE = {"out", "world", "pairs", "bank", "targets", "validation", "recipe", "licence", "precision"}
 FREE |= {"evaluate_every", "checkpoint_layers", "start", "tracker"}
-FREE |= {"max_targets", "mixtures"}  # there where asked for: other files stay as they were
+# There where asked for: other files stay as they were
+FREE |= {"max_targets", "mixtures", "only_tradeoff"}
 FREE |= {field.name for field in fields(Reading)}  # see `settings_of_reading`
 FREE |= {"keep_identity_weights", "keep_identity_decays"}  # see `settings_of_tradeoff`
 
@@ -160,11 +161,17 @@ def open_start(config: Config, scene: Scene) -> Mapper | None:
             f"--correction: expected that of --start, {start.config.correction}, found {asked}"
         )
     ends = asked_tradeoff(config)
-    if ends is not None and start.config.tradeoff not in (None, ends):
-        raise ValueError(
-            f"--keep-identity-weights: expected those of --start, {start.config.tradeoff}, found "
-            f"{ends}"
-        )
+    has = start.config.tradeoff
+    if config.transfer.only_tradeoff:
+        if ends is None or has is not None:
+            raise ValueError(
+                "--only-tradeoff: expected --keep-identity-weights and --keep-identity-decays, and "
+                "a --start that reads no trade-off"
+            )
+        if start.config.correction is None and asked is not None:
+            raise ValueError("--only-tradeoff: --correction would be learned as well: drop one")
+    if ends is not None and has is not None and ends != replace(has, origin=None):
+        raise ValueError(f"--keep-identity-weights: expected those of --start, {has}, found {ends}")
     return start
 
 
@@ -234,6 +241,12 @@ def reading_of(config: Config, scene: Scene, recipe: Recipe, mapper: Mapper) -> 
 
 def parameter_groups(config: Config, mapper: Mapper) -> list[dict[str, Any]]:
     """Return the weights that are learned, with their rates as factors of the schedule's."""
+    if config.transfer.only_tradeoff:
+        mapper.requires_grad_(False)
+        learned = [p for name, p in mapper.named_parameters() if "keep_" in name]
+        for parameter in learned:
+            parameter.requires_grad_(True)
+        return [{"params": learned}]
     if mapper.correction is None:
         return [{"params": list(mapper.parameters())}]
     correction = list(mapper.correction.parameters())
@@ -278,14 +291,17 @@ def settings_of_tradeoff(mapper: Mapper) -> dict[str, Any]:
     tradeoff = mapper.config.tradeoff
     if tradeoff is None:
         return {}
-    return {"tradeoff": {name: list(ends) for name, ends in asdict(tradeoff).items()}}
+    ends = {name: list(getattr(tradeoff, name)) for name in ("identity_weights", "decays")}
+    return {"tradeoff": ends if tradeoff.origin is None else {**ends, "origin": tradeoff.origin}}
 
 
 def settings_of(config: Config, objective: Objective, **more: Any) -> dict[str, Any]:
     """Return everything a run's weights depend on, in values that JSON and a checkpoint hold."""
     flags = {name: value for name, value in flags_of(config).items() if name not in FREE}
     scene, pairs = objective.scene, objective.training_pairs
-    asked = {"max_targets": config.data.max_targets, "mixtures": config.transfer.mixtures}
+    term = config.transfer
+    asked = {"max_targets": config.data.max_targets, "mixtures": term.mixtures}
+    asked["only_tradeoff"] = term.only_tradeoff
     return {
         **FIXED,
         **flags,
@@ -390,7 +406,15 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
     recipe_name, recipe, scene = make_scene(config, accelerator.device)
     precision, start = choose_precision(config.precision), open_start(config, scene)
     if (tradeoff := tradeoff_of(config, start)) is not None:
-        recipe = tradeoff.recipe_at(recipe, MIDDLE)
+        if tradeoff.origin is None or start is None:
+            recipe = tradeoff.recipe_at(recipe, MIDDLE)
+        else:
+            weights = trained_recipe(start.record)
+            recipe = replace(
+                recipe,
+                identity_weight=weights.identity_weight,
+                weight_decay=weights.weight_decay,
+            )
         scene.feature_model(recipe.identity_weight)
     for stage in stages:
         check_render_size(scene.generator, stage.render_size, "--schedule")

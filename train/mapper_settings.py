@@ -6,7 +6,7 @@ Knows flags only: nothing is loaded here, and nothing trained. Importing it does
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -82,6 +82,9 @@ class TransferTerm:
     a place between them. Default: none, or those of --start."""
     keep_identity_decays: tuple[float, float] | None = None
     """Weight decays of directions at the same two ends."""
+    only_tradeoff: bool = False
+    """Learn only what reads the trade-off: at the place of its own recipe, --start's answers stay
+    as they are. Calibrate after it, for that stretches answers of all places alike."""
     mixtures: float = 0.0
     """Part of the targets of a batch that are mixtures of two or three of them, at random weights:
     their answers are mixed, and so are their losses."""
@@ -274,7 +277,17 @@ def asked_tradeoff(config: Config) -> "TradeoffConfig | None":
 def tradeoff_of(config: Config, start: "Mapper | None") -> "TradeoffConfig | None":
     """Return the ends of the trade-off that the mapper reads, by flags or by its start.
     ValueError: a flag of one weight alone is given as well."""
+    from predictor.mapper_file import trained_recipe
+
     tradeoff = asked_tradeoff(config) or (start.config.tradeoff if start is not None else None)
+    if tradeoff is not None and start is not None:
+        origin = None
+        if start.config.tradeoff is not None:
+            origin = start.config.tradeoff.origin
+        elif config.transfer.only_tradeoff:
+            # Two digits, as people type it
+            origin = round(tradeoff.nearest(trained_recipe(start.record)), 2)
+        tradeoff = replace(tradeoff, origin=origin)
     for name in ("identity_weight", "direction_decay"):
         if tradeoff is not None and getattr(config.transfer, name) is not None:
             raise ValueError(
@@ -310,6 +323,8 @@ def check_config(config: Config) -> None:
         raise ValueError("--correction-rate: expected a number above 0, found 0")
     if reading.only_correction and config.data.start is None:
         raise ValueError("--only-correction: expected a mapper by --start as well, found none")
+    if config.transfer.only_tradeoff and (config.data.start is None or reading.only_correction):
+        raise ValueError("--only-tradeoff: expected a mapper by --start, and no --only-correction")
     tradeoff_of(config, None)
     kinds = reading.source_kinds
     if kinds is not None and not 0 < len(kinds) == len(set(kinds)):

@@ -4,10 +4,11 @@
     python -m train.own --world mine.toml --out runs/mine
     accelerate launch --multi_gpu --num_processes 8 -m train.own --world mine.toml --out runs/mine
 
-Builds pairs (data.build), trains on them (train.mapper), calibrates (eval.calibrate), compares
-(eval.compare), and writes report.md and a folder for the Hub with a card. A few steps are timed
-first, and the plan is printed before anything else is done. The same command goes on after an
-interruption, and finished stages are not done again.
+Builds pairs (data.build), trains on them (train.mapper), learns the trade-off between essence and
+identity (train.mapper --only-tradeoff) where the world's recipe weighs identity, calibrates
+(eval.calibrate), compares (eval.compare), and writes report.md and a folder for the Hub with a
+card. A few steps are timed first, and the plan is printed before anything else is done. The same
+command goes on after an interruption, and finished stages are not done again.
 """
 
 import importlib.util
@@ -46,6 +47,9 @@ class Config:
     steps: int | None = None
     """Steps of training after those on pairs. Default: 4,000 on an accelerator, 1,000 on a
     processor."""
+    tradeoff_steps: int | None = None
+    """Steps of learning the trade-off between essence and identity, for --keep-identity; 0 learns
+    none. Default: half of --steps, where the world's recipe weighs identity."""
     max_images: int | None = None
     """Images rendered at once. Default: as many as memory holds."""
     checkpoint_layers: bool = False
@@ -63,6 +67,9 @@ class Config:
     equals sign: --build-flags="--steps 40"."""
     train_flags: str = ""
     """Further flags of train.mapper."""
+    tradeoff_flags: str = ""
+    """Further flags of train.mapper where it learns the trade-off, which has the batches, targets
+    and sources of the training before it."""
     calibrate_flags: str = ""
     """Further flags of eval.calibrate."""
     compare_flags: str = ""
@@ -267,6 +274,7 @@ def report_text(config: Config, plan: Mapping[str, Any], progress: Mapping[str, 
         f"{HUB}/README.md": "its card, in a folder to upload to the Hub",
         "pairs/README.md": "card of the pairs",
         "mapper/log.jsonl": "losses and scores of the training",
+        "tradeoff/log.jsonl": "those of learning the trade-off, with both of its ends",
         "calibrated/report.json": "what the calibration measured",
         "compare/report.md": "all scores of the comparison, and how to read them",
     }
@@ -295,7 +303,7 @@ def report_text(config: Config, plan: Mapping[str, Any], progress: Mapping[str, 
 
 def check_config(config: Config) -> None:
     """Raise a ValueError for options that cannot be, before anything is loaded."""
-    command.check_least(config, pairs=0, steps=1, max_images=1)
+    command.check_least(config, pairs=0, steps=1, tradeoff_steps=0, max_images=1)
     command.choose_precision(config.precision)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('charts need matplotlib, which is not installed: pip install -e ".[eval]"')

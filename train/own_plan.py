@@ -28,7 +28,7 @@ from targetclip.generators import check_render_size
 from targetclip.recipes import RECIPES, Recipe
 from targetclip.scene import MAX_IMAGES, Scene
 from targetclip.seeds import CALIBRATION_TARGETS, DEFAULT_TARGETS, TRAINING_TARGETS
-from targetclip.world import DEFAULT_WORLD, MAPPERS, World, load_scene
+from targetclip.world import DEFAULT_WORLD, World, load_scene
 from train import mapper, mapper_settings
 from train.mapper_objective import Objective
 from train.mapper_settings import TrainingStage
@@ -41,6 +41,8 @@ PROBED = (1, 8)  # images whose backward pass shows what one of them holds
 LOOKED_AT = 500  # pictures of a folder among which one to test by is looked for
 # Of other commands, for estimates alone
 SCORED_ON, EXPECTED_ON = 16, 4  # images: of a pair or a validation target; of an expectation
+# Ends of the trade-off, as factors of the weights that the mapper was trained at
+IDENTITY_ENDS, DECAY_ENDS = (1 / 3, 20 / 3), (1 / 3, 10.0)
 REFINING = 130  # steps that calibration refines a target's answers by
 METHODS, JUDGED = 8, 40  # of a comparison, and images that it renders of a target by each
 
@@ -128,15 +130,18 @@ def search_side(facts: Facts) -> int | None:
 
 
 def schedule_of(steps: int, pairs: int, side: int | None) -> tuple[str, ...]:
-    """Return the stages of a training whose transfer term has so many steps.
-
-    The last ones are of whole images, for the expected score is of these.
-    """
+    """Return the stages of a training whose transfer term has so many steps."""
     first = f"pairs:{max(1, steps // 10)}" if pairs else f"differences:{max(1, steps // 4)}"
+    return first, *closing_stages(steps, side)
+
+
+def closing_stages(steps: int, side: int | None) -> tuple[str, ...]:
+    """Return the stages of so many steps of the transfer term, the last ones of whole images: the
+    expected score is of these."""
     last = max(1, steps // 10)
     if side is None or last == steps:
-        return first, f"transfer:{steps}"
-    return first, f"transfer@{side}:{steps - last}", f"transfer:{last}"
+        return (f"transfer:{steps}",)
+    return f"transfer@{side}:{steps - last}", f"transfer:{last}"
 
 
 def images_of_batch(config: mapper_settings.Config, world: World) -> int:
@@ -190,6 +195,11 @@ class Planner:
         seeded = SEEDED.fullmatch(spec)
         return int(seeded[2]) if seeded else self.facts.pictures
 
+    @property
+    def steps(self) -> int:
+        """Steps of training after those on pairs."""
+        return self.config.steps or (4000 if self.facts.accelerator else 1000)
+
     def search_seconds(self) -> float:
         """Return the seconds of a step of a search for a target, alone."""
         return self.facts.pass_at() * self.usual.sources
@@ -223,17 +233,29 @@ class Planner:
             parallel=True,
         )
 
+    def training_seconds(self, training: mapper_settings.Config) -> float:
+        """Return the seconds of a training, which judges itself on validation targets."""
+        facts, stages = self.facts, mapper_settings.stages_of(training)
+        pictures = sum(map(self.size_of, training.data.targets or ()))
+        validated = sum(map(self.size_of, training.data.validation or ())) or 64
+        ways = (4 if self.world.inverter else 2) + 2 * training.transfer.only_tradeoff
+        total = sum(stage.steps for stage in stages)
+        looks = (1 + total // training.evaluate_every) * validated * SCORED_ON * ways
+        embedded = 0 if training.data.bank else pictures
+        images = training.accumulate * images_of_batch(training, self.world)
+        passes = sum(s.steps * facts.pass_at(s.render_size) for s in transfer_stages(training))
+        return images * passes + (embedded + looks) * facts.image
+
     def train(self) -> Stage:
         """Return the training of the mapper."""
         config, facts, world, many = self.config, self.facts, self.world, self.facts.accelerator
-        steps = config.steps or (4000 if many else 1000)
         spread = (20_000, 5_000) if many else (4_000, 1_000)
         words = self.words(
             "train.mapper",
             config.train_flags,
             out=config.out / "mapper",
             pairs=config.out / "pairs" if self.number else None,
-            schedule=schedule_of(steps, self.number, search_side(facts)),
+            schedule=schedule_of(self.steps, self.number, search_side(facts)),
             targets=(*config.targets, *default_targets(world, TRAINING_TARGETS, *spread)),
             correction=96,
             max_images=config.max_images,
@@ -245,27 +267,69 @@ class Planner:
             words += ["--max-images", str(facts.fits)]
         pictures = sum(map(self.size_of, training.data.targets or ()))
         total = sum(stage.steps for stage in mapper_settings.stages_of(training))
-        validated = sum(map(self.size_of, training.data.validation or ())) or 64
-        ways = 4 if world.inverter else 2
-        looks = (1 + total // training.evaluate_every) * validated * SCORED_ON * ways
-        passes = sum(s.steps * facts.pass_at(s.render_size) for s in transfer_stages(training))
         return Stage(
             name="train",
             words=words,
             result=f"mapper/{mapper.MAPPER}",
             what=f"{total} steps of {images} images, on {pictures} pictures",
-            seconds=training.accumulate * images * passes + (pictures + looks) * facts.image,
+            seconds=self.training_seconds(training),
             parallel=True,
         )
 
-    def calibrate(self) -> Stage:
-        """Return the calibration of the mapper."""
+    def tradeoff(self) -> Stage | None:
+        """Return the learning of the trade-off; None: nothing weighs identity, or none is asked."""
+        config, out = self.config, self.config.out
+        training = mapper_config(self.train().words)
+        term, reading, sizes = training.transfer, training.reading, training.batches
+        recipe = RECIPES[term.recipe or self.world.recipe]
+        weights = term.identity_weight, term.direction_decay
+        given = (recipe.identity_weight, recipe.weight_decay)
+        identity, decay = (g if w is None else w for w, g in zip(weights, given, strict=True))
+        usual = self.steps // 2 if self.world.identity and identity and decay else 0
+        steps = usual if config.tradeoff_steps is None else config.tradeoff_steps
+        if not steps:
+            return None
+        words = self.words(
+            "train.mapper",
+            config.tradeoff_flags,
+            out=out / "tradeoff",
+            start=out / "mapper" / mapper.MAPPER,
+            only_tradeoff=True,
+            keep_identity_weights=tuple(f"{identity * end:g}" for end in IDENTITY_ENDS),
+            keep_identity_decays=tuple(f"{decay * end:g}" for end in DECAY_ENDS),
+            schedule=closing_stages(steps, search_side(self.facts)),
+            learning_rate=1e-3,
+            bank=out / "mapper",
+            pairs=training.data.pairs,
+            targets=training.data.targets,
+            validation=training.data.validation,
+            recipe=term.recipe,
+            sources=term.sources,
+            source_kinds=reading.source_kinds,
+            uncorrected=reading.uncorrected,
+            batch_size=sizes.batch_size,
+            accumulate=training.accumulate,
+            max_images=training.max_images,
+            evaluate_every=training.evaluate_every,
+            licence=config.licence,
+        )
+        return Stage(
+            name="tradeoff",
+            words=words,
+            result=f"tradeoff/{mapper.MAPPER}",
+            what=f"{steps} steps of {images_of_batch(training, self.world)} images",
+            seconds=self.training_seconds(mapper_config(words)),
+            parallel=True,
+        )
+
+    def calibrate(self, trained: str) -> Stage:
+        """Return the calibration of the mapper in a folder."""
         config = self.config
         count, fitted = (32, 2000) if self.facts.accelerator else (8, 400)
         words = self.words(
             "eval.calibrate",
             config.calibrate_flags,
-            mapper=config.out / "mapper" / mapper.MAPPER,
+            mapper=config.out / trained / mapper.MAPPER,
             out=config.out / "calibrated",
             targets=default_targets(self.world, CALIBRATION_TARGETS, fitted),
             count=count,
@@ -319,8 +383,10 @@ class Planner:
 def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) -> list[Stage]:
     """Return the stages with their commands and estimates: the same for the same facts."""
     planner = Planner(config=config, world=world, facts=facts, processes=processes)
-    stages = [planner.pairs(), planner.train(), planner.calibrate(), planner.compare()]
-    return stages[0 if planner.number else 1 :]
+    curve, pairs = planner.tradeoff(), [planner.pairs()] if planner.number else []
+    trained = [planner.train()] if curve is None else [planner.train(), curve]
+    last = planner.calibrate("mapper" if curve is None else curve.name)
+    return [*pairs, *trained, last, planner.compare()]
 
 
 # Timing
@@ -328,7 +394,7 @@ def stages_of(config: Config, world: World, facts: Facts, processes: int = 1) ->
 
 def world_files(world: World) -> dict[str, str]:
     """Return the hash of each single file that a world names, but that of a mapper."""
-    paths = {file.role: file.path for file in world.files if file.role not in MAPPERS}
+    paths = {file.role: file.path for file in world.files if file.role != "mapper"}
     return {role: sha256_of(path) for role, path in paths.items() if path and path.is_file()}
 
 

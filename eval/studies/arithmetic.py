@@ -7,8 +7,9 @@ colour, so of hair colour and a beard the second has another colour. The second 
 generator's style, so that its face is drawn without the attribute as well. An attribute arrives
 where the attribute reader sees it on an edited source and did not before. What a mixture keeps is
 the number of sources on which it arrives, as a part of those on which it arrives with its target
-alone. One mixture takes words for the attribute in place of the second picture. It counts against
-the sources on which that picture brings it.
+alone. One mixture takes features and colours from the first target and shapes from the second, by
+factors of their layers. Another takes words for the attribute in place of the second picture. It
+counts against the sources on which that picture brings it.
 
 Subtraction takes the direction of a face with an attribute, less that of the same face without, and
 subtracts it from sources that have it; or the direction of words. Targets are validation
@@ -62,13 +63,15 @@ from eval.reader import NAMES, PRESENT, SPANS, AvatarReader
 from eval.report import number, table, with_bounds
 from eval.sets import EvalSet, Sources, targets_and_sources
 from eval.truth import Content, Truth
-from predictor.direction import Direction, mixed
+from predictor.direction import Direction, layer_weights, mixed
 from predictor.transfer import EssenceTransfer, load_essence
 
 COLOUR = "hair colour"
 MIXTURES = (("glasses", "hat"), ("glasses", "beard"), (COLOUR, "beard"))
 HALF, SUM, LESS = "half of each", "sum", "sum, less the second without"
-WORDS, LOUDER = "sum with words", 1.5
+# Of coarse, middle and fine layers; chosen on validation targets
+PARTS, FIRST, SECOND = "layers of their own", (0.85, 1.3, 1.0), (2.0, 0.4, 0.0)
+WORDS, LOUDER = "sum with words", 2.0
 SUBTRACTED, ADDED = "with less without, subtracted", "with less without, added"
 WHOLE, THERE_AND_BACK = "with, subtracted", "with, added, then subtracted"
 NAMED = "words, subtracted"
@@ -81,10 +84,11 @@ READING = f"""## How to read it
 
 Shares of sources, as means over pairs or faces; brackets hold 95 % of bootstrap means. `{HALF}`
 is 0.5 a + 0.5 b, `{SUM}` is a + b, and `{LESS}` is a + b - c, with c the face of b
-without the attribute. `{WORDS}` is a + {LOUDER:g} d, with d the words for what b has, as mixtures
-take them. All have their corrections, as the product mixes. Kept: sources on which the attribute
-arrives with the mixture, as a part of those on which it arrives with its target alone; targets that
-alone bring it to no source are left out.
+without the attribute. `{PARTS}` is the sum of a, its coarse, middle and fine layers times
+{FIRST}, and b, times {SECOND}. `{WORDS}` is a + {LOUDER:g} d, with d the words for what b has, as
+mixtures take them. All have their corrections, as the product mixes. Kept: sources on which the
+attribute arrives with the mixture, as a part of those on which it arrives with its target alone;
+targets that alone bring it to no source are left out.
 """
 
 
@@ -171,6 +175,11 @@ def readings_of(essence: EssenceTransfer, reader: AvatarReader, ws: Sources) -> 
     return reader.read(essence.scene.render(ws))[1].cpu()
 
 
+def in_layers(direction: Direction, factors: tuple[float, float, float]) -> Direction:
+    """Return a direction with its coarse, middle and fine layers multiplied by factors."""
+    return direction.weighted(layer_weights(len(direction.vector), *factors))
+
+
 def mixtures(
     one: Direction, other: Direction, bare: Direction, words: Direction
 ) -> dict[str, Direction]:
@@ -180,6 +189,7 @@ def mixtures(
         HALF: mixed([one, other], [0.5, 0.5]),
         SUM: mixed([one, other], [1.0, 1.0]),
         LESS: mixed([one, other, bare], [1.0, 1.0, -1.0]),
+        PARTS: mixed([in_layers(one, FIRST), in_layers(other, SECOND)], [1.0, 1.0]),
         WORDS: mixed([one, words], [1.0, LOUDER]),
     }
 

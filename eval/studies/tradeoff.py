@@ -3,11 +3,12 @@
     python -m eval.studies.tradeoff --out runs/tradeoff
     python -m eval.studies.tradeoff --out runs/tradeoff --mapper a.safetensors b.safetensors
 
-A mapper that reads the trade-off answers the same targets at each of --keeps; one that reads none
-goes further or less far along its direction, by --strengths. The teacher searches a few targets
-anew at the identity weight and the weight decay of each of --keeps, of the first mapper that reads
-them. The attribute reader judges sources that none of them edited. Targets are validation targets;
-test targets are asked for by --test, once a mapper is final.
+A mapper that reads the trade-off answers the same targets at each of --keeps. Every mapper goes
+further or less far along its directions, by --strengths; one that reads the trade-off does so at
+its default place. The teacher searches a few targets anew at the identity weight and the weight
+decay of each of --keeps, of the first mapper that reads them. The attribute reader judges sources
+that none of them edited. Targets are validation targets; test targets are asked for by --test, once
+a mapper is final.
 
 The area under a curve is the mean essence over all of identity kept, from 0 to 1: where no point
 keeps so much identity, the line to the unedited source (identity 1, essence 0) counts; where all
@@ -39,7 +40,7 @@ class Config:
     keeps: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     """Places on the trade-off, for mappers that read it and for the teacher."""
     strengths: tuple[float, ...] = (0.5, 0.7, 0.9, 1.1, 1.3, 1.5)
-    """Strengths, for mappers that read no trade-off."""
+    """Strengths of the answers at a mapper's default place."""
     targets: int = 24
     """Targets of mappers; every second one is in the generator's style."""
     teachers: int = 4
@@ -84,7 +85,7 @@ from predictor.tradeoff import TradeoffConfig, check_keep
 from targetclip.media.images import write_picture
 from targetclip.scene import Scene
 
-TEACHER = "teacher"
+TEACHER, BY_STRENGTH = "teacher", ", by strength"
 SCORES = ("essence", "identity", "transfer", "person")  # of a point, those that there are
 RESAMPLES = 2000
 
@@ -145,12 +146,11 @@ class Study:
         scores = judge_edits(self.judges, goal, self.sources, edits, strength).scores
         return {name: scores[name].tolist() for name in SCORES if name in scores}
 
-    def mapper_point(self, mapper: Mapper, at: float) -> dict[str, list[float]]:
-        """Judge a mapper's answers at a place or, where it reads none, at a strength."""
+    def mapper_point(self, mapper: Mapper, at: float, by_strength: bool) -> dict[str, list[float]]:
+        """Judge a mapper's answers at a place or, at its default place, at a strength."""
         scene, pictures = self.judges.scene, self.targets.pictures
-        if mapper.config.tradeoff is None:
-            return self.judged(mapped(scene, mapper, pictures).on(self.sources), at)
-        return self.judged(mapped(scene, mapper, pictures, keep=at).on(self.sources))
+        answer = mapped(scene, mapper, pictures, keep=None if by_strength else at)
+        return self.judged(answer.on(self.sources), at if by_strength else 1.0)
 
     def teacher_point(self, tradeoff: TradeoffConfig, keep: float) -> dict[str, list[float]]:
         """Search the first targets at a place, and judge the directions.
@@ -318,21 +318,22 @@ def run(config: Config) -> dict[str, Any]:
     ends = [m.config.tradeoff for m in mappers.values() if m.config.tradeoff is not None]
     work: list[tuple[str, float, Mapper | None]] = []
     for name, mapper in mappers.items():
-        reads = mapper.config.tradeoff is not None
-        work += [(name, at, mapper) for at in (config.keeps if reads else config.strengths)]
+        if mapper.config.tradeoff is not None:
+            work += [(name, at, mapper) for at in config.keeps]
+        work += [(name + BY_STRENGTH, at, mapper) for at in config.strengths]
     if config.teachers and ends:
         work += [(TEACHER, keep, None) for keep in config.keeps]
         scene.feature_model(ends[0].identity_weight(0.0))  # before minutes are spent
     elif config.teachers:
         command.say("left out: the teacher: no mapper here reads the trade-off", error=True)
     for name, at, mapper in tqdm(work, unit="point"):
-        by_strength = mapper is not None and mapper.config.tradeoff is None
+        by_strength = name.endswith(BY_STRENGTH)
         label = f"{'strength' if by_strength else 'keep'} {at:g}"
         points = report["curves"].setdefault(name, {})
         if label in points:
             continue
         if mapper is not None:
-            points[label] = study.mapper_point(mapper, at)
+            points[label] = study.mapper_point(mapper, at, by_strength)
         else:
             points[label] = study.teacher_point(ends[0], at)
         if not by_strength:

@@ -195,6 +195,9 @@ def find_direction(
             # What it does not name would work against the other targets.
             with in_precision(essence.scene.device, request.precision):
                 taken[i] = essence.only_named(parts[i], request.keep_identity)
+        if target.layers:
+            factors = layer_weights(essence.scene.generator.num_ws, **target.layers)
+            taken[i] = taken[i].weighted(factors)
     direction = taken[0] if weights == [1] else mixed(taken, weights)
     record = record_of(essence, direction, targets, request)
     if interrupted:
@@ -230,7 +233,7 @@ def record_of(
         if request.mode != "instant":
             record["gate"] = asdict(Gate.of(mapper, request.keep_identity))
     if request.mixes:
-        record["targets"] = [{"target": t.name, "weight": t.weight} for t in targets]
+        record["targets"] = [{"target": t.name, "weight": t.weight, **t.layers} for t in targets]
     return record
 
 
@@ -389,7 +392,8 @@ def read_targets(request: Request, console: Console) -> list[NamedTarget]:
         check_shows(picture, str(path), console)
         contents.append((str(path), picture))
     contents += [(text, Text(text)) for text in request.texts]
-    return [NamedTarget(*named, w) for named, w in zip(contents, request.weights, strict=True)]
+    parts = zip(contents, request.weights, request.own_layers, strict=True)
+    return [NamedTarget(*named, weight, layers) for named, weight, layers in parts]
 
 
 def read_sources(request: Request, finder: FaceFinder | None, console: Console) -> Sources:

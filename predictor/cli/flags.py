@@ -135,18 +135,22 @@ class EditFlags:
     """How far along the direction; 0 changes nothing. Default: the world's, mostly 1."""
     identity_floor: Optional[float] = None
     """Lower the strength until sources keep this identity similarity on average; 1 is all."""
-    coarse: float = 1.0
-    """Factor of the coarse layers, 4 and 8 px: shape."""
-    middle: float = 1.0
-    """Factor of the middle layers, 16 and 32 px: features."""
-    fine: float = 1.0
-    """Factor of the fine layers, from 64 px on: colours."""
+    coarse: tuple[float, ...] = (1.0,)
+    """Factor of the coarse layers, 4 and 8 px: shape. In a mixture also one for each target."""
+    middle: tuple[float, ...] = (1.0,)
+    """Factor of the middle layers, 16 and 32 px: features; or one for each target."""
+    fine: tuple[float, ...] = (1.0,)
+    """Factor of the fine layers, from 64 px on: colours; or one for each target."""
     one_direction: Switch = False
     """Move all sources alike: leave out what the mapper adds to the direction for each of them."""
 
     def __post_init__(self) -> None:
-        for flag in ("strength", "coarse", "middle", "fine"):
-            check_range(flag, getattr(self, flag), MAX_STRENGTH)
+        check_range("strength", self.strength, MAX_STRENGTH)
+        for flag in ("coarse", "middle", "fine"):
+            if not getattr(self, flag):
+                raise ValueError(f"--{flag}: expected a number, found none")
+            for factor in getattr(self, flag):
+                check_range(flag, factor, MAX_STRENGTH)
         # Written so that NaN fails too.
         if self.identity_floor is not None and not -1 <= self.identity_floor <= 1:
             raise ValueError(

@@ -150,6 +150,8 @@ def pictures_of(flag: str, paths: Iterable[Path], notes: list[str]) -> tuple[Pat
 
 # The request
 
+LAYERS = ("coarse", "middle", "fine")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -195,7 +197,9 @@ class Request:
     strength: float
     identity_floor: float | None
     layers: dict[str, float]
-    """Factors of the coarse, the middle and the fine layers."""
+    """Factors of the coarse, the middle and the fine layers of the whole direction."""
+    own_layers: tuple[dict[str, float], ...]
+    """Those of each target alone: some only in a mixture."""
     one_direction: bool
     """Whether the mapper's correction for each source is left out."""
     strip: bool
@@ -231,6 +235,25 @@ class Request:
         """Pictures, latents and clips that are read while results are written."""
         alone = [path for path in (self.latents, self.clip) if path is not None]
         return (*self.pictures, *(self.sources or ()), *alone)
+
+
+def layers_of(
+    edit: EditFlags, targets: int, mixes: bool
+) -> tuple[dict[str, float], tuple[dict[str, float], ...]]:
+    """Return the factors of layers of the whole direction, and of each target those of its own.
+    ValueError: neither one factor nor, where targets are mixed, one for each of them."""
+    layers, own = dict.fromkeys(LAYERS, 1.0), tuple(dict[str, float]() for _ in range(targets))
+    for group in LAYERS:
+        factors = getattr(edit, group)
+        if len(factors) == 1:
+            layers[group] = factors[0]
+            continue
+        if not mixes or len(factors) != targets:
+            expected = f"1 factor, or {targets}" if mixes else "1 factor, or a mixture (--mix)"
+            raise ValueError(f"--{group}: expected {expected}, found {len(factors)}")
+        for its, factor in zip(own, factors, strict=True):
+            its[group] = factor
+    return layers, own
 
 
 def check_finding(options: Transfer) -> None:
@@ -350,8 +373,7 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
     name = search.recipe or world.recipe
     changes = {key: getattr(search, key) for key in given(search, OF_OPTIMIZER[1:])}
     recipe = replace(recipe_named(name), **changes)
-    asks_place = search.keep_identity is not None
-    mode, mapper = search.mode, search.mapper or (asks_place and world.tradeoff) or world.mapper
+    mode, mapper = search.mode, search.mapper or world.mapper
     if mode is None and edit.direction is None:
         mode = "optimize" if mapper is None or given(search, OF_OPTIMIZER) else "auto"
     for text in target.text:
@@ -377,7 +399,7 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
     share = 1.0 if separate else 1 / max(1, len(pictures))
     equal = (share,) * len(pictures) + (1.0,) * len(target.text)
     search_steps = STEPS_FROM_MEAN if world.inverter is None else 0
-    layers = {group: getattr(edit, group) for group in ("coarse", "middle", "fine")}
+    layers, own_layers = layers_of(edit, count, mixes)
     strength = world.strength if edit.strength is None else edit.strength
     falls_back = mapper is None and search.mode is None and edit.direction is None
     request = Request(
@@ -409,6 +431,7 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         strength=strength,
         identity_floor=edit.identity_floor,
         layers=layers,
+        own_layers=own_layers,
         one_direction=edit.one_direction,
         seed=search.seed,
         **vars(options.show),

@@ -4,13 +4,13 @@ Knows what was requested and what came of it; nothing of how directions are foun
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from predictor.cli.options import Request
+from predictor.cli.options import LAYERS, Request
 from predictor.direction import RECORDED, Direction
 from predictor.inputs import Text
 from targetclip.command import Stopwatch, versions
@@ -22,7 +22,6 @@ WIDEST = 8192  # pixels of a sheet, if its pictures then keep MIN_TILE
 MIN_TILE, MAX_TILE = 128, 512
 IN_A_ROW = 16  # sources, before the sheet of one result begins another row
 MAX_TARGETS = 64  # rows of the sheet of several targets
-LAYERS = ("coarse", "middle", "fine")
 SCORE = "how alike CLIP finds pictures and target, 1 at most, on average"
 IDENTITY = "1 is the same person"
 METHODS = {
@@ -41,6 +40,8 @@ class NamedTarget:
     """The picture's path, or the text."""
     content: Image.Image | Text
     weight: float
+    layers: Mapping[str, float] = field(default_factory=dict)
+    """Factors of groups of its layers, in a mixture."""
 
     @property
     def label(self) -> str:
@@ -97,13 +98,19 @@ def target_facts(targets: Sequence[NamedTarget], outcome: Outcome) -> list[dict[
     rows: list[dict[str, Any]] = []
     for i, target in enumerate(targets):
         kind = "text" if isinstance(target.content, Text) else "picture"
-        rows.append({"target": target.name, "kind": kind, "weight": target.weight})
+        rows.append({"target": target.name, "kind": kind, "weight": target.weight, **target.layers})
         if outcome.parts:
             facts = {name: getattr(outcome.parts[i], name) for name in RECORDED}
             if facts["keep_identity"] is None:
                 del facts["keep_identity"]
             rows[-1]["direction"] = facts
     return rows
+
+
+def weight_words(row: Mapping[str, Any]) -> str:
+    """Return a target's weight, and the factors of its layers where it has some."""
+    layers = [f"{group} layers {row[group]:g}" for group in LAYERS if group in row]
+    return ", ".join([f"{row['target']} {row['weight']:.3g}", *layers])
 
 
 def run_facts(request: Request, scene: Scene, watch: Stopwatch) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def result_words(facts: Mapping[str, Any]) -> dict[str, str]:
         words["Direction"] = f"from the file {facts['direction']}"
     rows = facts["targets"]
     if len(rows) > 1 and facts["direction"] is None:
-        words["Weights"] = ", ".join(f"{row['target']} {row['weight']:.3g}" for row in rows)
+        words["Weights"] = "; ".join(weight_words(row) for row in rows)
     strength = [f"{facts['strength']:.3g}"]
     strength += [f"{group} layers {facts[group]:g}" for group in LAYERS if group in facts]
     if "identity_floor" in facts:

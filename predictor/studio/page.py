@@ -226,22 +226,14 @@ class Page:
                 label="Who finds it",
                 elem_id="mode",
             )
-            other = first.keep is not None and not first.always_reads
-            self.trades = gr.Checkbox(
-                value=False,
-                label="Choose how much identity to keep",
-                info="Another mapper answers then.",
-                visible=other,
-                elem_id="trades",
-            )
             self.keep = gr.Slider(
                 0,
                 1,
                 first.keep or 0.0,
-                step=0.05,
+                step=0.01,
                 label="Keep identity",
                 info="0 asks the mapper for the most essence, 1 for the most identity.",
-                visible=first.always_reads,
+                visible=first.keep is not None,
                 elem_id="keep",
             )
             self.stop = gr.Button("Stop the search, keep the direction so far", size="sm")
@@ -303,7 +295,7 @@ class Page:
     def connect(self) -> None:
         """Say which control does what."""
         asked = {self.world, self.targets, self.text, self.mode, self.kind, self.mine}
-        asked |= {self.count, self.seed, self.trades, self.keep, self.kept}
+        asked |= {self.count, self.seed, self.keep, self.kept}
         sliders = {self.strength, self.floor, *self.weights, self.one_direction}
         sliders |= {self.coarse, self.middle, self.fine}
         self.inputs = asked | sliders
@@ -311,11 +303,8 @@ class Page:
         private: dict[str, Any] = {"api_visibility": "private"}
         # One visitor's work at a time: a second one would make both slower.
         work = {**private, "concurrency_id": "work", "concurrency_limit": 1}
-        self.trades.input(
-            lambda on: gr.update(visible=on), self.trades, self.keep, queue=False, **private
-        )
         gr.on(
-            [self.go.click, self.text.submit, self.trades.input, self.keep.release],
+            [self.go.click, self.text.submit, self.keep.release],
             self.show_transfer,
             self.inputs,
             results,
@@ -356,7 +345,7 @@ class Page:
             self.change_world,
             self.world,
             [
-                *(self.text, self.mode, self.kind, self.mine, self.floor, self.trades, self.keep),
+                *(self.text, self.mode, self.kind, self.mine, self.floor, self.keep),
                 *(self.offered, self.strength, self.targets, *results),
             ],
             **work,
@@ -385,8 +374,7 @@ class Page:
         opened = self.worlds.open(data[self.world])
         kept: Kept | None = data[self.kept]
         pictures, text, mode = paths_of(data[self.targets]), data[self.text] or "", data[self.mode]
-        asks = mode != "optimize" and (opened.always_reads or bool(data[self.trades]))
-        keep = float(data[self.keep]) if asks and opened.keep is not None else None
+        keep = None if opened.keep is None or mode == "optimize" else float(data[self.keep])
         target_key = (opened.world.name, pictures, text, mode, keep)
         source_key = (
             opened.world.name,
@@ -535,8 +523,7 @@ class Page:
             gr.update(choices=[MINE, GENERATED] if inverts else [GENERATED], value=kind),
             self.example_sources if bundled else None,
             gr.update(value=0, visible=scene.identity is not None),
-            gr.update(value=False, visible=opened.keep is not None and not opened.always_reads),
-            gr.update(value=opened.keep or 0.0, visible=opened.always_reads),
+            gr.update(value=opened.keep or 0.0, visible=opened.keep is not None),
             gr.update(visible=bundled and bool(self.examples)),
             opened.world.strength,
             self.examples[:1] if bundled else None,

@@ -69,15 +69,10 @@ class OpenWorld:
 
     @property
     def keep(self) -> float | None:
-        """Default place on the trade-off between essence and identity; None: no mapper of this
-        world reads it."""
-        mapper = (self.essence.along or self.essence).mapper
+        """Default place on the trade-off between essence and identity; None: this world's mapper
+        reads none."""
+        mapper = self.essence.mapper
         return None if mapper is None else mapper.keep
-
-    @property
-    def always_reads(self) -> bool:
-        """Whether every answer is for a place, since there is no mapper that reads none."""
-        return self.keep is not None and self.essence.along is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +199,6 @@ def find_targets(
         FloatingPointError: no direction was found.
     """
     essence, text = opened.essence, " ".join(text.split())
-    if keep_identity is not None:
-        essence = essence.along or essence
     mode = mode or opened.modes[0]
     if mode not in opened.modes:
         raise ValueError(f"expected one of {', '.join(opened.modes)}, found {mode!r}")

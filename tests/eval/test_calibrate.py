@@ -22,7 +22,7 @@ from eval.calibrate import (
 )
 from eval.expectation import fit_expectation
 from predictor.direction import Gate
-from predictor.mapper import load_mapper, save_mapper
+from predictor.mapper import Mapper, load_mapper, save_mapper
 from predictor.mapper_file import MapperRecord
 from predictor.transfer import load_essence
 from targetclip.recipes import RECIPES
@@ -231,6 +231,33 @@ def test_a_mapper_that_reads_the_trade_off_gets_a_default_place_and_thresholds(
         float(transfer), abs=1e-4
     )
     assert direction.expected is not None and direction.keep_identity == mapper.keep
+
+
+def test_at_its_origin_a_mapper_is_calibrated_as_the_one_that_it_was_trained_from(
+    who_world: Path, reading_mapper: Path, tradeoff_mapper: Path, tmp_path: Path
+) -> None:
+    start, record = load_mapper(reading_mapper)
+    curve = load_mapper(tradeoff_mapper)[0]
+    assert curve.config.tradeoff is not None and curve.keep_score is not None
+    begun = Mapper(
+        replace(curve.config, tradeoff=replace(curve.config.tradeoff, origin=0.34))
+    ).requires_grad_(False)
+    begun.load_state_dict({**curve.state_dict(), **start.state_dict()})
+    save_mapper(begun, tmp_path / "begun.safetensors", record)
+    figures = []
+    for path in (reading_mapper, tmp_path / "begun.safetensors"):
+        config = config_of(who_world, path, tmp_path / path.stem)
+        figures.append(calibrated(config).calibration)
+    plain, found = figures
+    assert {name: found[name] for name in plain} == plain
+    assert found["keep_identity"] == 0.34 and found["threshold_at_0"] != found["threshold_at_1"]
+    mappers = [load_mapper(tmp_path / n / "mapper.safetensors")[0] for n in ("mapper", "begun")]
+    embeddings = torch.randn(4, 32)
+    first, second = (mapper(embeddings) for mapper in mappers)
+    assert torch.equal(first.directions, second.directions)
+    assert torch.equal(first.expected, second.expected)
+    fitted = mappers[1].keep_score
+    assert fitted is not None and not torch.equal(fitted.weight, curve.keep_score.weight)
 
 
 def test_a_default_place_that_cannot_be_is_refused(

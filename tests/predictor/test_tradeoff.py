@@ -15,6 +15,7 @@ from predictor.correction import mixed_corrections
 from predictor.folded import FoldedMapper
 from predictor.mapper import Mapper, load_mapper, save_mapper
 from predictor.mapper_file import (
+    PLACES_FORMAT,
     TRADEOFF_FORMAT,
     CorrectionConfig,
     MapperConfig,
@@ -101,6 +102,7 @@ def test_a_curve_of_one_weight_alone_is_one() -> None:
         ({"decays": (1e-3, float("inf"))}, "decays"),
         ({"decays": (float("nan"), 1.0)}, "decays"),
         ({"identity_weights": (1.0, 1.0), "decays": (1.0, 1.0)}, "expected ends .* that differ"),
+        ({"origin": 1.5}, "origin: expected a number from 0 to 1"),
     ],
 )
 def test_ends_without_sense_are_refused(ends: dict[str, Any], said: str) -> None:
@@ -115,6 +117,18 @@ def test_what_networks_read_is_bounded_and_tells_places_apart() -> None:
     torch.testing.assert_close(features[:, 0], 2 * torch.linspace(0, 1, 21) - 1)
     assert int(torch.linalg.matrix_rank(features)) == features.shape[1]
     assert torch.cdist(features, features).add(10 * torch.eye(21)).min() > 0.05
+
+
+def test_at_its_origin_a_curve_has_the_recipe_that_it_was_begun_with() -> None:
+    curve, recipe = replace(CURVE, origin=0.34), replace(RECIPES["identity"], weight_decay=3e-3)
+    assert curve.recipe_at(recipe, 0.34) == recipe != CURVE.recipe_at(recipe, 0.34)
+    assert curve.recipe_at(recipe, 0.8) == CURVE.recipe_at(recipe, 0.8)
+    features = keep_features(torch.tensor([0.0, 0.34, 1.0]), 0.34)
+    assert not features[1].any() and features[0].any() and features[2].any()
+    torch.testing.assert_close(
+        features[2] - features[0],
+        keep_features(torch.ones(1))[0] - keep_features(torch.zeros(1))[0],
+    )
 
 
 # A mapper that reads a place
@@ -195,6 +209,26 @@ def test_a_mapper_that_reads_none_refuses_a_place() -> None:
             call(embeddings(1), 0.5)
 
 
+@pytest.mark.parametrize("rank", [None, 3])
+def test_at_its_origin_it_answers_to_the_bit_as_the_one_it_was_trained_from(
+    rank: int | None,
+) -> None:
+    curve = replace(CURVE, origin=0.34)
+    plain = taught(replace(CORRECTED, tradeoff=None, rank=rank))
+    mapper = taught(replace(CORRECTED, tradeoff=curve, rank=rank))
+    mapper.load_state_dict(plain.state_dict(), strict=False)
+    assert mapper.keep == 0.34
+    for keep in (None, 0.34, torch.tensor([0.34] * 4)):
+        found, expected = mapper(embeddings(), keep), plain(embeddings())
+        assert torch.equal(found.directions, expected.directions)
+        assert torch.equal(found.expected, expected.expected)
+        edits = mapper.edits(embeddings(), sources(), keep)
+        assert torch.equal(edits, plain.edits(embeddings(), sources()))
+    folded = [FoldedMapper(one)(embeddings(1)) for one in (mapper, plain)]
+    assert torch.equal(folded[0][0], folded[1][0]) and folded[0][1] == folded[1][1]
+    assert not torch.allclose(mapper(embeddings(), 0.4).directions, expected.directions, atol=0.01)
+
+
 # Its faster form
 
 
@@ -255,6 +289,10 @@ def test_a_mapper_that_reads_a_place_outlives_its_file(half: bool, tmp_path: Pat
         ({"tradeoff": {"identity_weights": [0.05, 1]}}, "metadata is damaged"),
         ({"tradeoff": {"identity_weights": [0, 1], "decays": [1, 2]}}, "metadata is damaged"),
         ({"tradeoff": "yes"}, "metadata is damaged"),
+        (
+            {"tradeoff": {"identity_weights": [0.1, 1], "decays": [1, 2], "origin": "here"}},
+            "metadata is damaged",
+        ),
         ({"tradeoff": None}, "weights do not fit"),
     ],
 )
@@ -269,6 +307,25 @@ def test_a_file_of_another_curve_is_refused(
     save_file(mapper.state_dict(), path, metadata)
     with pytest.raises(ValueError, match=said):
         load_mapper(path)
+
+
+def test_an_origin_outlives_its_file_and_an_older_file_is_read(tmp_path: Path) -> None:
+    path, config = tmp_path / "mapper.safetensors", replace(CORRECTED, tradeoff=CURVE)
+    begun = replace(config, tradeoff=replace(CURVE, origin=0.34))
+    save_mapper(taught(begun), path, replace(RECORD, calibration={}))
+    assert load_mapper(path)[0].config == begun and load_mapper(path)[0].keep == 0.34
+    mapper = taught(config)
+    assert mapper.keep_read is not None
+    mapper.keep_read.weight.zero_()  # as before a place added to heads
+    save_mapper(mapper, path, RECORD)
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), "format": PLACES_FORMAT}
+    new = ("keep_read.weight", "keep_heads.weight")
+    save_file({k: v for k, v in mapper.state_dict().items() if k not in new}, path, metadata)
+    loaded = load_mapper(path)[0]
+    for keep in PLACES:
+        expected = mapper.edits(embeddings(), sources(), keep)
+        assert torch.equal(loaded.edits(embeddings(), sources(), keep), expected)
 
 
 def test_a_file_whose_default_place_is_off_the_curve_is_refused(tmp_path: Path) -> None:

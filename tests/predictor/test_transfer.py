@@ -512,25 +512,6 @@ def test_a_place_off_the_trade_off_is_refused(placed: Predicting, keep: float) -
         placed().direction(picture(), "instant", keep_identity=keep)
 
 
-def test_another_mapper_answers_where_a_place_is_asked_for(
-    predicting: Predicting, placed: Predicting
-) -> None:
-    plain, reads = predicting(), placed()
-    both = EssenceTransfer(reads.scene, plain.asked_mapper(), along=reads)
-    for asked, one in ((None, plain), (0.0, reads), (0.7, reads)):
-        for mode in ("instant", "auto"):
-            expected = one.direction(picture(), mode, quick(), keep_identity=asked)
-            found = both.direction(picture(), mode, quick(), keep_identity=asked)
-            assert torch.equal(found.vector, expected.vector)
-            assert (found.method, found.keep_identity) == (expected.method, expected.keep_identity)
-        predicted = both.predict(picture(), keep_identity=asked)
-        assert torch.equal(predicted.vector, one.predict(picture(), keep_identity=asked).vector)
-        named = both.only_named(predicted, asked).vector
-        assert torch.equal(named, one.only_named(predicted, asked).vector)
-    with pytest.raises(ValueError, match="keep_identity: expected a number from 0 to 1"):
-        both.direction(picture(), "instant", keep_identity=2.0)
-
-
 def test_a_place_that_nothing_reads_is_refused(predicting: Predicting, placed: Predicting) -> None:
     for mode in ("instant", "auto"):
         with pytest.raises(ValueError, match="this mapper was trained at one identity weight"):

@@ -23,6 +23,7 @@ from data import build
 from data.dataset import load_pairs
 from data.targets import Target, open_targets, split_of
 from predictor.mapper import load_mapper
+from predictor.mapper_file import trained_recipe
 from targetclip import tracking
 from targetclip.command import Stop, Stopped, guarded, parse
 from targetclip.generators.stylegan2 import StyleGAN2
@@ -683,6 +684,41 @@ def test_a_training_of_the_curve_goes_on_as_if_nothing_had_been_and_logs_it(
     assert prepared(small(**started)).trainer.network.config == mapper.config
     with pytest.raises(ValueError, match="--direction-decay: every target draws its own"):
         prepared(small(**started, direction_decay=0.1))
+
+
+def test_a_curve_alone_is_learned_and_at_its_origin_answers_stay(
+    small: Callable[..., Config], start: Path, who_world: Path
+) -> None:
+    usual = {**ENDS, "start": start, "world": who_world, "schedule": ("transfer:4",)}
+    config = small(**usual, only_tradeoff=True, mixtures=0.25, batch_size=8)
+    mapper, before = run(config), load_mapper(start)[0]
+    loaded, record = load_mapper(config.out / MAPPER)
+    tradeoff = loaded.config.tradeoff
+    assert tradeoff is not None and tradeoff.origin is not None
+    assert record.recipe["tradeoff"]["origin"] == tradeoff.origin == loaded.keep
+    assert record.recipe["only_tradeoff"] is True
+    nearest = replace(tradeoff, origin=None).nearest(trained_recipe(before.record))
+    assert tradeoff.origin == pytest.approx(nearest, abs=0.005)
+    trained = trained_recipe(record)
+    assert trained.identity_weight == trained_recipe(before.record).identity_weight
+    embeddings, ws = torch.randn(3, 32), mapper.scale.new_zeros(2, *mapper.scale.shape)
+    assert torch.equal(loaded.edits(embeddings, ws), before.edits(embeddings, ws))
+    assert torch.equal(loaded(embeddings).expected, before(embeddings).expected)
+    known = before.state_dict()
+    assert all(
+        torch.equal(known[name], value)
+        for name, value in loaded.state_dict().items()
+        if name in known
+    )
+    for keep in (0.0, 1.0):
+        assert not torch.equal(loaded(embeddings, keep).directions, before(embeddings).directions)
+    plain = {name: usual[name] for name in ("world", "schedule", "start")}
+    with pytest.raises(ValueError, match="--only-tradeoff: expected --keep-identity-weights"):
+        prepared(small(**plain, only_tradeoff=True))
+    with pytest.raises(ValueError, match=r"--only-tradeoff: .*a --start that reads no trade-off"):
+        prepared(small(**{**usual, "start": config.out / MAPPER}, only_tradeoff=True))
+    with pytest.raises(ValueError, match="--only-tradeoff: expected a mapper by --start"):
+        run(small(**ENDS, world=who_world, only_tradeoff=True))
 
 
 def test_a_start_that_reads_no_place_gets_a_curve(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_runs import module_exit_code
 
 from predictor.mapper import Mapper, load_mapper
@@ -72,21 +73,28 @@ def small(tiny_world: Path, tmp_path: Path) -> Callable[..., Config]:
 
 
 def test_a_checkpoint_becomes_a_calibrated_mapper_though_it_was_stopped_on_the_way(
-    small: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    small: Callable[..., Config],
+    who_world: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    quick = replace(RECIPES["consistent"], steps=5, sources=2, fresh_sources=False)
-    monkeypatch.setitem(RECIPES, "consistent", quick)
-    config, first, second, third = small(), Here(), Here(), Here()
+    for name in ("consistent", "identity"):
+        quick = replace(RECIPES[name], steps=5, sources=2, fresh_sources=False)
+        monkeypatch.setitem(RECIPES, name, quick)
+    world = who_world.with_name("own.toml")
+    world.write_text(who_world.read_text().replace('"consistent"', '"identity"'))
+    changes = {"world": str(world), "build_flags": SMALL["build_flags"] + " --recipe consistent"}
+    config, first, second, third = small(**changes), Here(), Here(), Here()
     out, log = config.out, loop.Trainer.log
 
     def log_and_stop(trainer: loop.Trainer[Any], *figures: Any) -> None:
         log(trainer, *figures)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    assert run(small(plan=True)) == 0
+    assert run(small(**changes, plan=True)) == 0
     planned, said = json.loads((out / PLAN).read_text()), capfd.readouterr()
     assert [line.split()[0] for line in said.out.splitlines()] == [
-        *("pairs", "train", "calibrate", "compare", "left")
+        *("pairs", "train", "tradeoff", "calibrate", "compare", "left")
     ]
     assert all(stage["seconds"] > 0 for stage in planned["stages"])
 
@@ -96,13 +104,21 @@ def test_a_checkpoint_becomes_a_calibrated_mapper_though_it_was_stopped_on_the_w
     assert first.begun == ["train.own", "data.build", "train.mapper"]
     assert not (out / "mapper/mapper.safetensors").exists()
     assert run(config, second) == 0
-    assert second.begun == ["train.own", "train.mapper", "eval.calibrate", "eval.compare"]
+    assert second.begun == [
+        *("train.own", "train.mapper", "train.mapper", "eval.calibrate", "eval.compare")
+    ]
     assert "timing" in said.err and "timing" not in capfd.readouterr().err
     lines = (out / "mapper/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [3, 5]
 
     mapper, record = load_mapper(out / MAPPER)
     assert record.calibration["threshold"] and mapper.config.correction is not None
+    assert mapper.config.tradeoff is not None and mapper.keep == mapper.config.tradeoff.origin
+    assert mapper.keep_gain is not None and mapper.keep_gain.weight.any()
+    begun = load_mapper(out / "mapper/mapper.safetensors")[0].directions_of_differences
+    stretched = record.calibration["stretch"] * begun(rows := torch.randn(2, 32))
+    found = mapper.directions_of_differences(rows)
+    assert float((found - stretched).norm() / stretched.norm()) < 0.01  # half precision
     assert "python -m eval.calibrate" in record.command
     assert Mapper.from_pretrained(out / HUB).fingerprint
     report = (out / REPORT).read_text()
@@ -113,8 +129,8 @@ def test_a_checkpoint_becomes_a_calibrated_mapper_though_it_was_stopped_on_the_w
     assert all(f"| {name} | " in report and row["done"] for name, row in progress.items())
 
     assert run(config, third) == 0 and third.begun == ["train.own"]
-    assert capfd.readouterr().out.count(" done ") == 4
-    assert run(small(seed=1), Here()) == 1
+    assert capfd.readouterr().out.count(" done ") == 5
+    assert run(small(**changes, seed=1), Here()) == 1
     assert "pairs.--seed: planned '0', found '1'" in capfd.readouterr().err
 
 
@@ -153,6 +169,32 @@ def test_large_generators_are_searched_at_the_size_that_clip_sees(
     assert "--render-size" not in whole["pairs"] and "@" not in whole["train"]["--schedule"]
     processor = words_by_stage(config, replace(FACTS, resolution=128, accelerator=False))
     assert processor["train"]["--schedule"] == "pairs:100 transfer@64:900 transfer:100"
+
+
+def test_the_trade_off_is_learned_where_the_recipe_weighs_identity(
+    small: Callable[..., Config], who_world: Path
+) -> None:
+    assert "tradeoff" not in words_by_stage(small(), FACTS)
+    world = who_world.with_name("weighs.toml")
+    world.write_text(who_world.read_text().replace('"consistent"', '"identity"'))
+    config = small(world=str(world), steps=None)
+    flags = words_by_stage(config, FACTS)
+    its, recipe = flags["tradeoff"], RECIPES["identity"]
+    assert its["--schedule"] == "transfer@256:1800 transfer:200"
+    assert its["--start"].endswith("out/mapper/mapper.safetensors")
+    for name in ("--targets", "--validation", "--batch-size", "--sources", "--evaluate-every"):
+        assert its[name] == flags["train"][name]
+    ends = [float(end) for end in its["--keep-identity-weights"].split()]
+    assert ends == pytest.approx([recipe.identity_weight / 3, recipe.identity_weight / 0.15])
+    shorter = config.train_flags + " --direction-decay 0.003"
+    changed = replace(config, tradeoff_steps=20, train_flags=shorter)
+    its = words_by_stage(changed, FACTS)["tradeoff"]
+    assert its["--keep-identity-decays"] == "0.001 0.03" and its["--schedule"].endswith(":2")
+    for none in (
+        {"tradeoff_steps": 0},
+        {"train_flags": config.train_flags + " --identity-weight 0"},
+    ):
+        assert "tradeoff" not in words_by_stage(replace(config, **none), FACTS)
 
 
 def test_where_memory_is_short_every_stage_renders_fewer_images(

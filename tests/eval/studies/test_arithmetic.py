@@ -26,6 +26,7 @@ from eval.studies.arithmetic import (
     MIXTURES,
     NAMED,
     NAMES_OF,
+    PARTS,
     SUBTRACTED,
     SUM,
     THERE_AND_BACK,
@@ -168,7 +169,7 @@ def test_a_sum_keeps_all_where_targets_say_only_what_they_have(
     setup: Callable[..., Setup],
 ) -> None:
     rows = list(mixture_rows(setup(lacks=0.0), 3, 0))
-    assert len(rows) == 3 * 4 * 2 and {row["order"] for row in rows} == {0.0}
+    assert len(rows) == 3 * 5 * 2 and {row["order"] for row in rows} == {0.0}
     for row in rows:
         assert row["alone"]["mean"] == 1 and row["pairs"] == 3
         assert row["kept"]["mean"] == (0 if row["way"] == HALF else 1)
@@ -181,9 +182,10 @@ def test_a_sum_keeps_nothing_where_a_target_takes_what_it_lacks(
     for row in mixture_rows(setup(lacks=1.0), 3, 0):
         assert row["alone"]["mean"] == 1
         # Less the same face without, the second takes nothing and keeps what it brings. Words take
-        # nothing either, but the first takes what they bring.
-        first = row["mixture"].startswith(row["attribute"])
-        assert row["kept"]["mean"] == (row["way"] == LESS or (row["way"] == WORDS and first))
+        # nothing either, and bring more than the first takes. All of it is in coarse layers here,
+        # which are those of the second target.
+        second = row["way"] == PARTS and not row["mixture"].startswith(row["attribute"])
+        assert row["kept"]["mean"] == (row["way"] in (LESS, WORDS) or second)
     kept = [r["kept"]["mean"] for r in mixture_rows(setup(lacks=0.4), 3, 0) if r["way"] == SUM]
     assert set(kept) == {1.0}
 

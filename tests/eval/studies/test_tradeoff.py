@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.studies.tradeoff import TEACHER, Config, area, areas_of, run
+from eval.studies.tradeoff import BY_STRENGTH, TEACHER, Config, area, areas_of, run
 from predictor.tradeoff import TradeoffConfig
 
 ENDS = TradeoffConfig(identity_weights=(0.05, 1.0), decays=(1e-3, 3e-2))
@@ -95,17 +95,18 @@ def test_mappers_and_the_teacher_are_drawn_along_the_trade_off(
     labels = {name: list(points) for name, points in curves.items()}
     assert labels == {
         placed.name: ["keep 0", "keep 1"],
-        plain.name: ["strength 0.5", "strength 1"],
+        placed.name + BY_STRENGTH: ["strength 0.5", "strength 1"],
+        plain.name + BY_STRENGTH: ["strength 0.5", "strength 1"],
         TEACHER: ["keep 0", "keep 1"],
     }
     counts = {name: len(next(iter(points.values()))["essence"]) for name, points in curves.items()}
-    assert counts == {placed.name: 3, plain.name: 3, TEACHER: 2}
+    assert counts == {**dict.fromkeys(labels, 3), TEACHER: 2}
     assert report["weights"][TEACHER]["keep 1"] == ["1.0000", "0.0300"]
     # Longer directions take more of the identity.
-    for points in (curves[placed.name], dict(reversed(curves[plain.name].items()))):
+    for points in (curves[placed.name], dict(reversed(curves[plain.name + BY_STRENGTH].items()))):
         first, last = points.values()
         assert np.mean(first["identity"]) < np.mean(last["identity"])
-    assert set(report["areas"]) == set(curves) and len(report["differences"]) == 3
+    assert set(report["areas"]) == set(curves) and len(report["differences"]) == 6
     text = (tmp_path / "report.md").read_text()
     assert f"| {TEACHER} | keep 0 | 0.0500 | 0.0010 |" in text
     assert (tmp_path / "chart.png").is_file()
@@ -133,7 +134,8 @@ def test_what_is_there_is_not_made_again(
 def test_without_a_mapper_that_reads_it_there_is_no_teacher(
     face_world: Path, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert list(run(configured(face_world, tmp_path, plain))["curves"]) == [plain.name]
+    curves = run(configured(face_world, tmp_path, plain))["curves"]
+    assert list(curves) == [plain.name + BY_STRENGTH]
     assert "left out: the teacher" in capsys.readouterr().err
 
 

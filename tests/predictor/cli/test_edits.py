@@ -136,13 +136,6 @@ def test_a_place_on_the_trade_off_is_answered_and_named(
     assert run("transfer", "--world", world, *INSTANT, *out) == 1
     assert "reads no other" in capsys.readouterr().err
     assert not (tmp_path / "none" / "report.json").exists()
-    path = with_mapper(who_world, tiny_mapper, "both.toml")
-    path.write_text(f'tradeoff = "{tradeoff_mapper}"\n{path.read_text()}')
-    flags = ("--world", path, *INSTANT)
-    assert run("transfer", *flags, "--keep-identity", 0.9, "--out", tmp_path / "both") == 0
-    assert same(pictures(tmp_path / "both"), results["most"][1])
-    assert run("transfer", *flags, "--out", tmp_path / "blind") == 0
-    assert "keep_identity" not in report_of(tmp_path / "blind")
 
 
 def test_where_there_is_no_correction_to_leave_out_a_warning_says_so(
@@ -177,6 +170,25 @@ def test_mixtures_texts_layers_and_the_identity_floor_use_corrections(
     found = pictures(tmp_path / "out")
     assert same(found, expected(essence, ws, strength * direction.offsets(ws)))
     assert not same(found, expected(essence, ws, strength * direction.vector))
+
+
+def test_in_a_mixture_each_target_has_factors_of_layers_of_its_own(
+    run: Run, tmp_path: Path, reading_world: Path, essence: EssenceTransfer, faces: list[Path]
+) -> None:
+    text = essence.only_named(essence.direction(text="green hair", mode="instant"))
+    first = essence.predict(read_picture(faces[0])).weighted(layer_weights(6, coarse=0.5))
+    direction = first + text.weighted(layer_weights(6, coarse=2))
+    targets = ("--target", faces[0], "--text", "green hair", "--mix")
+    flags = ("--world", reading_world, *INSTANT, *targets, "--coarse", 0.5, 2, "--middle", 0.5)
+    assert run("transfer", *flags) == 0
+    whole, ws = direction.weighted(layer_weights(6, middle=0.5)), essence.scene.sources(3)
+    assert same(pictures(tmp_path / "out"), expected(essence, ws, whole.offsets(ws)))
+    report = report_of(tmp_path / "out")
+    assert report["middle"] == 0.5 and "coarse" not in report
+    assert "coarse layers 0.5; green hair 1" in (tmp_path / "out" / "index.html").read_text()
+    stored = load_direction(tmp_path / "out" / "direction.safetensors", essence.scene.generator)
+    torch.testing.assert_close(stored.direction, direction.vector)
+    assert [row["coarse"] for row in report["targets"]] == [0.5, 2]
 
 
 def test_the_probe_of_an_unchecked_answer_is_of_corrected_edits(

@@ -46,7 +46,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"weights": (1.0,), "text": ("green hair",)}, "--weights: expected 2"),
     ({"weights": (float("nan"),)}, "--weights: expected a number within 100 of 0, found nan"),
     ({"weights": (0.0,)}, "--weights: expected one that is not 0"),
-    *(({name: float("inf")}, f"--{name}: ") for name in ("strength", "coarse", "middle", "fine")),
+    ({"strength": float("inf")}, "--strength: "),
+    *(({name: (float("inf"),)}, f"--{name}: ") for name in ("coarse", "middle", "fine")),
+    ({"coarse": ()}, "--coarse: expected a number, found none"),
+    ({"fine": (1.0, 0.0)}, "--fine: expected 1 factor, or a mixture (--mix), found 2"),
+    ({"middle": (1.0, 0.0), "weights": (1.0,)}, "--middle: expected 1 factor, or 1, found 2"),
     *(({"identity_floor": floor}, "from -1 to 1") for floor in (1.01, -2.0, float("nan"))),
 ]
 
@@ -66,7 +70,7 @@ def test_options_that_exclude_each_other_are_refused_in_one_line(
         {"mode": "refine", "recipe": "paper", "patience": 2, "mapper": Path("m")},
         {"mode": "auto", **GIVEN, "mapper": Path("m")},
         {"target": (), "text": ("green hair",)},
-        {"direction": Path("d"), "identity_floor": -1.0, "strength": -100.0, "fine": 0.0},
+        {"direction": Path("d"), "identity_floor": -1.0, "strength": -100.0, "fine": (0.0,)},
     ],
 )
 def test_options_that_fit_are_taken(changes: dict[str, Any]) -> None:
@@ -147,7 +151,7 @@ def test_a_report_says_how_a_direction_was_changed_and_nothing_of_what_was_not(
         return edit_facts(resolve(transfer(target=picture, world=str(who_world), **changes)))
 
     assert facts(strength=2.0) == {}
-    assert facts(fine=0.0, identity_floor=0.0) == {"fine": 0.0, "identity_floor": 0.0}
+    assert facts(fine=(0.0,), identity_floor=0.0) == {"fine": 0.0, "identity_floor": 0.0}
 
 
 def test_a_mode_that_is_given_is_used_and_the_optimizers_options_ask_for_it(

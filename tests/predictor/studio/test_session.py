@@ -54,22 +54,6 @@ def test_settings_only_apply_what_was_found_once(opened: OpenWorld, faces: list[
     assert [p.tobytes() for p in moved.pictures] == [p.tobytes() for p in expected]
 
 
-def test_a_world_with_two_mappers_asks_one_of_them_for_a_place(
-    who_world: Path, tiny_mapper: Path, tradeoff_mapper: Path, faces: list[Path]
-) -> None:
-    world = load_world(str(who_world))
-    both = open_world(replace(world, mapper=tiny_mapper, tradeoff=tradeoff_mapper), "cpu")
-    reads = open_world(world, "cpu", tradeoff_mapper)
-    assert both.keep == reads.keep == 0.25
-    assert reads.always_reads and not both.always_reads
-    asked = [
-        find_targets(one, texts(faces[:1]), mode="auto", keep_identity=0.9) for one in (both, reads)
-    ]
-    assert asked[0].threshold == asked[1].threshold
-    assert torch.equal(asked[0].parts[0].vector, asked[1].parts[0].vector)
-    assert find_targets(both, texts(faces[:1]), mode="instant").parts[0].keep_identity is None
-
-
 def test_several_targets_are_mixed_by_their_weights(opened: OpenWorld, faces: list[Path]) -> None:
     found = find_targets(opened, texts(faces[:2]), mode="instant")
     mixed = direction_of(opened, found, Settings(weights=(1, -0.5, 0.5, 0.5)))
