@@ -22,6 +22,7 @@ from targetclip.seeds import seed_of
 
 SOURCES = 4  # edited for each target
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+FEWEST = 10  # targets that what a place adds is fitted on
 HIGHEST = 0.999  # largest score that is fitted: the inverse tanh of 1 is infinite
 
 
@@ -86,18 +87,18 @@ def scores_reached(
     seed: int,
     total: int | None = None,
     *,
-    everywhere: bool = False,
+    at: float | None = None,
 ) -> tuple[
     Float[Tensor, "targets embed"], Float[Tensor, " targets"], Float[Tensor, " targets"] | None
 ]:
     """Return the mapper's inputs, the transfer scores of its answers, and their places on the
-    trade-off (see `places_of`), None where all are at the mapper's own.
+    trade-off, None where the mapper reads none.
 
     Each target has SOURCES sources of its own.
 
     Args:
         total: the most targets there can be, for the progress bar.
-        everywhere: ask for an answer at a random place for each target.
+        at: the place of all answers. None: see `places_of`.
     """
     recipe = trained_recipe(mapper.record)
     inputs, reached, places = [], [], list[Tensor]()
@@ -109,7 +110,9 @@ def scores_reached(
         seeds = [seed_of("expectation", seed, t.id, i) for t in batch for i in range(SOURCES)]
         sources = scene.latents(seeds).unflatten(0, (len(batch), SOURCES))
         judged = scene.embedder.embed_pictures(pictures)
-        keep = places_of(mapper, batch, seed) if everywhere else None
+        keep = None
+        if mapper.config.tradeoff is not None:
+            keep = places_of(mapper, batch, seed) if at is None else torch.tensor([at] * len(batch))
         scores = scene.score(judged, sources, mapper.edits(embeddings, sources, keep))
         inputs.append(embeddings)
         reached.append(scores.transfer)
@@ -150,8 +153,7 @@ def fit_expectation(
 
     Returns:
         The transfer scores that the mapper's answers to these targets reach, and their places on
-        the trade-off (see `places_of`). None: all are at the place where it answers as the mapper
-        that it was trained from, whose score is fitted first; or it reads none.
+        the trade-off: the origin where there is one, or else see `places_of`; None: it reads none.
 
     Raises:
         ValueError: fewer than two targets of the training split.
@@ -159,11 +161,9 @@ def fit_expectation(
     if count == 0:
         return torch.empty(0), None
     tradeoff, total = mapper.config.tradeoff, count * len(specs)
-    everywhere = tradeoff is not None and tradeoff.origin is None
+    origin = None if tradeoff is None else tradeoff.origin
     targets = training_targets(specs, count, scene)
-    inputs, reached, keep = scores_reached(
-        scene, mapper, targets, seed, total, everywhere=everywhere
-    )
+    inputs, reached, keep = scores_reached(scene, mapper, targets, seed, total, at=origin)
     if len(reached) < 2:
         raise ValueError(
             f"--fitted: expected 2 or more targets of the training split (nine in ten) for the "
@@ -171,7 +171,7 @@ def fit_expectation(
         )
     white, places = mapper.whitened_targets(inputs), mapper.places(keep, len(inputs))
     read, heads = [mapper.features(white, places), white], [mapper.score, mapper.score_linear]
-    if everywhere and places is not None and mapper.keep_score is not None:
+    if origin is None and places is not None and mapper.keep_score is not None:
         read, heads = [*read, places], [*heads, mapper.keep_score]
     outputs = torch.atanh(reached.clamp(-HIGHEST, HIGHEST))
     weights, offset = ridge(torch.cat(read, dim=1).cpu(), outputs.cpu())
@@ -179,8 +179,7 @@ def fit_expectation(
     for head, part in zip(heads, parts, strict=True):
         head.weight.copy_(part[None])
     mapper.score.bias.fill_(offset)
-    if mapper.keep_score is not None and not everywhere:
+    if origin is not None and len(reached) >= FEWEST:
         targets = training_targets(specs, count, scene)
-        found = scores_reached(scene, mapper, targets, seed, total, everywhere=True)
-        fit_places(mapper, *found)
+        fit_places(mapper, *scores_reached(scene, mapper, targets, seed, total))
     return reached, keep

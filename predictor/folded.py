@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from predictor.correction import Correction, SourceCorrection, joined_layers
 from predictor.mapper import Mapper
-from predictor.tradeoff import DEGREES, UNITS
+from predictor.tradeoff import DEGREES
 
 REMEMBERED = 8  # places on the trade-off whose folded form is kept
 
@@ -135,7 +135,7 @@ class FoldedMapper:
         added = mapper.keep_heads.weight
         if mapper.basis is None:
             added = added * mapper.scale.flatten()[:, None]
-        read = (mapper.keep_read.weight / UNITS[0]).unflatten(1, (DEGREES, -1))
+        read = (mapper.keep_read.weight / mapper.keep_units[0]).unflatten(1, (DEGREES, -1))
         read = torch.cat((read[..., :width], read[..., width:] @ mapper.whitening.T), dim=2)
         row = (0, 0, 0, 1)  # of the score
         return torch.cat(shift).T.clone(), F.pad(gain, row).T.clone(), read, F.pad(added, row)

@@ -209,7 +209,8 @@ class Mapper(OnTheHub, nn.Module):
         out = self.direction(features) + self.linear(white)
         if places is not None:
             assert self.keep_gain and self.keep_read and self.keep_heads, "they come together"
-            read = torch.cat((features, white), dim=1)[:, None] * places[:, :, None] / UNITS[0]
+            read = torch.cat((features, white), dim=1)[:, None] * places[:, :, None]
+            read = read / self.keep_units[0]  # at most 1, as these matrices learn by themselves
             out = out * (1 + self.keep_gain(places)) + self.keep_heads(
                 self.keep_read(read.flatten(1))
             )
@@ -318,7 +319,8 @@ def load_mapper(
     if metadata["format"] == PLACES_FORMAT:  # nothing was added to heads
         width, size = config.width + config.embed_dim, config.rank or config.num_ws * config.w_dim
         state["keep_read.weight"] = torch.zeros(KEEP_RANK, width * DEGREES)
-        state["keep_heads.weight"] = torch.zeros(size, KEEP_RANK)
+        numbers = torch.Generator().manual_seed(0)  # not zeros, so that training can go on
+        state["keep_heads.weight"] = torch.randn(size, KEEP_RANK, generator=numbers) / 8
     if metadata["format"] == FIRST_FORMAT and "score_linear.weight" not in state:
         state["score_linear.weight"] = torch.zeros(1, config.embed_dim)  # scores read features
     # No memory and no random numbers are spent on weights that are replaced at once.

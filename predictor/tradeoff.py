@@ -53,8 +53,8 @@ class TradeoffConfig:
     decays: tuple[float, float]
     """Weight decay of directions, at 0 and at 1."""
     origin: float | None = None
-    """The place where a mapper answers, to the bit, as the one that it was trained from, which was
-    trained at one identity weight. None: it was trained at all places from the start."""
+    """The place nearest to the weights of a mapper's first training, at one identity weight. What
+    reads places adds zeros there. None: it was trained at all places from the start."""
 
     def __post_init__(self) -> None:
         if self.origin is not None:
@@ -85,8 +85,8 @@ class TradeoffConfig:
         return between(self.decays, keep)
 
     def recipe_at(self, recipe: Recipe, keep: float) -> Recipe:
-        """Return a recipe with the identity weight and the weight decay of a place. That of the
-        origin is as it is: `origin` is the place of the curve nearest to it."""
+        """Return a mapper's recipe with the identity weight and the weight decay of a place. At the
+        origin it is as it is: that is the place of the curve nearest to it."""
         if keep == self.origin:
             return recipe
         return replace(

@@ -92,7 +92,12 @@ class EssenceTransfer(Editing):
         """Return a recipe with the identity weight and the weight decay of a place on the mapper's
         trade-off; None: as it is."""
         tradeoff = None if self.mapper is None else self.mapper.config.tradeoff
-        return recipe if place is None or tradeoff is None else tradeoff.recipe_at(recipe, place)
+        if place is None or tradeoff is None:
+            return recipe
+        if place == tradeoff.origin:
+            identity, decay = self.trained.identity_weight, self.trained.weight_decay
+            return replace(recipe, identity_weight=identity, weight_decay=decay)
+        return tradeoff.recipe_at(recipe, place)
 
     @cached_property
     def folded(self) -> FoldedMapper:

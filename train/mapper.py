@@ -335,11 +335,13 @@ def record_of(
     settings: Mapping[str, Any],
     stages: tuple[TrainingStage, ...],
     validation: dict[str, float],
+    before: str,
 ) -> MapperRecord:
     """Return what the mapper's file says of its making, without paths of this machine.
 
     Args:
         validation: scores on held-out targets.
+        before: the commands that made the mapper that it was trained from.
     """
     used = {term for stage in stages for term in stage.terms}
     data = config.data
@@ -360,7 +362,7 @@ def record_of(
         licence=config.licence,
         trained_on="; ".join(trained_on),
         version=versions()["targetclip"],
-        command=command_of(config, settings),
+        command=f"{before}\n{command_of(config, settings)}".strip(),
         validation=validation,
         datasets=hub_datasets(specs),
     )
@@ -372,6 +374,8 @@ class MapperTraining:
 
     config: Config
     stages: tuple[TrainingStage, ...]
+    before: str
+    """The commands that made the mapper that it starts from."""
     objective: Objective
     model: Any
     """The objective, perhaps in a parallel wrapper."""
@@ -481,6 +485,7 @@ def prepare(config: Config, accelerator: Accelerator, stop: Stop) -> MapperTrain
     return MapperTraining(
         config=config,
         stages=stages,
+        before="" if start is None or start.record is None else start.record.command,
         objective=objective,
         model=accelerator.prepare(objective),
         precision=precision,
@@ -518,7 +523,8 @@ def run(config: Config, stop: Stop | None = None) -> Mapper:
         average = training.trainer.run(training.losses_at, training.evaluate, stop, training.model)
         if main:
             path, figures = config.out / MAPPER, training.trainer.last_figures()
-            save_mapper(average, path, record_of(config, settings, training.stages, figures))
+            record = record_of(config, settings, training.stages, figures, training.before)
+            save_mapper(average, path, record)
             then = f"python -m eval.calibrate --out CALIBRATED --mapper {shlex.quote(str(path))}"
             say_next(config.out, f"{MAPPER}, {LOG}, grid.png", then)
     accelerator.end_training()

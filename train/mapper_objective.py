@@ -101,7 +101,7 @@ class Objective(nn.Module):
         if self.tradeoff is None or keep is None:
             return recipe.weight_decay, own, None
         decay = self.tradeoff.decay(keep)
-        # In the proportion that they have by the recipe, which is that of the middle
+        # In the proportion that they have by the recipe, which is that of the middle or the origin
         return decay, own / recipe.weight_decay * decay, self.tradeoff.identity_weight(keep)
 
     def mixed_answers(

@@ -84,7 +84,8 @@ class TransferTerm:
     """Weight decays of directions at the same two ends."""
     only_tradeoff: bool = False
     """Learn only what reads the trade-off: at the place of its own recipe, --start's answers stay
-    as they are. Calibrate after it, for that stretches answers of all places alike."""
+    as they are. Give a mapper that is not calibrated, and calibrate afterwards: that stretches
+    the answers of all places by one factor."""
     mixtures: float = 0.0
     """Part of the targets of a batch that are mixtures of two or three of them, at random weights:
     their answers are mixed, and so are their losses."""
@@ -285,8 +286,17 @@ def tradeoff_of(config: Config, start: "Mapper | None") -> "TradeoffConfig | Non
         if start.config.tradeoff is not None:
             origin = start.config.tradeoff.origin
         elif config.transfer.only_tradeoff:
-            # Two digits, as people type it
-            origin = round(tradeoff.nearest(trained_recipe(start.record)), 2)
+            its = trained_recipe(start.record)
+            ends = {"weights": tradeoff.identity_weights, "decays": tradeoff.decays}
+            for (name, (low, high)), own in zip(
+                ends.items(), (its.identity_weight, its.weight_decay), strict=True
+            ):
+                if not low <= own <= high:
+                    raise ValueError(
+                        f"--keep-identity-{name}: expected --start's own, {own:g}, between the "
+                        f"ends, found {low:g} and {high:g}"
+                    )
+            origin = round(tradeoff.nearest(its), 2)  # as people type it
         tradeoff = replace(tradeoff, origin=origin)
     for name in ("identity_weight", "direction_decay"):
         if tradeoff is not None and getattr(config.transfer, name) is not None:

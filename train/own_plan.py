@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from data.plan import check_settings
 from data.publish import sha256_of
 from data.targets import SEEDED, check_trainable, default_targets, of_split, open_targets, sampled
 from data.teacher import fitting_batch_size, make_teacher, memory, time_step
+from predictor.mapper import load_mapper
 from targetclip import command
 from targetclip.command import Precision, in_precision, say
 from targetclip.generators import check_render_size
@@ -40,6 +42,7 @@ USABLE = 0.8  # of the free memory
 PROBED = (1, 8)  # images whose backward pass shows what one of them holds
 LOOKED_AT = 500  # pictures of a folder among which one to test by is looked for
 # Of other commands, for estimates alone
+PLACES = 5  # on the trade-off, that calibration measures
 SCORED_ON, EXPECTED_ON = 16, 4  # images: of a pair or a validation target; of an expectation
 # Ends of the trade-off, as factors of the weights that the mapper was trained at
 IDENTITY_ENDS, DECAY_ENDS = (1 / 3, 20 / 3), (1 / 3, 10.0)
@@ -83,7 +86,8 @@ class Facts:
 def flags_of(words: Sequence[str]) -> dict[str, str]:
     """Return a command's flags with their values; the last counts, as for the command itself.
 
-    Paths of the results and of the world may be written in another way, so they are left out.
+    Paths of the results and of the world may be written in another way, so they are left out, and
+    of a mapper's path but its folder's and its own name.
     """
     flags: dict[str, str] = {}
     name = ""
@@ -93,7 +97,10 @@ def flags_of(words: Sequence[str]) -> dict[str, str]:
             flags[name] = value
         else:
             flags[name] = f"{flags[name]} {word}".strip()
-    return {n: v for n, v in flags.items() if n not in ("--out", "--world", "--mapper", "--pairs")}
+    for name in ("--mapper", "--start"):
+        if name in flags:
+            flags[name] = "/".join(Path(flags[name]).parts[-2:])
+    return {n: v for n, v in flags.items() if n not in ("--out", "--world", "--pairs", "--bank")}
 
 
 def number_of(flags: Mapping[str, str], name: str) -> int:
@@ -285,10 +292,18 @@ class Planner:
         weights = term.identity_weight, term.direction_decay
         given = (recipe.identity_weight, recipe.weight_decay)
         identity, decay = (g if w is None else w for w, g in zip(weights, given, strict=True))
-        usual = self.steps // 2 if self.world.identity and identity and decay else 0
+        weighs = bool(self.world.identity and identity and decay)
+        usual = self.steps // 2 if weighs else 0
         steps = usual if config.tradeoff_steps is None else config.tradeoff_steps
-        if not steps:
-            return None
+        if steps and not weighs:
+            raise ValueError(
+                "--tradeoff-steps: expected a world with an identity model and a training that "
+                "weighs identity and length, found none: drop the flag, or give 0"
+            )
+        first = training.data.start
+        reads = first is not None and load_mapper(first)[0].config.tradeoff is not None
+        if not steps or term.keep_identity_weights or reads:
+            return None  # or learned already
         words = self.words(
             "train.mapper",
             config.tradeoff_flags,
@@ -299,16 +314,21 @@ class Planner:
             keep_identity_decays=tuple(f"{decay * end:g}" for end in DECAY_ENDS),
             schedule=closing_stages(steps, search_side(self.facts)),
             learning_rate=1e-3,
-            bank=out / "mapper",
+            bank=training.data.bank or out / "mapper",
             pairs=training.data.pairs,
+            num_pairs=training.data.num_pairs,
+            max_targets=training.data.max_targets,
             targets=training.data.targets,
             validation=training.data.validation,
             recipe=term.recipe,
             sources=term.sources,
             source_kinds=reading.source_kinds,
             uncorrected=reading.uncorrected,
+            correction_decay=reading.correction_decay,
+            mixtures=term.mixtures or None,
             batch_size=sizes.batch_size,
-            accumulate=training.accumulate,
+            noise=sizes.noise or None,
+            accumulate=training.accumulate if training.accumulate > 1 else None,
             max_images=training.max_images,
             evaluate_every=training.evaluate_every,
             licence=config.licence,
@@ -340,7 +360,9 @@ class Planner:
         flags = flags_of(words)
         specs = flags["--targets"].split()
         judge, teach = (number_of(flags, n) * len(specs) for n in ("--count", "--fitted"))
-        seen = sum(map(self.size_of, specs)) + EXPECTED_ON * teach
+        curve = trained == "tradeoff"
+        seen = sum(map(self.size_of, specs)) + EXPECTED_ON * teach * (1 + curve)
+        seen += curve * PLACES * SCORED_ON * judge
         searched = judge * (self.usual.steps + REFINING) * self.search_seconds()
         return Stage(
             name="calibrate",

@@ -315,7 +315,9 @@ def run(config: Config) -> dict[str, Any]:
     path = config.out / "report.json"
     report: dict[str, Any] = {"curves": {}, "weights": {}} | earlier_report(path, comparison)
     command.make_folder(config.out)
-    ends = [m.config.tradeoff for m in mappers.values() if m.config.tradeoff is not None]
+    curves = [m.config.tradeoff for m in mappers.values() if m.config.tradeoff is not None]
+    # The teacher is tuned at the curve's own weights everywhere.
+    ends = [replace(curve, origin=None) for curve in curves]
     work: list[tuple[str, float, Mapper | None]] = []
     for name, mapper in mappers.items():
         if mapper.config.tradeoff is not None:
@@ -326,6 +328,8 @@ def run(config: Config) -> dict[str, Any]:
         scene.feature_model(ends[0].identity_weight(0.0))  # before minutes are spent
     elif config.teachers:
         command.say("left out: the teacher: no mapper here reads the trade-off", error=True)
+    drawn = {name for name, _, _ in work}  # none of an earlier version's
+    report["curves"] = {name: c for name, c in report["curves"].items() if name in drawn}
     for name, at, mapper in tqdm(work, unit="point"):
         by_strength = name.endswith(BY_STRENGTH)
         label = f"{'strength' if by_strength else 'keep'} {at:g}"

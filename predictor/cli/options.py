@@ -5,7 +5,7 @@ carried out. Importing it does not import torch, so that a wrong command line is
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -249,7 +249,10 @@ def layers_of(
             layers[group] = factors[0]
             continue
         if not mixes or len(factors) != targets:
-            expected = f"1 factor, or {targets}" if mixes else "1 factor, or a mixture (--mix)"
+            several = f", or {targets}, one for each target of the mixture"
+            if not mixes:
+                several = "" if edit.direction else ", or one for each target of a mixture (--mix)"
+            expected = "1 factor" + ("" if mixes and targets == 1 else several)
             raise ValueError(f"--{group}: expected {expected}, found {len(factors)}")
         for its, factor in zip(own, factors, strict=True):
             its[group] = factor
@@ -318,9 +321,19 @@ def latents_of(flags: SourceFlags) -> Path | None:
     return path
 
 
-def strength_notes(strength: float, usual: float, layers: dict[str, float]) -> list[str]:
+def strength_notes(
+    strength: float,
+    usual: float,
+    layers: Mapping[str, float],
+    own_layers: Sequence[Mapping[str, float]] = (),
+) -> list[str]:
     """Return a warning for an edit that goes much further than is usual."""
-    furthest = abs(strength) * max(abs(factor) for factor in layers.values())
+    factors = [
+        abs(factor * its.get(group, 1.0))
+        for group, factor in layers.items()
+        for its in own_layers or [{}]
+    ]
+    furthest = abs(strength) * max(factors)
     limit = STRONG * max(1.0, abs(usual))
     if furthest <= limit:
         return []
@@ -440,7 +453,7 @@ def resolve(options: Transfer | Optimize, line: str = "") -> Request:
         precision=choose_precision(machine.precision),
         max_images=machine.max_images,
         checkpoint_layers=machine.checkpoint_layers,
-        notes=(*notes, *strength_notes(strength, world.strength, layers)),
+        notes=(*notes, *strength_notes(strength, world.strength, layers, own_layers)),
         line=line,
     )
     check_inversion(source, request)

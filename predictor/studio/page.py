@@ -375,6 +375,7 @@ class Page:
         kept: Kept | None = data[self.kept]
         pictures, text, mode = paths_of(data[self.targets]), data[self.text] or "", data[self.mode]
         keep = None if opened.keep is None or mode == "optimize" else float(data[self.keep])
+        keep = None if keep == opened.keep else keep  # then as where nobody asks
         target_key = (opened.world.name, pictures, text, mode, keep)
         source_key = (
             opened.world.name,

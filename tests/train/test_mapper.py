@@ -687,9 +687,14 @@ def test_a_training_of_the_curve_goes_on_as_if_nothing_had_been_and_logs_it(
 
 
 def test_a_curve_alone_is_learned_and_at_its_origin_answers_stay(
-    small: Callable[..., Config], start: Path, who_world: Path
+    small: Callable[..., Config], start: Path, who_world: Path, tmp_path: Path
 ) -> None:
     usual = {**ENDS, "start": start, "world": who_world, "schedule": ("transfer:4",)}
+    with pytest.raises(ValueError, match="--start's own, 0, between the ends"):
+        prepared(small(**usual, only_tradeoff=True))
+    weighs = {"world": who_world, "recipe": "identity", "schedule": ("transfer:2",)}
+    run(small(**weighs, out=tmp_path / "start"))
+    usual["start"] = start = tmp_path / "start" / MAPPER
     config = small(**usual, only_tradeoff=True, mixtures=0.25, batch_size=8)
     mapper, before = run(config), load_mapper(start)[0]
     loaded, record = load_mapper(config.out / MAPPER)
@@ -717,6 +722,7 @@ def test_a_curve_alone_is_learned_and_at_its_origin_answers_stay(
         prepared(small(**plain, only_tradeoff=True))
     with pytest.raises(ValueError, match=r"--only-tradeoff: .*a --start that reads no trade-off"):
         prepared(small(**{**usual, "start": config.out / MAPPER}, only_tradeoff=True))
+    assert record.command.count("python -m train.mapper") == 2
     with pytest.raises(ValueError, match="--only-tradeoff: expected a mapper by --start"):
         run(small(**ENDS, world=who_world, only_tradeoff=True))
 

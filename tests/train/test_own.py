@@ -130,6 +130,8 @@ def test_a_checkpoint_becomes_a_calibrated_mapper_though_it_was_stopped_on_the_w
 
     assert run(config, third) == 0 and third.begun == ["train.own"]
     assert capfd.readouterr().out.count(" done ") == 5
+    assert run(small(**changes, tradeoff_steps=0), Here()) == 1
+    assert "calibrate.--mapper" in capfd.readouterr().err
     assert run(small(**changes, seed=1), Here()) == 1
     assert "pairs.--seed: planned '0', found '1'" in capfd.readouterr().err
 
@@ -181,7 +183,8 @@ def test_the_trade_off_is_learned_where_the_recipe_weighs_identity(
     flags = words_by_stage(config, FACTS)
     its, recipe = flags["tradeoff"], RECIPES["identity"]
     assert its["--schedule"] == "transfer@256:1800 transfer:200"
-    assert its["--start"].endswith("out/mapper/mapper.safetensors")
+    assert its["--start"] == "mapper/mapper.safetensors" and "--bank" not in its
+    assert flags["calibrate"]["--mapper"] == "tradeoff/mapper.safetensors"
     for name in ("--targets", "--validation", "--batch-size", "--sources", "--evaluate-every"):
         assert its[name] == flags["train"][name]
     ends = [float(end) for end in its["--keep-identity-weights"].split()]
@@ -190,6 +193,12 @@ def test_the_trade_off_is_learned_where_the_recipe_weighs_identity(
     changed = replace(config, tradeoff_steps=20, train_flags=shorter)
     its = words_by_stage(changed, FACTS)["tradeoff"]
     assert its["--keep-identity-decays"] == "0.001 0.03" and its["--schedule"].endswith(":2")
+    with pytest.raises(ValueError, match="--tradeoff-steps: expected a world with an identity"):
+        words_by_stage(small(tradeoff_steps=5), FACTS)
+    ends = " --keep-identity-weights 0.1 1 --keep-identity-decays 0.001 0.1"
+    assert "tradeoff" not in words_by_stage(
+        replace(config, train_flags=config.train_flags + ends), FACTS
+    )
     for none in (
         {"tradeoff_steps": 0},
         {"train_flags": config.train_flags + " --identity-weight 0"},

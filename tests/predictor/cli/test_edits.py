@@ -173,7 +173,12 @@ def test_mixtures_texts_layers_and_the_identity_floor_use_corrections(
 
 
 def test_in_a_mixture_each_target_has_factors_of_layers_of_its_own(
-    run: Run, tmp_path: Path, reading_world: Path, essence: EssenceTransfer, faces: list[Path]
+    run: Run,
+    tmp_path: Path,
+    reading_world: Path,
+    essence: EssenceTransfer,
+    faces: list[Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     text = essence.only_named(essence.direction(text="green hair", mode="instant"))
     first = essence.predict(read_picture(faces[0])).weighted(layer_weights(6, coarse=0.5))
@@ -189,6 +194,9 @@ def test_in_a_mixture_each_target_has_factors_of_layers_of_its_own(
     stored = load_direction(tmp_path / "out" / "direction.safetensors", essence.scene.generator)
     torch.testing.assert_close(stored.direction, direction.vector)
     assert [row["coarse"] for row in report["targets"]] == [0.5, 2]
+    saved = ("--direction", tmp_path / "out" / "direction.safetensors", "--coarse", 0.5, 2)
+    assert run("transfer", *flags[:2], *saved, "--num-sources", 2) == 1
+    assert "--coarse: expected 1 factor, found 2" in capsys.readouterr().err
 
 
 def test_the_probe_of_an_unchecked_answer_is_of_corrected_edits(

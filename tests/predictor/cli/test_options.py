@@ -49,8 +49,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strength": float("inf")}, "--strength: "),
     *(({name: (float("inf"),)}, f"--{name}: ") for name in ("coarse", "middle", "fine")),
     ({"coarse": ()}, "--coarse: expected a number, found none"),
-    ({"fine": (1.0, 0.0)}, "--fine: expected 1 factor, or a mixture (--mix), found 2"),
-    ({"middle": (1.0, 0.0), "weights": (1.0,)}, "--middle: expected 1 factor, or 1, found 2"),
+    (
+        {"fine": (1.0, 0.0)},
+        "--fine: expected 1 factor, or one for each target of a mixture (--mix), found 2",
+    ),
+    ({"middle": (1.0, 0.0), "weights": (1.0,)}, "--middle: expected 1 factor, found 2"),
     *(({"identity_floor": floor}, "from -1 to 1") for floor in (1.01, -2.0, float("nan"))),
 ]
 
