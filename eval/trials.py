@@ -266,7 +266,7 @@ def grids(
     all shows the reference's median among the first ones, which every method has answered.
     """
     sources, scene = comparison.bench.sources, comparison.bench.scene
-    unedited = tensor_to_pictures(scene.render(sources))
+    unedited = tensor_to_pictures(scene.render(sources[:SHOWN]))
 
     def edited(name: str, place: int) -> list[Image.Image]:
         if name in answers:

@@ -697,6 +697,11 @@ def test_a_curve_alone_is_learned_and_at_its_origin_answers_stay(
     usual["start"] = start = tmp_path / "start" / MAPPER
     config = small(**usual, only_tradeoff=True, mixtures=0.25, batch_size=8)
     mapper, before = run(config), load_mapper(start)[0]
+    stopped = replace(config, out=tmp_path / "stopped")
+    with pytest.raises(Stopped):
+        run(stopped, StopAt(2))
+    run(stopped)
+    assert same(state_of(stopped.out)["average"], state_of(config.out)["average"])
     loaded, record = load_mapper(config.out / MAPPER)
     tradeoff = loaded.config.tradeoff
     assert tradeoff is not None and tradeoff.origin is not None
