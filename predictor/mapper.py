@@ -124,8 +124,8 @@ class Mapper(OnTheHub, nn.Module):
             sizes = (config.embed_dim, config.num_ws, config.w_dim)
             self.correction = Correction(config.correction, *sizes, tradeoff=reads_keep)
         # A place shifts what blocks read, stretches each head, and adds to the heads what it makes
-        # of the same inputs, by matrices of a low rank: with shift and stretch alone, and all other
-        # weights held, a mapper gives up hardly more for identity than a lower strength does.
+        # of the same inputs, by matrices of a low rank, so that it can say what to give up even
+        # where all other weights are held.
         self.keep_enter = keep_layer(config.width) if reads_keep else None
         self.keep_gain = keep_layer(heads) if reads_keep else None
         self.keep_score = keep_layer(1) if reads_keep else None

@@ -41,11 +41,11 @@ LEAST_SIDE = 64
 USABLE = 0.8  # of the free memory
 PROBED = (1, 8)  # images whose backward pass shows what one of them holds
 LOOKED_AT = 500  # pictures of a folder among which one to test by is looked for
+# Ends of the trade-off, as factors of the weights that the mapper was trained at
+IDENTITY_ENDS, DECAY_ENDS = (1 / 3, 20 / 3), (1 / 3, 10.0)
 # Of other commands, for estimates alone
 PLACES = 5  # on the trade-off, that calibration measures
 SCORED_ON, EXPECTED_ON = 16, 4  # images: of a pair or a validation target; of an expectation
-# Ends of the trade-off, as factors of the weights that the mapper was trained at
-IDENTITY_ENDS, DECAY_ENDS = (1 / 3, 20 / 3), (1 / 3, 10.0)
 REFINING = 130  # steps that calibration refines a target's answers by
 METHODS, JUDGED = 8, 40  # of a comparison, and images that it renders of a target by each
 
@@ -284,7 +284,8 @@ class Planner:
         )
 
     def tradeoff(self) -> Stage | None:
-        """Return the learning of the trade-off; None: nothing weighs identity, or none is asked."""
+        """Return the learning of the trade-off; None: none is asked, or nothing weighs identity, or
+        the first training reads the trade-off already."""
         config, out = self.config, self.config.out
         training = mapper_config(self.train().words)
         term, reading, sizes = training.transfer, training.reading, training.batches
@@ -292,18 +293,20 @@ class Planner:
         weights = term.identity_weight, term.direction_decay
         given = (recipe.identity_weight, recipe.weight_decay)
         identity, decay = (g if w is None else w for w, g in zip(weights, given, strict=True))
-        weighs = bool(self.world.identity and identity and decay)
-        usual = self.steps // 2 if weighs else 0
-        steps = usual if config.tradeoff_steps is None else config.tradeoff_steps
-        if steps and not weighs:
-            raise ValueError(
-                "--tradeoff-steps: expected a world with an identity model and a training that "
-                "weighs identity and length, found none: drop the flag, or give 0"
-            )
         first = training.data.start
         reads = first is not None and load_mapper(first)[0].config.tradeoff is not None
-        if not steps or term.keep_identity_weights or reads:
-            return None  # or learned already
+        learned = bool(term.keep_identity_weights) or reads
+        can = bool(self.world.identity and identity and decay) and not learned
+        steps = config.tradeoff_steps
+        if steps is None:
+            steps = self.steps // 2 if can else 0
+        if steps and not can:
+            raise ValueError(
+                "--tradeoff-steps: expected a world with an identity model, and a first training "
+                "at one identity weight and one decay above 0, found others: drop the flag"
+            )
+        if not steps:
+            return None
         words = self.words(
             "train.mapper",
             config.tradeoff_flags,

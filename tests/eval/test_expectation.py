@@ -135,6 +135,24 @@ def test_the_head_expects_what_other_targets_reach_and_directions_stay(
     assert error < float((before.expected - reached).abs().mean())
 
 
+def test_at_an_origin_the_score_is_fitted_whatever_the_default_place(
+    scene: Scene, tradeoff_mapper: Path
+) -> None:
+    read, record = load_mapper(tradeoff_mapper)
+    assert read.config.tradeoff is not None
+    curve, fitted = replace(read.config.tradeoff, origin=0.34), list[dict[str, torch.Tensor]]()
+    for keep in (0.34, 0.8):
+        mapper = Mapper(replace(read.config, tradeoff=curve)).requires_grad_(False)
+        mapper.load_state_dict(read.state_dict())
+        mapper.record = replace(record, calibration={"keep_identity": keep})
+        places = fit_expectation(scene, mapper, SPECS, 8, 0)[1]
+        assert places is not None and places.unique().tolist() == pytest.approx([0.34])
+        fitted.append(mapper.state_dict())
+    assert all(torch.equal(fitted[0][name], value) for name, value in fitted[1].items())
+    for name in ("score.weight", "keep_score.weight"):
+        assert not torch.equal(fitted[0][name], read.state_dict()[name])
+
+
 def test_without_a_count_or_targets_nothing_changes(scene: Scene, mapper: Mapper) -> None:
     before = {name: tensor.clone() for name, tensor in mapper.state_dict().items()}
     assert not len(fit_expectation(scene, mapper, SPECS, 0, 0)[0])

@@ -196,9 +196,10 @@ def test_the_trade_off_is_learned_where_the_recipe_weighs_identity(
     with pytest.raises(ValueError, match="--tradeoff-steps: expected a world with an identity"):
         words_by_stage(small(tradeoff_steps=5), FACTS)
     ends = " --keep-identity-weights 0.1 1 --keep-identity-decays 0.001 0.1"
-    assert "tradeoff" not in words_by_stage(
-        replace(config, train_flags=config.train_flags + ends), FACTS
-    )
+    learned = replace(config, train_flags=config.train_flags + ends)
+    assert "tradeoff" not in words_by_stage(learned, FACTS)
+    with pytest.raises(ValueError, match="a first training at one identity weight"):
+        words_by_stage(replace(learned, tradeoff_steps=5), FACTS)
     for none in (
         {"tradeoff_steps": 0},
         {"train_flags": config.train_flags + " --identity-weight 0"},
